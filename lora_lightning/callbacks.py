@@ -1,0 +1,165 @@
+"""Callbacks: what a run saves and shows beside its scalars."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ThroughputMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from .module import LoraModule
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, from which a killed run goes on exactly.
+
+    It is written every so many optimizer steps and after every validation, at points where no
+    gradient is half accumulated and no validation is half done. Writing is atomic: a kill in
+    mid-write leaves the previous one.
+
+    Args:
+        folder: where last.ckpt goes.
+        every_n_steps: optimizer steps between two writes.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 50) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._saved_at = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        step = trainer.global_step
+        between = step % self.every_n_steps or step == self._saved_at
+        # Before a validation or at the epoch's end there is on_validation_end to do it.
+        if between or trainer.fit_loop.epoch_loop._should_check_val_fx(
+            trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
+        ):
+            return
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(self.path)
+
+
+class UpdateNorms(Callback):
+    """Logs the Frobenius norm of each adapted layer's update s B A after every validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
+        if adapter is None or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        norms = {f"update_norm/{name}": layer.update_norm() for name, layer in adapter.layers.items()}
+        values = {name: norm.item() for name, norm in norms.items()}
+        values["update_norm/total"] = sum(value**2 for value in values.values()) ** 0.5
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+class SamplePredictions(Callback):
+    """Shows predictions on the same few validation rows, as a table in TensorBoard's text tab.
+
+    Args:
+        count: number of rows.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        self.count = count
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+        if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+            return
+        rows = _spread(len(data.encoded["val"]), self.count)
+        assert isinstance(pl_module, LoraModule)
+        predictions = _predict(pl_module, data, rows)
+        lines = ["| input | target | prediction | score |", "|---|---|---|---|"]
+        for row, prediction in zip(rows, predictions, strict=True):
+            shown = data.task.describe(data.raw["val"][row])
+            text = shown["input"].replace("|", "\\|").replace("\n", " ")[:300]
+            lines.append(
+                f"| {text} | {shown['target']} | {prediction['label']} |"
+                f" {prediction.get('score', 0):.3f} |"
+            )
+        for logger in loggers:
+            logger.experiment.add_text(
+                "samples/val", "\n".join(lines), global_step=trainer.global_step
+            )
+
+
+class RunClock(Callback):
+    """Measures a run: seconds of training, tokens trained on, peak memory.
+
+    `tokens` counts positions that the attention mask admits, without padding.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self._started: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._started is not None:
+            self.seconds += time.monotonic() - self._started
+            self._started = None
+
+    def state_dict(self) -> dict[str, Any]:
+        running = 0.0 if self._started is None else time.monotonic() - self._started
+        return {"seconds": self.seconds + running, "tokens": self.tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+
+
+def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
+    """Lightning's ThroughputMonitor for our batches: rows and tokens per second."""
+    return ThroughputMonitor(
+        batch_size_fn=_batch_rows, length_fn=_batch_width, window_size=window_size
+    )
+
+
+def _batch_rows(batch: dict[str, Tensor]) -> int:
+    return batch["input_ids"].shape[0]
+
+
+def _batch_width(batch: dict[str, Tensor]) -> int:
+    return batch["input_ids"].shape[1]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `total`."""
+    return [index * total // count for index in range(count)] if total > count else [*range(total)]
+
+
+@torch.no_grad()
+def _predict(module: LoraModule, data: Any, rows: list[int]) -> list[dict[str, Any]]:
+    batch = data.collator()([dict(data.encoded["val"][row]) for row in rows])
+    batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
+    was_training = module.training
+    module.eval()
+    predictions = module.predict_step(batch, 0)
+    module.train(was_training)
+    return predictions

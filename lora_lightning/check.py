@@ -1,0 +1,201 @@
+"""The preflight: what a run would do, shown in seconds, and refused where it would fail later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from .config import Settings, settings_of
+from .data.datamodule import LoraDataModule
+from .lora import UserError
+from .module import LoraModule
+from .tasks import build_task
+from .train import build, build_trainer, check_precision, quiet_libraries, refuse_used_folder, writable
+
+PROBE_ROWS = 4
+
+
+def check(config: DictConfig) -> str:
+    """Goes through a run's preparations and one backward pass, without training.
+
+    Returns:
+        A report: matched modules, trainable share, a decoded batch, truncation, gradients, memory.
+
+    Raises:
+        UserError: something would fail later.
+    """
+    quiet_libraries()
+    settings = settings_of(config)
+    check_precision(settings, config.trainer)
+    output = Path(config.output_dir)
+    existed = output.exists()
+    refuse_used_folder(output)
+    writable(output)
+    try:
+        build_trainer(config, logger=False)
+        module, data = build(
+            settings, build_task(settings.task), seed=config.seed, adapter=config.adapter
+        )
+        data.setup("fit")
+        module.configure_model()
+        _check_monitor(settings, module)
+        assert module.model is not None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        module.to(device)
+        sections = [
+            f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
+            f"{next(module.model.parameters()).dtype}".replace("torch.", ""),
+            _modules(module),
+            _data(data, settings),
+            _sample(data),
+            _gradients(module, data, device),
+            _memory(module, data, settings, device),
+        ]
+    finally:
+        if not existed:
+            _remove_empty(output)
+    return "\n\n".join([*sections, "All checks passed."])
+
+
+def _check_monitor(settings: Settings, module: LoraModule) -> None:
+    assert module.val_metrics is not None
+    known = ["val/loss", *(f"val/{name}" for name in module.val_metrics.keys(keep_base=True))]
+    if settings.task["monitor"] not in known:
+        raise UserError(
+            f"task.monitor={settings.task['monitor']} is not measured. Known: {', '.join(known)}."
+        )
+
+
+def _modules(module: LoraModule) -> str:
+    assert module.model is not None
+    if module.adapter is not None:
+        return f"Adapter\n{module.adapter.summary()}"
+    count = sum(p.numel() for p in module.model.parameters())
+    return f"Full fine-tuning: all {count:,} parameters are trained."
+
+
+def _data(data: LoraDataModule, settings: Settings) -> str:
+    lines = [f"Data    longest input {data.max_length} tokens, batches of {settings.data.batch_size}"]
+    for split, rows in data.encoded.items():
+        lengths = sorted(rows["length"])
+        cut = sum(rows["truncated"])
+        dropped = f", {data.dropped[split]} empty rows dropped" if data.dropped[split] else ""
+        lines.append(
+            f"{split:<7} {len(rows):>7,} rows, {sum(lengths):>10,} tokens, median "
+            f"{lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
+            f"{100 * cut / len(rows):.1f} % truncated{dropped}"
+        )
+    counts = getattr(data.task, "class_counts", None)
+    if counts is not None:
+        found = ", ".join(f"{label} {n:,}" for label, n in counts(data.raw["train"]).items())
+        lines.append(f"classes {found}")
+    return "\n".join(lines)
+
+
+def _sample(data: LoraDataModule) -> str:
+    """A few rows as the model sees them, decoded from the ids, with their labels."""
+    batch = next(iter(data.train_dataloader()))
+    shape = tuple(batch["input_ids"].shape)
+    lines = [f"A training batch, {shape[0]} rows x {shape[1]} tokens; its first rows decoded:"]
+    labels = getattr(data.task, "labels", None)
+    for row in range(min(3, shape[0])):
+        ids = batch["input_ids"][row]
+        seen = ids[batch["attention_mask"][row].bool()]
+        padding = shape[1] - len(seen)
+        label = int(batch["labels"][row])
+        name = labels[label] if labels else label
+        text = data.tokenizer.decode(seen)
+        lines.append(f"  [{name}] {text[:160]}{'...' if len(text) > 160 else ''} (+{padding} padding)")
+    return "\n".join(lines)
+
+
+def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -> str:
+    """One backward pass with B away from zero, where A would get no gradient by construction."""
+    trained = {n: t for n, t in module.trainable_tensors().items() if isinstance(t, nn.Parameter)}
+    layers = module.adapter.layers.values() if module.adapter is not None else ()
+    for layer in layers:
+        for matrix in (layer.lora_A, layer.lora_B):
+            if not matrix.any():
+                nn.init.normal_(matrix, std=0.02)
+    batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
+    assert module.model is not None
+    module.train()
+    output = module.task.loss(module.model, batch)
+    (output.total / output.count).backward()
+    without = [name for name, tensor in trained.items() if tensor.grad is None]
+    zero = [n for n, t in trained.items() if t.grad is not None and not t.grad.any()]
+    bad = [n for n, t in trained.items() if t.grad is not None and not t.grad.isfinite().all()]
+    module.zero_grad(set_to_none=True)
+    if without:
+        raise UserError(
+            f"{len(without)} trained tensors receive no gradient, such as {without[0]}: the model "
+            "does not call these modules. Leave them out: lora.exclude=[...]."
+        )
+    if bad:
+        raise UserError(
+            f"the gradient of {len(bad)} tensors is not finite, such as {bad[0]}: "
+            "use model.dtype=bfloat16 or float32."
+        )
+    note = f", {len(zero)} of them all zero on this batch ({zero[0]})" if zero else ""
+    return f"Gradients: all {len(trained)} trained tensors receive one{note}."
+
+
+def _memory(
+    module: LoraModule, data: LoraDataModule, settings: Settings, device: torch.device
+) -> str:
+    """Memory by part. Activations: what autograd keeps for a few of the longest rows, scaled up."""
+    assert module.model is not None
+    weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
+    trained = sum(p.numel() * 4 for p in module.model.parameters() if p.requires_grad)
+    states = {"SGD": 1, "AdamW": 2, "Adam": 2}.get(settings.optim.name, 2)
+    batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
+    kept = _saved_bytes(module, batch)
+    scale = settings.data.batch_size / batch["input_ids"].shape[0]
+    parts = {
+        "weights": weights,
+        "gradients": trained,
+        "optimizer": states * trained,
+        "activations": int(kept * scale),
+    }
+    total = sum(parts.values())
+    shown = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    line = f"Memory: about {total / 2**20:,.0f} MiB at the longest batch ({shown})."
+    if device.type == "cuda":
+        free = torch.cuda.get_device_properties(device).total_memory
+        if total > free:
+            raise UserError(
+                f"{line} The GPU has {free / 2**20:,.0f}. Lower data.batch_size or "
+                "data.max_length, or set model.gradient_checkpointing=true."
+            )
+    return line
+
+
+def _saved_bytes(module: LoraModule, batch: dict[str, Tensor]) -> int:
+    """Bytes that autograd holds between forward and backward, parameters not counted."""
+    assert module.model is not None
+    own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Any] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # held, so that no address is used twice
+        return tensor
+
+    module.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.task.loss(module.model, batch)
+    return sum(sizes.values())
+
+
+def _remove_empty(folder: Path) -> None:
+    """Takes away a folder that only this check made, and its empty parents."""
+    while folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent

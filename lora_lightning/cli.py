@@ -1,0 +1,287 @@
+"""The command line: `lora-lightning VERB [overrides]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.
+
+  lora-lightning VERB [KEY=VALUE ...]
+
+Verbs
+  train     train an adapter, then test the best one     lora-lightning train
+  check     preflight: show what train would do          lora-lightning check data.train=my.csv
+  evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
+  predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text="..."
+  merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
+
+The settings used most (train, check)
+  data.train=FILE          CSV, TSV, JSON, JSONL, Parquet, text file or folder; data.val, data.test
+  data.path=ORG/NAME       a dataset of the Hugging Face hub
+  task.text_column=NAME    which column holds the text; task.label_column for the label
+  model.name_or_path=X     hub name or local folder of any encoder, decoder or encoder-decoder
+  lora.rank=8 lora.alpha=16 lora.targets=all-linear     or lora=full for full fine-tuning
+  optim.lr=1e-3 trainer.max_epochs=3 data.batch_size=16 seed=0
+  trainer.accelerator=gpu trainer.devices=8 trainer.strategy=ddp trainer.precision=bf16-mixed
+  output_dir=DIR           the run's folder;   resume=DIR continues a run that was stopped
+  experiment=NAME debug=NAME                   presets, see: lora-lightning train --help
+
+More
+  lora-lightning train --help        all groups and presets
+  lora-lightning train --cfg job     the whole config, every key with its value
+  lora-lightning train -m lora.rank=4,8 lora.alpha=8,16        a sweep
+  eval "$(lora-lightning -sc install=bash)"                    tab completion
+"""
+
+VERBS = ("train", "check", "evaluate", "predict", "merge")
+PLAIN_KEYS = {
+    "evaluate": ("adapter", "output"),
+    "predict": ("adapter", "text", "input", "output"),
+    "merge": ("adapter", "output"),
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point. Exit status: 0, 2 for a mistake of the user, 130 if interrupted, else 1."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return
+    if arguments[0] in ("-sc", "--shell-completion"):
+        _complete(arguments)
+        return
+    verb, rest = arguments[0], arguments[1:]
+    _guarded(lambda: _dispatch(verb, rest))
+
+
+def _dispatch(verb: str, arguments: list[str]) -> None:
+    from .lora.errors import UserError, did_you_mean
+
+    if verb not in VERBS:
+        hint = did_you_mean(verb, VERBS)
+        raise UserError(f"there is no verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.")
+    if verb != "train" and set(arguments) & {"-h", "--help"}:
+        print(HELP, end="")
+        return
+    if verb == "train":
+        _train(arguments)
+    elif verb == "check":
+        _check(arguments)
+    else:
+        plain, overrides = _split(arguments, PLAIN_KEYS[verb])
+        {"evaluate": _evaluate, "predict": _predict, "merge": _merge}[verb](plain, overrides)
+
+
+def _guarded(action: Callable[[], Any]) -> Any:
+    """Runs an action; a mistake of the user becomes one message and exit status 2."""
+    from .lora.errors import UserError
+
+    try:
+        return action()
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# train ---------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> None:
+    resume = [argument for argument in arguments if argument.startswith("resume=")]
+    if resume:
+        _resume(resume[0].removeprefix("resume="), [a for a in arguments if a != resume[0]])
+        return
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    multirun = bool(set(arguments) & {"-m", "--multirun"})
+    if overrides == arguments and "LOCAL_RANK" not in os.environ:
+        _before_hydra(overrides)
+    _run_hydra(arguments, multirun=multirun)
+
+
+def _before_hydra(overrides: list[str]) -> None:
+    """Composes once, so that mistakes are told before Hydra makes a folder."""
+    from .config import compose_config, settings_of
+
+    config = compose_config(overrides)
+    settings_of(config)
+    fixed = any(override.startswith("output_dir=") for override in overrides)
+    run_dir = Path(config.output_dir)
+    if fixed and ((run_dir / "result.json").exists() or (run_dir / "checkpoints").exists()):
+        from .train import refuse_used_folder
+
+        refuse_used_folder(run_dir)
+    if fixed:
+        from .train import writable
+
+        writable(run_dir)
+
+
+def _run_hydra(arguments: list[str], *, multirun: bool) -> None:
+    """Hands over to Hydra, which makes the run's folder and calls back with the config."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from .config import CONFIG_MODULE, CONFIG_NAME, register_schemas
+
+    register_schemas()
+    whole = list(sys.argv)
+
+    @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+    def task(config: Any) -> float | None:
+        sys.argv = whole  # Lightning starts its other ranks with this command line
+        from .train import train
+
+        config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
+        result = train(config) if multirun else _guarded(lambda: train(config))
+        objective = result["objective"]
+        return None if objective is None else float(objective)
+
+    sys.argv = [whole[0], *arguments]
+    task()
+
+
+def _resume(folder: str, others: list[str]) -> None:
+    from .config import read_config
+    from .lora.errors import UserError
+
+    run_dir = Path(folder).expanduser().resolve()
+    if others:
+        raise UserError(
+            f"resume={folder} goes on with the run's own config and takes no other settings: "
+            f"leave out {' '.join(others)}."
+        )
+    if not run_dir.is_dir():
+        raise UserError(f"resume={folder}: there is no such folder.")
+    saved = run_dir / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise UserError(f"resume={folder} is not the folder of a run: it holds no {saved.name}.")
+    config = read_config(saved)
+    from .train import train
+
+    result_file = run_dir / "result.json"
+    if result_file.is_file() and '"status": "completed"' in result_file.read_text():
+        print(f"{run_dir} is complete: nothing to resume.")
+        return
+    config.output_dir = str(run_dir)
+    train(config, resume=True)
+
+
+# The other verbs -----------------------------------------------------------------------------
+
+
+def _check(arguments: list[str]) -> None:
+    from .config import compose_config
+
+    config = compose_config(arguments)
+    config.output_dir = os.path.abspath(config.output_dir)
+    from .check import check
+
+    print(check(config))
+
+
+def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
+    from .config import over_saved
+
+    folder = _need(plain, "adapter", "evaluate")
+    from .storage import read_sidecar, write_json
+
+    config = over_saved(read_sidecar(folder)["settings"], overrides)
+    from .evaluate import evaluate
+
+    metrics = evaluate(folder, config)
+    print(json.dumps(metrics, indent=2))
+    if "output" in plain:
+        write_json(Path(plain["output"]), metrics)
+
+
+def _predict(plain: dict[str, str], overrides: list[str]) -> None:
+    from .lora.errors import UserError
+
+    folder = _need(plain, "adapter", "predict")
+    if ("text" in plain) == ("input" in plain):
+        raise UserError('predict needs one of text="..." and input=FILE.')
+    if "output" in plain and not Path(plain["output"]).resolve().parent.is_dir():
+        raise UserError(f"output={plain['output']}: its folder does not exist.")
+    from .evaluate import predictor_for
+
+    predictor = predictor_for(folder, overrides)
+    from .inference import predict_file, predict_text
+
+    if "text" in plain:
+        print(json.dumps(predict_text(predictor, plain["text"]), ensure_ascii=False, indent=2))
+        return
+    output = Path(plain["output"]) if "output" in plain else None
+    count = predict_file(predictor, Path(plain["input"]), output)
+    if output is not None:
+        print(f"{count} rows -> {output}")
+
+
+def _merge(plain: dict[str, str], overrides: list[str]) -> None:
+    from .lora.errors import UserError
+
+    folder = _need(plain, "adapter", "merge")
+    if "output" not in plain:
+        raise UserError("merge needs output=DIR: where the merged model goes.")
+    from .evaluate import model_changes
+    from .train import quiet_libraries
+
+    changes = model_changes(folder, overrides)
+    quiet_libraries()
+    from .inference import merge
+
+    gap = merge(folder, plain["output"], model=changes)
+    print(f"merged model: {plain['output']}")
+    print(f"largest logit gap between adapter and merged model: {gap:.3g}")
+
+
+def _need(plain: dict[str, str], key: str, verb: str) -> Path:
+    from .lora.errors import UserError
+
+    if not plain.get(key):
+        raise UserError(f"{verb} needs {key}=DIR: the adapter folder of a run (<run>/adapter).")
+    return Path(plain[key]).expanduser()
+
+
+def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Takes out the arguments that are plain text, not Hydra's grammar: texts and paths."""
+    plain: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in keys:
+            plain[key] = value
+        else:
+            overrides.append(argument)
+    return plain, overrides
+
+
+def _complete(arguments: list[str]) -> None:
+    """Hydra's tab completion, with the verb taken out of the line that it completes."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if any(argument.startswith("query") for argument in arguments):
+        if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+            print(" ".join(VERBS))
+            return
+        os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
+    _run_hydra(arguments, multirun=False)

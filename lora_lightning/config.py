@@ -1,0 +1,257 @@
+"""The configuration: schemas for our own groups, composition, and messages about mistakes.
+
+Only this file, `cli` and `launch` know Hydra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .lora.config import LoraConfig
+from .lora.errors import UserError, did_you_mean
+from .settings import DataConfig, ModelConfig, OptimConfig, SentimentConfig
+
+CONFIG_MODULE = "lora_lightning.conf"
+CONFIG_NAME = "train"
+METHODS = ("lora", "full")
+OWN_GROUPS = ("model", "task", "data", "lora", "optim")
+
+
+@dataclass
+class LoraSchema(LoraConfig):
+    """The group `lora`: the adapter's settings, and whether there is one at all."""
+
+    method: str = "lora"
+    """"lora", or "full": fine-tune the whole model, the baseline (lora=full)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise UserError(f"lora.method must be one of {METHODS}, got {self.method!r}.")
+
+
+@dataclass
+class Schema:
+    """Everything a run is made of. Our own groups are typed; Lightning's are free."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraSchema = field(default_factory=LoraSchema)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    """Seed of the initialisation, the order of batches and dropout."""
+    output_dir: str = ""
+    """The run's folder."""
+    test_before: bool = True
+    """Also test the model before training, to show what training gained."""
+    adapter: str | None = None
+    """Adapter folder to start training from."""
+    tags: list[str] = field(default_factory=list)
+    """Free words kept with the run."""
+
+
+@dataclass
+class Settings:
+    """Our own groups as the objects that the package works with."""
+
+    model: ModelConfig
+    task: dict[str, Any]
+    data: DataConfig
+    lora: LoraConfig | None
+    optim: OptimConfig
+
+
+def register_schemas() -> None:
+    """Makes the schemas known to Hydra under the names that conf/ refers to."""
+    store = ConfigStore.instance()
+    store.store(name="base_schema", node=Schema)
+    store.store(group="task", name="sentiment_schema", node=SentimentConfig)
+
+
+def settings_of(config: DictConfig) -> Settings:
+    """The typed settings of a composed config; their own checks run here.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    lora = _as_object(config.lora)
+    method = lora.pop("method", "lora")
+    if method not in METHODS:
+        raise UserError(f"lora.method must be one of {', '.join(METHODS)}, got {method!r}.")
+    return Settings(
+        model=ModelConfig(**_as_object(config.model)),
+        task=_as_object(config.task),
+        data=DataConfig(**_as_object(config.data)),
+        lora=LoraConfig(**lora) if method == "lora" else None,
+        optim=OptimConfig(**_as_object(config.optim)),
+    )
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """Composes conf/train.yaml with overrides, without running anything.
+
+    Raises:
+        UserError: an override names an unknown key or choice, or has the wrong type.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return compose(CONFIG_NAME, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
+def explain(error: Exception) -> str:
+    """A Hydra error as one short message that names the nearest right key."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
+    lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
+    text = " ".join(dict.fromkeys(lines))
+    unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
+    wrong_type = next((line for line in lines if "could not be converted" in line), None)
+    if wrong_type:
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{key.group(1) if key else 'config'}: {wrong_type.rstrip('.')}."
+    group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    if group:
+        name, choice = group.groups()
+        known = _choices(name)
+        return (
+            f"{name}={choice}: there is no such choice.{did_you_mean(choice, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    if unknown:
+        key = unknown.group(1)
+        return (
+            f"{key}: there is no such setting.{did_you_mean(key, all_keys())} "
+            "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
+            "or callbacks."
+        )
+    if "mismatched input" in text or "token recognition" in text or "no viable" in text:
+        return (
+            f"cannot read the override: {lines[0]} Put values with blanks, commas, quotes or "
+            "brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
+        )
+    return text[:600]
+
+
+def all_keys() -> list[str]:
+    """Every settable key of the default config, dotted."""
+    config = compose_config([])
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not isinstance(node, DictConfig):
+            return []
+        keys = []
+        for name in node:
+            keys.append(f"{prefix}{name}")
+            if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+                keys += walk(node[name], f"{prefix}{name}.")
+        return keys
+
+    return walk(config, "")
+
+
+def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
+    """A config as it was saved with an adapter, changed by this call's overrides.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    default = compose_config([])
+    asked = compose_config(overrides)
+    OmegaConf.set_struct(default, False)
+    for group, values in saved.items():
+        default[group] = OmegaConf.merge(default[group], values) if default[group] else values
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = str(override.key_or_group)
+        OmegaConf.update(default, key, OmegaConf.select(asked, key), merge=False)
+    return default
+
+
+def saved_settings(config: DictConfig) -> dict[str, Any]:
+    """Our own groups as plain values, to be kept with an adapter."""
+    return {group: _as_object(config[group]) for group in OWN_GROUPS}
+
+
+def config_hash(config: DictConfig) -> str:
+    """Identifies what a run computes: the config without where it writes and how it is called."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    for key in ("output_dir", "tags", "logger"):
+        plain.pop(key, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def instantiate_all(nodes: DictConfig) -> list[Any]:
+    """The objects that a group such as `callbacks` names; entries set to null are skipped.
+
+    Raises:
+        UserError: an entry has no `_target_`, or its arguments do not fit.
+    """
+    from hydra.utils import instantiate
+
+    objects = []
+    for name, node in nodes.items():
+        if node is None:
+            continue
+        if "_target_" not in node:
+            raise UserError(f"{name} needs a _target_: the class to build.")
+        try:
+            objects.append(instantiate(node))
+        except Exception as error:
+            cause = error.__cause__ or error
+            raise UserError(f"cannot build {name} ({node._target_}): {cause}") from error
+    return objects
+
+
+def read_config(path: Path) -> DictConfig:
+    """A config that a run saved.
+
+    Raises:
+        UserError: the file is absent or broken.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+    except Exception as error:  # yaml errors have no common base that is worth importing
+        raise UserError(f"{path} is not valid YAML: {error}.") from None
+    if not isinstance(config, DictConfig) or "trainer" not in config:
+        raise UserError(f"{path} is not the config of a run.")
+    return config
+
+
+def _choices(group: str) -> list[str]:
+    """File names under conf/GROUP."""
+    from importlib.resources import files
+
+    folder = files(CONFIG_MODULE).joinpath(group)
+    if not folder.is_dir():
+        return []
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def _as_object(node: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

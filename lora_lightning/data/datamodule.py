@@ -1,0 +1,305 @@
+"""LoraDataModule: rows of a task, tokenised once, in length-bucketed batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..lora.errors import UserError
+from ..settings import DataConfig
+from ..tasks import IGNORE, Task
+from .collate import PaddingCollator
+from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
+from .sources import SPLITS, load_splits
+
+CACHE_VERSION = 1  # raise it when the meaning of encoded rows changes
+
+
+class LoraDataModule(L.LightningDataModule):
+    """The data of a task, from rows to batches.
+
+    Tokenised rows are cached by content: rows, tokenizer, task settings and length. Splits that
+    are absent are cut from the training rows. The batch sampler serves all ranks itself, so the
+    Trainer needs `use_distributed_sampler=False`.
+
+    Args:
+        task: turns rows into examples.
+        tokenizer: the base model's.
+        config: which rows, and how they are batched.
+        length_limit: the longest input that the model takes, None if unlimited.
+        seed: seed of the order of the batches.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        config: DataConfig,
+        *,
+        length_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.tokenizer = tokenizer
+        self.config = config
+        self.seed = seed
+        self.max_length = self._max_length(length_limit)
+        self.raw: dict[str, Any] = {}
+        self.encoded: dict[str, Any] = {}
+        self.dropped: dict[str, int] = {}
+
+    def _max_length(self, length_limit: int | None) -> int:
+        limits = [length_limit or 10**9, self.tokenizer.model_max_length or 10**9]
+        limit, asked = min(limits), self.config.max_length
+        if asked is None:
+            return min(limit, 512)
+        if length_limit is not None and asked > length_limit:
+            raise UserError(
+                f"data.max_length={asked}: the model takes at most {length_limit} tokens."
+            )
+        special = self.tokenizer.num_special_tokens_to_add()
+        if asked <= special:
+            raise UserError(
+                f"data.max_length={asked}: {special} special tokens leave no room for text, so all "
+                "rows would be cut away. Use at least 16."
+            )
+        return asked
+
+    # Lightning's hooks -----------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fills the cache, in one process per node."""
+        self._build()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the encoded rows, in every process."""
+        if not self.encoded:
+            self._build()
+        if stage == "fit" and not (self.has("train") and self.has("val")):
+            lacking = "val" if self.has("train") else "train"
+            raise UserError(
+                f"there is no {lacking} data, which training needs: give data.{lacking}=FILE"
+                + (", or data.val_fraction above 0." if lacking == "val" else ".")
+            )
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1:
+            connector = trainer._accelerator_connector
+            if connector.use_distributed_sampler:
+                raise UserError(
+                    "LoraDataModule spreads the rows over the ranks itself: "
+                    "give the Trainer use_distributed_sampler=False."
+                )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val", shuffle=False) if self.has("val") else []
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test", shuffle=False) if self.has("test") else []
+
+    def has(self, split: str) -> bool:
+        """Whether there are rows in a split."""
+        return split in self.encoded
+
+    # Rows ------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        raw = load_splits(self.config)
+        raw = make_splits(raw, self.config, strata=self.task.strata)
+        for split in raw:
+            limit = getattr(self.config, f"limit_{split}")
+            if limit is not None:
+                raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
+        self.task.learn(raw)
+        for split, rows in raw.items():
+            encoded = self._encode(rows)
+            kept = [i for i, length in enumerate(encoded["length"]) if length > 0]
+            self.dropped[split] = len(rows) - len(kept)
+            if not kept:
+                raise UserError(
+                    f"the {split} data has nothing to learn from: all {len(rows)} rows are empty."
+                )
+            if self.dropped[split]:
+                rank_zero_info(
+                    f"{split}: {self.dropped[split]} of {len(rows)} rows are empty and left out."
+                )
+                rows, encoded = rows.select(kept), encoded.select(kept)
+            self.raw[split], self.encoded[split] = rows, encoded
+
+    def _encode(self, rows: Any) -> Any:
+        """Encoded rows, from the cache where the same rows were encoded before."""
+        key = {
+            "version": CACHE_VERSION,
+            "rows": rows._fingerprint,
+            "tokenizer": self._tokenizer_signature(),
+            "max_length": self.max_length,
+            **self.task.signature(),
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        folder = cache_folder(self.config.cache_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return rows.map(
+                self._encode_batch,
+                batched=True,
+                remove_columns=rows.column_names,
+                cache_file_name=str(folder / f"{digest[:32]}.arrow"),
+                new_fingerprint=digest[:32],
+                desc="tokenising",
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write the cache of tokenised data in {folder}: {error}. "
+                "Choose another folder: data.cache_dir=DIR."
+            ) from None
+
+    def _encode_batch(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        examples = self.task.encode(rows, self.tokenizer, self.max_length)
+        examples["length"] = [len(ids) for ids in examples["input_ids"]]
+        return examples
+
+    def _tokenizer_signature(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        else:
+            # Padding and truncation are state that encoding changes; they are no part of it.
+            state = json.loads(backend.to_str())
+            content = json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    # Batches ---------------------------------------------------------------------------------
+
+    def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
+        rows = self.encoded[split]
+        config = self.config
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        batch_size = config.batch_size
+        if not shuffle:
+            batch_size = config.eval_batch_size or 2 * config.batch_size
+        sampler = LengthBucketBatchSampler(
+            rows["length"],
+            batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_replicas=world,
+            rank=rank,
+        )
+        return ResumableDataLoader(
+            Examples(rows),
+            batch_sampler=sampler,
+            collate_fn=self.collator(),
+            num_workers=config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def collator(self) -> PaddingCollator:
+        """Pads rows of this data to a batch."""
+        return PaddingCollator(self.tokenizer.pad_token_id)
+
+    def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
+        """A batch of the longest rows of a split: the one that needs the most memory."""
+        lengths = self.encoded[split]["length"]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
+        examples = Examples(self.encoded[split])
+        return self.collator()([examples[row] for row in order])
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """Encoded rows by index; `FILLER` gives the shortest of the first rows without its labels."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index != FILLER:
+            return dict(self.rows[index])
+        row = dict(self.rows[0])
+        labels = row["labels"]
+        row["labels"] = [IGNORE] * len(labels) if isinstance(labels, list) else IGNORE
+        return row
+
+
+def make_splits(
+    raw: dict[str, Any], config: DataConfig, *, strata: Any = lambda rows: None
+) -> dict[str, Any]:
+    """Adds the validation and test splits that are absent, cut from the training rows.
+
+    Equal rows never end up on both sides of a cut.
+
+    Args:
+        raw: datasets by split.
+        config: fractions and seed.
+        strata: gives each row's group, of which each split gets its share.
+
+    Raises:
+        UserError: too few rows to cut.
+    """
+    if "train" not in raw:
+        return raw
+    wanted = {
+        split: getattr(config, f"{split}_fraction")
+        for split in SPLITS[1:]
+        if split not in raw and getattr(config, f"{split}_fraction") > 0
+    }
+    if not wanted:
+        return raw
+    rows = raw["train"]
+    parts = _cut(rows, strata(rows), wanted, config.split_seed)
+    empty = [split for split, indices in parts.items() if not indices]
+    if empty:
+        raise UserError(
+            f"the training data has only {len(rows)} rows, too few to cut off "
+            f"{' and '.join(empty)} data: give data.val and data.test, or larger fractions."
+        )
+    return {**raw, **{split: rows.select(indices) for split, indices in parts.items()}}
+
+
+def _cut(
+    rows: Any, strata: list[Any] | None, fractions: dict[str, float], seed: int
+) -> dict[str, list[int]]:
+    """Row indices by split. Each stratum is dealt in a random order, equal rows together."""
+    twins: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        content = {name: value for name, value in row.items() if name.lower() not in ("id", "idx")}
+        twins.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(index)
+    groups: dict[Any, list[list[int]]] = {}
+    for indices in twins.values():
+        groups.setdefault(strata[indices[0]] if strata else None, []).append(indices)
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[int]] = {split: [] for split in ("train", *fractions)}
+    for key in sorted(groups, key=str):
+        members = groups[key]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        start = 0
+        for split, fraction in fractions.items():
+            stop = start + round(fraction * len(members))
+            parts[split] += [i for m in order[start:stop] for i in members[m]]
+            start = stop
+        parts["train"] += [i for m in order[start:] for i in members[m]]
+    return {split: sorted(indices) for split, indices in parts.items()}
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where tokenised data is kept."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    import datasets
+
+    return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"

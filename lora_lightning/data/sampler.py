@@ -1,0 +1,118 @@
+"""Batches of like length, the same on every run and in every process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+FILLER = -1
+"""Stands in a batch for "no row": it keeps the ranks in step where rows run out."""
+
+
+class LengthBucketBatchSampler(Sampler[list[int]]):
+    """Batches of rows of similar length, split over the ranks.
+
+    Each epoch is a new shuffle, a function of `seed` and epoch alone. Rows are shuffled, cut into
+    chunks of 50 global batches, sorted by length within a chunk (ties stay shuffled) and the
+    batches shuffled again; so padding is small and batches are still random. Each row occurs once
+    per epoch over all ranks. All ranks get equally many batches: where rows run out a rank gets
+    `FILLER` instead, which the collator turns into a row without a label.
+
+    Args:
+        lengths: length of each row.
+        batch_size: rows per batch on one rank.
+        shuffle: whether to shuffle; else rows come longest first, for evaluation.
+        seed: seed of the shuffle, the same on all ranks.
+        num_replicas: number of ranks.
+        rank: this rank.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> LengthBucketBatchSampler:
+        """This object: Lightning looks for `set_epoch` on a batch sampler's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / (self.batch_size * self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self._global_batches():
+            mine = rows[self.rank :: self.num_replicas]
+            yield mine or [FILLER]
+
+    def _global_batches(self) -> list[list[int]]:
+        size = self.batch_size * self.num_replicas
+        count = len(self.lengths)
+        if not self.shuffle:
+            order = sorted(range(count), key=lambda row: -self.lengths[row])
+            return [order[start : start + size] for start in range(0, count, size)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator).tolist()
+        chunk = 50 * size
+        batches: list[list[int]] = []
+        for start in range(0, count, chunk):
+            rows = sorted(order[start : start + chunk], key=lambda row: self.lengths[row])
+            batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
+    """A DataLoader that can go on in mid-epoch: Lightning stores and restores its `state_dict`.
+
+    The batches already trained on are skipped without being loaded.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = 0
+        self._skip = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches given so far in this epoch."""
+        return {"batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration start after that many batches."""
+        self._skip = state["batches"] % max(len(self), 1)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._given, self._skip = self._skip, 0
+        batch_sampler = self.batch_sampler
+        assert isinstance(batch_sampler, LengthBucketBatchSampler)
+        rest = list(batch_sampler)[self._given :]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=rest,
+            collate_fn=self.collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+        for batch in loader:
+            self._given += 1
+            yield batch

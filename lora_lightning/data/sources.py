@@ -1,0 +1,221 @@
+"""Where rows come from: text that ships with the package, local files, or a hub dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..lora.errors import UserError, did_you_mean
+from ..settings import DataConfig
+
+SPLITS = ("train", "val", "test")
+EMBEDDED = Path(__file__).parent / "embedded"
+BUILDERS = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+
+
+def load_splits(config: DataConfig) -> dict[str, Any]:
+    """Raw rows as `datasets.Dataset`, by split; only the splits that exist.
+
+    Raises:
+        UserError: a file is missing, empty or malformed, or the hub dataset cannot be had.
+    """
+    files = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
+    if files and config.path:
+        raise UserError("give either files (data.train=...) or a hub dataset (data.path=...).")
+    if files:
+        return {split: _load_files(f"data.{split}", value) for split, value in files.items()}
+    if config.path:
+        return _load_hub(config)
+    if config.embedded:
+        return _load_embedded(config.embedded)
+    raise UserError("there is no data: give data.train=FILE, or data.path=HUB_NAME.")
+
+
+def load_rows(option: str, path: Path) -> Any:
+    """The rows of one file or folder; `option` is what messages call it."""
+    return _load_files(option, path)
+
+
+def _load_embedded(name: str) -> dict[str, Any]:
+    folder = EMBEDDED / name
+    if not folder.is_dir():
+        known = sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+        raise UserError(
+            f"data.embedded={name}: there is no such data set.{did_you_mean(name, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+    return {split: _load_files(name, path) for split, path in paths.items() if path.is_file()}
+
+
+def _load_hub(config: DataConfig) -> dict[str, Any]:
+    from datasets import load_dataset
+
+    assert config.path is not None
+    try:
+        found = load_dataset(config.path, config.name, revision=config.revision)
+    except Exception as error:
+        raise UserError(
+            f"data.path={config.path}: the hub dataset cannot be loaded: {_reason(error)} "
+            "Check the name, data.name and the network; for local files use data.train=FILE."
+        ) from error
+    renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
+    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+
+
+def _load_files(option: str, value: Any) -> Any:
+    from datasets import concatenate_datasets
+
+    paths = [Path(str(item)).expanduser() for item in (value if _is_list(value) else [value])]
+    parts = [_load_path(option, path) for path in paths]
+    rows = parts[0]
+    if len(parts) > 1:
+        columns = [part.column_names for part in parts]
+        if any(sorted(names) != sorted(columns[0]) for names in columns):
+            raise UserError(f"{option}: the files have different columns: {columns}.")
+        rows = concatenate_datasets(parts)
+    if not len(rows):
+        raise UserError(f"{option}: {', '.join(map(str, paths))} holds no rows.")
+    return rows
+
+
+def _load_path(option: str, path: Path) -> Any:
+    if not path.exists():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
+        raise UserError(
+            f"{option}: {path} does not exist.{where}{did_you_mean(path.name, beside)} "
+            "Give the path of a file."
+        )
+    if path.is_dir():
+        return _load_folder(option, path)
+    if path.stat().st_size == 0:
+        raise UserError(f"{option}: {path} is empty.")
+    if path.suffix.lower() not in BUILDERS:
+        raise UserError(
+            f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, or a folder."
+        )
+    return _read(option, path)
+
+
+def _read(option: str, path: Path) -> Any:
+    from datasets import Dataset
+
+    builder, kwargs = BUILDERS[path.suffix.lower()]
+    if builder == "text":
+        return Dataset.from_dict({"text": _text(option, path).splitlines()})
+    if builder != "parquet":
+        _check_text(option, path)
+    if path.suffix.lower() == ".json":
+        return _read_json(option, path)
+    reader = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
+    try:
+        return reader[builder](str(path), **kwargs)
+    except Exception as error:
+        raise UserError(
+            f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)}"
+        ) from error
+
+
+def _read_json(option: str, path: Path) -> Any:
+    """A .json file: a list of objects, an object of columns, or one object a line."""
+    from datasets import Dataset
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return _read_as_lines(option, path)
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        if len(content) == 1 and lists and all(isinstance(row, dict) for row in lists[0]):
+            content = lists[0]
+    try:
+        if isinstance(content, list):
+            return Dataset.from_list(content)
+        return Dataset.from_dict(content)
+    except Exception as error:
+        raise UserError(
+            f"{option}: {path} must hold a list of objects with the same keys: {_reason(error)}"
+        ) from error
+
+
+def _read_as_lines(option: str, path: Path) -> Any:
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_json(str(path))
+    except Exception as error:
+        raise UserError(f"{option}: {path} is not readable as JSON: {_reason(error)}") from error
+
+
+def _load_folder(option: str, path: Path) -> Any:
+    """A folder of text files, one example each; sub-folders name the label."""
+    from datasets import Dataset
+
+    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    if not files:
+        tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
+        if tables:
+            return _load_files(option, tables)
+        raise UserError(
+            f"{option}: the folder {path} holds no .txt files and no data files "
+            f"({', '.join(BUILDERS)})."
+        )
+    columns: dict[str, list[str]] = {"text": [_text(option, file) for file in files]}
+    if all(file.parent != path for file in files):
+        columns["label"] = [file.relative_to(path).parts[0] for file in files]
+    return Dataset.from_dict(columns)
+
+
+def _text(option: str, path: Path) -> str:
+    _check_text(option, path)
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _check_text(option: str, path: Path) -> None:
+    """Raises UserError, with the line, where a file is not UTF-8 or a line of JSONL is broken."""
+    lines_of_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(
+                    f"{option}: {path} is not UTF-8 in line {number}. Convert it, for instance: "
+                    f"iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+                ) from None
+            if "\x00" in decoded:
+                raise UserError(f"{option}: {path} holds a zero byte in line {number}: no text.")
+            if lines_of_json and decoded.strip():
+                try:
+                    row = json.loads(decoded)
+                except ValueError as error:
+                    raise UserError(
+                        f"{option}: {path} is not JSON in line {number}: {error}."
+                    ) from None
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f"{option}: {path} holds no object in line {number}: each line must be "
+                        '{"column": value, ...}.'
+                    )
+
+
+def _is_list(value: Any) -> bool:
+    return not isinstance(value, (str, Path)) and hasattr(value, "__iter__")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that lies at the bottom of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".") + "."

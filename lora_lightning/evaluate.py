@@ -1,0 +1,63 @@
+"""Measuring a trained adapter, with the settings it was saved with and this call's changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+
+from .config import over_saved, settings_of
+from .data.datamodule import LoraDataModule
+from .inference import Predictor, load_trained
+from .lora import UserError
+from .modeling import load_model_config, max_positions
+from .storage import read_sidecar
+from .train import build_trainer, quiet_libraries
+
+def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
+    """Metrics of an adapter on the test split of the config's data.
+
+    Raises:
+        UserError: the adapter or the data is wrong, or there is no test data.
+    """
+    quiet_libraries()
+    settings = settings_of(config)
+    module = load_trained(folder, model=_as_model_settings(config))
+    task = module.task
+    task.config = type(task.config)(**settings.task)
+    data = LoraDataModule(
+        task,
+        module.tokenizer,
+        settings.data,
+        length_limit=max_positions(load_model_config(module.model_config)),
+    )
+    trainer: L.Trainer = build_trainer(config, logger=False, callbacks=[], enable_model_summary=False)
+    found = trainer.test(module, data, verbose=False)
+    if not found:
+        raise UserError("there is no test data: give data.test=FILE.")
+    return {name: float(value) for name, value in found[0].items()} | {
+        "rows": len(data.encoded["test"])
+    }
+
+
+def predictor_for(folder: Path, overrides: list[str]) -> Predictor:
+    """A predictor with an adapter's own settings, changed by overrides."""
+    config = over_saved(read_sidecar(folder)["settings"], overrides)
+    quiet_libraries()
+    settings = settings_of(config)
+    module = load_trained(folder, model=_as_model_settings(config))
+    module.task.config = type(module.task.config)(**settings.task)
+    batch_size = settings.data.eval_batch_size or 2 * settings.data.batch_size
+    return Predictor(module, batch_size=batch_size, max_length=settings.data.max_length)
+
+
+def model_changes(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """The base model's settings, as saved with an adapter and changed by overrides."""
+    return _as_model_settings(over_saved(read_sidecar(folder)["settings"], overrides))
+
+
+def _as_model_settings(config: DictConfig) -> dict[str, Any]:
+    return asdict(settings_of(config).model)

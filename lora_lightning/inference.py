@@ -1,0 +1,214 @@
+"""Using a trained adapter: load it, predict with it, evaluate it, merge it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from .data.collate import PaddingCollator
+from .data.sources import load_rows
+from .lora import LoraConfig, UserError, load_adapter
+from .lora.state import replaced_folder
+from .modeling import load_model_config, load_tokenizer, max_positions
+from .module import LoraModule
+from .settings import ModelConfig
+from .storage import base_fingerprint, read_sidecar, save_tokenizer
+from .tasks import build_task
+
+
+def load_trained(
+    folder: str | Path, *, model: dict[str, Any] | None = None, device: str | None = None
+) -> LoraModule:
+    """A LoraModule with the adapter that a run left in `folder`, in eval mode.
+
+    Args:
+        folder: the adapter folder of a run.
+        model: changes to how the base model is loaded, such as {"dtype": "bfloat16"} or
+            {"name_or_path": "..."} where the base model has moved.
+        device: where to put it; None: a GPU if there is one.
+
+    Raises:
+        UserError: the folder is damaged, or the base model is not the one it was trained on.
+    """
+    folder = Path(folder)
+    sidecar = read_sidecar(folder)
+    settings = sidecar["settings"]
+    task = build_task(settings["task"])
+    task.restore(sidecar["task_state"])
+    full = settings["lora"].get("method") == "full"
+    model_settings = {**settings["model"], **(model or {})}
+    if full:
+        model_settings["name_or_path"] = str(folder)
+    config = ModelConfig(**model_settings)
+    tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), "tokenizer": str(folder)}))
+    lora = {key: value for key, value in settings["lora"].items() if key != "method"}
+    module = LoraModule(task, config, None if full else LoraConfig(**lora), tokenizer=tokenizer)
+    base, _ = task.build_model(config, tokenizer)
+    if not full:
+        module.adapter = load_adapter(base, folder)
+    module.model = base
+    _check_base(module, sidecar.get("base_fingerprint", ""), folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return module.to(device).eval()
+
+
+def _check_base(module: LoraModule, recorded: str, folder: Path) -> None:
+    assert module.model is not None
+    dtypes = {parameter.dtype for parameter in module.model.parameters()}
+    if not recorded or not dtypes <= {torch.float32, torch.bfloat16}:
+        return
+    if base_fingerprint(module) != recorded:
+        raise UserError(
+            f"adapter {folder} was trained on another base model than "
+            f"{module.model_config.name_or_path}: the shapes agree, the weights do not. "
+            "Give the right one: model.name_or_path=..."
+        )
+
+
+class Predictor:
+    """Predicts with a trained module, in batches of rows of like length.
+
+    Args:
+        module: from `load_trained`.
+        batch_size: rows per batch.
+        max_length: longest input in tokens; None: as in training, or what the model allows.
+    """
+
+    def __init__(
+        self, module: LoraModule, *, batch_size: int = 32, max_length: int | None = None
+    ) -> None:
+        self.module = module
+        self.batch_size = batch_size
+        limit = max_positions(load_model_config(module.model_config)) or 10**9
+        self.max_length = min(max_length or 512, limit)
+        self.collate = PaddingCollator(module.tokenizer.pad_token_id)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Predictions for raw rows, in the order of the rows."""
+        task, tokenizer = self.module.task, self.module.tokenizer
+        columns = {name: [row.get(name) for row in rows] for name in task.input_columns()}
+        encoded = task.encode(columns, tokenizer, self.max_length)
+        encoded.pop("truncated")
+        examples = [
+            {name: values[i] for name, values in encoded.items()} for i in range(len(rows))
+        ]
+        for index, example in enumerate(examples):
+            if not example["input_ids"]:
+                raise UserError(f"row {index + 1} holds no text in {task.input_columns()[0]!r}.")
+        order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
+        found: list[dict[str, Any]] = [{} for _ in rows]
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = self.collate([examples[i] for i in chosen])
+            for i, prediction in zip(chosen, self._predict(batch), strict=True):
+                found[i] = prediction
+        return found
+
+    @torch.inference_mode()
+    def _predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        device = next(self.module.parameters()).device
+        return self.module.predict_step({k: v.to(device) for k, v in batch.items()}, 0)
+
+
+def predict_text(predictor: Predictor, text: str) -> dict[str, Any]:
+    """The prediction for one text."""
+    if not text.strip():
+        raise UserError('text is empty: give text="...".')
+    column = predictor.module.task.input_columns()[0]
+    return {"text": text, **predictor([{column: text}])[0]}
+
+
+def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int:
+    """Predicts for the rows of a file; writes JSONL, one line a row, to `output` or stdout.
+
+    The output appears whole: it is written beside its place and renamed.
+
+    Returns:
+        The number of rows.
+    """
+    import os
+    import sys
+
+    rows = load_rows("input", source)
+    predictor.module.task.find_inputs(rows.column_names)
+    if output is None:
+        return _write_predictions(predictor, rows, sys.stdout)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            count = _write_predictions(predictor, rows, handle)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _write_predictions(predictor: Predictor, rows: Any, handle: TextIO) -> int:
+    from tqdm import tqdm
+
+    import sys
+
+    with tqdm(total=len(rows), unit="row", file=sys.stderr, disable=None) as bar:
+        for chunk in _chunks(rows, 50 * predictor.batch_size):
+            for row, prediction in zip(chunk, predictor(chunk), strict=True):
+                line = {**row, "prediction": prediction}
+                handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            bar.update(len(chunk))
+    return len(rows)
+
+
+def _chunks(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), size):
+        yield [dict(row) for row in rows.select(range(start, min(start + size, len(rows))))]
+
+
+def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | None = None) -> float:
+    """Merges an adapter into its base model and writes a plain Hugging Face folder.
+
+    Returns:
+        The largest difference of a logit between the adapter model and the merged model as it
+        stands on disk, over a few texts.
+    """
+    module = load_trained(folder, model=model, device="cpu")
+    if module.adapter is None:
+        raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")
+    assert module.model is not None
+    before = _probe(module)
+    with replaced_folder(Path(output), marker="config.json") as staging:
+        merged = module.adapter.merge_and_unload()
+        merged.save_pretrained(staging)  # type: ignore[operator]
+        save_tokenizer(module.tokenizer, staging)
+        dtype = str(next(merged.parameters()).dtype).removeprefix("torch.")
+        config = ModelConfig(name_or_path=str(staging), dtype=dtype)
+        module.model, _ = module.task.build_model(config, module.tokenizer)
+        module.model.eval()
+        gap = (_probe(module) - before).abs().max().item()
+    return gap
+
+
+PROBES = (
+    "A short text.",
+    "Nothing about this was worth the wait, and yet I would not have missed it.",
+    "It arrived on Tuesday, two days early, in a box far too large for what was in it.",
+    "no",
+)
+
+
+@torch.inference_mode()
+def _probe(module: LoraModule) -> Tensor:
+    assert module.model is not None
+    encoded = module.tokenizer(list(PROBES))["input_ids"]
+    batch = PaddingCollator(module.tokenizer.pad_token_id)([{"input_ids": ids} for ids in encoded])
+    batch["labels"] = torch.zeros(len(PROBES), dtype=torch.long)
+    return module.task.loss(module.model, batch).outputs.float()
+
+
+

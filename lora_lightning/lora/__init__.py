@@ -1,0 +1,48 @@
+"""LoRA in pure torch: layers, matching, merging, and PEFT's file format."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, Summary
+    from .config import LoraConfig
+    from .errors import UserError
+    from .layer import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+    from .state import load_adapter, read_adapter, save_adapter
+
+_HOME = {
+    "Adapter": "adapter",
+    "LoraConfig": "config",
+    "LoraConv1D": "layer",
+    "LoraEmbedding": "layer",
+    "LoraLayer": "layer",
+    "LoraLinear": "layer",
+    "Summary": "adapter",
+    "UserError": "errors",
+    "load_adapter": "state",
+    "read_adapter": "state",
+    "save_adapter": "state",
+}
+
+__all__ = [
+    "Adapter",
+    "LoraConfig",
+    "LoraConv1D",
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "Summary",
+    "UserError",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported with the first name that needs it: settings and messages need none.
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

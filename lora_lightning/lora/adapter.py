@@ -1,0 +1,373 @@
+"""A LoRA adapter on a model: putting it on, switching it off, merging it, taking it away."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoraConfig
+from .errors import UserError
+from .layer import LoraEmbedding, LoraLayer, lora_class_for
+from .match import Match, match_targets, modules_to_save
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Adapter:
+    """A LoRA adapter in place on `model`: the handle for all that one does with it.
+
+    Constructing it freezes the model, wraps the matched modules and leaves trainable exactly what
+    belongs to the adapter: A and B of every wrapped module, the modules in
+    `config.modules_to_save`, and the biases that `config.bias` names.
+
+    Args:
+        model: any torch model; changed in place.
+        config: what to adapt and how.
+
+    Raises:
+        UserError: see `match_targets`; or the model carries an adapter already.
+    """
+
+    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+        if any(isinstance(module, LoraLayer) for module in model.modules()):
+            raise UserError("the model already carries a LoRA adapter: remove that one first.")
+        matches = match_targets(model, config)
+        self.model = model
+        self.config = config
+        self.saved_modules = modules_to_save(model, config.modules_to_save)
+        self.layers: dict[str, LoraLayer] = {}
+        self._aliases = {match.name: match.aliases for match in matches}
+        self._alphas = {match.name: match.alpha for match in matches}
+        self._hooks: list[Any] = []
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._check_bias_precision(matches)
+
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for match in matches:
+            layer_class = lora_class_for(match.module)
+            assert layer_class is not None
+            layer = layer_class(
+                match.module,
+                match.rank,
+                scaling=match.scaling,
+                dropout=config.dropout,
+                init=config.init,
+            )
+            self.layers[match.name] = layer
+            self._replace(match.name, layer)
+        self._pristine: dict[str, Tensor] = {}
+        self._train_extras()
+
+    def _check_bias_precision(self, matches: list[Match]) -> None:
+        low = any(p.dtype in LOW_PRECISION for m in matches for p in m.module.parameters())
+        if self.config.bias != "none" and low:
+            raise UserError(
+                f"lora.bias={self.config.bias} trains biases of the base itself, which needs "
+                "model.dtype=float32; with a 16-bit base use lora.bias=none."
+            )
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        for alias in self._aliases[name]:
+            parent, _, leaf = alias.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, module)
+
+    def _train_extras(self) -> None:
+        """Makes whole modules and biases trainable, in fp32, and keeps what they were."""
+        for name in self.saved_modules:
+            module = self.model.get_submodule(name)
+            for leaf, parameter in module.named_parameters():
+                if not parameter.is_floating_point():
+                    raise UserError(f"lora.modules_to_save: {name}.{leaf} is quantised.")
+                self._pristine[f"{name}.{leaf}"] = parameter.detach().clone()
+            dtypes = {p.dtype for p in module.parameters()}
+            if dtypes & set(LOW_PRECISION):
+                module.to(torch.float32)
+                self._hooks += _cast_around(module, next(iter(dtypes)))
+            module.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            if name in self._pristine or not _is_bias(name):
+                continue
+            of_layer = name.endswith(".base_layer.bias")
+            if self.config.bias == "all" or (self.config.bias == "lora_only" and of_layer):
+                self._pristine[name] = parameter.detach().clone()
+                parameter.requires_grad_(True)
+
+    # What belongs to the adapter -------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors by the name that PEFT gives them in its file (less the prefix).
+
+        This is the one place that says what an adapter consists of; the tensors are live.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, LoraEmbedding):
+                tensors[f"{name}.lora_embedding_A"] = layer.lora_A
+                tensors[f"{name}.lora_embedding_B"] = layer.lora_B
+            else:
+                tensors[f"{name}.lora_A.weight"] = layer.lora_A
+                tensors[f"{name}.lora_B.weight"] = layer.lora_B
+        for name in self.saved_modules:
+            state = self.model.get_submodule(name).state_dict(keep_vars=True)
+            tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in state.items()})
+        parameters = dict(self.model.named_parameters())
+        tensors.update(
+            {name: parameters[name] for name in self._pristine if name not in tensors}
+        )
+        return tensors
+
+    def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
+        """Copies `tensors` (named as in `named_tensors`) into the live adapter.
+
+        Raises:
+            UserError: a tensor is missing, unexpected, of the wrong shape, or not finite; nothing
+                has been changed then.
+        """
+        own = self.named_tensors()
+        check_tensors(own, tensors, source=source)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+
+    # Switching -------------------------------------------------------------------------------
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switches the low-rank updates on or off; whole modules and biases stay as trained."""
+        for layer in self.layers.values():
+            layer.enabled = enabled
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model exactly as it was before the adapter, for the time of the block."""
+        was = {name: layer.enabled for name, layer in self.layers.items()}
+        merged = any(layer.merged for layer in self.layers.values())
+        self.unmerge()
+        self.set_enabled(False)
+        trained = self._swap_extras(self._pristine)
+        try:
+            yield
+        finally:
+            self._swap_extras(trained)
+            for name, layer in self.layers.items():
+                layer.enabled = was[name]
+            if merged:
+                self.merge()
+
+    def _swap_extras(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Writes `values` into the whole modules and biases; returns what stood there."""
+        parameters = dict(self.model.named_parameters())
+        before = {name: parameters[name].detach().clone() for name in values}
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        return before
+
+    def merge(self) -> None:
+        """Puts W + s B A in the place of every adapted weight; all layers or, on error, none.
+
+        Raises:
+            UserError: a base weight is quantised, or a merged weight is not finite.
+        """
+        try:
+            for name, layer in self.layers.items():
+                try:
+                    layer.merge()
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
+        except UserError:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Puts the pristine weights back, exactly."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def remove(self) -> nn.Module:
+        """Takes the adapter away; returns the model as it was before, bit for bit.
+
+        Whole modules and biases get their first values back.
+        """
+        self.unmerge()
+        self._swap_extras(self._pristine)
+        return self._unwrap()
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merges for good and takes the wrappers away; returns a model of plain layers.
+
+        Whole modules and biases keep their trained values. A weight that was tied to an adapted
+        one keeps its own value, so the model's config is told that they are no longer tied.
+        """
+        tied_before = _tied_pairs(self.model)
+        self.merge()
+        for layer in self.layers.values():
+            layer._pristine_weight = None
+        model = self._unwrap()
+        config = getattr(model, "config", None)
+        if getattr(config, "tie_word_embeddings", False) and _tied_pairs(model) < tied_before:
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        return model
+
+    def _unwrap(self) -> nn.Module:
+        for name, layer in self.layers.items():
+            self._replace(name, layer.base_layer)
+        for hook in self._hooks:
+            hook.remove()
+        for name in self.saved_modules:
+            module = self.model.get_submodule(name)
+            for leaf, parameter in module.named_parameters():
+                parameter.data = parameter.data.to(self._pristine[f"{name}.{leaf}"].dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, False))
+        self.layers = {}
+        return self.model
+
+    # Telling ---------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """What was matched, with which rank and scaling, and the parameters trained and in all."""
+        return Summary(
+            rows=[
+                SummaryRow(
+                    name=name,
+                    kind=type(layer.base_layer).__name__,
+                    in_features=layer.lora_A.shape[1],
+                    out_features=layer.lora_B.shape[0],
+                    rank=layer.rank,
+                    alpha=self._alphas[name],
+                    scaling=layer.scaling,
+                    parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+                )
+                for name, layer in self.layers.items()
+            ],
+            whole_modules={
+                name: sum(p.numel() for p in self.model.get_submodule(name).parameters())
+                for name in self.saved_modules
+            },
+            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            total=sum(p.numel() for p in self.model.parameters()),
+        )
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapted module."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    scaling: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an adapter covers; `str()` gives a table with like modules on one line."""
+
+    rows: list[SummaryRow]
+    whole_modules: dict[str, int]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        groups: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
+        parameters: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
+        for row in self.rows:
+            leaf = ".".join(part for part in row.name.split(".")[-2:] if not part.isdigit())
+            shape = (row.in_features, row.out_features)
+            key = (leaf, row.kind, *shape, row.rank, row.alpha, row.scaling)
+            groups[key] += 1
+            parameters[key] += row.parameters
+        lines = [
+            f"{'module':<28} {'count':>5}  {'in -> out':>15} {'rank':>5} {'alpha':>7} {'scale':>7}"
+            f" {'parameters':>12}"
+        ]
+        for key, count in groups.items():
+            leaf, _, fan_in, fan_out, rank, alpha, scaling = key
+            lines.append(
+                f"{leaf:<28} {count:>5}  {f'{fan_in} -> {fan_out}':>15} {rank:>5} {alpha:>7g}"
+                f" {scaling:>7.3g} {parameters[key]:>12,}"
+            )
+        for name, number in self.whole_modules.items():
+            lines.append(f"{name:<28} {'whole':>5} {'':>37} {number:>12,}")
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        return "\n".join(lines)
+
+
+def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: str) -> None:
+    """Raises UserError unless `given` has the names and shapes of `own` and is finite."""
+    problems = []
+    for what, names in (
+        ("lacks", [name for name in own if name not in given]),
+        ("has unexpected", [name for name in given if name not in own]),
+    ):
+        if names:
+            problems.append(f"{what} {len(names)} tensors ({_some(names)})")
+    wrong = [
+        f"{name} is {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} tensors have the wrong shape ({_some(wrong)})")
+    if problems:
+        raise UserError(
+            f"{source} does not fit the model: it {'; '.join(problems)}. "
+            "Was it trained on another base model, or with other targets or rank?"
+        )
+    bad = [
+        name
+        for name, tensor in given.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise UserError(
+            f"{source} holds values that are not finite in {_some(bad)}: "
+            "the run that wrote it diverged, or the file is damaged."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _is_bias(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] == "bias"
+
+
+def _tied_pairs(model: nn.Module) -> int:
+    """How many parameter names are second names of another parameter."""
+    every = sum(1 for _ in model.named_parameters(remove_duplicate=False))
+    return every - sum(1 for _ in model.named_parameters())
+
+
+def _cast_around(module: nn.Module, outside: torch.dtype) -> list[Any]:
+    """Lets an fp32 module live in a 16-bit model: casts inputs up and outputs back."""
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    def up(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = tuple(cast(arg, torch.float32) for arg in args)
+        return arguments, {key: cast(arg, torch.float32) for key, arg in kwargs.items()}
+
+    def down(_: nn.Module, __: Any, output: Any) -> Any:
+        return cast(output, outside)
+
+    return [
+        module.register_forward_pre_hook(up, with_kwargs=True),
+        module.register_forward_hook(down),
+    ]

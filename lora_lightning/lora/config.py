@@ -1,0 +1,137 @@
+"""What to adapt and how: the settings of a LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UserError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+BIAS_MODES = ("none", "all", "lora_only")
+INITS = ("kaiming", "gaussian")
+
+
+@dataclass
+class LoraConfig:
+    """Settings of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
+
+    Names and matching rules are PEFT's, so that an adapter written here means the same there.
+
+    Raises:
+        UserError: a value is out of range; the message names the field.
+    """
+
+    rank: int = 8
+    """r, the inner width of the update B A."""
+    alpha: float | None = None
+    """Numerator of the scaling. None: `alpha_ratio * rank`, also for each rank in `rank_pattern`."""
+    alpha_ratio: float = 2.0
+    """alpha / rank where alpha is not given."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A during training."""
+    targets: Any = ALL_LINEAR
+    """"all-linear" (heads excluded), a list of name suffixes, or one regex for the whole name."""
+    exclude: Any = field(default_factory=list)
+    """Modules to leave out: a list of name suffixes, or one regex for the whole name."""
+    layers: list[int] | None = None
+    """Only these layer indices (the first number in a module's name). None: all."""
+    layers_pattern: Any = None
+    """Name or names of the module list that `layers` counts in, e.g. "layers". None: any."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank by name suffix or regex, over `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha by name suffix or regex, over `alpha`."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732) instead of alpha / r."""
+    bias: str = "none"
+    """Train no bias ("none"), every bias ("all"), or those of adapted modules ("lora_only")."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Further modules, by name suffix, trained whole and stored with the adapter."""
+    init: str = "kaiming"
+    """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r). B starts at zero."""
+
+    def __post_init__(self) -> None:
+        _positive_int("lora.rank", self.rank)
+        for name, rank in self.rank_pattern.items():
+            _positive_int(f"lora.rank_pattern[{name!r}]", rank)
+        if self.alpha is not None:
+            _positive("lora.alpha", self.alpha)
+        _positive("lora.alpha_ratio", self.alpha_ratio)
+        for name, alpha in self.alpha_pattern.items():
+            _positive(f"lora.alpha_pattern[{name!r}]", alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
+        _choice("lora.bias", self.bias, BIAS_MODES)
+        _choice("lora.init", self.init, INITS)
+        self.targets = _patterns("lora.targets", self.targets)
+        self.exclude = _patterns("lora.exclude", self.exclude)
+        if not self.targets:
+            raise UserError("lora.targets is empty: give 'all-linear', module names or a regex.")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the module called `name`."""
+        key = pattern_for(self.rank_pattern, name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """Alpha of the module called `name`."""
+        key = pattern_for(self.alpha_pattern, name)
+        if key is not None:
+            return float(self.alpha_pattern[key])
+        return float(self.alpha_ratio * self.rank_of(name) if self.alpha is None else self.alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """The factor s in W + s B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def pattern_for(patterns: dict[str, Any], name: str) -> str | None:
+    """The first key that matches the end of `name`, as PEFT's rank_pattern does."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _patterns(where: str, value: Any) -> str | list[str]:
+    """A list of suffixes, or a string that is "all-linear" or a regex."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        # A plain name or a comma-separated list of them, as one types it on a command line.
+        if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value) and ".*" not in value:
+            return [part.strip() for part in value.split(",")]
+        _compiles(where, value)
+        return value
+    if isinstance(value, Sequence) and all(isinstance(item, str) and item for item in value):
+        return list(value)
+    raise UserError(f"{where} must be a string or a list of names, got {value!r}.")
+
+
+def _compiles(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a valid regular expression: {error}.") from None
+
+
+def _positive_int(where: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where} must be a whole number of at least 1, got {value!r}.")
+
+
+def _positive(where: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{where} must be a positive number, got {value!r}.")
+
+
+def _choice(where: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        hint = did_you_mean(str(value), known)
+        raise UserError(f"{where} must be one of {', '.join(known)}, got {value!r}.{hint}")

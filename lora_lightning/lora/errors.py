@@ -1,0 +1,24 @@
+"""The one error type that a user's mistake raises, anywhere in the package."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message says what is wrong, where, and the fix.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The names in `known` closest to a misspelt `name`, best first."""
+    return difflib.get_close_matches(name, sorted(set(known)), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near."""
+    close = nearest(name, known)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -1,0 +1,199 @@
+"""LoRA layers: a frozen layer, wrapped and called, plus two trainable matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .functional import add_low_rank, add_low_rank_embedding, low_rank_norm
+
+
+class LoraLayer(nn.Module):
+    """A frozen layer with a low-rank update: h = W0 x + s B A x.
+
+    Equation 3 of Hu et al. 2021 (arXiv:2106.09685), s = alpha / r or alpha / sqrt(r). The base
+    layer is called, never copied; attributes that this class lacks (`weight`, `in_features`, ...)
+    are the base layer's, because model code reads them.
+
+    Args:
+        base_layer: the layer to adapt; its parameters stay as they are.
+        rank: r.
+        scaling: s.
+        dropout: probability of dropping an input of A during training.
+        init: "kaiming" or "gaussian", the first values of A. B starts at zero.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.rank = rank
+        self.scaling = scaling
+        self.enabled = True
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        # In a tuple, so that nn.Module does not register the parameter a second time.
+        self._pristine_weight: tuple[nn.Parameter] | None = None
+        fan_in, fan_out = self._features(base_layer)
+        device = _device_of(base_layer)
+        self.lora_A = nn.Parameter(torch.empty(rank, fan_in, device=device))
+        self.lora_B = nn.Parameter(torch.empty(fan_out, rank, device=device))
+        self.reset_parameters(init)
+        self.train(base_layer.training)
+
+    @staticmethod
+    def _features(base_layer: nn.Module) -> tuple[int, int]:
+        return int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """Draws A anew and sets B to zero: the layer then equals its base."""
+        if init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1.0 / self.rank)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.enabled or self.merged:
+            return output
+        return add_low_rank(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        """s B A in the layout of the base weight, computed in fp32 or wider."""
+        return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
+
+    def update_norm(self) -> Tensor:
+        """Frobenius norm of s B A, a scalar."""
+        return low_rank_norm(self.lora_A, self.lora_B, self.scaling)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base layer's weight holds the update at the moment."""
+        return self._pristine_weight is not None
+
+    def merge(self) -> None:
+        """Puts W0 + s B A in the place of W0: summed in fp32, rounded once.
+
+        W0 itself is set aside untouched, so `unmerge` is exact, however often it is done, and a
+        tensor tied to W0 elsewhere in the model keeps its value.
+
+        Raises:
+            UserError: the base weight is quantised, or the sum is not finite.
+        """
+        if self.merged:
+            return
+        weight = self.base_layer.weight
+        plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor
+        if not plain or not weight.is_floating_point():  # type: ignore[operator]
+            raise UserError(
+                f"cannot merge into {type(self.base_layer).__name__}: its weight is quantised. "
+                "Load the unquantised base model and merge there."
+            )
+        assert isinstance(weight, nn.Parameter)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged = (weight.detach().to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
+        if not merged.is_meta and not torch.isfinite(merged).all():
+            raise UserError("merging gives values that are not finite: the adapter has diverged.")
+        self._pristine_weight = (weight,)
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Puts W0 back, the very same tensor."""
+        if self._pristine_weight is not None:
+            self.base_layer.weight = self._pristine_weight[0]
+            self._pristine_weight = None
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on nn.Linear, or on any quantised linear with in_features and out_features.
+
+    A is (r, in), B is (out, r).
+    """
+
+
+class LoraConv1D(LoraLayer):
+    """LoRA on transformers' Conv1D (GPT-2), a linear layer whose weight is (in, out)."""
+
+    @staticmethod
+    def _features(base_layer: nn.Module) -> tuple[int, int]:
+        fan_in, fan_out = base_layer.weight.shape  # type: ignore[union-attr]
+        return int(fan_in), int(fan_out)  # type: ignore[arg-type]
+
+    def delta_weight(self) -> Tensor:
+        return super().delta_weight().t()
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on nn.Embedding: A is (r, vocabulary), B is (dim, r).
+
+    As in PEFT and loralib, A starts at zero and B is drawn from N(0, 1): every row of A is read by
+    one token alone, so a random A would be noise that other tokens never average out.
+    """
+
+    @staticmethod
+    def _features(base_layer: nn.Module) -> tuple[int, int]:
+        return int(base_layer.num_embeddings), int(base_layer.embedding_dim)  # type: ignore[arg-type]
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.enabled or self.merged:
+            return output
+        scaling: float | Tensor = self.scaling
+        # Some models scale inside the embedding (Gemma 3, BART): the update is scaled alike.
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if scale is not None:
+            scaling = self.scaling * scale
+        return add_low_rank_embedding(output, x, self.lora_A, self.lora_B, scaling)
+
+    def delta_weight(self) -> Tensor:
+        return super().delta_weight().t()
+
+
+def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
+    """The LoRA layer that can wrap `module`, or None."""
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return LoraConv1D
+    if isinstance(module, LoraLayer) or next(module.children(), None) is not None:
+        return None
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
+        # nn.Bilinear has in1_features; only layers of the shape of nn.Linear pass.
+        return LoraLinear
+    return None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device

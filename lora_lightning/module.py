@@ -1,0 +1,241 @@
+"""LoraModule: a frozen language model with LoRA layers, as a LightningModule."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from .lora import Adapter, LoraConfig, UserError
+from .lora.adapter import check_tensors
+from .lora.state import read_adapter
+from .modeling import load_tokenizer
+from .optim import build_optimizer, build_scheduler
+from .settings import ModelConfig, OptimConfig
+from .tasks import Task, build_task
+
+
+class LoraModule(L.LightningModule):
+    """A frozen base model, a LoRA adapter on it, and a task to learn.
+
+    The optimizer sees the adapter alone, and checkpoints hold the adapter alone.
+
+    The loss of an optimizer step is the mean over the targets of the whole step: over its
+    micro-batches, the last short window too, and over ranks. Gradients of the summed loss are
+    accumulated and divided by the count of targets before clipping.
+
+    Randomness within a step (dropout) is a function of seed, epoch, batch and rank, so a resumed
+    run repeats an uninterrupted one without any stored generator state.
+
+    Args:
+        task: settings of the task, or the Task object that the data module shares.
+        model: which base model.
+        lora: the adapter; None trains the whole model (full fine-tuning, the baseline).
+        optim: optimizer and schedule.
+        seed: seed of the initialisation and of dropout.
+        tokenizer: the base model's; None: loaded with it.
+        start_from: folder of an adapter of the same shape whose values training starts with.
+    """
+
+    def __init__(
+        self,
+        task: Task | dict[str, Any],
+        model: ModelConfig | dict[str, Any] | None = None,
+        lora: LoraConfig | dict[str, Any] | None = None,
+        optim: OptimConfig | dict[str, Any] | None = None,
+        *,
+        seed: int = 0,
+        tokenizer: Any = None,
+        start_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold the adapter alone; load_state_dict checks
+        self.task = build_task(task) if isinstance(task, dict) else task
+        self.model_config = ModelConfig(**model) if isinstance(model, dict) else model
+        self.model_config = self.model_config or ModelConfig()
+        self.lora_config = LoraConfig(**lora) if isinstance(lora, dict) else lora
+        self.optim_config = OptimConfig(**optim) if isinstance(optim, dict) else optim
+        self.optim_config = self.optim_config or OptimConfig()
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.start_from = start_from
+        # Plain values only: anything else could not be loaded with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "task": asdict(self.task.config),
+                "model": asdict(self.model_config),
+                "lora": None if self.lora_config is None else asdict(self.lora_config),
+                "optim": asdict(self.optim_config),
+                "seed": seed,
+            },
+            logger=False,
+        )
+        self.model: nn.Module | None = None
+        self.adapter: Adapter | None = None
+        self.val_metrics: MetricCollection | None = None
+        self.test_metrics: MetricCollection | None = None
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+        self._step_loss = torch.zeros(())
+        self._step_count = torch.zeros(())
+
+    # Building --------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the base model and puts the adapter on; does nothing the second time."""
+        if self.model is not None:
+            return
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.model_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model, whole = self.task.build_model(self.model_config, self.tokenizer)
+            if self.lora_config is not None:
+                settings = asdict(self.lora_config)
+                extra = [*settings["modules_to_save"], *whole]
+                settings["modules_to_save"] = list(dict.fromkeys(extra))
+                self.adapter = Adapter(model, LoraConfig(**settings))
+                if self.start_from is not None:
+                    _, tensors = read_adapter(self.start_from)
+                    self.adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
+        if getattr(model, "is_gradient_checkpointing", False):
+            # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
+            model.enable_input_require_grads()
+        self.model = model
+        self.val_metrics = self.task.metrics()
+        self.test_metrics = self.task.metrics()
+
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        """All that is trained and stored, by name: the adapter, or the whole model."""
+        if self.adapter is not None:
+            return self.adapter.named_tensors()
+        assert self.model is not None
+        return self.model.state_dict(keep_vars=True)
+
+    # Steps -----------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        index = self.current_epoch * 1_000_000_007 + batch_idx
+        torch.manual_seed((self.seed * 1_000_003 + index) * 4096 + self.global_rank)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        assert self.model is not None
+        output = self.task.loss(self.model, batch)
+        self._step_loss = self._step_loss.to(self.device) + output.total.detach()
+        self._step_count = self._step_count.to(self.device) + output.count.detach()
+        # Lightning divides by the number of micro-batches, DDP by the number of ranks; both are
+        # undone here and in on_before_optimizer_step, where the true count is known.
+        return output.total * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        strategy = self.trainer.strategy
+        count = strategy.reduce(self._step_count, reduce_op="sum")
+        loss = strategy.reduce(self._step_loss, reduce_op="sum")
+        self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
+        count = count.clamp(min=1)
+        factor = self.trainer.world_size / count
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        mean = loss / count
+        self.log("train/loss", mean, prog_bar=True)
+        if not torch.isfinite(mean):
+            raise FloatingPointError(
+                f"the training loss is {mean.item()} at step {self.global_step}: lower optim.lr, "
+                "or use model.dtype=bfloat16 instead of float16."
+            )
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.val_metrics, self.val_loss)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.test_metrics, self.test_loss)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Readable predictions for the rows of a batch (labels are ignored if it has any)."""
+        assert self.model is not None
+        inputs = {**batch, "labels": torch.zeros_like(batch["input_ids"][:, 0])}
+        return self.task.predictions(self.task.loss(self.model, inputs).outputs)
+
+    def _evaluate(
+        self, batch: dict[str, Tensor], metrics: MetricCollection | None, mean_loss: MeanMetric
+    ) -> Tensor:
+        assert self.model is not None and metrics is not None
+        output = self.task.loss(self.model, batch)
+        self.task.update_metrics(metrics, output, batch)
+        if output.count > 0:
+            mean_loss.update(output.total / output.count, output.count)
+        return output.outputs
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics, self.val_loss)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics, self.test_loss)
+
+    def _log_metrics(
+        self, stage: str, metrics: MetricCollection | None, mean_loss: MeanMetric
+    ) -> None:
+        assert metrics is not None
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict({f"{stage}/loss": mean_loss.compute(), **values}, prog_bar=stage == "val")
+        metrics.reset()
+        mean_loss.reset()
+
+    # Optimizer -------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.named_parameters(), self.optim_config)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, self.optim_config, max(steps, 1))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # Checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is trained, and nothing of the frozen base."""
+        if self.model is None:
+            return super().state_dict(*args, **kwargs)
+        keep_vars = kwargs.pop("keep_vars", False)
+        kept = {id(tensor) for tensor in self.trainable_tensors().values()}
+        state = super().state_dict(*args, keep_vars=True, **kwargs)
+        return {
+            name: tensor if keep_vars else tensor.detach()
+            for name, tensor in state.items()
+            if id(tensor) in kept
+        }
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a checkpoint's weights, strictly: every trained tensor, and no other.
+
+        Raises:
+            UserError: a tensor is missing, unexpected, of the wrong shape or not finite.
+        """
+        if self.model is None:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        check_tensors(self.state_dict(), dict(state_dict), source="the checkpoint")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lora_lightning"] = {"task_state": self.task.state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("lora_lightning", {}).get("task_state")
+        if saved is None:
+            raise UserError("this checkpoint was not written by lora_lightning.")
+        if self.model is None:
+            self.task.restore(saved)
+            self.configure_model()
+        elif saved != self.task.state():
+            raise UserError(
+                "the data or its labels differ from those that the checkpoint was trained with: "
+                f"{saved} then, {self.task.state()} now."
+            )

@@ -1,0 +1,69 @@
+"""Optimizers and learning-rate schedules, from torch and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lora.errors import UserError, did_you_mean
+from .settings import OptimConfig
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that require a gradient, and no others."""
+    matrices, vectors = [], []
+    for _, parameter in named_parameters:
+        if parameter.requires_grad:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    known = _optimizers()
+    if config.name not in known:
+        raise UserError(
+            f"optim.name: torch.optim has no {config.name!r}.{did_you_mean(config.name, known)}"
+        )
+    try:
+        return known[config.name](
+            [group for group in groups if group["params"]], lr=config.lr, **config.options
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim: {config.name} does not take these settings: {error}.") from None
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule over `total_steps` optimizer steps."""
+    from transformers import SchedulerType, get_scheduler
+
+    known = [kind.value for kind in SchedulerType]
+    if config.scheduler not in known:
+        raise UserError(
+            f"optim.scheduler: {config.scheduler!r} is none of {', '.join(known)}."
+            f"{did_you_mean(config.scheduler, known)}"
+        )
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    return get_scheduler(
+        config.scheduler,
+        optimizer,
+        num_warmup_steps=round(warmup),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(config.scheduler_options) or None,
+    )
+
+
+def _optimizers() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }

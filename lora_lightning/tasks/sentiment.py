@@ -1,0 +1,268 @@
+"""Text classification: sentiment, and any other task that gives a text one of N labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
+
+from ..lora.errors import UserError, did_you_mean
+from ..modeling import classification_logits, load_classifier
+from ..settings import ModelConfig, SentimentConfig
+from .base import IGNORE, LossOutput, Task, pick_column
+
+TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "sentiment",
+    "class",
+    "category",
+    "target",
+    "stars",
+    "rating",
+    "topic",
+)
+
+
+class SentimentTask(Task):
+    """Any classification of texts, on encoders, decoders and encoder-decoders alike.
+
+    Labels may be names or numbers, of any number of classes. The class names go into the model's
+    config (`id2label`).
+    """
+
+    name = "sentiment"
+    peft_task_type = "SEQ_CLS"
+
+    def __init__(self, config: SentimentConfig | None = None) -> None:
+        self.config = config or SentimentConfig()
+        self.text_column: str | None = None
+        self.pair_column: str | None = None
+        self.label_column: str | None = None
+        self.labels: list[str] = []
+        self._ids: dict[Any, int] = {}
+
+    # Rows to examples ------------------------------------------------------------------------
+
+    def learn(self, splits: dict[str, Any]) -> None:
+        reference = splits.get("train") or next(iter(splits.values()))
+        self._learn_columns(reference.column_names)
+        assert self.label_column is not None
+        if not self.labels:
+            self._learn_labels(reference)
+        for split, rows in splits.items():
+            if self.label_column not in rows.column_names:
+                raise UserError(
+                    f"the {split} data has no column {self.label_column!r}; "
+                    f"its columns are {', '.join(rows.column_names)}."
+                )
+            self._check_labels(split, rows[self.label_column])
+
+    def _learn_columns(self, columns: list[str]) -> None:
+        self.find_inputs(columns)
+        self.label_column = pick_column(
+            self.config.label_column, LABEL_COLUMNS, columns, "task.label_column"
+        )
+        if self.label_column is None:
+            raise _which_column("label", columns)
+
+    def find_inputs(self, columns: list[str]) -> None:
+        known = (self.text_column, *TEXT_COLUMNS) if self.text_column else TEXT_COLUMNS
+        self.text_column = pick_column(
+            self.config.text_column, known, columns, "task.text_column"
+        )
+        if self.text_column is None:
+            raise _which_column("text", columns)
+        self.pair_column = pick_column(
+            self.config.text_pair_column, (), columns, "task.text_pair_column"
+        )
+
+    def _learn_labels(self, rows: Any) -> None:
+        assert self.label_column is not None
+        feature = rows.features[self.label_column]
+        values = [value for value in map(_plain_label, rows[self.label_column]) if value != ""]
+        distinct = sorted(set(values), key=_sort_key)
+        if self.config.labels:
+            self.labels = [str(label) for label in self.config.labels]
+        elif hasattr(feature, "names"):
+            self.labels = list(feature.names)
+        else:
+            self.labels = [str(value) for value in distinct]
+            self._ids = {value: index for index, value in enumerate(distinct)}
+        if len(self.labels) != len(set(self.labels)):
+            raise UserError(f"task.labels names a class twice: {', '.join(self.labels)}.")
+        if len(self.labels) < 2:
+            only = f"only {self.labels[0]!r}" if self.labels else "none"
+            raise UserError(
+                f"column {self.label_column!r} holds {only}: a classifier needs two classes or more."
+            )
+        if len(self.labels) > 1000 or (len(values) > 50 and len(distinct) > len(values) // 2):
+            raise UserError(
+                f"column {self.label_column!r} holds {len(distinct)} different values in "
+                f"{len(values)} rows, so it is no class label. Name the column with the label: "
+                "task.label_column=NAME."
+            )
+
+    def _check_labels(self, split: str, values: list[Any]) -> None:
+        for row, value in enumerate(values):
+            if value is None or value == "":
+                raise UserError(
+                    f"the {split} data has no label in row {row + 1} (column "
+                    f"{self.label_column!r}): fill it in or remove the row."
+                )
+            if self.label_id(value) is None:
+                raise UserError(
+                    f"the {split} data has the unknown label {value!r} in row {row + 1}."
+                    f"{did_you_mean(str(value), self.labels)} Known labels: "
+                    f"{', '.join(self.labels)}. Correct it, or list all: task.labels=[...]."
+                )
+
+    def label_id(self, value: Any) -> int | None:
+        """Id of a label given by name or number; None if there is no such label."""
+        value = _plain_label(value)
+        if value in self._ids:
+            return self._ids[value]
+        if str(value) in self.labels:
+            return self.labels.index(str(value))
+        as_number = int(value) if isinstance(value, str) and value.isdigit() else value
+        if isinstance(as_number, int) and not self._ids and 0 <= as_number < len(self.labels):
+            return as_number
+        return None
+
+    def encode(self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
+        assert self.text_column is not None
+        texts = ["" if text is None else str(text) for text in rows[self.text_column]]
+        pairs = None
+        if self.pair_column is not None:
+            pairs = ["" if text is None else str(text) for text in rows[self.pair_column]]
+        full = tokenizer(texts, pairs, verbose=False)["input_ids"]
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+        empty = [not text.strip() for text in texts]
+        examples = {
+            name: [[] if blank else row for blank, row in zip(empty, encoded[name], strict=True)]
+            for name in ("input_ids", "token_type_ids")
+            if name in encoded
+        }
+        examples["truncated"] = [len(ids) > max_length for ids in full]
+        if self.label_column in rows:
+            examples["labels"] = [self.label_id(value) for value in rows[self.label_column]]
+        return examples
+
+    def signature(self) -> dict[str, Any]:
+        return {"task": self.name, **self.state()}
+
+    def strata(self, raw: Any) -> list[Any] | None:
+        columns = raw.column_names
+        column = pick_column(
+            self.config.label_column, LABEL_COLUMNS, columns, "task.label_column"
+        )
+        return None if column is None else [str(value) for value in raw[column]]
+
+    # Model, loss, metrics --------------------------------------------------------------------
+
+    def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
+        return load_classifier(config, tokenizer, self.labels)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+        logits = classification_logits(model, batch).float()
+        labels = batch["labels"]
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return LossOutput(total, (labels != IGNORE).sum(), logits)
+
+    def metrics(self) -> MetricCollection:
+        classes = len(self.labels)
+        metrics: dict[str, Any] = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "f1": MulticlassF1Score(classes, average="macro"),
+        }
+        if classes == 2:
+            metrics["auroc"] = BinaryAUROC()
+        # Compute groups would let metrics that are fed differently share their states.
+        return MetricCollection(metrics, compute_groups=False)
+
+    def update_metrics(
+        self, metrics: MetricCollection, output: LossOutput, batch: dict[str, Tensor]
+    ) -> None:
+        kept = batch["labels"] != IGNORE
+        logits, labels = output.outputs[kept], batch["labels"][kept]
+        if not len(labels):
+            return
+        for name, metric in metrics.items(keep_base=True):
+            binary = name == "auroc"
+            metric.update(logits.softmax(-1)[:, 1] if binary else logits, labels)
+
+    def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
+        rows = []
+        for probabilities in outputs.softmax(-1).tolist():
+            best = max(range(len(probabilities)), key=probabilities.__getitem__)
+            rows.append(
+                {
+                    "label": self.labels[best],
+                    "score": round(probabilities[best], 6),
+                    "scores": {
+                        label: round(value, 6)
+                        for label, value in zip(self.labels, probabilities, strict=True)
+                    },
+                }
+            )
+        return rows
+
+    def input_columns(self) -> list[str]:
+        return [name for name in (self.text_column, self.pair_column) if name is not None]
+
+    def describe(self, raw: dict[str, Any]) -> dict[str, str]:
+        assert self.text_column is not None
+        text = str(raw[self.text_column])
+        if self.pair_column is not None:
+            text += f" || {raw[self.pair_column]}"
+        number = self.label_id(raw[self.label_column]) if self.label_column in raw else None
+        return {"input": text, "target": "" if number is None else self.labels[number]}
+
+    # Kept with the adapter -------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "labels": self.labels,
+            "raw_labels": [value for value, _ in sorted(self._ids.items(), key=lambda i: i[1])],
+            "text_column": self.text_column,
+            "text_pair_column": self.pair_column,
+            "label_column": self.label_column,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.labels = list(state["labels"])
+        self._ids = {value: index for index, value in enumerate(state.get("raw_labels", []))}
+        self.text_column = state["text_column"]
+        self.pair_column = state.get("text_pair_column")
+        self.label_column = state["label_column"]
+
+    def class_counts(self, raw: Any) -> dict[str, int]:
+        """Rows of each class in a raw dataset."""
+        counts = Counter(self.label_id(value) for value in raw[self.label_column])
+        return {label: counts.get(index, 0) for index, label in enumerate(self.labels)}
+
+
+def _which_column(what: str, columns: list[str]) -> UserError:
+    return UserError(
+        f"which column holds the {what}? The data has {', '.join(columns)}. "
+        f"Name it: task.{what}_column=NAME."
+    )
+
+
+def _plain_label(value: Any) -> Any:
+    """One spelling for a label: 1.0 and True are 1, names lose outer blanks."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return value.strip() if isinstance(value, str) else value
+
+
+def _sort_key(value: Any) -> tuple[bool, Any]:
+    return (isinstance(value, str), value)

@@ -1,0 +1,346 @@
+"""One run: from a config to a trained adapter and its result.json."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from .callbacks import RunClock
+from .config import Settings, config_hash, instantiate_all, saved_settings, settings_of
+from .data.datamodule import LoraDataModule
+from .lora import UserError
+from .modeling import load_model_config, load_tokenizer, max_positions
+from .module import LoraModule
+from .storage import (
+    RESULT,
+    folder_bytes,
+    peak_memory_mib,
+    save_trained,
+    versions,
+    write_json,
+)
+from .tasks import Task, build_task
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+
+
+def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Trains, tests on the best adapter, and writes the run's folder `config.output_dir`.
+
+    Args:
+        config: a composed config, see conf/train.yaml.
+        resume: go on from the folder's last checkpoint.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: something in the config or the data is wrong.
+    """
+    run_dir = Path(config.output_dir)
+    quiet_libraries()
+    settings = settings_of(config)
+    checkpoint = last_checkpoint(run_dir) if resume else None
+    if not resume:
+        refuse_used_folder(run_dir)
+    writable(run_dir)
+    result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
+    result["versions"] = versions()
+    rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0
+    if rank_zero:
+        write_json(run_dir / RESULT, result)
+    try:
+        result.update(_run(config, settings, run_dir, checkpoint))
+        result["status"] = "completed"
+    except BaseException as error:
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        result["status"] = "interrupted" if interrupted else "failed"
+        result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        raise
+    finally:
+        if rank_zero and run_dir.is_dir():
+            write_json(run_dir / RESULT, result)
+    return result
+
+
+def _run(
+    config: DictConfig, settings: Settings, run_dir: Path, checkpoint: Path | None
+) -> dict[str, Any]:
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    task = build_task(settings.task)
+    module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
+    check_precision(settings, config.trainer)
+    trainer = build_trainer(config)
+    if not any(isinstance(callback, RunClock) for callback in trainer.callbacks):
+        trainer.callbacks.insert(0, RunClock())
+    _check_windows(trainer)
+    clock = next(c for c in trainer.callbacks if isinstance(c, RunClock))
+
+    before: dict[str, float] = {}
+    if config.test_before and checkpoint is None:
+        before = _evaluate(trainer.test, module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    _restore_best(trainer, module)
+    val = _evaluate(trainer.validate, module, data)
+    test = _evaluate(trainer.test, module, data)
+    if trainer.is_global_zero:
+        save_trained(module, run_dir / ADAPTER, saved_settings(config))
+    result = _result(config, module, trainer, clock, before, {**val, **test})
+    if trainer.is_global_zero:
+        _log_hparams(trainer, settings, config, result)
+        _print_result(result, run_dir, data)
+    return result
+
+
+def build(
+    settings: Settings, task: Task, *, seed: int, adapter: str | None = None
+) -> tuple[LoraModule, LoraDataModule]:
+    """The LightningModule and the data module of a run, sharing task and tokenizer."""
+    tokenizer = load_tokenizer(settings.model)
+    limit = max_positions(load_model_config(settings.model))
+    data = LoraDataModule(task, tokenizer, settings.data, length_limit=limit, seed=seed)
+    module = LoraModule(
+        task,
+        settings.model,
+        settings.lora,
+        settings.optim,
+        seed=seed,
+        tokenizer=tokenizer,
+        start_from=adapter,
+    )
+    return module, data
+
+
+def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
+    """The Lightning Trainer that the config describes.
+
+    Raises:
+        UserError: Lightning does not take the settings.
+    """
+    arguments = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(arguments, dict)
+    callbacks = instantiate_all(config.callbacks)
+    loggers = instantiate_all(config.logger)
+    try:
+        return L.Trainer(
+            **{
+                **{str(key): value for key, value in arguments.items()},
+                "callbacks": callbacks,
+                "logger": loggers or False,
+                "default_root_dir": config.output_dir,
+                "use_distributed_sampler": False,
+                **changes,
+            }
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
+        raise UserError(f"trainer: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "MisconfigurationException":
+            raise UserError(f"trainer: {error}") from error
+        raise
+
+
+def check_precision(settings: Settings, trainer: DictConfig) -> None:
+    """Refuses combinations of types in which training would silently go wrong."""
+    precision = str(trainer.get("precision", "32-true"))
+    if precision in ("16-true", "bf16-true", "64-true", "16", "64"):
+        raise UserError(
+            f"trainer.precision={precision} would cast the adapter too, which must stay fp32. "
+            "For a 16-bit base use model.dtype=bfloat16 with trainer.precision=32-true; for "
+            "autocast use bf16-mixed."
+        )
+    if settings.model.dtype == "float16" and precision != "16-mixed":
+        raise UserError(
+            "model.dtype=float16 needs trainer.precision=16-mixed, whose loss scaling keeps small "
+            "gradients alive; model.dtype=bfloat16 works with any."
+        )
+    if settings.lora is None and settings.model.dtype in ("bfloat16", "float16"):
+        raise UserError(
+            f"lora=full with model.dtype={settings.model.dtype} would round away most updates: "
+            "use model.dtype=float32 with trainer.precision=bf16-mixed."
+        )
+
+
+def _check_windows(trainer: L.Trainer) -> None:
+    """A validation amid an accumulation window could not be resumed exactly."""
+    every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if window > 1 and every is not None and every != 1.0:
+        if not isinstance(every, int) or every % window:
+            raise UserError(
+                f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
+                "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
+            )
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint a run goes on from; None if it was stopped before the first."""
+    path = run_dir / CHECKPOINTS / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """Raises UserError if the folder holds a run already."""
+    if (run_dir / RESULT).exists() or (run_dir / CHECKPOINTS).exists():
+        raise UserError(
+            f"{run_dir} holds a run already. To go on with it: lora-lightning train "
+            f"resume={run_dir}. For a new run give another output_dir."
+        )
+
+
+def writable(run_dir: Path) -> None:
+    """Makes the folder and makes sure that a checkpoint will fit.
+
+    Raises:
+        UserError: it cannot be written, or the disk is nearly full.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None
+    if free < 2**26:
+        raise UserError(
+            f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
+            "for checkpoints. Free some space or give another output_dir."
+        )
+
+
+def quiet_libraries() -> None:
+    """Silences messages that tell a user nothing he could act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+        ".*is_gradient_checkpointing.*",
+        ".*The dirpath has changed.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+
+
+def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:
+    """Metrics of trainer.validate or trainer.test; none where the split does not exist."""
+    found = run(module, data, verbose=False)
+    return {name: float(value) for name, value in found[0].items()} if found else {}
+
+
+def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
+    """Loads the weights of the best checkpoint into the module."""
+    best = next(
+        (
+            callback.best_model_path
+            for callback in trainer.callbacks
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_path
+        ),
+        "",
+    )
+    if best and Path(best).is_file():
+        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+        module.load_state_dict(checkpoint["state_dict"])
+
+
+def _result(
+    config: DictConfig,
+    module: LoraModule,
+    trainer: L.Trainer,
+    clock: RunClock,
+    before: dict[str, float],
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    assert module.model is not None
+    parameters = list(module.model.parameters())
+    adapter = Path(config.output_dir) / ADAPTER
+    return {
+        **metrics,
+        "before": before,
+        "objective": metrics.get(config.task.monitor),
+        "monitor": config.task.monitor,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "adapter_bytes": folder_bytes(adapter) if adapter.is_dir() else 0,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": round(clock.seconds, 3),
+        "tokens": clock.tokens,
+        "tokens_per_second": round(clock.tokens / max(clock.seconds, 1e-9), 1),
+        "peak_memory_mib": round(peak_memory_mib(module.device), 1),
+        "device": str(module.device),
+        "world_size": trainer.world_size,
+        "seed": config.seed,
+        "tags": list(config.tags),
+    }
+
+
+def _log_hparams(
+    trainer: L.Trainer, settings: Settings, config: DictConfig, result: dict[str, Any]
+) -> None:
+    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out."""
+    lora = settings.lora
+    params: dict[str, Any] = {
+        "method": config.lora.method,
+        "lr": settings.optim.lr,
+        "weight_decay": settings.optim.weight_decay,
+        "batch_size": settings.data.batch_size,
+        "seed": config.seed,
+        "model": settings.model.name_or_path,
+        "task": settings.task["name"],
+    }
+    if lora is not None:
+        params |= {
+            "rank": lora.rank,
+            "alpha": lora.alpha_of(""),
+            "scaling": lora.scaling_of(""),
+            "dropout": lora.dropout,
+            "targets": str(lora.targets),
+        }
+    metrics = {name: value for name, value in result.items() if name.startswith(("val/", "test/"))}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(params, {f"hparam/{k}": v for k, v in metrics.items()})
+            logger.save()
+
+
+def _print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:
+    rows = len(data.encoded["test"]) if data.has("test") else 0
+    lines = []
+    for name in sorted(name for name in result if name.startswith("test/")):
+        short = name.removeprefix("test/")
+        was = result["before"].get(name)
+        start = f"{was:.4f} -> " if was is not None else ""
+        lines.append(f"  {short:<10} {start}{result[name]:.4f}")
+    if lines:
+        lines.insert(0, f"On the {rows} test rows" + (", before -> after training:" if result["before"] else ":"))
+    share = 100 * result["trainable_parameters"] / result["total_parameters"]
+    lines += [
+        f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
+        f"({share:.2f} %) in {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s.",
+        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
+        f"Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text=\"...\"",
+        f"Curves:  tensorboard --logdir {run_dir}",
+    ]
+    print("\n" + "\n".join(lines), flush=True)
