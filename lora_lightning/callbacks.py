@@ -119,7 +119,7 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self.tokens += int(batch["attention_mask"].sum()) * trainer.world_size
+        self.tokens += _batch_tokens(batch) * trainer.world_size
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is not None:
@@ -137,7 +137,7 @@ class RunClock(Callback):
 def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
     """Lightning's ThroughputMonitor for our batches: rows and tokens per second."""
     return ThroughputMonitor(
-        batch_size_fn=_batch_rows, length_fn=_batch_width, window_size=window_size
+        batch_size_fn=_batch_rows, length_fn=_batch_tokens, window_size=window_size
     )
 
 
@@ -145,8 +145,8 @@ def _batch_rows(batch: dict[str, Tensor]) -> int:
     return batch["input_ids"].shape[0]
 
 
-def _batch_width(batch: dict[str, Tensor]) -> int:
-    return batch["input_ids"].shape[1]
+def _batch_tokens(batch: dict[str, Tensor]) -> int:
+    return int(batch["attention_mask"].sum())
 
 
 def _spread(total: int, count: int) -> list[int]:

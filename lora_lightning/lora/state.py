@@ -83,6 +83,7 @@ def save_adapter(
         adapter, base_model=base_model, revision=revision, task_type=task_type
     )
     with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
+        (staging / WEIGHTS_NAME).touch()  # with the user's own permissions; save_file keeps them
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if also is not None:

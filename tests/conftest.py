@@ -1,0 +1,165 @@
+"""Tiny models, tokenizers and data, made on the spot: no network, no files of this repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+WORDS = (
+    "the a film food hotel was is very not never good bad fine poor lovely awful slow quick warm "
+    "cold and but service staff room story price cheap dear clean dirty again return would loved "
+    "hated enjoyed waste time money boring funny sad happy tasty bland . ! , ?"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory):
+    """Keeps caches of datasets out of the user's home, for this process and its children."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = cache
+
+
+def _word_tokenizer(specials: list[str], **kwargs):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: index for index, word in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=specials[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if "cls_token" in kwargs:
+        first, last = kwargs["cls_token"], kwargs["sep_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}",
+            pair=f"{first} $A {last} $B:1 {last}:1",
+            special_tokens=[(first, vocab[first]), (last, vocab[last])],
+        )
+    else:
+        bos = kwargs["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocab[bos])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """Folder of a random BERT of two layers, with a word tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    tokenizer = _word_tokenizer(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """Folder of a random Llama of two layers, whose tokenizer has BOS and EOS but no padding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = _word_tokenizer(
+        ["<s>", "<unk>", "</s>"], bos_token="<s>", unk_token="<unk>", eos_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of random words of which one decides the label: learnable, of varied length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: list[str]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    rows = []
+    for index in range(count):
+        label = ("negative", "positive")[index % 2]
+        length = 3 + int(torch.randint(15, (1,), generator=generator))
+        words = [pick(WORDS[:10]) for _ in range(length)]
+        words[length // 2] = pick(
+            ["lovely", "loved", "tasty"] if label == "positive" else ["awful", "hated", "bland"]
+        )
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def rows_jsonl(tmp_path_factory) -> Path:
+    """A JSONL file of 80 labelled rows."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(80)))
+    return path
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """Runs `lora-lightning ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        from lora_lightning.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["lora-lightning", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fast() -> list[str]:
+    """Overrides that make a run small and silent."""
+    return [
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "trainer.enable_progress_bar=false",
+        "callbacks.progress_bar=null",
+        "callbacks.rich_summary=null",
+        "test_before=false",
+        "data.batch_size=8",
+    ]
