@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter import Adapter, Summary
+    from .adapter import Adapter
     from .config import LoraConfig
     from .errors import UserError
     from .layer import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
     from .state import load_adapter, read_adapter, save_adapter
+    from .summary import Summary
 
 _HOME = {
     "Adapter": "adapter",
@@ -19,7 +20,7 @@ _HOME = {
     "LoraEmbedding": "layer",
     "LoraLayer": "layer",
     "LoraLinear": "layer",
-    "Summary": "adapter",
+    "Summary": "summary",
     "UserError": "errors",
     "load_adapter": "state",
     "read_adapter": "state",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from .config import LoraConfig
 from .errors import UserError
 from .layer import LoraEmbedding, LoraLayer, lora_class_for
 from .match import Match, match_targets, modules_to_save
+from .summary import Summary, SummaryRow
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -29,15 +28,16 @@ class Adapter:
     Args:
         model: any torch model; changed in place.
         config: what to adapt and how.
+        strict: whether a pattern that matches nothing is an error.
 
     Raises:
         UserError: see `match_targets`; or the model carries an adapter already.
     """
 
-    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, *, strict: bool = True) -> None:
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError("the model already carries a LoRA adapter: remove that one first.")
-        matches = match_targets(model, config)
+        matches = match_targets(model, config, strict=strict)
         self.model = model
         self.config = config
         self.saved_modules = modules_to_save(model, config.modules_to_save)
@@ -45,8 +45,11 @@ class Adapter:
         self._aliases = {match.name: match.aliases for match in matches}
         self._alphas = {match.name: match.alpha for match in matches}
         self._hooks: list[Any] = []
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        every = model.named_parameters(remove_duplicate=False)
+        self._required_grad = {name: p.requires_grad for name, p in every}
+        self._tied = _tied_pairs(model)
         self._check_bias_precision(matches)
+        self._check_whole_modules()
 
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -63,6 +66,7 @@ class Adapter:
             self.layers[match.name] = layer
             self._replace(match.name, layer)
         self._pristine: dict[str, Tensor] = {}
+        self._untied: dict[str, nn.Parameter] = {}
         self._train_extras()
 
     def _check_bias_precision(self, matches: list[Match]) -> None:
@@ -73,6 +77,14 @@ class Adapter:
                 "model.dtype=float32; with a 16-bit base use lora.bias=none."
             )
 
+    def _check_whole_modules(self) -> None:
+        for name in self.saved_modules:
+            for leaf, parameter in self.model.get_submodule(name).named_parameters():
+                if not parameter.is_floating_point():
+                    raise UserError(
+                        f"lora.modules_to_save: {name}.{leaf} is quantised and cannot be trained."
+                    )
+
     def _replace(self, name: str, module: nn.Module) -> None:
         for alias in self._aliases[name]:
             parent, _, leaf = alias.rpartition(".")
@@ -82,14 +94,13 @@ class Adapter:
         """Makes whole modules and biases trainable, in fp32, and keeps what they were."""
         for name in self.saved_modules:
             module = self.model.get_submodule(name)
+            self._untie(name, module)
             for leaf, parameter in module.named_parameters():
-                if not parameter.is_floating_point():
-                    raise UserError(f"lora.modules_to_save: {name}.{leaf} is quantised.")
                 self._pristine[f"{name}.{leaf}"] = parameter.detach().clone()
-            dtypes = {p.dtype for p in module.parameters()}
-            if dtypes & set(LOW_PRECISION):
+            low = [p.dtype for p in module.parameters() if p.dtype in LOW_PRECISION]
+            if low:
                 module.to(torch.float32)
-                self._hooks += _cast_around(module, next(iter(dtypes)))
+                self._hooks += _cast_around(module, low[0])
             module.requires_grad_(True)
         for name, parameter in self.model.named_parameters():
             if name in self._pristine or not _is_bias(name):
@@ -98,6 +109,23 @@ class Adapter:
             if self.config.bias == "all" or (self.config.bias == "lora_only" and of_layer):
                 self._pristine[name] = parameter.detach().clone()
                 parameter.requires_grad_(True)
+
+    def _untie(self, name: str, module: nn.Module) -> None:
+        """Gives `module` parameters of its own where the rest of the model shares them.
+
+        A head tied to the embeddings is trained alone, as in PEFT: the embeddings stay frozen.
+        """
+        inside = set(module.modules())
+        shared = {
+            parameter
+            for other in self.model.modules()
+            if other not in inside
+            for parameter in other.parameters(recurse=False)
+        }
+        for leaf, parameter in list(module.named_parameters()):
+            if parameter in shared:
+                self._untied[f"{name}.{leaf}"] = parameter
+                _set_parameter(module, leaf, nn.Parameter(parameter.detach().clone()))
 
     # What belongs to the adapter -------------------------------------------------------------
 
@@ -118,9 +146,7 @@ class Adapter:
             state = self.model.get_submodule(name).state_dict(keep_vars=True)
             tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in state.items()})
         parameters = dict(self.model.named_parameters())
-        tensors.update(
-            {name: parameters[name] for name in self._pristine if name not in tensors}
-        )
+        tensors.update({name: parameters[name] for name in self._pristine if name not in tensors})
         return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
@@ -139,7 +165,12 @@ class Adapter:
     # Switching -------------------------------------------------------------------------------
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches the low-rank updates on or off; whole modules and biases stay as trained."""
+        """Switches the low-rank updates on or off; whole modules and biases stay as trained.
+
+        Switching off unmerges: the updates are no longer part of the weights.
+        """
+        if not enabled:
+            self.unmerge()
         for layer in self.layers.values():
             layer.enabled = enabled
 
@@ -148,7 +179,6 @@ class Adapter:
         """The base model exactly as it was before the adapter, for the time of the block."""
         was = {name: layer.enabled for name, layer in self.layers.items()}
         merged = any(layer.merged for layer in self.layers.values())
-        self.unmerge()
         self.set_enabled(False)
         trained = self._swap_extras(self._pristine)
         try:
@@ -197,23 +227,34 @@ class Adapter:
         """
         self.unmerge()
         self._swap_extras(self._pristine)
-        return self._unwrap()
+        model = self._unwrap()
+        for name, parameter in self._untied.items():
+            _set_parameter(model, name, parameter)
+        return model
 
     def merge_and_unload(self) -> nn.Module:
         """Merges for good and takes the wrappers away; returns a model of plain layers.
 
         Whole modules and biases keep their trained values. A weight that was tied to an adapted
         one keeps its own value, so the model's config is told that they are no longer tied.
+
+        Raises:
+            UserError: see `merge`; or the architecture cannot be stored with untied weights (T5).
         """
-        tied_before = _tied_pairs(self.model)
         self.merge()
+        config = getattr(self.model, "config", None)
+        if getattr(config, "tie_word_embeddings", False) and _tied_pairs(self.model) < self._tied:
+            if not _can_untie(config):
+                self.unmerge()
+                raise UserError(
+                    f"{type(self.model).__name__} always ties its embeddings, so that an adapter "
+                    "on one of them cannot be merged for good. Use the adapter unmerged."
+                )
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            _untie_all(self.model)
         for layer in self.layers.values():
             layer._pristine_weight = None
-        model = self._unwrap()
-        config = getattr(model, "config", None)
-        if getattr(config, "tie_word_embeddings", False) and _tied_pairs(model) < tied_before:
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-        return model
+        return self._unwrap()
 
     def _unwrap(self) -> nn.Module:
         for name, layer in self.layers.items():
@@ -256,55 +297,6 @@ class Adapter:
         )
 
 
-@dataclass(frozen=True)
-class SummaryRow:
-    """One adapted module."""
-
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    rank: int
-    alpha: float
-    scaling: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What an adapter covers; `str()` gives a table with like modules on one line."""
-
-    rows: list[SummaryRow]
-    whole_modules: dict[str, int]
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        groups: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
-        parameters: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
-        for row in self.rows:
-            leaf = ".".join(part for part in row.name.split(".")[-2:] if not part.isdigit())
-            shape = (row.in_features, row.out_features)
-            key = (leaf, row.kind, *shape, row.rank, row.alpha, row.scaling)
-            groups[key] += 1
-            parameters[key] += row.parameters
-        lines = [
-            f"{'module':<28} {'count':>5}  {'in -> out':>15} {'rank':>5} {'alpha':>7} {'scale':>7}"
-            f" {'parameters':>12}"
-        ]
-        for key, count in groups.items():
-            leaf, _, fan_in, fan_out, rank, alpha, scaling = key
-            lines.append(
-                f"{leaf:<28} {count:>5}  {f'{fan_in} -> {fan_out}':>15} {rank:>5} {alpha:>7g}"
-                f" {scaling:>7.3g} {parameters[key]:>12,}"
-            )
-        for name, number in self.whole_modules.items():
-            lines.append(f"{name:<28} {'whole':>5} {'':>37} {number:>12,}")
-        share = 100 * self.trainable / max(self.total, 1)
-        lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
-        return "\n".join(lines)
-
-
 def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: str) -> None:
     """Raises UserError unless `given` has the names and shapes of `own` and is finite."""
     problems = []
@@ -345,6 +337,27 @@ def _some(names: list[str]) -> str:
 
 def _is_bias(name: str) -> bool:
     return name.rsplit(".", 1)[-1] == "bias"
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, parameter)
+
+
+def _untie_all(model: nn.Module) -> None:
+    """Gives every module its own copy: a file said to be untied must hold a tensor for each."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, leaf, nn.Parameter(parameter.detach().clone()))
+            seen.add(parameter)
+
+
+def _can_untie(config: Any) -> bool:
+    """Whether a stored config keeps `tie_word_embeddings=False`; T5's sets it back to True."""
+    stored = {**config.to_dict(), "tie_word_embeddings": False}
+    return not type(config).from_dict(stored).tie_word_embeddings
 
 
 def _tied_pairs(model: nn.Module) -> int:

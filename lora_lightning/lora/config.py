@@ -28,7 +28,7 @@ class LoraConfig:
     rank: int = 8
     """r, the inner width of the update B A."""
     alpha: float | None = None
-    """Numerator of the scaling. None: `alpha_ratio * rank`, also for each rank in `rank_pattern`."""
+    """Numerator of the scaling. None: `alpha_ratio * rank`, also for ranks in `rank_pattern`."""
     alpha_ratio: float = 2.0
     """alpha / rank where alpha is not given."""
     dropout: float = 0.0
@@ -63,8 +63,8 @@ class LoraConfig:
         _positive("lora.alpha_ratio", self.alpha_ratio)
         for name, alpha in self.alpha_pattern.items():
             _positive(f"lora.alpha_pattern[{name!r}]", alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
         _choice("lora.bias", self.bias, BIAS_MODES)
         _choice("lora.init", self.init, INITS)
         self.targets = _patterns("lora.targets", self.targets)
@@ -73,6 +73,16 @@ class LoraConfig:
             raise UserError("lora.targets is empty: give 'all-linear', module names or a regex.")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
+        if self.layers is not None and not self.layers:
+            raise UserError("lora.layers is empty: give layer indices, or null for all layers.")
+        if isinstance(self.layers_pattern, str):
+            self.layers_pattern = [self.layers_pattern]
+        for pattern in self.layers_pattern or []:
+            _compiles("lora.layers_pattern", pattern)
+        if self.layers_pattern and self.layers is None:
+            raise UserError(
+                "lora.layers_pattern says where lora.layers counts: give lora.layers too."
+            )
 
     def rank_of(self, name: str) -> int:
         """Rank of the module called `name`."""
@@ -118,7 +128,9 @@ def _compiles(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is not a valid regular expression: {error}.") from None
+        raise UserError(
+            f"{where}: {pattern!r} is not a valid regular expression: {error}."
+        ) from None
 
 
 def _positive_int(where: str, value: Any) -> None:

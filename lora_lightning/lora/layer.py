@@ -73,7 +73,7 @@ class LoraLayer(nn.Module):
         return add_low_rank(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Tensor:
-        """s B A in the layout of the base weight, computed in fp32 or wider."""
+        """The update s B A, in the layout of the base weight."""
         return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
 
     def update_norm(self) -> Tensor:
@@ -141,8 +141,9 @@ class LoraConv1D(LoraLayer):
 
     @staticmethod
     def _features(base_layer: nn.Module) -> tuple[int, int]:
-        fan_in, fan_out = base_layer.weight.shape  # type: ignore[union-attr]
-        return int(fan_in), int(fan_out)  # type: ignore[arg-type]
+        assert isinstance(base_layer.weight, Tensor)
+        fan_in, fan_out = base_layer.weight.shape
+        return fan_in, fan_out
 
     def delta_weight(self) -> Tensor:
         return super().delta_weight().t()

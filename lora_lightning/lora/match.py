@@ -26,12 +26,18 @@ class Match:
     scaling: float
 
 
-def match_targets(model: nn.Module, config: LoraConfig) -> list[Match]:
+def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> list[Match]:
     """The modules that `config` names, in the model's order.
 
+    Args:
+        model: where to look.
+        config: what to look for.
+        strict: whether every single pattern must match. A loader, which checks each tensor of its
+            file instead, does without.
+
     Raises:
-        UserError: a target, exclusion, layer index or rank/alpha pattern matches nothing. The
-            message gives the nearest names and what could be matched.
+        UserError: a target, exclusion, layer index or rank/alpha pattern matches nothing, or all
+            together leave nothing. The message gives the nearest names and what could be matched.
     """
     candidates = adaptable(model)
     saved = modules_to_save(model, config.modules_to_save)
@@ -42,15 +48,17 @@ def match_targets(model: nn.Module, config: LoraConfig) -> list[Match]:
     if not candidates:
         raise UserError(f"{type(model).__name__} has no linear or embedding layer to adapt.")
 
+    if strict:
+        _check_names(model, config, candidates)
     chosen = _included(model, config, candidates)
-    chosen = _without_excluded(config, chosen, candidates)
-    chosen = _in_layers(config, chosen)
+    chosen = _without_excluded(config, chosen)
+    chosen = _in_layers(config, chosen, strict=strict)
     if not chosen:
         raise UserError(
-            f"lora.targets {config.targets!r} less lora.exclude {config.exclude!r} leaves no module "
-            f"to adapt. {_could_be(candidates)}"
+            f"lora.targets {config.targets!r} less lora.exclude {config.exclude!r} leaves no "
+            f"module to adapt. {_could_be(candidates)}"
         )
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in ("rank_pattern", "alpha_pattern") if strict else ():
         for pattern in getattr(config, option):
             if not any(pattern_for({pattern: 0}, name) for name in chosen):
                 raise _no_match(f"lora.{option}", pattern, chosen)
@@ -73,8 +81,9 @@ def adaptable(model: nn.Module) -> dict[str, list[str]]:
     aliases: dict[int, list[str]] = {}
     skipped: set[int] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MultiheadAttention):
-            # It reads out_proj.weight without calling out_proj: a wrapper there would do nothing.
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            # They read the weights of out_proj and, in the fast path, of linear1 and linear2
+            # without calling them: a wrapper there would do nothing.
             skipped.update(id(child) for child in module.children())
         if name and not isinstance(module, LoraLayer) and lora_class_for(module) is not None:
             aliases.setdefault(id(module), []).append(name)
@@ -106,7 +115,7 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """The modules, by name, that `patterns` (exact names or suffixes) ask to train whole.
 
     Raises:
-        UserError: a pattern matches nothing, or a module inside another that is already named.
+        UserError: a pattern matches nothing.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
@@ -115,7 +124,7 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         if not hits:
             raise UserError(
                 f"lora.modules_to_save: {pattern!r} matches no module."
-                f"{did_you_mean(pattern, _suffixes(names))}"
+                f"{did_you_mean(pattern, _suffixes(names))} {_could_be(names)}"
             )
         found.update(dict.fromkeys(hits))
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
@@ -144,64 +153,73 @@ def _included(
             if lora_class_for(modules[name]) is not LoraEmbedding
             and not heads.intersection(aliases)
         }
-    if isinstance(config.targets, str):
-        chosen = {
-            name: aliases
-            for name, aliases in candidates.items()
-            if any(re.fullmatch(config.targets, alias) for alias in aliases)
-        }
-        if not chosen:
-            raise _no_match("lora.targets", config.targets, candidates, what="regex")
-        return chosen
-    for target in config.targets:
-        if not any(_ends_with(a, target) for names in candidates.values() for a in names):
-            known = next((n for n in modules if n and _ends_with(n, target)), None)
-            if known is not None:
-                raise UserError(
-                    f"lora.targets: {target!r} is {known!r}, a {type(modules[known]).__name__}, "
-                    f"which LoRA cannot wrap or which is trained whole. {_could_be(candidates)}"
-                )
-            raise _no_match("lora.targets", target, candidates)
     return {
         name: aliases
         for name, aliases in candidates.items()
-        if any(_ends_with(alias, target) for alias in aliases for target in config.targets)
+        if any(_matches(alias, config.targets) for alias in aliases)
     }
 
 
-def _without_excluded(
-    config: LoraConfig, chosen: dict[str, list[str]], candidates: dict[str, list[str]]
-) -> dict[str, list[str]]:
-    def excluded(name: str, pattern: str, regex: bool) -> bool:
-        return bool(re.fullmatch(pattern, name)) if regex else _ends_with(name, pattern)
-
-    regex = isinstance(config.exclude, str)
-    patterns = [config.exclude] if regex else config.exclude
-    for pattern in patterns:
-        if not any(excluded(a, pattern, regex) for names in candidates.values() for a in names):
-            raise _no_match("lora.exclude", pattern, candidates, what="regex" if regex else "name")
+def _without_excluded(config: LoraConfig, chosen: dict[str, list[str]]) -> dict[str, list[str]]:
     return {
         name: aliases
         for name, aliases in chosen.items()
-        if not any(excluded(alias, pattern, regex) for alias in aliases for pattern in patterns)
+        if not any(_matches(alias, config.exclude) for alias in aliases)
     }
 
 
-def _in_layers(config: LoraConfig, chosen: dict[str, list[str]]) -> dict[str, list[str]]:
+def _matches(name: str, patterns: str | list[str]) -> bool:
+    """Whether one regex fits the whole of `name`, or one suffix in a list its end."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(_ends_with(name, pattern) for pattern in patterns)
+
+
+def _check_names(model: nn.Module, config: LoraConfig, candidates: dict[str, list[str]]) -> None:
+    """Raises UserError unless each pattern in targets and exclude matches something."""
+    known = [alias for aliases in candidates.values() for alias in aliases]
+    for option, patterns in (("targets", config.targets), ("exclude", config.exclude)):
+        if option == "targets" and patterns == ALL_LINEAR:
+            continue
+        what, each = ("regex", [patterns]) if isinstance(patterns, str) else ("name", patterns)
+        for pattern in each:
+            one = pattern if what == "regex" else [pattern]
+            if any(_matches(name, one) for name in known):
+                continue
+            for name, module in model.named_modules():
+                if name and _matches(name, one):
+                    raise UserError(
+                        f"lora.{option}: {pattern!r} is {name!r}, a {type(module).__name__}, "
+                        f"which LoRA cannot wrap or which is trained whole. {_could_be(known)}"
+                    )
+            raise _no_match(f"lora.{option}", pattern, known, what=what)
+
+
+def _in_layers(
+    config: LoraConfig, chosen: dict[str, list[str]], *, strict: bool
+) -> dict[str, list[str]]:
     if config.layers is None:
         return chosen
-    lists = config.layers_pattern
-    lists = [lists] if isinstance(lists, str) else list(lists or [r"[^.]*"])
+    lists = list(config.layers_pattern or [r"[^.]*"])
     indices: dict[str, int] = {}
+    unmatched = set(lists)
     for name in chosen:
         for pattern in lists:
             found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
             if found:
                 indices[name] = int(found.group(1))
+                unmatched.discard(pattern)
                 break
+    if strict and config.layers_pattern and unmatched:
+        pattern = min(unmatched)
+        known = {list_name for name in chosen for list_name in re.findall(r"([^.]+)\.\d+\.", name)}
+        raise UserError(
+            f"lora.layers_pattern: {pattern!r} names no module list around the targets."
+            f"{did_you_mean(pattern, known)} Lists that could be named: {', '.join(sorted(known))}."
+        )
     present = sorted(set(indices.values()))
     missing = [layer for layer in config.layers if layer not in present]
-    if missing:
+    if strict and missing:
         have = f"{present[0]} to {present[-1]}" if present else "none: the names hold no index"
         raise UserError(
             f"lora.layers: no adapted module lies in layer {', '.join(map(str, missing))}. "
@@ -221,7 +239,7 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _suffixes(names: Iterable[str]) -> set[str]:
-    found = set()
+    found: set[str] = set()
     for name in names:
         parts = name.split(".")
         found.update(".".join(parts[start:]) for start in range(len(parts)))
@@ -230,7 +248,8 @@ def _suffixes(names: Iterable[str]) -> set[str]:
 
 def _could_be(candidates: Iterable[str]) -> str:
     counts = Counter(name.rsplit(".", 1)[-1] for name in candidates)
-    listed = ", ".join(f"{leaf} (x{count})" for leaf, count in list(counts.items())[:30])
+    named = [(leaf, count) for leaf, count in counts.items() if not leaf.isdigit()]
+    listed = ", ".join(f"{leaf} (x{count})" for leaf, count in named[:30])
     return f"Modules that could be matched, by last name: {listed}."
 
 

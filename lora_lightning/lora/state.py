@@ -43,6 +43,7 @@ _UNSUPPORTED = (
     "megatron_config",
     "target_parameters",
     "trainable_token_indices",
+    "ensure_weight_tying",
     "velora_config",
     "monteclora_config",
     "kasa_config",
@@ -79,13 +80,12 @@ def save_adapter(
         PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
         for name, tensor in sorted(adapter.named_tensors().items())
     }
-    config = to_peft_config(
-        adapter, base_model=base_model, revision=revision, task_type=task_type
-    )
+    config = to_peft_config(adapter, base_model=base_model, revision=revision, task_type=task_type)
     with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
-        (staging / WEIGHTS_NAME).touch()  # with the user's own permissions; save_file keeps them
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # save_file lets none but the owner read, whatever the user's own permissions are.
+        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
         if also is not None:
             also(staging)
     return Path(folder)
@@ -138,7 +138,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         UserError: see `read_adapter` and `Adapter.load_tensors`.
     """
     raw, tensors = read_adapter(folder)
-    adapter = Adapter(model, from_peft_config(raw))
+    config = from_peft_config(raw)
+    config.modules_to_save = _whole_modules(model, config.modules_to_save, tensors)
+    adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
     source = f"adapter {folder}"
     try:
         adapter.load_tensors(_without_base_copies(adapter, tensors, source), source=source)
@@ -213,20 +215,23 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
         )
     if raw.get("target_modules") is None:
         raise UserError(f"{CONFIG_NAME} names no target_modules.")
-    return LoraConfig(
-        rank=raw.get("r", 8),
-        alpha=raw.get("lora_alpha", 8),
-        dropout=raw.get("lora_dropout", 0.0),
-        targets=raw["target_modules"],
-        exclude=raw.get("exclude_modules") or [],
-        layers=_as_list(raw.get("layers_to_transform")),
-        layers_pattern=raw.get("layers_pattern") or None,
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-        use_rslora=bool(raw.get("use_rslora", False)),
-        bias=raw.get("bias", "none"),
-        modules_to_save=list(raw.get("modules_to_save") or []),
-    )
+    try:
+        return LoraConfig(
+            rank=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),
+            dropout=raw.get("lora_dropout", 0.0),
+            targets=raw["target_modules"],
+            exclude=raw.get("exclude_modules") or [],
+            layers=_as_list(raw.get("layers_to_transform")),
+            layers_pattern=raw.get("layers_pattern") or None,
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            use_rslora=bool(raw.get("use_rslora", False)),
+            bias=raw.get("bias", "none"),
+            modules_to_save=list(raw.get("modules_to_save") or []),
+        )
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
 
 
 @contextmanager
@@ -241,6 +246,7 @@ def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written, or holds something else.
     """
+    folder = folder.resolve()  # what a link points to is replaced, not the link
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
@@ -254,8 +260,12 @@ def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
         if folder.exists():
             outgoing = staging.with_name(f"{staging.name}.old")
             os.rename(folder, outgoing)
-            os.rename(staging, folder)
-            shutil.rmtree(outgoing)
+            try:
+                os.rename(staging, folder)
+            except OSError:
+                os.rename(outgoing, folder)
+                raise
+            shutil.rmtree(outgoing, ignore_errors=True)
         else:
             os.rename(staging, folder)
     except (OSError, SafetensorError) as error:
@@ -291,6 +301,22 @@ def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
     return common, dict(sorted(patterns.items()))
 
 
+def _whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:
+    """The modules of `model` that a file stores whole, by PEFT's reading of modules_to_save.
+
+    PEFT lists "classifier" and "score" for every sequence classifier, whether it has them or not,
+    and takes "pre_classifier" for a "classifier" too.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    return [
+        name
+        for name in names
+        for pattern in patterns
+        if f".{name}".endswith(f".{pattern}")
+        or (name.endswith(pattern) and any(key.startswith(f"{name}.") for key in tensors))
+    ]
+
+
 def _without_base_copies(
     adapter: Adapter, tensors: dict[str, Tensor], source: str
 ) -> dict[str, Tensor]:
@@ -299,21 +325,18 @@ def _without_base_copies(
     Raises:
         UserError: such a copy differs from the model's own weight, so it was resized or trained.
     """
-    kept = dict(tensors)
     own = adapter.named_tensors()
+    frozen = dict(adapter.model.named_parameters(remove_duplicate=False))
+    kept = dict(tensors)
     for name in tensors:
-        module, _, leaf = name.rpartition(".base_layer.")
-        if name in own or leaf != "weight" or module not in adapter.layers:
+        if name in own or name not in frozen:
             continue
-        weight = adapter.layers[module].base_layer.weight
-        assert isinstance(weight, Tensor)
-        stored = kept.pop(name)
-        if stored.shape != weight.shape or not torch.allclose(
-            stored.float(), weight.detach().cpu().float(), atol=1e-3, rtol=1e-2
-        ):
+        stored, weight = kept.pop(name).float(), frozen[name].detach().cpu().float()
+        if stored.shape != weight.shape or not torch.allclose(stored, weight, atol=1e-3, rtol=1e-2):
             raise UserError(
                 f"{source} brings its own {name}, which differs from the base model's: "
-                "it was trained on another base or with a resized vocabulary."
+                "it was trained on another base, with a resized vocabulary, or as a whole module "
+                f"that {CONFIG_NAME} does not list."
             )
     return kept
 

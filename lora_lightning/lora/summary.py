@@ -1,0 +1,55 @@
+"""What an adapter covers, as data and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapted module."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    scaling: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an adapter covers; `str()` gives a table with like modules on one line."""
+
+    rows: list[SummaryRow]
+    whole_modules: dict[str, int]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        groups: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
+        parameters: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
+        for row in self.rows:
+            leaf = ".".join(part for part in row.name.split(".")[-2:] if not part.isdigit())
+            shape = (row.in_features, row.out_features)
+            key = (leaf, row.kind, *shape, row.rank, row.alpha, row.scaling)
+            groups[key] += 1
+            parameters[key] += row.parameters
+        lines = [
+            f"{'module':<28} {'count':>5}  {'in -> out':>15} {'rank':>5} {'alpha':>7} {'scale':>7}"
+            f" {'parameters':>12}"
+        ]
+        for key, count in groups.items():
+            leaf, _, fan_in, fan_out, rank, alpha, scaling = key
+            lines.append(
+                f"{leaf:<28} {count:>5}  {f'{fan_in} -> {fan_out}':>15} {rank:>5} {alpha:>7g}"
+                f" {scaling:>7.3g} {parameters[key]:>12,}"
+            )
+        for name, number in self.whole_modules.items():
+            lines.append(f"{name:<28} {'whole':>5} {'':>37} {number:>12,}")
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        return "\n".join(lines)
