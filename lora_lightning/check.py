@@ -13,8 +13,18 @@ from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
 from .module import LoraModule
+from .optim import build_optimizer, build_scheduler
+from .storage import undone_on_mistake
 from .tasks import build_task
-from .train import build, build_trainer, check_precision, quiet_libraries, refuse_used_folder, writable
+from .train import (
+    _check_windows,
+    build,
+    build_trainer,
+    check_precision,
+    quiet_libraries,
+    refuse_used_folder,
+    writable,
+)
 
 PROBE_ROWS = 4
 
@@ -30,19 +40,19 @@ def check(config: DictConfig) -> str:
     """
     quiet_libraries()
     settings = settings_of(config)
-    check_precision(settings, config.trainer)
     output = Path(config.output_dir)
-    existed = output.exists()
     refuse_used_folder(output)
-    writable(output)
-    try:
-        build_trainer(config, logger=False)
-        module, data = build(
-            settings, build_task(settings.task), seed=config.seed, adapter=config.adapter
-        )
+    with undone_on_mistake(output, always=True):
+        writable(output)
+        task = build_task(settings.task)
+        module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
+        check_precision(settings, config.trainer)
+        _check_windows(build_trainer(config))
         data.setup("fit")
         module.configure_model()
         _check_monitor(settings, module)
+        optimizer = build_optimizer(module.named_parameters(), settings.optim)
+        build_scheduler(optimizer, settings.optim, total_steps=1)
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
@@ -55,9 +65,6 @@ def check(config: DictConfig) -> str:
             _gradients(module, data, device),
             _memory(module, data, settings, device),
         ]
-    finally:
-        if not existed:
-            _remove_empty(output)
     return "\n\n".join([*sections, "All checks passed."])
 
 
@@ -79,7 +86,9 @@ def _modules(module: LoraModule) -> str:
 
 
 def _data(data: LoraDataModule, settings: Settings) -> str:
-    lines = [f"Data    longest input {data.max_length} tokens, batches of {settings.data.batch_size}"]
+    lines = [
+        f"Data    longest input {data.max_length} tokens, batches of {settings.data.batch_size}"
+    ]
     for split, rows in data.encoded.items():
         lengths = sorted(rows["length"])
         cut = sum(rows["truncated"])
@@ -109,7 +118,9 @@ def _sample(data: LoraDataModule) -> str:
         label = int(batch["labels"][row])
         name = labels[label] if labels else label
         text = data.tokenizer.decode(seen)
-        lines.append(f"  [{name}] {text[:160]}{'...' if len(text) > 160 else ''} (+{padding} padding)")
+        lines.append(
+            f"  [{name}] {text[:160]}{'...' if len(text) > 160 else ''} (+{padding} padding)"
+        )
     return "\n".join(lines)
 
 
@@ -162,13 +173,13 @@ def _memory(
         "activations": int(kept * scale),
     }
     total = sum(parts.values())
-    shown = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    line = f"Memory: about {total / 2**20:,.0f} MiB at the longest batch ({shown})."
+    shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
+    line = f"Memory: about {total / 2**20:,.1f} MiB at the longest batch ({shown})."
     if device.type == "cuda":
         free = torch.cuda.get_device_properties(device).total_memory
         if total > free:
             raise UserError(
-                f"{line} The GPU has {free / 2**20:,.0f}. Lower data.batch_size or "
+                f"{line} The GPU has {free / 2**20:,.1f}. Lower data.batch_size or "
                 "data.max_length, or set model.gradient_checkpointing=true."
             )
     return line
@@ -192,10 +203,3 @@ def _saved_bytes(module: LoraModule, batch: dict[str, Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.task.loss(module.model, batch)
     return sum(sizes.values())
-
-
-def _remove_empty(folder: Path) -> None:
-    """Takes away a folder that only this check made, and its empty parents."""
-    while folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ Verbs
   train     train an adapter, then test the best one     lora-lightning train
   check     preflight: show what train would do          lora-lightning check data.train=my.csv
   evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
-  predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text="..."
+  predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text=...
   merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
 
 The settings used most (train, check)
@@ -45,8 +46,15 @@ PLAIN_KEYS = {
     "predict": ("adapter", "text", "input", "output"),
     "merge": ("adapter", "output"),
 }
+MULTIRUN_FLAGS = ("-m", "--multirun")
+HYDRA_FLAGS = (
+    *MULTIRUN_FLAGS,
+    *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
+    *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
+)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
@@ -92,7 +100,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if os.environ.get(FULL_ERROR) == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -107,57 +115,116 @@ def _guarded(action: Callable[[], Any]) -> Any:
 
 
 def _train(arguments: list[str]) -> None:
+    from .config import compose_config, settings_of, sweep_choices
+    from .lora.errors import UserError
+
     resume = [argument for argument in arguments if argument.startswith("resume=")]
     if resume:
         _resume(resume[0].removeprefix("resume="), [a for a in arguments if a != resume[0]])
         return
+    flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
-    multirun = bool(set(arguments) & {"-m", "--multirun"})
-    if overrides == arguments and "LOCAL_RANK" not in os.environ:
-        _before_hydra(overrides)
-    _run_hydra(arguments, multirun=multirun)
-
-
-def _before_hydra(overrides: list[str]) -> None:
-    """Composes once, so that mistakes are told before Hydra makes a folder."""
-    from .config import compose_config, settings_of
-
-    config = compose_config(overrides)
-    settings_of(config)
-    fixed = any(override.startswith("output_dir=") for override in overrides)
+    for flag in flags:
+        _known_flag(flag)
+    if set(flags) - set(MULTIRUN_FLAGS) or "LOCAL_RANK" in os.environ:
+        _run_hydra(arguments)
+        return
+    if any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("the run's folder is set by output_dir=DIR: leave out hydra.run.dir.")
+    # Everything is composed before Hydra makes a folder, so that mistakes leave none behind.
+    for choice in sweep_choices(overrides) if flags else [overrides]:
+        config = compose_config(choice)
+        settings_of(config)
+    if flags:
+        _run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
+        return
     run_dir = Path(config.output_dir)
-    if fixed and ((run_dir / "result.json").exists() or (run_dir / "checkpoints").exists()):
-        from .train import refuse_used_folder
+    from .storage import undone_on_mistake
+    from .train import refuse_used_folder, writable
 
-        refuse_used_folder(run_dir)
-    if fixed:
-        from .train import writable
-
+    refuse_used_folder(run_dir)
+    with undone_on_mistake(run_dir):
         writable(run_dir)
+        _run_hydra([*arguments, f"output_dir={_quoted(run_dir)}"])
 
 
-def _run_hydra(arguments: list[str], *, multirun: bool) -> None:
+def _known_flag(flag: str) -> None:
+    from .lora.errors import UserError, did_you_mean
+
+    if flag.partition("=")[0] not in HYDRA_FLAGS:
+        raise UserError(
+            f"there is no flag {flag}.{did_you_mean(flag, HYDRA_FLAGS)} Settings have no dashes: "
+            "KEY=VALUE. `lora-lightning --help` shows both."
+        )
+
+
+def _quoted(value: object) -> str:
+    """A value in quotes of Hydra's grammar."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _run_hydra(arguments: list[str]) -> None:
     """Hands over to Hydra, which makes the run's folder and calls back with the config."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
 
-    from .config import CONFIG_MODULE, CONFIG_NAME, register_schemas
+    from .config import CONFIG_MODULE, CONFIG_NAME, explain, register_schemas
+    from .lora.errors import UserError
 
     register_schemas()
     whole = list(sys.argv)
+    composed = False
+    mistakes: list[UserError] = []
 
     @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
     def task(config: Any) -> float | None:
+        nonlocal composed
+        composed = True
         sys.argv = whole  # Lightning starts its other ranks with this command line
         from .train import train
 
         config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
-        result = train(config) if multirun else _guarded(lambda: train(config))
+        try:
+            with _environment(FULL_ERROR, full_error):
+                result = train(config)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra names the job, and goes on with the others first
+            mistakes.append(error)
+            return None
         objective = result["objective"]
         return None if objective is None else float(objective)
 
     sys.argv = [whole[0], *arguments]
-    task()
+    full_error = os.environ.get(FULL_ERROR)
+    try:
+        with _environment(FULL_ERROR, "1"):  # Hydra then raises instead of printing and exiting
+            task()
+    except (HydraException, OmegaConfBaseException) as error:
+        if composed:
+            raise
+        raise UserError(explain(error)) from None
+    finally:
+        sys.argv = whole
+    if mistakes:
+        raise mistakes[0]
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Sets an environment variable for the time of the block; None unsets it."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _resume(folder: str, others: list[str]) -> None:
@@ -171,10 +238,15 @@ def _resume(folder: str, others: list[str]) -> None:
             f"leave out {' '.join(others)}."
         )
     if not run_dir.is_dir():
-        raise UserError(f"resume={folder}: there is no such folder.")
+        raise UserError(
+            f"resume={folder}: there is no such folder. Give the output_dir of a run that stopped."
+        )
     saved = run_dir / ".hydra" / "config.yaml"
     if not saved.is_file():
-        raise UserError(f"resume={folder} is not the folder of a run: it holds no {saved.name}.")
+        raise UserError(
+            f"resume={folder} is not the folder of a run: it holds no .hydra/config.yaml. Give the "
+            "output_dir of a run that stopped."
+        )
     config = read_config(saved)
     from .train import train
 
@@ -191,7 +263,13 @@ def _resume(folder: str, others: list[str]) -> None:
 
 def _check(arguments: list[str]) -> None:
     from .config import compose_config
+    from .lora.errors import UserError
 
+    if any(argument.startswith("resume=") for argument in arguments):
+        raise UserError(
+            "check looks at a new run and knows no resume. A stopped run goes on with: "
+            "lora-lightning train resume=RUN_DIR"
+        )
     config = compose_config(arguments)
     config.output_dir = os.path.abspath(config.output_dir)
     from .check import check
@@ -203,6 +281,7 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
     from .config import over_saved
 
     folder = _need(plain, "adapter", "evaluate")
+    _check_output(plain)
     from .storage import read_sidecar, write_json
 
     config = over_saved(read_sidecar(folder)["settings"], overrides)
@@ -219,9 +298,9 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
 
     folder = _need(plain, "adapter", "predict")
     if ("text" in plain) == ("input" in plain):
-        raise UserError('predict needs one of text="..." and input=FILE.')
-    if "output" in plain and not Path(plain["output"]).resolve().parent.is_dir():
-        raise UserError(f"output={plain['output']}: its folder does not exist.")
+        given = " ".join(overrides) or ("both" if "text" in plain else "neither")
+        raise UserError(f'predict needs one of text="..." and input=FILE, but got {given}.')
+    _check_output(plain)
     from .evaluate import predictor_for
 
     predictor = predictor_for(folder, overrides)
@@ -262,6 +341,19 @@ def _need(plain: dict[str, str], key: str, verb: str) -> Path:
     return Path(plain[key]).expanduser()
 
 
+def _check_output(plain: dict[str, str]) -> None:
+    """Refuses a place that could not be written when the work is done."""
+    from .lora.errors import UserError
+
+    if "output" not in plain:
+        return
+    output = Path(plain["output"]).expanduser()
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"output={output}: its folder does not exist. Make it first.")
+    if output.is_dir():
+        raise UserError(f"output={output} is a folder: give the name of a file.")
+
+
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """Takes out the arguments that are plain text, not Hydra's grammar: texts and paths."""
     plain: dict[str, str] = {}
@@ -277,11 +369,17 @@ def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str],
 
 def _complete(arguments: list[str]) -> None:
     """Hydra's tab completion, with the verb taken out of the line that it completes."""
+    if not any(argument.startswith("query") for argument in arguments):
+        _run_hydra(arguments)
+        return
     line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    if any(argument.startswith("query") for argument in arguments):
-        if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-            print(" ".join(VERBS))
-            return
-        os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
-    _run_hydra(arguments, multirun=False)
+    words = [*line.split(), ""] if line.endswith(" ") else line.split()
+    verb, last = (words[1], words[-1]) if len(words) > 1 else ("", "")
+    if len(words) <= 2:
+        print(" ".join(known for known in VERBS if known.startswith(last)))
+        return
+    keys = [f"{key}=" for key in PLAIN_KEYS.get(verb, ()) if key.startswith(last)]
+    if keys:
+        print(" ".join(keys))
+    with _environment("COMP_LINE", line.replace(f" {verb}", "", 1)):
+        _run_hydra(arguments)

@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
@@ -47,7 +47,8 @@ class LoraSchema(LoraConfig):
 class Schema:
     """Everything a run is made of. Our own groups are typed; Lightning's are free."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    # Missing, not the class's default: `name_or_path: ???` in a file would not undo that.
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name_or_path=MISSING))
     task: Any = None
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraSchema = field(default_factory=LoraSchema)
@@ -91,8 +92,16 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         UserError: a value is out of range.
     """
+    missing = [key for key in OmegaConf.missing_keys(config) if key.split(".")[0] in OWN_GROUPS]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")
     lora = _as_object(config.lora)
     method = lora.pop("method", "lora")
+    if method == "full" and config.adapter:
+        raise UserError(
+            f"adapter={config.adapter} cannot be trained on with lora=full, which has no adapter: "
+            "leave out one of the two."
+        )
     if method not in METHODS:
         raise UserError(f"lora.method must be one of {', '.join(METHODS)}, got {method!r}.")
     return Settings(
@@ -119,6 +128,23 @@ def compose_config(overrides: list[str]) -> DictConfig:
         raise UserError(explain(error)) from None
 
 
+def sweep_choices(overrides: list[str]) -> list[list[str]]:
+    """Overrides without sweeps in which every choice of every sweep comes up at least once."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        choices = [
+            [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+            if item.is_discrete_sweep()
+            else [str(item.input_line)]
+            for item in parsed
+            if item.is_discrete_sweep() or not item.is_sweep_override()
+        ]
+    except HydraException as error:
+        raise UserError(explain(error)) from None
+    longest = max(map(len, choices), default=1)
+    return [[values[min(i, len(values) - 1)] for values in choices] for i in range(longest)]
+
+
 def explain(error: Exception) -> str:
     """A Hydra error as one short message that names the nearest right key."""
     chain = [error]
@@ -127,7 +153,10 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
-    wrong_type = next((line for line in lines if "could not be converted" in line), None)
+    unreadable = [item.override for item in chain if isinstance(item, OverrideParseException)]
+    wrong_type = next(
+        (line for line in lines if re.search("could not be converted|is not a valid", line)), None
+    )
     if wrong_type:
         key = re.search(r"full_key: (\S+)", text)
         return f"{key.group(1) if key else 'config'}: {wrong_type.rstrip('.')}."
@@ -141,15 +170,18 @@ def explain(error: Exception) -> str:
         )
     if unknown:
         key = unknown.group(1)
+        known = all_keys()
+        if key in known:
+            return f"{key} takes new entries with a plus in front: '+{key}={{NAME: VALUE}}'."
         return (
-            f"{key}: there is no such setting.{did_you_mean(key, all_keys())} "
+            f"{key}: there is no such setting.{did_you_mean(key, known)} "
             "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
             "or callbacks."
         )
-    if "mismatched input" in text or "token recognition" in text or "no viable" in text:
+    if unreadable:
         return (
-            f"cannot read the override: {lines[0]} Put values with blanks, commas, quotes or "
-            "brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
+            f"cannot read {unreadable[0]!r}: give KEY=VALUE, and put a value with blanks, "
+            "commas, quotes or brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
         )
     return text[:600]
 
@@ -180,8 +212,11 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
     default = compose_config([])
     asked = compose_config(overrides)
     OmegaConf.set_struct(default, False)
-    for group, values in saved.items():
-        default[group] = OmegaConf.merge(default[group], values) if default[group] else values
+    try:
+        for group, values in saved.items():
+            default[group] = OmegaConf.merge(default[group], values) if default[group] else values
+    except OmegaConfBaseException as error:
+        raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
     for override in OverridesParser.create().parse_overrides(overrides):
         key = str(override.key_or_group)
         OmegaConf.update(default, key, OmegaConf.select(asked, key), merge=False)
@@ -214,13 +249,17 @@ def instantiate_all(nodes: DictConfig) -> list[Any]:
     for name, node in nodes.items():
         if node is None:
             continue
-        if "_target_" not in node:
-            raise UserError(f"{name} needs a _target_: the class to build.")
+        key = nodes._get_full_key(name)
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
         try:
             objects.append(instantiate(node))
         except Exception as error:
             cause = error.__cause__ or error
-            raise UserError(f"cannot build {name} ({node._target_}): {cause}") from error
+            raise UserError(
+                f"cannot build {key} from its _target_ {node._target_}: "
+                f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
+            ) from error
     return objects
 
 
@@ -235,7 +274,7 @@ def read_config(path: Path) -> DictConfig:
     except (OSError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
     except Exception as error:  # yaml errors have no common base that is worth importing
-        raise UserError(f"{path} is not valid YAML: {error}.") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, DictConfig) or "trainer" not in config:
         raise UserError(f"{path} is not the config of a run.")
     return config

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from omegaconf import DictConfig
 
 from .config import over_saved, settings_of
@@ -16,6 +16,7 @@ from .lora import UserError
 from .modeling import load_model_config, max_positions
 from .storage import read_sidecar
 from .train import build_trainer, quiet_libraries
+
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     """Metrics of an adapter on the test split of the config's data.
@@ -34,7 +35,13 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         settings.data,
         length_limit=max_positions(load_model_config(module.model_config)),
     )
-    trainer: L.Trainer = build_trainer(config, logger=False, callbacks=[], enable_model_summary=False)
+    trainer = build_trainer(
+        config,
+        logger=False,
+        callbacks=[],
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),  # else the bar would mix with the metrics' JSON
+    )
     found = trainer.test(module, data, verbose=False)
     if not found:
         raise UserError("there is no test data: give data.test=FILE.")

@@ -18,7 +18,7 @@ from .lora.state import replaced_folder
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .settings import ModelConfig
-from .storage import base_fingerprint, read_sidecar, save_tokenizer
+from .storage import base_fingerprint, damaged, read_sidecar, save_tokenizer
 from .tasks import build_task
 
 
@@ -40,7 +40,10 @@ def load_trained(
     sidecar = read_sidecar(folder)
     settings = sidecar["settings"]
     task = build_task(settings["task"])
-    task.restore(sidecar["task_state"])
+    try:
+        task.restore(sidecar["task_state"])
+    except (KeyError, TypeError) as error:
+        raise damaged(folder, error) from None
     full = settings["lora"].get("method") == "full"
     model_settings = {**settings["model"], **(model or {})}
     if full:
@@ -50,9 +53,7 @@ def load_trained(
     lora = {key: value for key, value in settings["lora"].items() if key != "method"}
     module = LoraModule(task, config, None if full else LoraConfig(**lora), tokenizer=tokenizer)
     base, _ = task.build_model(config, tokenizer)
-    if not full:
-        module.adapter = load_adapter(base, folder)
-    module.model = base
+    module.adopt(base, None if full else load_adapter(base, folder))
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module.to(device).eval()
@@ -89,18 +90,18 @@ class Predictor:
         self.max_length = min(max_length or 512, limit)
         self.collate = PaddingCollator(module.tokenizer.pad_token_id)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Predictions for raw rows, in the order of the rows."""
+    def __call__(self, rows: list[dict[str, Any]], *, first: int = 1) -> list[dict[str, Any]]:
+        """Predictions for raw rows, in the order of the rows; messages count from `first`."""
         task, tokenizer = self.module.task, self.module.tokenizer
         columns = {name: [row.get(name) for row in rows] for name in task.input_columns()}
         encoded = task.encode(columns, tokenizer, self.max_length)
         encoded.pop("truncated")
-        examples = [
-            {name: values[i] for name, values in encoded.items()} for i in range(len(rows))
-        ]
+        examples = [{name: values[i] for name, values in encoded.items()} for i in range(len(rows))]
         for index, example in enumerate(examples):
             if not example["input_ids"]:
-                raise UserError(f"row {index + 1} holds no text in {task.input_columns()[0]!r}.")
+                raise UserError(
+                    f"row {first + index} holds no text in {task.input_columns()[0]!r}."
+                )
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
         found: list[dict[str, Any]] = [{} for _ in rows]
         for start in range(0, len(order), self.batch_size):
@@ -152,22 +153,24 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
 
 
 def _write_predictions(predictor: Predictor, rows: Any, handle: TextIO) -> int:
-    from tqdm import tqdm
-
     import sys
 
+    from tqdm import tqdm
+
     with tqdm(total=len(rows), unit="row", file=sys.stderr, disable=None) as bar:
-        for chunk in _chunks(rows, 50 * predictor.batch_size):
-            for row, prediction in zip(chunk, predictor(chunk), strict=True):
+        for start, chunk in _chunks(rows, 50 * predictor.batch_size):
+            predictions = predictor(chunk, first=start + 1)
+            for row, prediction in zip(chunk, predictions, strict=True):
                 line = {**row, "prediction": prediction}
                 handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             bar.update(len(chunk))
     return len(rows)
 
 
-def _chunks(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+def _chunks(rows: Any, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     for start in range(0, len(rows), size):
-        yield [dict(row) for row in rows.select(range(start, min(start + size, len(rows))))]
+        stop = min(start + size, len(rows))
+        yield start, [dict(row) for row in rows.select(range(start, stop))]
 
 
 def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | None = None) -> float:
@@ -209,6 +212,3 @@ def _probe(module: LoraModule) -> Tensor:
     batch = PaddingCollator(module.tokenizer.pad_token_id)([{"input_ids": ids} for ids in encoded])
     batch["labels"] = torch.zeros(len(PROBES), dtype=torch.long)
     return module.task.loss(module.model, batch).outputs.float()
-
-
-

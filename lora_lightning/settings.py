@@ -11,6 +11,7 @@ from typing import Any
 from .lora.errors import UserError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
 
 
 @dataclass
@@ -60,6 +61,11 @@ class SentimentConfig:
     """Whether "max" or "min" of `monitor` is the best."""
 
     def __post_init__(self) -> None:
+        if self.monitor not in MONITORS:
+            raise UserError(
+                f"task.monitor={self.monitor} is not measured."
+                f"{did_you_mean(self.monitor, MONITORS)} Known: {', '.join(MONITORS)}."
+            )
         if self.mode not in ("max", "min"):
             raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
 
@@ -69,7 +75,7 @@ class DataConfig:
     """Which rows to train and evaluate on, and how they are batched."""
 
     embedded: str | None = None
-    """Name of a data set that ships with the package. Used where neither files nor path is given."""
+    """Name of a data set that ships with the package, used where no files and no path are given."""
     train: Any = None
     """Training file, list of files, or folder (CSV, TSV, JSON, JSONL, Parquet, text)."""
     val: Any = None

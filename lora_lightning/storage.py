@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from .module import LoraModule
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
 RESULT = "result.json"
+RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv")
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
@@ -67,6 +71,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         )
 
 
+def damaged(folder: Path, error: Exception) -> UserError:
+    """What to tell where our own file in an adapter folder makes no sense."""
+    return UserError(f"{folder / SIDECAR} is damaged: {error!r}. Copy the adapter again.")
+
+
 def read_sidecar(folder: Path) -> dict[str, Any]:
     """Our settings file in an adapter folder.
 
@@ -87,10 +96,39 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["settings"]["task"], content["task_state"]
+        groups = [content["settings"][group] for group in ("model", "task", "lora", "data")]
+        if not all(isinstance(part, dict) for part in (*groups, content["task_state"])):
+            raise TypeError("settings and task_state must be objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}. Export the adapter again.") from None
+        raise damaged(folder, error) from None
     return dict(content)
+
+
+@contextmanager
+def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
+    """Takes away what the block has put into a run's folder if it ends in a mistake of the user.
+
+    What was there before stays, and so does a run that has come as far as a checkpoint.
+
+    Args:
+        run_dir: the run's folder; it and its parents are removed again where the block made them.
+        always: take it away however the block ends.
+    """
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    new = [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+    undo = always
+    try:
+        yield
+    except UserError:
+        undo = always or not any((run_dir / "checkpoints").glob("*"))
+        raise
+    finally:
+        if undo:
+            for path in new:
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            for folder in made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def base_fingerprint(module: LoraModule) -> str:

@@ -10,6 +10,11 @@ from ..lora.errors import UserError, did_you_mean
 from ..settings import DataConfig
 
 SPLITS = ("train", "val", "test")
+_ADVICE = {
+    "csv": "A text that holds the separator must stand in double quotes.",
+    "json": "Each line must be an object with the same keys and types of values.",
+    "parquet": "Is it another kind of file? The ending must tell.",
+}
 EMBEDDED = Path(__file__).parent / "embedded"
 BUILDERS = {
     ".csv": ("csv", {}),
@@ -81,7 +86,10 @@ def _load_files(option: str, value: Any) -> Any:
     if len(parts) > 1:
         columns = [part.column_names for part in parts]
         if any(sorted(names) != sorted(columns[0]) for names in columns):
-            raise UserError(f"{option}: the files have different columns: {columns}.")
+            shown = "; ".join(
+                f"{path}: {names}" for path, names in zip(paths, columns, strict=True)
+            )
+            raise UserError(f"{option}: the files must have the same columns, but differ. {shown}.")
         rows = concatenate_datasets(parts)
     if not len(rows):
         raise UserError(f"{option}: {', '.join(map(str, paths))} holds no rows.")
@@ -99,7 +107,7 @@ def _load_path(option: str, path: Path) -> Any:
     if path.is_dir():
         return _load_folder(option, path)
     if path.stat().st_size == 0:
-        raise UserError(f"{option}: {path} is empty.")
+        raise UserError(f"{option}: {path} is empty. Give a file that holds rows.")
     if path.suffix.lower() not in BUILDERS:
         raise UserError(
             f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, or a folder."
@@ -122,7 +130,8 @@ def _read(option: str, path: Path) -> Any:
         return reader[builder](str(path), **kwargs)
     except Exception as error:
         raise UserError(
-            f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)}"
+            f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)} "
+            f"{_ADVICE[builder]}"
         ) from error
 
 
@@ -182,8 +191,10 @@ def _text(option: str, path: Path) -> str:
 
 
 def _check_text(option: str, path: Path) -> None:
-    """Raises UserError, with the line, where a file is not UTF-8 or a line of JSONL is broken."""
+    """Raises UserError, with the line, for what is not UTF-8, broken JSONL, or without rows."""
     lines_of_json = path.suffix.lower() in (".jsonl", ".ndjson")
+    header = path.suffix.lower() in (".csv", ".tsv")
+    filled = 0
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             try:
@@ -194,7 +205,11 @@ def _check_text(option: str, path: Path) -> None:
                     f"iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
                 ) from None
             if "\x00" in decoded:
-                raise UserError(f"{option}: {path} holds a zero byte in line {number}: no text.")
+                raise UserError(
+                    f"{option}: {path} holds a zero byte in line {number}: it is no text, or not "
+                    f"UTF-8. Convert it, for instance: iconv -f utf-16 -t utf-8 {path.name}"
+                )
+            filled += sum(bool(part.strip()) for part in decoded.splitlines())
             if lines_of_json and decoded.strip():
                 try:
                     row = json.loads(decoded)
@@ -207,6 +222,11 @@ def _check_text(option: str, path: Path) -> None:
                         f"{option}: {path} holds no object in line {number}: each line must be "
                         '{"column": value, ...}.'
                     )
+    if filled <= header and path.suffix.lower() != ".txt":
+        raise UserError(
+            f"{option}: {path} holds no rows{' below its header' if header else ''}. "
+            "Give a file that does."
+        )
 
 
 def _is_list(value: Any) -> bool:

