@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from .module import LoraModule
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a killed run goes on exactly.
 
-    It is written every so many optimizer steps and after every validation, at points where no
-    gradient is half accumulated and no validation is half done. Writing is atomic: a kill in
-    mid-write leaves the previous one.
+    It is written every so many optimizer steps and after every epoch, at points where no gradient
+    is half accumulated and no other callback has yet to see a validation. Writing is atomic: a
+    kill in mid-write leaves the previous one.
 
     Args:
         folder: where last.ckpt goes.
@@ -32,26 +33,36 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_at = 0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        step = trainer.global_step
-        between = step % self.every_n_steps or step == self._saved_at
-        # Before a validation or at the epoch's end there is on_validation_end to do it.
-        if between or trainer.fit_loop.epoch_loop._should_check_val_fx(
-            trainer.fit_loop._data_fetcher  # type: ignore[arg-type]
-        ):
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.global_step - self._saved_at < self.every_n_steps or loop._should_accumulate():
             return
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
+        # Lightning does not make up for a validation or an epoch's end that was due here.
+        fetcher = trainer.fit_loop._data_fetcher
+        if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
+            return
+        self._save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Under max_steps Lightning would run an epoch's end a second time, and it does not store
+        # that a run was told to stop: there the checkpoint in mid-epoch has to do.
+        if trainer.max_steps == -1 and not trainer.should_stop:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._saved_at = trainer.global_step
-        trainer.save_checkpoint(self.path)
+        for logger in trainer.loggers:  # what the checkpoint knows of will not be logged again
+            logger.save()
+        # Lightning writes through the folder for temporary files, from which a move may be a copy.
+        beside = self.path.with_name(f".{self.path.name}")
+        trainer.save_checkpoint(beside, weights_only=False)
+        if trainer.is_global_zero:
+            os.replace(beside, self.path)
 
 
 class UpdateNorms(Callback):
@@ -61,11 +72,15 @@ class UpdateNorms(Callback):
         adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
         if adapter is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        norms = {f"update_norm/{name}": layer.update_norm() for name, layer in adapter.layers.items()}
+        norms = {
+            f"update_norm/{name}": layer.update_norm() for name, layer in adapter.layers.items()
+        }
         values = {name: norm.item() for name, norm in norms.items()}
         values["update_norm/total"] = sum(value**2 for value in values.values()) ** 0.5
+        # The step that Lightning logs this validation's metrics at.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=step)
 
 
 class SamplePredictions(Callback):
@@ -103,7 +118,7 @@ class SamplePredictions(Callback):
 class RunClock(Callback):
     """Measures a run: seconds of training, tokens trained on, peak memory.
 
-    `tokens` counts positions that the attention mask admits, without padding.
+    `tokens` counts positions that the attention mask admits, without padding, over all ranks.
     """
 
     def __init__(self) -> None:
@@ -119,7 +134,8 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self.tokens += _batch_tokens(batch) * trainer.world_size
+        tokens = batch["attention_mask"].sum()
+        self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is not None:

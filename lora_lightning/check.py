@@ -17,10 +17,10 @@ from .optim import build_optimizer, build_scheduler
 from .storage import undone_on_mistake
 from .tasks import build_task
 from .train import (
-    _check_windows,
     build,
     build_trainer,
     check_precision,
+    check_windows,
     quiet_libraries,
     refuse_used_folder,
     writable,
@@ -47,10 +47,9 @@ def check(config: DictConfig) -> str:
         task = build_task(settings.task)
         module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
         check_precision(settings, config.trainer)
-        _check_windows(build_trainer(config))
+        check_windows(build_trainer(config))
         data.setup("fit")
         module.configure_model()
-        _check_monitor(settings, module)
         optimizer = build_optimizer(module.named_parameters(), settings.optim)
         build_scheduler(optimizer, settings.optim, total_steps=1)
         assert module.model is not None
@@ -66,15 +65,6 @@ def check(config: DictConfig) -> str:
             _memory(module, data, settings, device),
         ]
     return "\n\n".join([*sections, "All checks passed."])
-
-
-def _check_monitor(settings: Settings, module: LoraModule) -> None:
-    assert module.val_metrics is not None
-    known = ["val/loss", *(f"val/{name}" for name in module.val_metrics.keys(keep_base=True))]
-    if settings.task["monitor"] not in known:
-        raise UserError(
-            f"task.monitor={settings.task['monitor']} is not measured. Known: {', '.join(known)}."
-        )
 
 
 def _modules(module: LoraModule) -> str:

@@ -39,6 +39,8 @@ class LoraModule(L.LightningModule):
         seed: seed of the initialisation and of dropout.
         tokenizer: the base model's; None: loaded with it.
         start_from: folder of an adapter of the same shape whose values training starts with.
+        task_state: what the task learned from its data, as checkpoints hold it; None: the data
+            module has the task learn it.
     """
 
     def __init__(
@@ -51,10 +53,13 @@ class LoraModule(L.LightningModule):
         seed: int = 0,
         tokenizer: Any = None,
         start_from: str | None = None,
+        task_state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # checkpoints hold the adapter alone; load_state_dict checks
         self.task = build_task(task) if isinstance(task, dict) else task
+        if task_state is not None:
+            self.task.restore(task_state)
         self.model_config = ModelConfig(**model) if isinstance(model, dict) else model
         self.model_config = self.model_config or ModelConfig()
         self.lora_config = LoraConfig(**lora) if isinstance(lora, dict) else lora
@@ -94,20 +99,35 @@ class LoraModule(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model, whole = self.task.build_model(self.model_config, self.tokenizer)
+            adapter = None
             if self.lora_config is not None:
                 settings = asdict(self.lora_config)
                 extra = [*settings["modules_to_save"], *whole]
                 settings["modules_to_save"] = list(dict.fromkeys(extra))
-                self.adapter = Adapter(model, LoraConfig(**settings))
+                adapter = Adapter(model, LoraConfig(**settings))
                 if self.start_from is not None:
                     _, tensors = read_adapter(self.start_from)
-                    self.adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
+                    adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
         if getattr(model, "is_gradient_checkpointing", False):
             # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
             model.enable_input_require_grads()
-        self.model = model
+        self.adopt(model, adapter)
+        self._check_monitor()
+
+    def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
+        """Takes over a model that is ready, and the adapter on it."""
+        self.model, self.adapter = model, adapter
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
+
+    def _check_monitor(self) -> None:
+        assert self.val_metrics is not None
+        known = ["val/loss", *(f"val/{name}" for name in self.val_metrics.keys(keep_base=True))]
+        if self.task.config.monitor not in known:
+            raise UserError(
+                f"task.monitor={self.task.config.monitor} is not measured for these labels. "
+                f"Known: {', '.join(known)}."
+            )
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """All that is trained and stored, by name: the adapter, or the whole model."""
@@ -117,6 +137,11 @@ class LoraModule(L.LightningModule):
         return self.model.state_dict(keep_vars=True)
 
     # Steps -----------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        # configure_optimizers asks for the number of steps, for which Lightning makes the data
+        # loaders before it has read their state, and then forgets to give it to them.
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         index = self.current_epoch * 1_000_000_007 + batch_idx
@@ -145,7 +170,7 @@ class LoraModule(L.LightningModule):
         mean = loss / count
         self.log("train/loss", mean, prog_bar=True)
         if not torch.isfinite(mean):
-            raise FloatingPointError(
+            raise UserError(
                 f"the training loss is {mean.item()} at step {self.global_step}: lower optim.lr, "
                 "or use model.dtype=bfloat16 instead of float16."
             )
@@ -165,7 +190,8 @@ class LoraModule(L.LightningModule):
     def _evaluate(
         self, batch: dict[str, Tensor], metrics: MetricCollection | None, mean_loss: MeanMetric
     ) -> Tensor:
-        assert self.model is not None and metrics is not None
+        assert self.model is not None
+        assert metrics is not None
         output = self.task.loss(self.model, batch)
         self.task.update_metrics(metrics, output, batch)
         if output.count > 0:
@@ -225,16 +251,14 @@ class LoraModule(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lora_lightning"] = {"task_state": self.task.state()}
+        # Among the arguments, so that load_from_checkpoint can build the model's head.
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("lora_lightning", {}).get("task_state")
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("task_state")
         if saved is None:
             raise UserError("this checkpoint was not written by lora_lightning.")
-        if self.model is None:
-            self.task.restore(saved)
-            self.configure_model()
-        elif saved != self.task.state():
+        if saved != self.task.state():
             raise UserError(
                 "the data or its labels differ from those that the checkpoint was trained with: "
                 f"{saved} then, {self.task.state()} now."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import inspect
 import logging
 import shutil
 import warnings
@@ -11,13 +13,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import RunClock
 from .config import Settings, config_hash, instantiate_all, saved_settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
+from .lora.errors import did_you_mean
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .storage import (
@@ -53,13 +56,14 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     quiet_libraries()
     settings = settings_of(config)
     checkpoint = last_checkpoint(run_dir) if resume else None
-    if not resume:
-        refuse_used_folder(run_dir)
-    writable(run_dir)
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     result["versions"] = versions()
+    # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0
     if rank_zero:
+        if not resume:
+            refuse_used_folder(run_dir)
+        writable(run_dir)
         write_json(run_dir / RESULT, result)
     try:
         result.update(_run(config, settings, run_dir, checkpoint))
@@ -85,12 +89,14 @@ def _run(
     trainer = build_trainer(config)
     if not any(isinstance(callback, RunClock) for callback in trainer.callbacks):
         trainer.callbacks.insert(0, RunClock())
-    _check_windows(trainer)
+    check_windows(trainer)
     clock = next(c for c in trainer.callbacks if isinstance(c, RunClock))
 
     before: dict[str, float] = {}
     if config.test_before and checkpoint is None:
         before = _evaluate(trainer.test, module, data)
+    if checkpoint is not None:
+        _continue_csv(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -133,6 +139,13 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
+    known = inspect.signature(L.Trainer).parameters
+    for key in arguments:
+        if key not in known:
+            raise UserError(
+                f"trainer.{key}: Lightning's Trainer takes no such argument."
+                f"{did_you_mean(str(key), known)}"
+            )
     callbacks = instantiate_all(config.callbacks)
     loggers = instantiate_all(config.logger)
     try:
@@ -176,15 +189,16 @@ def check_precision(settings: Settings, trainer: DictConfig) -> None:
         )
 
 
-def _check_windows(trainer: L.Trainer) -> None:
+def check_windows(trainer: L.Trainer) -> None:
     """A validation amid an accumulation window could not be resumed exactly."""
     every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if window > 1 and every is not None and every != 1.0:
-        if not isinstance(every, int) or every % window:
-            raise UserError(
-                f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
-                "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
-            )
+    if window == 1 or every is None or every == 1.0:
+        return
+    if not isinstance(every, int) or every % window:
+        raise UserError(
+            f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
+            "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
+        )
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -234,6 +248,9 @@ def quiet_libraries() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*is_gradient_checkpointing.*",
         ".*The dirpath has changed.*",
+        ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
+        ".*you need to define a `flops_per_batch`.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)
     from datasets import disable_progress_bars
@@ -241,6 +258,25 @@ def quiet_libraries() -> None:
 
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
+
+
+def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:
+    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file."""
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
+            continue
+        path = Path(logger.log_dir) / "metrics.csv"
+        rows = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as handle:
+                rows = list(csv.DictReader(handle))
+        logger.experiment.metrics += [
+            {name: value for name, value in row.items() if value != ""}
+            for row in rows
+            if int(row["step"]) < step
+        ]
+        logger.save()
 
 
 def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:
@@ -259,7 +295,7 @@ def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
         ),
         "",
     )
-    if best and Path(best).is_file():
+    if best:
         checkpoint = torch.load(best, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint["state_dict"])
 
@@ -321,7 +357,7 @@ def _log_hparams(
     metrics = {name: value for name, value in result.items() if name.startswith(("val/", "test/"))}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(params, {f"hparam/{k}": v for k, v in metrics.items()})
+            logger.log_hyperparams(params, {f"final/{k}": v for k, v in metrics.items()})
             logger.save()
 
 
@@ -334,13 +370,18 @@ def _print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -
         start = f"{was:.4f} -> " if was is not None else ""
         lines.append(f"  {short:<10} {start}{result[name]:.4f}")
     if lines:
-        lines.insert(0, f"On the {rows} test rows" + (", before -> after training:" if result["before"] else ":"))
+        lines.insert(
+            0,
+            f"On the {rows} test rows"
+            + (", before -> after training:" if result["before"] else ":"),
+        )
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines += [
         f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
-        f"({share:.2f} %) in {result['seconds']:.0f} s, {result['tokens_per_second']:,.0f} tokens/s.",
+        f"({share:.2f} %) in {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s.",
         f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
-        f"Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text=\"...\"",
+        f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',
         f"Curves:  tensorboard --logdir {run_dir}",
     ]
     print("\n" + "\n".join(lines), flush=True)

@@ -99,6 +99,13 @@ class LoraDataModule(L.LightningDataModule):
                     "LoraDataModule spreads the rows over the ranks itself: "
                     "give the Trainer use_distributed_sampler=False."
                 )
+            for split in ("val", "test"):
+                rows = len(self.encoded[split]) if self.has(split) else trainer.world_size
+                if rows < trainer.world_size:  # torchmetrics cannot gather from a rank without any
+                    raise UserError(
+                        f"there are {rows} {split} rows for {trainer.world_size} processes: give "
+                        "more rows, or fewer trainer.devices."
+                    )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
@@ -117,26 +124,26 @@ class LoraDataModule(L.LightningDataModule):
 
     def _build(self) -> None:
         raw = load_splits(self.config)
+        self.task.learn(raw)
         raw = make_splits(raw, self.config, strata=self.task.strata)
         for split in raw:
             limit = getattr(self.config, f"limit_{split}")
             if limit is not None:
                 raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
-        self.task.learn(raw)
         for split, rows in raw.items():
             encoded = self._encode(rows)
             kept = [i for i, length in enumerate(encoded["length"]) if length > 0]
             self.dropped[split] = len(rows) - len(kept)
             if not kept:
                 raise UserError(
-                    f"the {split} data has nothing to learn from: all {len(rows)} rows are empty."
+                    f"the {split} data has nothing to learn from: all {len(rows)} rows are empty. "
+                    "Name the column with the text: task.text_column=NAME."
                 )
             if self.dropped[split]:
                 rank_zero_info(
                     f"{split}: {self.dropped[split]} of {len(rows)} rows are empty and left out."
                 )
-                rows, encoded = rows.select(kept), encoded.select(kept)
-            self.raw[split], self.encoded[split] = rows, encoded
+            self.raw[split], self.encoded[split] = rows.select(kept), encoded.select(kept)
 
     def _encode(self, rows: Any) -> Any:
         """Encoded rows, from the cache where the same rows were encoded before."""

@@ -91,24 +91,23 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._given = 0
-        self._skip = 0
+        self._resume: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The number of batches given so far in this epoch."""
-        return {"batches": self._given}
+        """The epoch, and the number of its batches given so far."""
+        return {"epoch": self._batches().epoch, "batches": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration start after that many batches."""
-        self._skip = state["batches"] % max(len(self), 1)
+        """Makes the next iteration, if it is of the same epoch, start after those batches."""
+        self._resume = state
 
     def __iter__(self) -> Iterator[Any]:
-        self._given, self._skip = self._skip, 0
-        batch_sampler = self.batch_sampler
-        assert isinstance(batch_sampler, LengthBucketBatchSampler)
-        rest = list(batch_sampler)[self._given :]
+        sampler = self._batches()
+        resume, self._resume = self._resume, {}
+        self._given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0
         loader = DataLoader(
             self.dataset,
-            batch_sampler=rest,
+            batch_sampler=list(sampler)[self._given :],
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -116,3 +115,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         for batch in loader:
             self._given += 1
             yield batch
+
+    def _batches(self) -> LengthBucketBatchSampler:
+        assert isinstance(self.batch_sampler, LengthBucketBatchSampler)
+        return self.batch_sampler

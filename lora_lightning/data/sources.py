@@ -16,9 +16,11 @@ _ADVICE = {
     "parquet": "Is it another kind of file? The ending must tell.",
 }
 EMBEDDED = Path(__file__).parent / "embedded"
+# Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
+CSV = {"keep_default_na": False, "na_values": [""]}
 BUILDERS = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", {**CSV, "sep": "\t"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
     ".ndjson": ("json", {}),

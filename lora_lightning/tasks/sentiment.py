@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -74,9 +73,7 @@ class SentimentTask(Task):
 
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.text_column, *TEXT_COLUMNS) if self.text_column else TEXT_COLUMNS
-        self.text_column = pick_column(
-            self.config.text_column, known, columns, "task.text_column"
-        )
+        self.text_column = pick_column(self.config.text_column, known, columns, "task.text_column")
         if self.text_column is None:
             raise _which_column("text", columns)
         self.pair_column = pick_column(
@@ -100,7 +97,8 @@ class SentimentTask(Task):
         if len(self.labels) < 2:
             only = f"only {self.labels[0]!r}" if self.labels else "none"
             raise UserError(
-                f"column {self.label_column!r} holds {only}: a classifier needs two classes or more."
+                f"column {self.label_column!r} holds {only}: a classifier needs two classes or "
+                "more. Name the column with the label: task.label_column=NAME."
             )
         if len(self.labels) > 1000 or (len(values) > 50 and len(distinct) > len(values) // 2):
             raise UserError(
@@ -159,9 +157,7 @@ class SentimentTask(Task):
 
     def strata(self, raw: Any) -> list[Any] | None:
         columns = raw.column_names
-        column = pick_column(
-            self.config.label_column, LABEL_COLUMNS, columns, "task.label_column"
-        )
+        column = pick_column(self.config.label_column, LABEL_COLUMNS, columns, "task.label_column")
         return None if column is None else [str(value) for value in raw[column]]
 
     # Model, loss, metrics --------------------------------------------------------------------

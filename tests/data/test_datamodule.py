@@ -1,0 +1,316 @@
+"""Rows to encoded splits: cuts, cache, truncation, empty rows, loaders."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from lora_lightning.data.datamodule import LoraDataModule, make_splits
+from lora_lightning.data.sampler import FILLER
+from lora_lightning.lora.errors import UserError
+from lora_lightning.settings import DataConfig, SentimentConfig
+from lora_lightning.tasks import IGNORE, SentimentTask
+
+
+class CountingTask(SentimentTask):
+    """Counts the rows it has tokenised."""
+
+    encoded = 0
+
+    def encode(self, rows, tokenizer, max_length):
+        self.encoded += len(next(iter(rows.values())))
+        return super().encode(rows, tokenizer, max_length)
+
+
+@pytest.fixture
+def build(tiny_bert, tmp_path):
+    """Builds a data module from rows or a file; the tokenised cache is the test's own."""
+
+    def make(rows, *, task=None, tokenizer=None, seed=0, limit=64, **settings) -> LoraDataModule:
+        path = rows
+        if isinstance(rows, list):
+            path = tmp_path / "rows.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = DataConfig(train=str(path), cache_dir=str(tmp_path / "cache"), **settings)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(tiny_bert)
+        data = LoraDataModule(
+            task or CountingTask(), tokenizer, config, length_limit=limit, seed=seed
+        )
+        data.prepare_data()
+        return data
+
+    return make
+
+
+def _rows(**counts: int) -> Dataset:
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    return Dataset.from_dict({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+
+
+# Splits ------------------------------------------------------------------------------------------
+
+
+def _cut(rows: Dataset, **settings) -> dict[str, Dataset]:
+    config = DataConfig(train="x", **settings)
+    return make_splits({"train": rows}, config, strata=lambda raw: raw["label"])
+
+
+def test_splits_are_stratified_disjoint_and_complete():
+    parts = _cut(_rows(a=100, b=60, c=40), val_fraction=0.1, test_fraction=0.2)
+    shares = {split: Counter(rows["label"]) for split, rows in parts.items()}
+    assert shares["val"] == {"a": 10, "b": 6, "c": 4}
+    assert shares["test"] == {"a": 20, "b": 12, "c": 8}
+    assert shares["train"] == {"a": 70, "b": 42, "c": 28}
+    texts = [text for rows in parts.values() for text in rows["text"]]
+    assert sorted(texts) == sorted(f"text {i}" for i in range(200))
+
+
+def test_equal_rows_stay_together():
+    # Every row four times, with ids that differ, as in scraped data.
+    labels = [("a", "b")[i % 2] for i in range(50)] * 4
+    rows = Dataset.from_dict(
+        {"id": range(200), "text": [f"text {i % 50}" for i in range(200)], "label": labels}
+    )
+    parts = _cut(rows)
+    texts = {split: set(part["text"]) for split, part in parts.items()}
+    assert not texts["train"] & texts["val"]
+    assert not texts["train"] & texts["test"]
+    assert not texts["val"] & texts["test"]
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": 168,
+        "val": 16,
+        "test": 16,
+    }
+
+
+def test_splits_depend_on_the_split_seed_alone(build, rows_jsonl):
+    def texts(**changes) -> list[list[str]]:
+        data = build(rows_jsonl, **changes)
+        return [data.raw[split]["text"][:] for split in ("train", "val", "test")]
+
+    first = texts(seed=0)
+    torch.manual_seed(1234)
+    assert texts(seed=5) == first
+    assert texts(split_seed=1) != first
+
+
+def test_given_splits_are_left_as_they_are():
+    given = {"train": _rows(a=5, b=5), "test": _rows(a=2, b=1)}
+    parts = make_splits(given, DataConfig(train="x", val_fraction=0.2, test_fraction=0.5))
+    assert parts["test"] is given["test"]
+    assert (len(parts["train"]), len(parts["val"])) == (8, 2)
+
+
+def test_too_few_rows_to_cut():
+    with pytest.raises(UserError, match="only 3 rows, too few to cut off val and test"):
+        _cut(_rows(a=2, b=1))
+
+
+# Encoding ----------------------------------------------------------------------------------------
+
+
+def test_encoded_rows_are_the_tokenizers(build, tiny_bert, rows_jsonl):
+    data = build(rows_jsonl)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    for split, raw in data.raw.items():
+        for row, encoded in zip(raw, data.encoded[split], strict=True):
+            assert encoded["input_ids"] == tokenizer(row["text"])["input_ids"]
+            assert encoded["length"] == len(encoded["input_ids"])
+            assert encoded["labels"] == ("negative", "positive").index(row["label"])
+
+
+def test_truncated_rows_are_counted(build, tiny_bert, rows_jsonl):
+    data = build(rows_jsonl, max_length=10, val_fraction=0.0, test_fraction=0.0)
+    words = [len(row["text"].split()) for row in data.raw["train"]]
+    assert sum(data.encoded["train"]["truncated"]) == sum(count + 2 > 10 for count in words)
+    assert data.encoded["train"]["length"][:] == [min(count + 2, 10) for count in words]
+    separator = AutoTokenizer.from_pretrained(tiny_bert).sep_token_id
+    assert all(ids[-1] == separator for ids in data.encoded["train"]["input_ids"])
+
+
+def test_empty_rows_are_dropped_and_counted(build):
+    texts = ["good film", "", "bad film", "   ", None, "fine hotel", "cold soup"]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    data = build(rows, val_fraction=0.0, test_fraction=0.0)
+    assert data.dropped == {"train": 3}
+    assert data.raw["train"]["text"][:] == ["good film", "bad film", "fine hotel", "cold soup"]
+    assert data.encoded["train"]["labels"][:] == [0, 0, 1, 0]
+
+
+def test_nothing_but_empty_rows(build):
+    with pytest.raises(UserError, match="all 2 rows are empty"):
+        build([{"text": "", "label": i} for i in range(2)], val_fraction=0.0, test_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 65}, "takes at most 64 tokens"),
+        ({"max_length": 2}, "no room for text"),
+    ],
+)
+def test_wrong_lengths_are_refused(build, rows_jsonl, settings, message):
+    with pytest.raises(UserError, match=message):
+        build(rows_jsonl, **settings)
+
+
+def test_limits_cut_each_split(build, rows_jsonl):
+    data = build(rows_jsonl, limit_train=10, limit_val=3, limit_test=500)
+    assert {split: len(rows) for split, rows in data.encoded.items()} == {
+        "train": 10,
+        "val": 3,
+        "test": 8,
+    }
+
+
+# Cache -------------------------------------------------------------------------------------------
+
+
+def test_second_build_does_not_tokenise_again(build, rows_jsonl):
+    first, second = CountingTask(), CountingTask()
+    one = build(rows_jsonl, task=first)
+    two = build(rows_jsonl, task=second, seed=3, batch_size=5)
+    assert (first.encoded, second.encoded) == (80, 0)
+    for split in ("train", "val", "test"):
+        assert one.encoded[split][:] == two.encoded[split][:]
+
+
+@pytest.mark.parametrize("change", ["max_length", "labels", "tokenizer", "rows"])
+def test_a_change_of_what_encoding_depends_on_tokenises_again(
+    change, build, tiny_bert, rows_jsonl, tmp_path
+):
+    build(rows_jsonl)
+    task, settings, source = CountingTask(), {}, rows_jsonl
+    if change == "max_length":
+        settings["max_length"] = 9
+    elif change == "labels":
+        task = CountingTask(SentimentConfig(labels=["positive", "negative"]))
+    elif change == "tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+        tokenizer.add_tokens(["lovely film"])
+        settings["tokenizer"] = tokenizer
+    else:
+        source = tmp_path / "other.jsonl"
+        source.write_text(rows_jsonl.read_text().replace("lovely", "tasty"))
+    changed = build(source, task=task, **settings)
+    assert task.encoded == 80
+    ids = changed.encoded["train"]["input_ids"]
+    if change == "max_length":
+        assert max(map(len, ids)) == 9
+    elif change == "labels":
+        raw = changed.raw["train"]["label"]
+        assert changed.encoded["train"]["labels"][:] == [int(label == "negative") for label in raw]
+
+
+def test_truncation_set_on_the_tokenizer_does_not_change_the_cache(build, tiny_bert, rows_jsonl):
+    """A fast tokenizer keeps the last call's truncation; that is no change of the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    build(rows_jsonl, tokenizer=tokenizer)
+    tokenizer(["good film"], truncation=True, max_length=4, padding=True)
+    task = CountingTask()
+    build(rows_jsonl, tokenizer=tokenizer, task=task)
+    assert task.encoded == 0
+
+
+class DyingTask(CountingTask):
+    """Kills its own process in the midst of tokenising."""
+
+    def encode(self, rows, tokenizer, max_length):
+        if self.encoded:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(rows, tokenizer, max_length)
+
+
+def test_killed_write_leaves_no_wrong_cache(build):
+    rows = [{"text": f"good film {i}", "label": i % 2} for i in range(1500)]
+    settings = {"val_fraction": 0.0, "test_fraction": 0.0}
+    process = multiprocessing.get_context("fork").Process(
+        target=build, args=(rows,), kwargs={"task": DyingTask(), **settings}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    task = CountingTask()
+    data = build(rows, task=task, **settings)
+    assert task.encoded == 1500, "nothing of the killed write may be taken for the whole"
+    assert data.encoded["train"]["labels"][:] == [i % 2 for i in range(1500)]
+
+
+def test_unwritable_cache_is_told(build, rows_jsonl, tmp_path):
+    (tmp_path / "cache").write_text("a file is in the way")
+    with pytest.raises(UserError, match="data.cache_dir"):
+        build(rows_jsonl)
+
+
+# Batches -----------------------------------------------------------------------------------------
+
+
+def test_loaders_give_every_row_once(build, rows_jsonl):
+    data = build(rows_jsonl, batch_size=6)
+    for split, loader in (
+        ("train", data.train_dataloader()),
+        ("val", data.val_dataloader()),
+        ("test", data.test_dataloader()),
+    ):
+        batches = list(loader)
+        found = [
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        expected = [tuple(ids) for ids in data.encoded[split]["input_ids"]]
+        assert sorted(found) == sorted(expected)
+        assert max(len(batch["labels"]) for batch in batches) == (6 if split == "train" else 8)
+
+
+def test_filler_row_has_no_label(build, rows_jsonl):
+    data = build(rows_jsonl)
+    examples = data.train_dataloader().dataset
+    assert examples[FILLER]["labels"] == IGNORE
+    assert examples[FILLER]["input_ids"] == examples[0]["input_ids"]
+
+
+def test_longest_batch(build, rows_jsonl):
+    data = build(rows_jsonl)
+    batch = data.longest_batch("train", 4)
+    lengths = sorted(data.encoded["train"]["length"], reverse=True)[:4]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+
+
+def test_fit_needs_validation_rows(build, rows_jsonl):
+    data = build(rows_jsonl, val_fraction=0.0)
+    with pytest.raises(UserError, match="no val data"):
+        data.setup("fit")
+
+
+def test_lightnings_own_distributed_sampler_is_refused(build, rows_jsonl):
+    data = build(rows_jsonl)
+    connector = SimpleNamespace(use_distributed_sampler=True)
+    data.trainer = SimpleNamespace(world_size=2, _accelerator_connector=connector)
+    with pytest.raises(UserError, match="use_distributed_sampler=False"):
+        data.setup("fit")
+
+
+def test_fewer_rows_than_processes_are_refused(build, rows_jsonl):
+    data = build(rows_jsonl)
+    connector = SimpleNamespace(use_distributed_sampler=False)
+    data.trainer = SimpleNamespace(world_size=8, _accelerator_connector=connector)
+    data.setup("fit")
+    data.trainer.world_size = 9
+    with pytest.raises(UserError, match="8 val rows for 9 processes"):
+        data.setup("fit")
+
+
+def test_cache_folder_can_be_anywhere(build, rows_jsonl, tmp_path):
+    build(rows_jsonl)
+    assert len(list(Path(tmp_path / "cache").glob("*.arrow"))) == 3

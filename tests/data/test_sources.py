@@ -1,0 +1,143 @@
+"""Every kind of file gives the same rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_lightning.data.sources import load_splits
+from lora_lightning.lora.errors import UserError
+from lora_lightning.settings import DataConfig
+
+ROWS = [
+    {"text": "A film, with a comma.", "label": "good"},
+    {"text": 'He said "never again".', "label": "bad"},
+    {"text": "Tabs\tand naïve – Unicode 你好.", "label": "good"},
+    {"text": "  spaces kept  ", "label": "bad"},
+    {"text": "a pipe | and 'quotes'", "label": "bad"},
+    {"text": "null", "label": "None"},
+]
+
+
+def _table(path: Path, delimiter: str) -> None:
+    with path.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, ["text", "label"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def _write(kind: str, folder: Path) -> Path | list[str]:
+    path = folder / f"rows.{kind.split('-', maxsplit=1)[0]}"
+    columns = {name: [row[name] for row in ROWS] for name in ("text", "label")}
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    if kind in ("csv", "tsv"):
+        _table(path, "," if kind == "csv" else "\t")
+    elif kind == "json-list":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind == "json-columns":
+        path.write_text(json.dumps(columns), encoding="utf-8")
+    elif kind == "json-wrapped":
+        path.write_text(json.dumps({"data": ROWS}), encoding="utf-8")
+    elif kind in ("json-lines", "jsonl", "ndjson"):
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif kind == "jsonl-bom":
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    elif kind == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table(columns), path)
+    elif kind == "several":
+        files = [folder / "one.jsonl", folder / "two.jsonl"]
+        files[0].write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
+        files[1].write_text("\n".join(lines[2:]) + "\n", encoding="utf-8")
+        return [str(file) for file in files]
+    elif kind == "folder":
+        for index, line in enumerate(lines):
+            (folder / f"part{index}.jsonl").write_text(line + "\n", encoding="utf-8")
+        return folder
+    return path
+
+
+KINDS = [
+    "csv",
+    "tsv",
+    "json-list",
+    "json-columns",
+    "json-wrapped",
+    "json-lines",
+    "jsonl",
+    "ndjson",
+    "jsonl-bom",
+    "parquet",
+    "several",
+    "folder",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_rows_from_every_kind_of_file(kind, tmp_path):
+    source = _write(kind, tmp_path)
+    train = source if isinstance(source, list) else str(source)
+    found = load_splits(DataConfig(train=train))
+    assert list(found) == ["train"]
+    assert [dict(row) for row in found["train"]] == ROWS
+
+
+def test_text_folder_takes_labels_from_sub_folders(tmp_path):
+    for label in ("bad", "good"):
+        (tmp_path / label).mkdir()
+    (tmp_path / "good" / "b.txt").write_text("lovely\nfilm", encoding="utf-8")
+    (tmp_path / "good" / "a.txt").write_text("warm", encoding="utf-8")
+    (tmp_path / "bad" / "c.txt").write_text("cold", encoding="utf-8")
+    rows = load_splits(DataConfig(train=str(tmp_path)))["train"]
+    assert [(row["text"], row["label"]) for row in rows] == [
+        ("cold", "bad"),
+        ("warm", "good"),
+        ("lovely\nfilm", "good"),
+    ]
+
+
+def test_text_file_gives_a_row_a_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\ntwo\n", encoding="utf-8")
+    assert load_splits(DataConfig(test=str(path)))["test"]["text"][:] == ["one", "two"]
+
+
+def test_splits_come_from_their_own_files(tmp_path):
+    for split, row in zip(("train", "val", "test"), ROWS, strict=False):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    paths = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "val", "test")}
+    found = load_splits(DataConfig(**paths))
+    assert {split: dict(rows[0]) for split, rows in found.items()} == {
+        "train": ROWS[0],
+        "val": ROWS[1],
+        "test": ROWS[2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "line 2"),
+        (b'{"text": "a"}\n"text"\n', "line 2"),
+        ('{"text": "na\u00efve"}\n'.encode("latin1"), "not UTF-8 in line 1"),
+        (b'{"text": "a\\u0000b"}\n{"text": "\x00"}\n', "line 2"),
+        (b"", "is empty"),
+    ],
+)
+def test_broken_lines_are_named(content, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_splits(DataConfig(train=str(path)))
+
+
+def test_files_with_different_columns_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "b", "stars": 1}\n')
+    with pytest.raises(UserError, match="the same columns"):
+        load_splits(DataConfig(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))

@@ -1,0 +1,431 @@
+"""LoraModule: what is trained, what is stored, and what one optimizer step is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForCausalLM
+
+from lora_lightning.data.collate import PaddingCollator
+from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
+from lora_lightning.lora.layer import LoraLayer
+from lora_lightning.modeling import classification_logits
+from lora_lightning.module import LoraModule
+from lora_lightning.settings import ModelConfig, OptimConfig
+from lora_lightning.tasks import IGNORE, SentimentTask
+
+LABELS = {
+    "labels": ["negative", "positive"],
+    "text_column": "text",
+    "label_column": "label",
+}
+SGD = OptimConfig(name="SGD", lr=0.05, weight_decay=0.0, scheduler="constant", warmup=0)
+LORA = LoraConfig(rank=4, alpha=8)
+
+
+def make_module(folder, *, lora: LoraConfig | None = LORA, optim=SGD, kind=LoraModule, **model):
+    task = SentimentTask()
+    task.restore(LABELS)
+    module = kind(task, ModelConfig(name_or_path=str(folder), **model), lora, optim, seed=3)
+    module.configure_model()
+    if module.adapter is not None:  # with B = 0 half of all gradients would be zero
+        generator = torch.Generator().manual_seed(5)
+        for layer in module.adapter.layers.values():
+            layer.lora_B.data.normal_(std=0.1, generator=generator)
+    return module
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
+    return [
+        {
+            "input_ids": torch.randint(4, 40, (length,), generator=generator).tolist(),
+            "labels": int(torch.randint(2, (1,), generator=generator)),
+        }
+        for length in lengths
+    ]
+
+
+def batches_of(rows: list[dict], sizes: list[int]) -> list[dict]:
+    assert sum(sizes) == len(rows)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [
+        PaddingCollator(1)(rows[end - size : end]) for end, size in zip(ends, sizes, strict=True)
+    ]
+
+
+def fit(module, batches, *, val=None, epochs=1, callbacks=(), **kwargs) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+    loaders = [DataLoader(part, batch_size=None) for part in (batches, val or [])]
+    trainer.fit(module, loaders[0], loaders[1] if val else None)
+    return trainer
+
+
+def trained(module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in module.trainable_tensors().items()}
+
+
+def base_weights(folder, auto_class) -> dict[str, torch.Tensor]:
+    return auto_class.from_pretrained(folder).state_dict()
+
+
+# What is trained ---------------------------------------------------------------------------------
+
+
+def test_optimizer_holds_exactly_the_adapter(tiny_bert):
+    module = make_module(tiny_bert)
+    trainer = fit(module, batches_of(make_rows(8), [4, 4]))
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(t) for t in module.adapter.named_tensors().values()}
+    names = set(module.adapter.named_tensors())
+    linears = 2 * (4 + 2) + 1  # each layer's attention and MLP, and the pooler
+    assert sum("lora_A" in name for name in names) in (linears, linears - 1)
+    assert {"classifier.weight", "classifier.bias"} <= names
+
+
+def test_base_is_unchanged_bit_for_bit(tiny_bert):
+    module = make_module(tiny_bert)
+    before = trained(module)
+    fit(module, batches_of(make_rows(24), [8, 8, 8]), epochs=3)
+    after = trained(module)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    truth = base_weights(tiny_bert, AutoModel)
+    found = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in module.model.bert.named_parameters()
+    }
+    whole = set(module.adapter.named_tensors())
+    compared = [name for name in truth if name in found and f"bert.{name}" not in whole]
+    assert len(compared) >= len(truth) - 2
+    assert all(torch.equal(truth[name], found[name]) for name in compared)
+
+
+def test_full_fine_tuning_trains_every_tensor(tiny_bert):
+    module = make_module(tiny_bert, lora=None)
+    assert module.adapter is None
+    before = trained(module)
+    trainer = fit(module, batches_of(make_rows(24), [8, 8, 8]))
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.model.parameters()}
+    assert all(p.requires_grad for p in module.model.parameters())
+    # A bias of attention's keys shifts all scores of a query alike, which softmax takes out.
+    without_effect = {f"bert.encoder.layer.{i}.attention.self.key.bias" for i in range(2)}
+    changed = {name for name, t in trained(module).items() if not torch.equal(t, before[name])}
+    assert set(before) - changed <= without_effect
+
+
+def test_bf16_base_with_fp32_adapter_learns(tiny_llama):
+    module = make_module(tiny_llama, optim=OptimConfig(lr=3e-2), dtype="bfloat16")
+    assert {t.dtype for t in trained(module).values()} == {torch.float32}
+    frozen = [p for p in module.model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == {torch.bfloat16}
+    before = [p.clone() for p in frozen]
+    batches = batches_of(make_rows(4), [4])
+    with torch.no_grad():
+        start = module.task.loss(module.model, batches[0]).total.item()
+    fit(module, batches, epochs=8)
+    with torch.no_grad():
+        end = module.task.loss(module.model, batches[0]).total.item()
+    assert end < 0.3 * start
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True))
+
+
+class Recorder(LoraModule):
+    """Notes in what mode each step runs, and whether dropout changes its loss."""
+
+    modes: list[bool]
+    noise: list[float]
+
+    def training_step(self, batch, batch_idx):
+        self.modes.append(all(module.training for module in self.model.modules()))
+        losses = []
+        for seed in (1, 2):
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                losses.append(self.task.loss(self.model, batch).total.item())
+        self.noise.append(abs(losses[0] - losses[1]))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        assert not any(module.training for module in self.model.modules())
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_train_mode_is_really_set(tiny_llama, dropout):
+    """At every step, also after a validation; Llama itself has no dropout, so LoRA's shows."""
+    module = make_module(tiny_llama, lora=LoraConfig(rank=4, dropout=dropout), kind=Recorder)
+    module.modes, module.noise = [], []
+    batches = batches_of(make_rows(16), [4, 4, 4, 4])
+    fit(module, batches, val=batches, epochs=2, val_check_interval=2)
+    assert module.modes == [True] * 8
+    assert all(isinstance(layer, LoraLayer) for layer in module.adapter.layers.values())
+    if dropout:
+        assert min(module.noise) > 1e-4
+    else:
+        assert max(module.noise) == 0.0
+
+
+def test_initialisation_depends_on_the_seed_alone(tiny_bert):
+    def tensors(seed: int) -> dict[str, torch.Tensor]:
+        task = SentimentTask()
+        task.restore(LABELS)
+        module = LoraModule(task, ModelConfig(name_or_path=str(tiny_bert)), LORA, seed=seed)
+        module.configure_model()
+        model = module.model
+        module.configure_model()
+        assert module.model is model, "a second call must not build anew"
+        return trained(module)
+
+    torch.manual_seed(1)
+    one = tensors(0)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again, other = tensors(0), tensors(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    drawn = [name for name in one if "lora_A" in name or name == "classifier.weight"]
+    assert all(not torch.equal(one[name], other[name]) for name in drawn)
+
+
+def test_training_starts_from_a_given_adapter(tiny_bert, tmp_path):
+    first = make_module(tiny_bert)
+    save_adapter(first.adapter, tmp_path / "adapter", base_model=str(tiny_bert))
+    task = SentimentTask()
+    task.restore(LABELS)
+    second = LoraModule(
+        task,
+        ModelConfig(name_or_path=str(tiny_bert)),
+        LORA,
+        seed=77,
+        start_from=str(tmp_path / "adapter"),
+    )
+    second.configure_model()
+    expected = trained(first)
+    assert all(torch.equal(t, expected[name]) for name, t in trained(second).items())
+
+
+# One optimizer step ------------------------------------------------------------------------------
+
+
+def reference(folder, steps: list[list[dict]], *, clip: float | None = None):
+    """Trains in plain torch, row by row: the mean over the targets of each step's rows."""
+    module = make_module(folder)
+    parameters = list(module.trainable_tensors().values())
+    gradients = {}
+    for rows in steps:
+        rows = [row for row in rows if row["labels"] != IGNORE]
+        for parameter in parameters:
+            parameter.grad = None
+        for row in rows:
+            logits = classification_logits(module.model, PaddingCollator(1)([row]))
+            label = torch.tensor([row["labels"]])
+            (nn.functional.cross_entropy(logits, label) / len(rows)).backward()
+        gradients = {n: t.grad.clone() for n, t in module.trainable_tensors().items()}
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter -= SGD.lr * parameter.grad
+    return trained(module), gradients
+
+
+class LastGradients(L.Callback):
+    """Keeps the gradients of the last step, as the optimizer gets them."""
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        tensors = pl_module.trainable_tensors()
+        if all(tensor.grad is not None for tensor in tensors.values()):
+            self.gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
+
+
+def assert_near(found: dict, expected: dict, atol: float = 1e-6) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [([8], 1), ([1] * 8, 8), ([4, 3, 1], 3), ([4, 3, 1], 8), ([2, 6], 2)],
+    ids=["1x8", "8x1", "4+3+1", "short window", "2+6"],
+)
+def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
+    rows = make_rows(8)
+    rows[2]["labels"] = rows[5]["labels"] = IGNORE  # targets are counted, not rows
+    expected, gradients = reference(tiny_llama, [rows])
+    module, last = make_module(tiny_llama), LastGradients()
+    trainer = fit(
+        module, batches_of(rows, sizes), accumulate_grad_batches=accumulate, callbacks=[last]
+    )
+    assert trainer.global_step == 1
+    assert_near(trained(module), expected)
+    assert max(g.abs().max() for g in gradients.values()) > 1e-2
+    assert trainer.callback_metrics["train/loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(
+            classification_logits(make_module(tiny_llama).model, batches_of(rows, [8])[0]),
+            torch.tensor([row["labels"] for row in rows]),
+            ignore_index=IGNORE,
+        ).item(),
+        abs=1e-6,
+    )
+
+
+def test_short_last_window_over_several_epochs(tiny_llama):
+    """13 rows as 4+4+3 | 1+1 with accumulation over three: two steps an epoch, twice."""
+    rows = make_rows(13)
+    expected, _ = reference(tiny_llama, 2 * [rows[:11], rows[11:]])
+    module = make_module(tiny_llama)
+    batches = batches_of(rows, [4, 4, 3, 1, 1])
+    trainer = fit(module, batches, accumulate_grad_batches=3, epochs=2)
+    assert trainer.global_step == 4
+    assert_near(trained(module), expected)
+
+
+@pytest.mark.parametrize(("sizes", "accumulate"), [([8], 1), ([4, 3, 1], 3), ([4, 3, 1], 8)])
+def test_clipping_sees_the_normalised_gradient(tiny_llama, sizes, accumulate):
+    rows = make_rows(8)
+    _, gradients = reference(tiny_llama, [rows])
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    for clip in (0.5 * norm, 1.5 * norm):  # the one bites, the other does not
+        expected, _ = reference(tiny_llama, [rows], clip=clip)
+        module = make_module(tiny_llama)
+        fit(
+            module,
+            batches_of(rows, sizes),
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip,
+        )
+        assert_near(trained(module), expected)
+
+
+def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
+    results = []
+    for checkpointing in (False, True):
+        module, calls = make_module(tiny_llama, gradient_checkpointing=checkpointing), []
+        block = module.model.model.layers[0]
+        block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        fit(module, batches_of(make_rows(8), [8]))
+        results.append(trained(module))
+        assert len(calls) == (2 if checkpointing else 1), "the forward pass is to run again"
+    assert_near(results[1], results[0], atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
+    module = make_module(tiny_llama)
+    module.model.score.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="lower optim.lr"):
+        fit(module, batches_of(make_rows(4), [4]))
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny_bert, tmp_path):
+    """A trained module and its checkpoint's path."""
+    module = make_module(tiny_bert, optim=OptimConfig(lr=1e-2))
+    trainer = fit(module, batches_of(make_rows(16), [8, 8]))
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    return module, tmp_path / "some.ckpt"
+
+
+def test_checkpoint_holds_the_adapter_alone_and_no_code(checkpoint):
+    module, path = checkpoint
+    content = torch.load(path, weights_only=True)
+    expected = trained(module)
+    assert set(content["state_dict"]) == {
+        name
+        for name, parameter in module.named_parameters()
+        if any(parameter is tensor for tensor in module.trainable_tensors().values())
+    }
+    assert sum(t.numel() for t in content["state_dict"].values()) == sum(
+        t.numel() for t in expected.values()
+    )
+    assert len(content["optimizer_states"][0]["state"]) == len(expected)
+    assert content["hyper_parameters"]["lora"] == asdict(LORA)
+
+
+def test_load_from_checkpoint_gives_equal_logits(checkpoint):
+    module, path = checkpoint
+    loaded = LoraModule.load_from_checkpoint(path, map_location="cpu")
+    batch = batches_of(make_rows(9, seed=8), [9])[0]
+    module.eval()
+    loaded.eval()
+    with torch.no_grad():
+        expected = module.task.loss(module.model, batch).outputs
+        assert torch.equal(loaded.task.loss(loaded.model, batch).outputs, expected)
+    assert loaded.task.labels == ["negative", "positive"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "not finite"])
+def test_loading_is_strict(checkpoint, damage):
+    module, path = checkpoint
+    state = torch.load(path, weights_only=True)["state_dict"]
+    name = next(name for name in state if "lora_A" in name)
+    before = trained(module)
+    if damage == "missing":
+        del state[name]
+    elif damage == "unexpected":
+        state["model.bert.other.lora_A"] = torch.zeros(1)
+        name = "other.lora_A"
+    elif damage == "shape":
+        state[name] = state[name][:2]
+    else:
+        state[name][0, 0] = float("nan")
+    with pytest.raises(UserError, match=name.rpartition("model.")[2].replace(".", r"\.")):
+        module.load_state_dict(state)
+    assert all(torch.equal(t, before[n]) for n, t in trained(module).items())
+
+
+def test_checkpoint_of_other_labels_is_refused(checkpoint, tiny_bert):
+    _, path = checkpoint
+    content = torch.load(path, weights_only=True)
+    module = make_module(tiny_bert)
+    content["hyper_parameters"]["task_state"]["labels"] = ["positive", "negative"]
+    with pytest.raises(UserError, match="labels differ"):
+        module.on_load_checkpoint(content)
+
+
+def test_foreign_checkpoint_is_refused(tiny_bert):
+    with pytest.raises(UserError, match="not written by lora_lightning"):
+        make_module(tiny_bert).on_load_checkpoint({"state_dict": {}})
+
+
+def test_full_checkpoint_round_trip(tiny_bert, tmp_path):
+    module = make_module(tiny_bert, lora=None)
+    fit(module, batches_of(make_rows(8), [8])).save_checkpoint(tmp_path / "full.ckpt")
+    loaded = LoraModule.load_from_checkpoint(tmp_path / "full.ckpt", map_location="cpu")
+    expected = trained(module)
+    assert all(torch.equal(t, expected[name]) for name, t in trained(loaded).items())
+
+
+def test_adapter_off_is_the_base(tiny_llama):
+    module = make_module(tiny_llama)
+    assert isinstance(module.adapter, Adapter)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).model.eval()
+    batch = batches_of(make_rows(3), [3])[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    module.eval()
+    with torch.no_grad(), module.adapter.disabled():
+        found = module.model.model(**inputs).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(found, base(**inputs).last_hidden_state)

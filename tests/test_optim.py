@@ -1,0 +1,80 @@
+"""Optimizers and schedules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning.lora import UserError
+from lora_lightning.optim import build_optimizer, build_scheduler
+from lora_lightning.settings import OptimConfig
+
+
+def _model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    return model
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = _model()
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(weight_decay=0.3))
+    decayed, others = optimizer.param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert {id(p) for p in others["params"]} == {
+        id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)
+    }
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def test_any_optimizer_of_torch_with_its_options():
+    config = OptimConfig(name="SGD", lr=0.5, options={"momentum": 0.9, "nesterov": True})
+    optimizer = build_optimizer(_model().named_parameters(), config)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.defaults["nesterov"] is True
+    assert optimizer.defaults["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "AdmaW"}, "Did you mean 'AdamW'"),
+        ({"options": {"beta": 1}}, "AdamW does not take"),
+        ({"options": {"betas": [2.0, 0.9]}}, "AdamW does not take"),
+    ],
+)
+def test_wrong_optimizers_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer(_model().named_parameters(), OptimConfig(**settings))
+
+
+def _rates(config: OptimConfig, steps: int) -> list[float]:
+    optimizer = build_optimizer(_model().named_parameters(), config)
+    scheduler = build_scheduler(optimizer, config, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return [*rates, optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("warmup", [0.1, 2])
+def test_warmup_is_a_share_or_a_number_of_steps(warmup):
+    rates = _rates(OptimConfig(lr=1.0, warmup=warmup), 20)
+    expected = [min(step / 2, (20 - step) / 18) for step in range(21)]
+    assert rates == pytest.approx(expected)
+
+
+def test_cosine():
+    rates = _rates(OptimConfig(lr=1.0, warmup=0, scheduler="cosine"), 10)
+    assert rates == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)])
+
+
+def test_unknown_schedule_is_told():
+    optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
+    with pytest.raises(UserError, match="Did you mean 'cosine'"):
+        build_scheduler(optimizer, OptimConfig(scheduler="cosin"), 10)

@@ -1,0 +1,105 @@
+"""The README's commands work as printed, and CI runs its two set-up commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lora_lightning.config import compose_config, settings_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
+OURS = [shlex.split(line) for line in COMMANDS if line.startswith("lora-lightning")]
+VERBS_RUN = ("predict", "evaluate", "merge")
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    for line in COMMANDS:
+        assert line.startswith(("lora-lightning ", "pip install -c constraints.txt", "tensorboard"))
+
+
+def test_set_up_commands_are_two_and_ci_calls_them():
+    setup = [line for line in COMMANDS if line.startswith("pip install")]
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert len(setup) == 2
+    assert all(line in ci for line in setup)
+
+
+@pytest.mark.parametrize(
+    "arguments", [a for a in OURS if a[1] in ("train", "check")], ids=lambda a: " ".join(a[1:])
+)
+def test_settings_compose(arguments):
+    """Also those that need a GPU or the hub; a sweep with the first of each of its values."""
+    overrides = [a for a in arguments[2:] if not a.startswith(("-", "resume=", "job"))]
+    if "-m" in arguments:
+        overrides = [re.sub(r"=([^\[{,]+),.*", r"=\1", override) for override in overrides]
+    settings_of(compose_config(overrides))
+
+
+def test_settings_of_the_table_compose():
+    """The settings in the README's table of LoRA options."""
+    cells = [row.split(" | ")[0] for row in README.splitlines() if row.startswith("| `")]
+    overrides = [shlex.split(code) for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
+    assert len(overrides) >= 9
+    for override in overrides:
+        settings_of(compose_config(override))
+
+
+def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli):
+    """Every command that needs no GPU and no hub, in the README's order, on fewer rows."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "text": f"{word} thing number {i}",
+            "review": f"{word} {i}",
+            "label": label,
+            "stars": stars,
+        }
+        for i in range(40)
+        for word, label, stars in (("lovely", "positive", 5), ("awful", "negative", 1))
+    ]
+    Path("reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("reviews.csv").write_text(
+        "review,stars\n" + "".join(f"{row['review']},{row['stars']}\n" for row in rows)
+    )
+    quick = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
+    ran = set()
+    for _, verb, *arguments in OURS:
+        line = " ".join(arguments)
+        if "trainer=" in line or "model.name_or_path=" in line or "--" in line or "-m" in arguments:
+            continue
+        if verb == "train" and "resume=" not in line:
+            arguments = [*[a for a in arguments if a != "debug=limit"], *quick]
+        status, out, err = run_cli(verb, *arguments)
+        assert status == 0, f"{verb} {line}: {err}"
+        ran.add(verb)
+        if verb == "predict" and "text=" in line:
+            assert json.loads(out)["label"] in ("negative", "positive")
+    assert ran == {"train", "check", *VERBS_RUN}
+    assert len(Path("labelled.jsonl").read_text().splitlines()) == len(rows)
+    assert Path("outputs/merged/config.json").is_file()
+    assert {path.name for path in Path("outputs/demo").iterdir()} == set(
+        re.findall(
+            r"^([\w.]+)/?  +", re.search(r"## A run's folder\n(.*?)\n## ", README, re.S)[1], re.M
+        )
+    ) - {"result"} | {"result.json"}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_python_examples_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = [text for kind, text in BLOCKS if kind == "python"][number]
+    exec(compile(code, f"README example {number}", "exec"), {})
+
+
+def test_help_texts_run(run_cli):
+    for flags in (["--help"], ["train", "--help"], ["train", "--cfg", "job"]):
+        status, out, _ = run_cli(*flags)
+        assert status == 0
+        assert "lora" in out

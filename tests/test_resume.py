@@ -1,0 +1,248 @@
+"""A run that was killed goes on exactly: the same adapter, bit for bit, and the same metrics."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from lora_lightning.cli import main
+from lora_lightning.config import compose_config
+from lora_lightning.train import train
+
+# 64 training rows in batches of 6: 11 batches, so windows of 2 leave a last one of a single batch.
+SETTINGS = [
+    "trainer=cpu",
+    "trainer.max_epochs=5",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "callbacks.progress_bar=null",
+    "callbacks.rich_summary=null",
+    "callbacks.last.every_n_steps=1",
+    "callbacks.early_stopping.patience=2",
+    "test_before=false",
+    "data.batch_size=6",
+    "lora.dropout=0.1",
+    "optim.scheduler=cosine",
+    "optim.lr=3e-2",
+    "task.monitor=val/loss",
+    "task.mode=min",
+    "seed=1",
+]
+
+
+# All but what depends on the clock.
+LOGGED = re.compile(r"lr-|update_norm/|(train|val|test)/(loss|accuracy|f1|auroc)$")
+
+
+class KeepCopies(Callback):
+    """Keeps a copy of the run's folder after every save, as a kill right then would leave it."""
+
+    def __init__(self, run_dir: str, copies: str) -> None:
+        self.run_dir, self.copies = Path(run_dir), Path(copies)
+        self.seen = 0
+
+    def _look(self, trainer, pl_module, *_):
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if last.is_file() and last.stat().st_mtime_ns != self.seen:
+            self.seen = last.stat().st_mtime_ns
+            count = len(list(self.copies.iterdir())) if self.copies.exists() else 0
+            shutil.copytree(self.run_dir, self.copies / f"{count:02d}-{trainer.global_step}")
+
+    on_train_batch_start = on_train_epoch_start = on_train_end = on_validation_start = _look
+
+
+class Die(Callback):
+    """Kills its process at the hook and batch that DIE_AT names, such as train:7."""
+
+    def _die(self, at: str) -> None:
+        if os.environ.get("DIE_AT") == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._die(f"train:{trainer.fit_loop.total_batch_idx}")
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._die(f"validation:{trainer.current_epoch}")
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self._die(f"epoch:{trainer.current_epoch}")
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self._die(f"save:{trainer.global_step}")
+
+    def on_test_start(self, trainer, pl_module):
+        self._die("test")
+
+
+def settings(tiny_bert, rows_jsonl, output: Path, *more: str) -> list[str]:
+    return [
+        *SETTINGS,
+        f"model.name_or_path={tiny_bert}",
+        f"data.train={rows_jsonl}",
+        f"output_dir={output}",
+        *more,
+    ]
+
+
+def outcome(run_dir: Path) -> tuple[bytes, dict]:
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["status"] == "completed"
+    kept = {
+        name: value
+        for name, value in result.items()
+        if name.startswith(("val/", "test/")) or name in ("steps", "epochs", "tokens")
+    }
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(), kept
+
+
+def logged(run_dir: Path) -> dict[int, dict[str, str]]:
+    """What the CSV log holds for each step."""
+    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    steps: dict[int, dict[str, str]] = {}
+    for row in rows:
+        values = {name: value for name, value in row.items() if value and LOGGED.match(name)}
+        steps.setdefault(int(row["step"]), {}).update(values)
+    return steps
+
+
+def best_step(run_dir: Path) -> int:
+    (best,) = (run_dir / "checkpoints").glob("best-*.ckpt")
+    return int(best.stem.partition("step=")[2])
+
+
+def resume(copy: Path, at: Path, overrides: list[str]) -> tuple[bytes, dict]:
+    """Puts a copy of a killed run in its place and goes on with it."""
+    shutil.rmtree(at)
+    shutil.copytree(copy, at)
+    train(compose_config(overrides), resume=True)
+    return outcome(at)
+
+
+VARIANTS = {
+    "epochs": [],
+    "stopped early": ["callbacks.early_stopping.patience=1"],
+    "validation in mid-epoch": [
+        "trainer.val_check_interval=4",
+        "callbacks.early_stopping.patience=5",
+    ],
+    "max_steps": ["trainer.max_steps=26"],
+    "validation every second epoch": ["trainer.check_val_every_n_epoch=2"],
+}
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_save_point_goes_on_exactly(variant, every, tiny_bert, rows_jsonl, tmp_path):
+    run_dir, copies = tmp_path / "run", tmp_path / "copies"
+    overrides = settings(tiny_bert, rows_jsonl, run_dir, *VARIANTS[variant])
+    keep = [
+        f"+callbacks.keep._target_={__name__}.KeepCopies",
+        f"+callbacks.keep.run_dir={run_dir}",
+        f"+callbacks.keep.copies={copies}",
+    ]
+    train(compose_config([*overrides, *keep]))
+    expected, expected_log = outcome(run_dir), logged(run_dir)
+    found = sorted(copies.iterdir())
+    assert len(found) >= 8
+    assert best_step(run_dir) > 6, "the best is to come of more than the first epoch"
+    for copy in dict.fromkeys([*found[::every], found[-1]]):
+        assert resume(copy, run_dir, overrides) == expected, copy.name
+        assert logged(run_dir) == expected_log, copy.name
+
+
+# Killed for good ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killable(tiny_bert, rows_jsonl):
+    """Arguments of a run that saves now and then and dies where DIE_AT says."""
+
+    def arguments(output: Path) -> list[str]:
+        die = [f"+callbacks.die._target_={__name__}.Die", "callbacks.last.every_n_steps=4"]
+        return ["train", *settings(tiny_bert, rows_jsonl, output, *die)]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(killable, tmp_path_factory) -> tuple[bytes, dict]:
+    """The outcome of a run that nothing stopped, in a process of its own."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert _in_fork(killable(run_dir), {}) == 0
+    assert best_step(run_dir) == 30
+    return outcome(run_dir)
+
+
+def _in_fork(arguments: list[str], environment: dict[str, str]) -> int | None:
+    """Runs the command line in a child of this process, which spares it the imports."""
+
+    def child() -> None:
+        os.environ.update(environment)
+        sys.argv = ["lora-lightning", *arguments]
+        main()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["train:3", "train:17", "save:6", "validation:1", "epoch:2", "test"],
+    ids=["before a checkpoint", "mid-epoch", "saving", "validation", "between epochs", "test"],
+)
+def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
+    run_dir = tmp_path / "run"
+    assert _in_fork(killable(run_dir), {"DIE_AT": moment}) == -signal.SIGKILL
+    assert not (run_dir / "adapter").exists()
+    assert (run_dir / "checkpoints" / "last.ckpt").exists() == (moment != "train:3")
+    status, _, errors = run_cli("train", f"resume={run_dir}")
+    assert (status, errors) == (0, ""), errors
+    assert outcome(run_dir) == uninterrupted
+
+
+def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
+    run_dir = tmp_path / "run"
+    assert _in_fork(killable(run_dir), {"DIE_AT": "train:14"}) == -signal.SIGKILL
+    again = _in_fork(["train", f"resume={run_dir}"], {"DIE_AT": "train:25"})
+    assert again == -signal.SIGKILL
+    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert outcome(run_dir) == uninterrupted
+    status, out, _ = run_cli("train", f"resume={run_dir}")
+    assert status == 0
+    assert "nothing to resume" in out
+    assert outcome(run_dir) == uninterrupted
+
+
+def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):
+    """A fresh interpreter, killed by another process at whatever step it has come to."""
+    run_dir = tmp_path / "run"
+    last = run_dir / "checkpoints" / "last.ckpt"
+    command = [sys.executable, "-m", "lora_lightning", *killable(run_dir)]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert outcome(run_dir) == uninterrupted

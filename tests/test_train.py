@@ -1,0 +1,405 @@
+"""A whole run: result, folder, logs, and the adapter that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import _word_tokenizer, make_rows
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from lora_lightning.config import compose_config, settings_of
+from lora_lightning.lora import UserError
+from lora_lightning.module import LoraModule
+from lora_lightning.settings import OptimConfig
+from lora_lightning.train import check_precision, train
+
+QUIET = [
+    "trainer=cpu",
+    "trainer.enable_progress_bar=false",
+    "callbacks.progress_bar=null",
+    "callbacks.rich_summary=null",
+    "data.batch_size=8",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert, tmp_path_factory):
+    """A run of five epochs that learns its task, with the files it was given."""
+    folder = tmp_path_factory.mktemp("train")
+    rows = make_rows(400)
+    parts = {"train": rows[:320], "val": rows[320:360], "test": rows[360:]}
+    for split, part in parts.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    config = compose_config(
+        [
+            *QUIET,
+            f"model.name_or_path={tiny_bert}",
+            *(f"data.{split}={folder / split}.jsonl" for split in parts),
+            f"output_dir={folder / 'run'}",
+            "optim.lr=3e-3",
+            "trainer.max_epochs=5",
+            "callbacks.early_stopping=null",
+        ]
+    )
+    result = train(config)
+    return SimpleNamespace(dir=folder / "run", data=folder, parts=parts, result=result)
+
+
+def predictions(run, split: str, run_cli) -> list[dict]:
+    output = run.data / f"{split}-predicted.jsonl"
+    status, _, errors = run_cli(
+        "predict",
+        f"adapter={run.dir / 'adapter'}",
+        f"input={run.data / split}.jsonl",
+        f"output={output}",
+    )
+    assert status == 0, errors
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def csv_rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+# result.json and the folder ----------------------------------------------------------------------
+
+
+def test_result_is_what_was_returned(run):
+    assert json.loads((run.dir / "result.json").read_text()) == run.result
+
+
+def test_result_counts(run, tiny_bert):
+    result, adapter = run.result, run.dir / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in tensors.values())
+    low_rank = sum(tensor.numel() for name, tensor in tensors.items() if "lora_" in name)
+    base = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    assert result["trainable_parameters"] == trained
+    base_count = sum(parameter.numel() for parameter in base.parameters())
+    assert result["total_parameters"] == base_count + low_rank
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokens = sum(len(tokenizer(row["text"])["input_ids"]) for row in run.parts["train"])
+    assert result["tokens"] == 5 * tokens
+    assert result["steps"] == 5 * math.ceil(320 / 8)
+    assert result["epochs"] == 5
+    assert result["adapter_bytes"] == sum(path.stat().st_size for path in adapter.iterdir())
+    assert result["tokens_per_second"] == pytest.approx(
+        result["tokens"] / result["seconds"], rel=1e-2
+    )
+
+
+def test_result_fields(run):
+    result = run.result
+    assert result["status"] == "completed"
+    assert result["monitor"] == "val/accuracy"
+    assert result["objective"] == result["val/accuracy"]
+    assert {name for name in result if "/" in name} == {
+        f"{split}/{name}"
+        for split in ("val", "test")
+        for name in ("loss", "accuracy", "f1", "auroc")
+    }
+    assert (result["device"], result["world_size"], result["seed"]) == ("cpu", 1, 0)
+    assert result["versions"]["torch"] == torch.__version__
+    assert len(result["config_hash"]) == 16
+    assert result["peak_memory_mib"] > 50
+
+
+def test_it_learned(run):
+    assert run.result["before"]["test/accuracy"] < 0.75
+    assert run.result["val/accuracy"] > 0.9
+    assert run.result["test/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_metrics_are_those_of_the_predictions(run, split, run_cli):
+    rows = predictions(run, split, run_cli)
+    truth = [int(row["label"] == "positive") for row in rows]
+    scores = [row["prediction"]["scores"]["positive"] for row in rows]
+    guesses = [int(row["prediction"]["label"] == "positive") for row in rows]
+    expected = {
+        "accuracy": accuracy_score(truth, guesses),
+        "f1": f1_score(truth, guesses, average="macro"),
+        "auroc": roc_auc_score(truth, scores),
+        "loss": log_loss(truth, scores),
+    }
+    found = {name: run.result[f"{split}/{name}"] for name in expected}
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+def test_layout_of_the_folder(run):
+    names = {path.name for path in run.dir.iterdir()}
+    assert names == {"adapter", "checkpoints", "csv", "tensorboard", "result.json"}
+    assert {path.name for path in (run.dir / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "lora_lightning.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    checkpoints = {path.name.partition("-")[0] for path in (run.dir / "checkpoints").iterdir()}
+    assert checkpoints == {"best", "last.ckpt"}
+    assert len(list((run.dir / "checkpoints").iterdir())) == 2
+
+
+def test_the_adapter_is_the_best_not_the_last(run):
+    accuracies = {
+        int(row["step"]): float(row["val/accuracy"])
+        for row in csv_rows(run.dir)
+        if row["val/accuracy"] and int(row["step"]) < 200
+    }
+    assert len(accuracies) == 5
+    best_step = max(accuracies, key=accuracies.__getitem__) + 1
+    assert best_step < 200, "this test needs a best epoch before the last"
+    exported = load_file(run.dir / "adapter" / "adapter_model.safetensors")
+    for name, same in ((f"best-step={best_step}.ckpt", True), ("last.ckpt", False)):
+        module = LoraModule.load_from_checkpoint(run.dir / "checkpoints" / name)
+        stored = module.adapter.named_tensors()
+        assert {f"base_model.model.{key}" for key in stored} == set(exported)
+        equal = [torch.equal(exported[f"base_model.model.{k}"], t) for k, t in stored.items()]
+        assert all(equal) if same else not any(equal)
+
+
+# Logs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def events(run) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run.dir / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_scalars_of_training(events):
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == list(range(9, 200, 10))
+    assert sum(event.value for event in losses[-4:]) < 0.5 * sum(e.value for e in losses[:4])
+    rates = {event.step: event.value for event in events.Scalars("lr-AdamW/pg1")}
+    warmup = round(OptimConfig().warmup * 200)
+    for step, rate in rates.items():
+        up, down = step / warmup, (200 - step) / (200 - warmup)
+        assert rate == pytest.approx(3e-3 * min(up, down), rel=1e-5)
+
+
+def test_scalars_of_validation(events, run):
+    for name in ("loss", "accuracy", "f1", "auroc"):
+        values = events.Scalars(f"val/{name}")
+        assert [event.step for event in values] == [39, 79, 119, 159, 199, 200]
+        assert values[-1].value == pytest.approx(run.result[f"val/{name}"])
+        tested = events.Scalars(f"test/{name}")
+        assert tested[0].value == pytest.approx(run.result["before"][f"test/{name}"])
+        assert tested[-1].value == pytest.approx(run.result[f"test/{name}"])
+
+
+def test_update_norms_are_those_of_the_exported_adapter(events, run):
+    adapter = run.dir / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    norms = {}
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            b = tensors[name.replace("lora_A", "lora_B")]
+            dense = (b.double() @ a.double()) * settings["lora_alpha"] / settings["r"]
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            norms[f"update_norm/{layer}"] = dense.norm().item()
+    assert len(norms) >= 12
+    norms["update_norm/total"] = math.sqrt(sum(value**2 for value in norms.values()))
+    found = {
+        tag: events.Scalars(tag)[-1].value
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("update_norm/")
+    }
+    assert found == pytest.approx(norms, rel=1e-4)
+
+
+def test_hparams_are_filled_once(events, run):
+    tags = Counter(
+        value.tag
+        for path in sorted((run.dir / "tensorboard").glob("events*"))
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag.startswith("_hparams_/")
+    )
+    assert tags["_hparams_/session_start_info"] == 1
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    started = HParamsPluginData.FromString(content).session_start_info.hparams
+    found = {name: value.number_value or value.string_value for name, value in started.items()}
+    assert found["rank"] == 8
+    assert found["alpha"] == 16
+    assert found["scaling"] == 2
+    assert found["lr"] == pytest.approx(3e-3)
+    assert found["method"] == "lora"
+    for name in ("val/accuracy", "val/loss", "test/accuracy", "test/f1"):
+        values = events.Scalars(f"final/{name}")
+        assert len(values) == 1
+        assert values[0].value == pytest.approx(run.result[name])
+
+
+def test_sample_predictions_are_those_of_predict(events, run, run_cli):
+    shown = events.Tensors("samples/val/text_summary")[-1].tensor_proto.string_val[0].decode()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    assert lines[0] == ["input", "target", "prediction", "score"]
+    assert len(lines) == 2 + 8
+    known = {row["text"]: row for row in predictions(run, "val", run_cli)}
+    for text, target, prediction, score in lines[2:]:
+        row = known[text]
+        assert (target, prediction) == (row["label"], row["prediction"]["label"])
+        assert float(score) == pytest.approx(row["prediction"]["score"], abs=2e-3)
+
+
+def test_csv_holds_the_same(events, run):
+    by_step = {int(row["step"]): row for row in csv_rows(run.dir) if row["train/loss"]}
+    for event in events.Scalars("train/loss"):
+        assert float(by_step[event.step]["train/loss"]) == pytest.approx(event.value)
+
+
+# Other runs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tiny_bert, rows_jsonl, tmp_path):
+    """Trains a small run on 64 rows; returns its result."""
+
+    def start(*overrides: str, model: Path = tiny_bert) -> dict:
+        return train(
+            compose_config(
+                [
+                    *QUIET,
+                    "test_before=false",
+                    f"model.name_or_path={model}",
+                    f"data.train={rows_jsonl}",
+                    f"output_dir={tmp_path / 'run'}",
+                    *overrides,
+                ]
+            )
+        )
+
+    return start
+
+
+def test_decoder_learns(small, tiny_llama):
+    result = small("optim.lr=3e-2", "trainer.max_epochs=12", model=tiny_llama)
+    assert result["val/accuracy"] > 0.9
+    assert result["test/accuracy"] > 0.9
+
+
+def test_full_fine_tuning_leaves_a_hugging_face_folder(small, tmp_path):
+    result = small("lora=full", "trainer.max_epochs=1", "optim.lr=1e-3")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert result["trainable_parameters"] == result["total_parameters"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoders_train(kind, small, tmp_path):
+    from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
+
+    tokenizer = _word_tokenizer(
+        ["<pad>", "<unk>", "<s>", "</s>"],
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        eos_token="</s>",
+        bos_token="<s>",
+    )
+    shared = {
+        "vocab_size": len(tokenizer),
+        "d_model": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    if kind == "t5":
+        model = T5ForConditionalGeneration(
+            T5Config(**shared, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        )
+    else:
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        layers = {"encoder_layers": 2, "decoder_layers": 2}
+        widths = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+        model = BartModel(BartConfig(**shared, **heads, **layers, **widths))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = small(
+        "trainer.max_epochs=1", "trainer.limit_train_batches=2", model=tmp_path / "model"
+    )
+    assert result["steps"] == 2
+    assert math.isfinite(result["test/loss"])
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = [name for name, t in tensors.items() if "lora_B" in name and t.any()]
+    assert any("decoder" in name for name in moved)
+    assert any("encoder" in name for name in moved)
+
+
+def test_early_stopping_stops(small):
+    result = small(
+        "optim.lr=1e-12",  # nothing moves, so nothing improves
+        "trainer.max_epochs=9",
+        "callbacks.early_stopping.patience=2",
+    )
+    assert result["epochs"] == 3
+
+
+def test_max_steps_may_end_before_the_first_validation(small):
+    result = small("trainer.max_steps=3")
+    assert result["steps"] == 3
+    assert result["status"] == "completed"
+
+
+def test_a_used_folder_is_refused(small, tmp_path):
+    small("trainer.max_epochs=1", "trainer.limit_train_batches=1")
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        small("trainer.max_epochs=1")
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
+def test_a_run_that_fails_says_so(small, tmp_path):
+    with pytest.raises(FloatingPointError):
+        small("optim.lr=1e30", "optim.warmup=0", "trainer.max_epochs=2")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert "lower optim.lr" in result["error"]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_nothing_is_said_that_no_user_can_act_on(small, capfd, caplog, recwarn):
+    caplog.set_level("INFO")
+    small("trainer.max_epochs=1")
+    out, err = capfd.readouterr()
+    said = "\n".join([out, err, caplog.text, *(str(warning.message) for warning in recwarn)])
+    for noise in ("weights_only", "flops_per_batch", "many workers", "litlogger", "LOAD REPORT"):
+        assert noise not in said
+    assert "On the 8 test rows:" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.precision=bf16-true"], "must stay fp32"),
+        (["model.dtype=float16"], "16-mixed"),
+        (["lora=full", "model.dtype=bfloat16"], "round away"),
+    ],
+)
+def test_types_that_would_go_wrong_are_refused(overrides, message):
+    config = compose_config(overrides)
+    with pytest.raises(UserError, match=message):
+        check_precision(settings_of(config), config.trainer)
+
+
+def test_validation_amid_a_window_is_refused(small):
+    with pytest.raises(UserError, match="multiple of trainer.accumulate_grad_batches"):
+        small("trainer.accumulate_grad_batches=4", "trainer.val_check_interval=6")
