@@ -368,7 +368,7 @@ def test_a_used_folder_is_refused(small, tmp_path):
 
 
 def test_a_run_that_fails_says_so(small, tmp_path):
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(UserError, match="training loss is"):
         small("optim.lr=1e30", "optim.warmup=0", "trainer.max_epochs=2")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "failed"
