@@ -124,27 +124,35 @@ class RunClock(Callback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens = 0
+        self._counted = torch.zeros((), dtype=torch.long)  # on this rank, not yet in `tokens`
+        self._ranks = 1
         self._started: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
+        self._counted = self._counted.to(pl_module.device)
+        self._ranks = trainer.world_size
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        tokens = batch["attention_mask"].sum()
-        self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
+        self._counted += batch["attention_mask"].sum()  # on the device: nothing waits for it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._started is not None:
-            self.seconds += time.monotonic() - self._started
-            self._started = None
+        if self._started is None:
+            return
+        self.seconds += time.monotonic() - self._started
+        self._started = None
+        self.tokens += int(trainer.strategy.reduce(self._counted, reduce_op="sum"))
+        self._counted = torch.zeros_like(self._counted)
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._started is None else time.monotonic() - self._started
-        return {"seconds": self.seconds + running, "tokens": self.tokens}
+        # Only rank 0's state is stored; the other ranks have seen about as many tokens.
+        tokens = self.tokens + int(self._counted) * self._ranks
+        return {"seconds": self.seconds + running, "tokens": tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]

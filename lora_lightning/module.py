@@ -157,9 +157,8 @@ class LoraModule(L.LightningModule):
         return output.total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        strategy = self.trainer.strategy
-        count = strategy.reduce(self._step_count, reduce_op="sum")
-        loss = strategy.reduce(self._step_loss, reduce_op="sum")
+        totals = torch.stack([self._step_loss, self._step_count])
+        loss, count = self.trainer.strategy.reduce(totals, reduce_op="sum")
         self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
         count = count.clamp(min=1)
         factor = self.trainer.world_size / count
