@@ -9,8 +9,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ThroughputMonitor
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    RichModelSummary,
+    ThroughputMonitor,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.panel import Panel
 from torch import Tensor
 
 from .module import LoraModule
@@ -63,6 +70,17 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(beside, weights_only=False)
         if trainer.is_global_zero:
             os.replace(beside, self.path)
+
+
+class AdapterSummary(RichModelSummary):
+    """Shows what the adapter covers; for a model without one, Lightning's own summary."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
+        if adapter is None:
+            super().on_fit_start(trainer, pl_module)
+        elif trainer.is_global_zero:
+            Console().print(Panel.fit(str(adapter.summary()), title="LoRA"), highlight=False)
 
 
 class UpdateNorms(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .train import (
 )
 
 PROBE_ROWS = 4
+FEW_ROWS = 8
 
 
 def check(config: DictConfig) -> str:
@@ -92,12 +94,18 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
     if counts is not None:
         found = ", ".join(f"{label} {n:,}" for label, n in counts(data.raw["train"]).items())
         lines.append(f"classes {found}")
+        lines += [
+            f"WARNING only {n} training rows of {label!r}: too few to learn it"
+            for label, n in counts(data.raw["train"]).items()
+            if n < FEW_ROWS
+        ]
     return "\n".join(lines)
 
 
 def _sample(data: LoraDataModule) -> str:
     """A few rows as the model sees them, decoded from the ids, with their labels."""
-    batch = next(iter(data.train_dataloader()))
+    # The rows left over make a smaller batch, which may come first.
+    batch = max(islice(data.train_dataloader(), 2), key=lambda batch: len(batch["input_ids"]))
     shape = tuple(batch["input_ids"].shape)
     lines = [f"A training batch, {shape[0]} rows x {shape[1]} tokens; its first rows decoded:"]
     labels = getattr(data.task, "labels", None)

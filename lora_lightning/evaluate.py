@@ -45,7 +45,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     found = trainer.test(module, data, verbose=False)
     if not found:
         raise UserError("there is no test data: give data.test=FILE.")
-    return {name: float(value) for name, value in found[0].items()} | {
+    return {name: round(float(value), 6) for name, value in found[0].items()} | {
         "rows": len(data.encoded["test"])
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import logging
 import shutil
 import warnings
@@ -58,6 +59,7 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     checkpoint = last_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     result["versions"] = versions()
+    result["before"] = _measured_before(run_dir) if checkpoint else {}
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0
     if rank_zero:
@@ -66,11 +68,14 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         writable(run_dir)
         write_json(run_dir / RESULT, result)
     try:
-        result.update(_run(config, settings, run_dir, checkpoint))
+        _run(config, settings, run_dir, checkpoint, result)
         result["status"] = "completed"
+    except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
+        result["status"] = "interrupted"
+        again = f"lora-lightning train resume={run_dir}"
+        raise KeyboardInterrupt(f"interrupted. To go on: {again}") from None
     except BaseException as error:
-        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-        result["status"] = "interrupted" if interrupted else "failed"
+        result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         raise
     finally:
@@ -80,8 +85,13 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _run(
-    config: DictConfig, settings: Settings, run_dir: Path, checkpoint: Path | None
-) -> dict[str, Any]:
+    config: DictConfig,
+    settings: Settings,
+    run_dir: Path,
+    checkpoint: Path | None,
+    result: dict[str, Any],
+) -> None:
+    """The run itself; what comes out is added to `result`."""
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
@@ -92,9 +102,12 @@ def _run(
     check_windows(trainer)
     clock = next(c for c in trainer.callbacks if isinstance(c, RunClock))
 
-    before: dict[str, float] = {}
     if config.test_before and checkpoint is None:
-        before = _evaluate(trainer.test, module, data)
+        if trainer.is_global_zero:
+            print("First a test of the untrained model, to compare with (test_before=false: none).")
+        result["before"] = _evaluate(trainer.test, module, data)
+        if trainer.is_global_zero:
+            write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
         _continue_csv(trainer, checkpoint)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -105,11 +118,10 @@ def _run(
     test = _evaluate(trainer.test, module, data)
     if trainer.is_global_zero:
         save_trained(module, run_dir / ADAPTER, saved_settings(config))
-    result = _result(config, module, trainer, clock, before, {**val, **test})
+    result.update(_result(config, module, trainer, clock, {**val, **test}))
     if trainer.is_global_zero:
         _log_hparams(trainer, settings, config, result)
         _print_result(result, run_dir, data)
-    return result
 
 
 def build(
@@ -205,6 +217,14 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint a run goes on from; None if it was stopped before the first."""
     path = run_dir / CHECKPOINTS / "last.ckpt"
     return path if path.is_file() else None
+
+
+def _measured_before(run_dir: Path) -> dict[str, float]:
+    """What the run that is gone on with had measured before training."""
+    try:
+        return dict(json.loads((run_dir / RESULT).read_text())["before"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def refuse_used_folder(run_dir: Path) -> None:
@@ -305,7 +325,6 @@ def _result(
     module: LoraModule,
     trainer: L.Trainer,
     clock: RunClock,
-    before: dict[str, float],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     assert module.model is not None
@@ -313,7 +332,6 @@ def _result(
     adapter = Path(config.output_dir) / ADAPTER
     return {
         **metrics,
-        "before": before,
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -156,7 +156,7 @@ COMMAND = [
     Case(
         "no argument of the Trainer",
         lambda p: p.train("+trainer.epochs=1"),
-        "'epochs'",
+        "trainer.epochs",
         "max_epochs",
     ),
     Case(
@@ -303,7 +303,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*ROWS, {"text": "a", "label": None}), "data.val_fraction=0"
         ),
-        "no label in row",
+        "the first is row",
         "fill it in",
     ),
     Case(

@@ -16,6 +16,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
 OURS = [shlex.split(line) for line in COMMANDS if line.startswith("lora-lightning")]
+EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
+QUICK = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
 VERBS_RUN = ("predict", "evaluate", "merge")
 
 
@@ -68,14 +70,13 @@ def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli):
     Path("reviews.csv").write_text(
         "review,stars\n" + "".join(f"{row['review']},{row['stars']}\n" for row in rows)
     )
-    quick = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
     ran = set()
     for _, verb, *arguments in OURS:
         line = " ".join(arguments)
         if "trainer=" in line or "model.name_or_path=" in line or "--" in line or "-m" in arguments:
             continue
         if verb == "train" and "resume=" not in line:
-            arguments = [*[a for a in arguments if a != "debug=limit"], *quick]
+            arguments = [*[a for a in arguments if a != "debug=limit"], *QUICK]
         status, out, err = run_cli(verb, *arguments)
         assert status == 0, f"{verb} {line}: {err}"
         ran.add(verb)
@@ -91,10 +92,12 @@ def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli):
     ) - {"result"} | {"result.json"}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_python_examples_run(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_python_examples_run(number, tmp_path, monkeypatch, run_cli):
     monkeypatch.chdir(tmp_path)
-    code = [text for kind, text in BLOCKS if kind == "python"][number]
+    code = EXAMPLES[number]
+    if "outputs/demo" in code:
+        assert run_cli("train", "output_dir=outputs/demo", *QUICK)[0] == 0
     exec(compile(code, f"README example {number}", "exec"), {})
 
 

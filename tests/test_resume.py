@@ -65,11 +65,11 @@ class KeepCopies(Callback):
 
 
 class Die(Callback):
-    """Kills its process at the hook and batch that DIE_AT names, such as train:7."""
+    """Kills its process at the hook and batch that DIE_AT names, such as train:7; or DIE_OF."""
 
     def _die(self, at: str) -> None:
         if os.environ.get("DIE_AT") == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, os.environ.get("DIE_OF", "SIGKILL")))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._die(f"train:{trainer.fit_loop.total_batch_idx}")
@@ -187,13 +187,16 @@ def uninterrupted(killable, tmp_path_factory) -> tuple[bytes, dict]:
     return outcome(run_dir)
 
 
-def _in_fork(arguments: list[str], environment: dict[str, str]) -> int | None:
+def _in_fork(
+    arguments: list[str], environment: dict[str, str], errors: Path = Path(os.devnull)
+) -> int | None:
     """Runs the command line in a child of this process, which spares it the imports."""
 
     def child() -> None:
         os.environ.update(environment)
         sys.argv = ["lora-lightning", *arguments]
-        main()
+        with errors.open("w") as sys.stderr:
+            main()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -227,6 +230,25 @@ def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
     assert status == 0
     assert "nothing to resume" in out
     assert outcome(run_dir) == uninterrupted
+
+
+@pytest.mark.parametrize("moment", ["train:17", "validation:1", "test"])
+def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
+    """Ctrl-C: exit status 130 and one line that says how to go on."""
+    run_dir, errors = tmp_path / "run", tmp_path / "errors"
+    arguments = killable(run_dir)
+    if moment != "test":
+        arguments.append("test_before=true")
+    assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
+    told = f"interrupted. To go on: lora-lightning train resume={run_dir}\n"
+    assert errors.read_text() == told
+    stopped = json.loads((run_dir / "result.json").read_text())
+    assert stopped["status"] == "interrupted"
+    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert outcome(run_dir) == uninterrupted
+    resumed = json.loads((run_dir / "result.json").read_text())
+    assert resumed["before"] == stopped["before"]
+    assert ("test/accuracy" in resumed["before"]) == (moment != "test")
 
 
 def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):

@@ -16,7 +16,7 @@ class UserError(ValueError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The names in `known` closest to a misspelt `name`, best first; case does not count."""
     by_lower = {item.lower(): item for item in sorted(set(known))}
-    close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.6)
     return [by_lower[item] for item in close]
 
 

@@ -33,7 +33,7 @@ class Summary:
         groups: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
         parameters: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
         for row in self.rows:
-            leaf = ".".join(part for part in row.name.split(".")[-2:] if not part.isdigit())
+            leaf = _within_layer(row.name)
             shape = (row.in_features, row.out_features)
             key = (leaf, row.kind, *shape, row.rank, row.alpha, row.scaling)
             groups[key] += 1
@@ -53,3 +53,10 @@ class Summary:
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         return "\n".join(lines)
+
+
+def _within_layer(name: str) -> str:
+    """A module's name without the layer that it is in: attention.output.dense."""
+    parts = ["*" if part.isdigit() else part for part in name.split(".")]
+    start = parts.index("*") + 1 if "*" in parts[:-1] else -2
+    return ".".join(parts[start:])

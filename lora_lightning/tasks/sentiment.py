@@ -108,12 +108,14 @@ class SentimentTask(Task):
             )
 
     def _check_labels(self, split: str, values: list[Any]) -> None:
+        lacking = [row for row, value in enumerate(values, 1) if _plain_label(value) == ""]
+        if lacking:
+            raise UserError(
+                f"the {split} data has no label in {len(lacking)} of {len(values)} rows, the first "
+                f"is row {lacking[0]} below the header (column {self.label_column!r}): fill it in "
+                "or remove the row."
+            )
         for row, value in enumerate(values):
-            if value is None or value == "":
-                raise UserError(
-                    f"the {split} data has no label in row {row + 1} (column "
-                    f"{self.label_column!r}): fill it in or remove the row."
-                )
             if self.label_id(value) is None:
                 raise UserError(
                     f"the {split} data has the unknown label {value!r} in row {row + 1}."

@@ -93,7 +93,7 @@ def test_other_splits_may_say_the_same_in_another_type():
     ("values", "settings", "message"),
     [
         (["pos", "neg", "meh"], {"labels": ["pos", "neg"]}, "unknown label 'meh' in row 3"),
-        (["pos", None, "neg"], {}, "no label in row 2"),
+        (["pos", None, "neg"], {}, "no label in 1 of 3 rows, the first is row 2"),
         (["pos", "pos"], {}, "only 'pos'"),
         (["pos", "neg"], {"labels": ["pos", "neg", "pos"]}, "names a class twice"),
         (["pos", "neg"], {"label_column": "lable"}, "Did you mean 'label'"),
