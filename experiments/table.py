@@ -49,7 +49,7 @@ def main() -> None:
             continue
         config = OmegaConf.load(path.parent / ".hydra" / "config.yaml")
         group = {key: OmegaConf.select(config, key) for key in arguments.by}
-        values = {key: result[key] for key in COLUMNS if key in result}
+        values = {key: round(result[key], 6) for key in COLUMNS if key in result}
         runs.append({**group, "seed": result["seed"], **values})
     if not runs:
         raise SystemExit(f"no finished run under {arguments.folder}")

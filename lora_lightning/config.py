@@ -169,12 +169,11 @@ def explain(error: Exception) -> str:
             f"Known: {', '.join(known)}."
         )
     if unknown:
-        key = unknown.group(1)
-        known = all_keys()
-        if key in known:
-            return f"{key} takes new entries with a plus in front: '+{key}={{NAME: VALUE}}'."
+        name, known = unknown.group(1), all_keys()
+        if name in known:
+            return f"{name} takes new entries with a plus in front: '+{name}={{NAME: VALUE}}'."
         return (
-            f"{key}: there is no such setting.{did_you_mean(key, known)} "
+            f"{name}: there is no such setting.{did_you_mean(name, known)} "
             "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
             "or callbacks."
         )
@@ -194,7 +193,7 @@ def all_keys() -> list[str]:
         if not isinstance(node, DictConfig):
             return []
         keys = []
-        for name in node:
+        for name in map(str, node):
             keys.append(f"{prefix}{name}")
             if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
                 keys += walk(node[name], f"{prefix}{name}.")

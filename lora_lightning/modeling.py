@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     name = config.tokenizer or config.name_or_path
-    with _clear_errors(name, "tokenizer"):
+    with _loading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             resolve(
                 name,
@@ -126,8 +127,9 @@ def load_classifier(
         label2id={label: index for index, label in id2label.items()},
         ignore_mismatched_sizes=True,
     )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.problem_type = "single_label_classification"
+    settings: Any = model.config
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.problem_type = "single_label_classification"
     whole = list(dict.fromkeys([*head_modules(model), *_new_modules(model, missing)]))
     return model, whole
 
@@ -171,7 +173,7 @@ def load_model_config(config: ModelConfig) -> Any:
     """The base model's transformers config, without its weights."""
     from transformers import AutoConfig
 
-    with _clear_errors(config.name_or_path, "config"):
+    with _loading(config.name_or_path, "config"):
         return AutoConfig.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,
@@ -199,7 +201,7 @@ def _from_pretrained(
     auto_class: Any, config: ModelConfig, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
-    with _clear_errors(config.name_or_path, "model"):
+    with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
         model, info = auto_class.from_pretrained(
             resolve(config.name_or_path),
@@ -211,9 +213,9 @@ def _from_pretrained(
             **{key: value for key, value in options.items() if value is not None},
             **kwargs,
         )
-    missing = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
+    absent = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}
     parameters = dict(model.named_parameters())
-    missing = [name for name in parameters if name in missing]
+    missing = [name for name in parameters if name in absent]
     lost = sum(parameters[name].numel() for name in missing)
     if lost * 2 > sum(parameter.numel() for parameter in parameters.values()):
         raise UserError(
@@ -239,26 +241,31 @@ def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:
     return found
 
 
-class _clear_errors:
-    """Turns what transformers raises for a bad name, folder or file into a UserError."""
+@contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """Turns what transformers raises for a bad name, folder or file into a UserError.
 
-    def __init__(self, name: str, what: str) -> None:
-        self.name, self.what = name, what
+    Its report on weights that a checkpoint lacks stays out of the way: a new head is meant.
+    """
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, UserError):
-            return
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         # OSError: absent or offline. ValueError, KeyError: unknown architecture or options.
-        # SafetensorError and its kin are no subclass of either; their module tells.
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) or (
-            "safetensor" in type(error).__name__.lower()
-        ):
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(
-                f"cannot load the {self.what} of {self.name!r}: {' '.join(reason)[:400]} "
-                "Check model.name_or_path; a hub name needs a network or a filled cache, and a "
-                "local folder needs config.json, tokenizer files and model.safetensors."
-            ) from error
+        # SafetensorError and its kin are no subclass of either; their name tells.
+        known = isinstance(error, (OSError, ValueError, KeyError, ImportError))
+        if not known and "safetensor" not in type(error).__name__.lower():
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"cannot load the {what} of {name!r}: {' '.join(reason)[:400]} "
+            "Check model.name_or_path; a hub name needs a network or a filled cache, and a "
+            "local folder needs config.json, tokenizer files and model.safetensors."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -60,11 +60,13 @@ class LoraModule(L.LightningModule):
         self.task = build_task(task) if isinstance(task, dict) else task
         if task_state is not None:
             self.task.restore(task_state)
-        self.model_config = ModelConfig(**model) if isinstance(model, dict) else model
-        self.model_config = self.model_config or ModelConfig()
+        self.model_config = (
+            ModelConfig(**model) if isinstance(model, dict) else model or ModelConfig()
+        )
         self.lora_config = LoraConfig(**lora) if isinstance(lora, dict) else lora
-        self.optim_config = OptimConfig(**optim) if isinstance(optim, dict) else optim
-        self.optim_config = self.optim_config or OptimConfig()
+        self.optim_config = (
+            OptimConfig(**optim) if isinstance(optim, dict) else optim or OptimConfig()
+        )
         self.seed = seed
         self.tokenizer = tokenizer
         self.start_from = start_from
@@ -108,9 +110,9 @@ class LoraModule(L.LightningModule):
                 if self.start_from is not None:
                     _, tensors = read_adapter(self.start_from)
                     adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
-        if getattr(model, "is_gradient_checkpointing", False):
+        if self.model_config.gradient_checkpointing:
             # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
-            model.enable_input_require_grads()
+            model.enable_input_require_grads()  # type: ignore[operator]
         self.adopt(model, adapter)
         self._check_monitor()
 
@@ -225,7 +227,9 @@ class LoraModule(L.LightningModule):
 
     # Checkpoints -----------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """What is trained, and nothing of the frozen base."""
         if self.model is None:
             return super().state_dict(*args, **kwargs)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -16,7 +15,8 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
 ) -> torch.optim.Optimizer:
     """The optimizer over the parameters that require a gradient, and no others."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
@@ -50,16 +50,17 @@ def build_scheduler(
             f"{did_you_mean(config.scheduler, known)}"
         )
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
-    return get_scheduler(
+    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         config.scheduler,
         optimizer,
         num_warmup_steps=round(warmup),
         num_training_steps=total_steps,
         scheduler_specific_kwargs=dict(config.scheduler_options) or None,
     )
+    return schedule
 
 
-def _optimizers() -> dict[str, Any]:
+def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     return {
         name: value
         for name, value in vars(torch.optim).items()

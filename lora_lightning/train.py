@@ -61,7 +61,7 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     result["versions"] = versions()
     result["before"] = _measured_before(run_dir) if checkpoint else {}
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
-    rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0
+    rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if rank_zero:
         if not resume:
             refuse_used_folder(run_dir)
@@ -97,10 +97,11 @@ def _run(
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     check_precision(settings, config.trainer)
     trainer = build_trainer(config)
-    if not any(isinstance(callback, RunClock) for callback in trainer.callbacks):
-        trainer.callbacks.insert(0, RunClock())
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, RunClock) for callback in callbacks):
+        callbacks.insert(0, RunClock())
     check_windows(trainer)
-    clock = next(c for c in trainer.callbacks if isinstance(c, RunClock))
+    clock = next(callback for callback in callbacks if isinstance(callback, RunClock))
 
     if config.test_before and checkpoint is None:
         if trainer.is_global_zero:
@@ -152,11 +153,11 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
     known = inspect.signature(L.Trainer).parameters
-    for key in arguments:
+    for key in map(str, arguments):
         if key not in known:
             raise UserError(
                 f"trainer.{key}: Lightning's Trainer takes no such argument."
-                f"{did_you_mean(str(key), known)}"
+                f"{did_you_mean(key, known)}"
             )
     callbacks = instantiate_all(config.callbacks)
     loggers = instantiate_all(config.logger)
@@ -266,7 +267,6 @@ def quiet_libraries() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-        ".*is_gradient_checkpointing.*",
         ".*The dirpath has changed.*",
         ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
         ".*you need to define a `flops_per_batch`.*",
@@ -310,7 +310,7 @@ def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
     best = next(
         (
             callback.best_model_path
-            for callback in trainer.callbacks
+            for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and callback.best_model_path
         ),
         "",

@@ -101,7 +101,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         """Makes the next iteration, if it is of the same epoch, start after those batches."""
         self._resume = state
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self._batches()
         resume, self._resume = self._resume, {}
         self._given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0

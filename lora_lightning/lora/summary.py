@@ -57,6 +57,7 @@ class Summary:
 
 def _within_layer(name: str) -> str:
     """A module's name without the layer that it is in: attention.output.dense."""
-    parts = ["*" if part.isdigit() else part for part in name.split(".")]
-    start = parts.index("*") + 1 if "*" in parts[:-1] else -2
-    return ".".join(parts[start:])
+    *parents, leaf = name.split(".")
+    parents = ["*" if part.isdigit() else part for part in parents]
+    start = parents.index("*") + 1 if "*" in parents else -1
+    return ".".join([*parents[start:], leaf])
