@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.panel import Panel
 from torch import Tensor
 
 from .module import LoraModule
@@ -80,7 +79,7 @@ class AdapterSummary(RichModelSummary):
         if adapter is None:
             super().on_fit_start(trainer, pl_module)
         elif trainer.is_global_zero:
-            Console().print(Panel.fit(str(adapter.summary()), title="LoRA"), highlight=False)
+            Console().print(str(adapter.summary()), highlight=False, soft_wrap=True)
 
 
 class UpdateNorms(Callback):

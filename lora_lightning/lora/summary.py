@@ -39,17 +39,17 @@ class Summary:
             groups[key] += 1
             parameters[key] += row.parameters
         lines = [
-            f"{'module':<28} {'count':>5}  {'in -> out':>15} {'rank':>5} {'alpha':>7} {'scale':>7}"
+            f"{'module':<26} {'count':>5} {'in -> out':>14} {'rank':>5} {'alpha':>6} {'scale':>6}"
             f" {'parameters':>12}"
         ]
         for key, count in groups.items():
             leaf, _, fan_in, fan_out, rank, alpha, scaling = key
             lines.append(
-                f"{leaf:<28} {count:>5}  {f'{fan_in} -> {fan_out}':>15} {rank:>5} {alpha:>7g}"
-                f" {scaling:>7.3g} {parameters[key]:>12,}"
+                f"{leaf:<26} {count:>5} {f'{fan_in} -> {fan_out}':>14} {rank:>5} {alpha:>6g}"
+                f" {scaling:>6.3g} {parameters[key]:>12,}"
             )
         for name, number in self.whole_modules.items():
-            lines.append(f"{name:<28} {'whole':>5} {'':>37} {number:>12,}")
+            lines.append(f"{name:<26} {'whole':>5} {'':>34} {number:>12,}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         return "\n".join(lines)
