@@ -15,6 +15,7 @@ from .data.datamodule import LoraDataModule
 from .lora import UserError
 from .module import LoraModule
 from .optim import build_optimizer, build_scheduler
+from .quiet import quiet_libraries
 from .storage import undone_on_mistake
 from .tasks import build_task
 from .train import (
@@ -22,7 +23,6 @@ from .train import (
     build_trainer,
     check_precision,
     check_windows,
-    quiet_libraries,
     refuse_used_folder,
     writable,
 )

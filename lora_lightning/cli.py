@@ -326,7 +326,7 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     if "output" not in plain:
         raise UserError("merge needs output=DIR: where the merged model goes.")
     from .evaluate import model_changes
-    from .train import quiet_libraries
+    from .quiet import quiet_libraries
 
     changes = model_changes(folder, overrides)
     quiet_libraries()

@@ -14,8 +14,9 @@ from .data.datamodule import LoraDataModule
 from .inference import Predictor, load_trained
 from .lora import UserError
 from .modeling import load_model_config, max_positions
+from .quiet import quiet_libraries
 from .storage import read_sidecar
-from .train import build_trainer, quiet_libraries
+from .train import build_trainer
 
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from .lora import UserError
 from .lora.errors import did_you_mean
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
+from .quiet import quiet_libraries
 from .storage import (
     RESULT,
     folder_bytes,
@@ -33,8 +32,6 @@ from .storage import (
     write_json,
 )
 from .tasks import Task, build_task
-
-log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
@@ -256,28 +253,6 @@ def writable(run_dir: Path) -> None:
             f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
             "for checkpoints. Free some space or give another output_dir."
         )
-
-
-def quiet_libraries() -> None:
-    """Silences messages that tell a user nothing he could act on."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*The number of training batches.*is smaller than the logging interval.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-        ".*The dirpath has changed.*",
-        ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
-        ".*you need to define a `flops_per_batch`.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-    ):
-        warnings.filterwarnings("ignore", message)
-    from datasets import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
 
 
 def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:

@@ -16,10 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks"}
-RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config"}
+RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
     "settings": {"lora"},
+    "quiet": set(),
     "config": FOUNDATION,
     "modeling": FOUNDATION,
     "optim": FOUNDATION,
