@@ -194,6 +194,8 @@ def _in_fork(
 
     def child() -> None:
         os.environ.update(environment)
+        # Python leaves SIGINT ignored where a shell started the tests in its background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["lora-lightning", *arguments]
         with errors.open("w") as sys.stderr:
             main()
