@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
     RichModelSummary,
+    RichProgressBar,
     ThroughputMonitor,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -69,6 +70,21 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(beside, weights_only=False)
         if trainer.is_global_zero:
             os.replace(beside, self.path)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, which also says which model a validation or test is of."""
+
+    @property
+    def validation_description(self) -> str:
+        """Text before the bar of a validation."""
+        best = self.trainer.state.fn == "validate"
+        return "Validation of the best" if best else "Validation"
+
+    @property
+    def test_description(self) -> str:
+        """Text before the bar of a test."""
+        return "Test of the best" if self.trainer.global_step else "Test before training"
 
 
 class AdapterSummary(RichModelSummary):

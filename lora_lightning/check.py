@@ -29,6 +29,7 @@ from .train import (
 
 PROBE_ROWS = 4
 FEW_ROWS = 8
+FEW_JUDGES = 50
 
 
 def check(config: DictConfig) -> str:
@@ -90,6 +91,12 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
             f"{lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
             f"{100 * cut / len(rows):.1f} % truncated{dropped}"
         )
+    lines += [
+        f"WARNING only {len(rows)} {split} rows: one row moves the accuracy by "
+        f"{100 / len(rows):.0f} points"
+        for split, rows in data.encoded.items()
+        if split != "train" and len(rows) < FEW_JUDGES
+    ]
     counts = getattr(data.task, "class_counts", None)
     if counts is not None:
         found = ", ".join(f"{label} {n:,}" for label, n in counts(data.raw["train"]).items())

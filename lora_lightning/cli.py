@@ -285,7 +285,7 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
     from .config import over_saved
 
     folder = _need(plain, "adapter", "evaluate")
-    _check_output(plain)
+    _check_output(plain, (".json",))
     from .storage import read_sidecar, write_json
 
     config = over_saved(read_sidecar(folder)["settings"], overrides)
@@ -304,7 +304,7 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
     if ("text" in plain) == ("input" in plain):
         given = " ".join(overrides) or ("both" if "text" in plain else "neither")
         raise UserError(f'predict needs one of text="..." and input=FILE, but got {given}.')
-    _check_output(plain)
+    _check_output(plain, (".jsonl", ".ndjson"))
     from .evaluate import predictor_for
 
     predictor = predictor_for(folder, overrides)
@@ -345,7 +345,7 @@ def _need(plain: dict[str, str], key: str, verb: str) -> Path:
     return Path(plain[key]).expanduser()
 
 
-def _check_output(plain: dict[str, str]) -> None:
+def _check_output(plain: dict[str, str], suffixes: tuple[str, ...]) -> None:
     """Refuses a place that could not be written when the work is done."""
     from .lora.errors import UserError
 
@@ -356,6 +356,11 @@ def _check_output(plain: dict[str, str]) -> None:
         raise UserError(f"output={output}: its folder does not exist. Make it first.")
     if output.is_dir():
         raise UserError(f"output={output} is a folder: give the name of a file.")
+    if output.suffix not in suffixes:
+        raise UserError(
+            f"output={output}: what is written is {suffixes[0][1:].upper()}, so give a name that "
+            f"ends in {suffixes[0]}."
+        )
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -100,7 +100,8 @@ class Predictor:
         for index, example in enumerate(examples):
             if not example["input_ids"]:
                 raise UserError(
-                    f"row {first + index} holds no text in {task.input_columns()[0]!r}."
+                    f"row {first + index} below the header holds no text in "
+                    f"{task.input_columns()[0]!r}: fill it in or remove the row."
                 )
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
         found: list[dict[str, Any]] = [{} for _ in rows]

@@ -101,8 +101,6 @@ def _run(
     clock = next(callback for callback in callbacks if isinstance(callback, RunClock))
 
     if config.test_before and checkpoint is None:
-        if trainer.is_global_zero:
-            print("First a test of the untrained model, to compare with (test_before=false: none).")
         result["before"] = _evaluate(trainer.test, module, data)
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
@@ -112,10 +110,10 @@ def _run(
     if trainer.interrupted:
         raise KeyboardInterrupt
     _restore_best(trainer, module)
-    val = _evaluate(trainer.validate, module, data)
-    test = _evaluate(trainer.test, module, data)
     if trainer.is_global_zero:
         save_trained(module, run_dir / ADAPTER, saved_settings(config))
+    val = _evaluate(trainer.validate, module, data)
+    test = _evaluate(trainer.test, module, data)
     result.update(_result(config, module, trainer, clock, {**val, **test}))
     if trainer.is_global_zero:
         _log_hparams(trainer, settings, config, result)
@@ -371,7 +369,7 @@ def _print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines += [
         f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
-        f"({share:.2f} %) in {result['seconds']:.0f} s, "
+        f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s.",
         f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
         f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',

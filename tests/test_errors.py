@@ -701,6 +701,18 @@ ADAPTERS = [
         "wrong shape",
         "rank",
     ),
+    Case(
+        "predictions into a table",
+        lambda p: p.predict(f"input={p.rows}", "output=o.csv"),
+        "output=o.csv",
+        "ends in .jsonl",
+    ),
+    Case(
+        "metrics into a table",
+        lambda p: ["evaluate", f"adapter={p.run / 'adapter'}", "output=m.csv"],
+        "output=m.csv",
+        "ends in .json",
+    ),
     Case("merge without output", lambda p: ["merge", "adapter=a"], "output=DIR", "merged model"),
     Case(
         "merge into a full folder",

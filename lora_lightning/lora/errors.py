@@ -17,7 +17,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The names in `known` closest to a misspelt `name`, best first; case does not count."""
     by_lower = {item.lower(): item for item in sorted(set(known))}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.6)
-    return [by_lower[item] for item in close]
+    ratios = [difflib.SequenceMatcher(None, item, name.lower()).ratio() for item in close]
+    # A far candidate beside a near one is noise.
+    return [by_lower[i] for i, r in zip(close, ratios, strict=True) if r > ratios[0] - 0.15]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
