@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -117,35 +118,54 @@ class UpdateNorms(Callback):
 
 
 class SamplePredictions(Callback):
-    """Shows predictions on the same few validation rows, as a table in TensorBoard's text tab.
+    """Shows predictions on the same few validation rows, after every validation.
+
+    They are a table in TensorBoard's text tab, and lines of `samples.jsonl`.
 
     Args:
         count: number of rows.
+        folder: where samples.jsonl goes; None: there is none.
     """
 
-    def __init__(self, count: int = 8) -> None:
+    def __init__(self, count: int = 8, folder: str | None = None) -> None:
         self.count = count
+        self.file = None if folder is None else Path(folder) / "samples.jsonl"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-        if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+        if trainer.sanity_checking or not trainer.is_global_zero or not (loggers or self.file):
             return
         rows = _spread(len(data.encoded["val"]), self.count)
         assert isinstance(pl_module, LoraModule)
         predictions = _predict(pl_module, data, rows)
-        lines = ["| input | target | prediction | score |", "|---|---|---|---|"]
-        for row, prediction in zip(rows, predictions, strict=True):
-            shown = data.task.describe(data.raw["val"][row])
-            text = shown["input"].replace("|", "\\|").replace("\n", " ")[:300]
-            lines.append(
-                f"| {text} | {shown['target']} | {prediction['label']} |"
-                f" {prediction.get('score', 0):.3f} |"
-            )
+        samples = [
+            {
+                **data.task.describe(data.raw["val"][row]),
+                "prediction": data.task.show_prediction(prediction),
+            }
+            for row, prediction in zip(rows, predictions, strict=True)
+        ]
+        lines = ["| input | target | prediction |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(_cell, sample.values()))} |" for sample in samples]
         for logger in loggers:
             logger.experiment.add_text(
                 "samples/val", "\n".join(lines), global_step=trainer.global_step
             )
+        if self.file is not None:
+            self._write(self.file, trainer.global_step, samples)
+
+    @staticmethod
+    def _write(path: Path, step: int, samples: list[dict[str, str]]) -> None:
+        """Appends samples of a step; a resumed run takes back those of steps it repeats."""
+        kept: list[str] = []
+        if path.is_file():
+            old = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in old if json.loads(line)["step"] < step]
+        new = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("\n".join([*kept, *new]) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 class RunClock(Callback):
@@ -171,7 +191,7 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._counted += batch["attention_mask"].sum()  # on the device: nothing waits for it
+        self._counted += batch_tokens(batch)  # on the device: nothing waits for it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is None:
@@ -199,11 +219,24 @@ def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
 
 
 def _batch_rows(batch: dict[str, Tensor]) -> int:
+    if "position_ids" in batch:  # packed: a row begins at each position 0
+        return int((batch["position_ids"] == 0).sum())
     return batch["input_ids"].shape[0]
 
 
 def _batch_tokens(batch: dict[str, Tensor]) -> int:
-    return int(batch["attention_mask"].sum())
+    return int(batch_tokens(batch))
+
+
+def batch_tokens(batch: dict[str, Tensor]) -> Tensor | int:
+    """Tokens of a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else mask.sum()
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")[:300]
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
+from .modeling import check_packing
 from .module import LoraModule
 from .optim import build_optimizer, build_scheduler
 from .quiet import quiet_libraries
@@ -58,6 +59,8 @@ def check(config: DictConfig) -> str:
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
+        if settings.data.packing:
+            check_packing(module.model)
         sections = [
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
             f"{next(module.model.parameters()).dtype}".replace("torch.", ""),
@@ -85,7 +88,9 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
     for split, rows in data.encoded.items():
         lengths = sorted(rows["length"])
         cut = sum(rows["truncated"])
-        dropped = f", {data.dropped[split]} empty rows dropped" if data.dropped[split] else ""
+        dropped = ""
+        if data.dropped[split]:
+            dropped = f", {data.dropped[split]} rows dropped ({data.task.dropped_means})"
         lines.append(
             f"{split:<7} {len(rows):>7,} rows, {sum(lengths):>10,} tokens, median "
             f"{lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
@@ -110,22 +115,22 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
 
 
 def _sample(data: LoraDataModule) -> str:
-    """A few rows as the model sees them, decoded from the ids, with their labels."""
+    """A batch as the model sees it: its first rows decoded from the ids, with their targets."""
+    loader = data.train_dataloader()
     # The rows left over make a smaller batch, which may come first.
-    batch = max(islice(data.train_dataloader(), 2), key=lambda batch: len(batch["input_ids"]))
-    shape = tuple(batch["input_ids"].shape)
-    lines = [f"A training batch, {shape[0]} rows x {shape[1]} tokens; its first rows decoded:"]
-    labels = getattr(data.task, "labels", None)
-    for row in range(min(3, shape[0])):
-        ids = batch["input_ids"][row]
-        seen = ids[batch["attention_mask"][row].bool()]
-        padding = shape[1] - len(seen)
-        label = int(batch["labels"][row])
-        name = labels[label] if labels else label
-        text = data.tokenizer.decode(seen)
-        lines.append(
-            f"  [{name}] {text[:160]}{'...' if len(text) > 160 else ''} (+{padding} padding)"
-        )
+    batches: Any = loader.batch_sampler
+    indices = max(islice(batches, 2), key=len)
+    examples = [data.encoded["train"][index] for index in indices]
+    assert loader.collate_fn is not None
+    rows, width = loader.collate_fn(examples)["input_ids"].shape
+    lines = [
+        f"A training batch, {rows} rows x {width} tokens; its first rows, targets in brackets:"
+    ]
+    for example in examples[:3]:
+        text = data.task.show_example(example, data.tokenizer).replace("\n", "\n  ")
+        middle = "" if len(text) <= 320 else " ... "
+        padding = width - len(example["input_ids"]) if rows == len(examples) else 0
+        lines.append(f"  {text[:160]}{middle}{text[160:][-160:]} (+{padding} padding)")
     return "\n".join(lines)
 
 

@@ -10,40 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-HELP = """\
-lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.
+from .usage import HELP
 
-  lora-lightning VERB [KEY=VALUE ...]
-
-Verbs
-  train     train an adapter, then test the best one     lora-lightning train
-  check     preflight: show what train would do          lora-lightning check data.train=my.csv
-  evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
-  predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text=...
-  merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
-
-The settings used most (train, check)
-  data.train=FILE          CSV, TSV, JSON, JSONL, Parquet, text file or folder; data.val, data.test
-  data.path=ORG/NAME       a dataset of the Hugging Face hub
-  task.text_column=NAME    which column holds the text; task.label_column for the label
-  model.name_or_path=X     hub name or local folder of any encoder, decoder or encoder-decoder
-  lora.rank=8 lora.alpha=16 lora.targets=all-linear     or lora=full for full fine-tuning
-  optim.lr=1e-3 trainer.max_epochs=3 data.batch_size=16 seed=0
-  trainer.accelerator=gpu trainer.devices=8 trainer.strategy=ddp trainer.precision=bf16-mixed
-  output_dir=DIR           the run's folder;   resume=DIR continues a run that was stopped
-  experiment=NAME debug=NAME                   presets, see: lora-lightning train --help
-
-More
-  lora-lightning train --help        all groups and presets
-  lora-lightning train --cfg job     the whole config, every key with its value
-  lora-lightning train -m lora.rank=4,8 lora.alpha=8,16        a sweep
-  eval "$(lora-lightning -sc install=bash)"                    tab completion
-"""
-
-VERBS = ("train", "check", "evaluate", "predict", "merge")
+VERBS = ("train", "check", "evaluate", "predict", "chat", "merge")
 PLAIN_KEYS = {
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
+    "chat": ("adapter",),
     "merge": ("adapter", "output"),
 }
 MULTIRUN_FLAGS = ("-m", "--multirun")
@@ -90,7 +63,8 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         _check(arguments)
     else:
         plain, overrides = _split(arguments, PLAIN_KEYS[verb])
-        {"evaluate": _evaluate, "predict": _predict, "merge": _merge}[verb](plain, overrides)
+        actions = {"evaluate": _evaluate, "predict": _predict, "chat": _chat, "merge": _merge}
+        actions[verb](plain, overrides)
 
 
 def _guarded(action: Callable[[], Any]) -> Any:
@@ -310,6 +284,11 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
     predictor = predictor_for(folder, overrides)
     from .inference import predict_file, predict_text
 
+    if "text" in plain and predictor.module.task.generative:
+        from .chat import answer
+
+        answer(predictor, plain["text"])
+        return
     if "text" in plain:
         print(json.dumps(predict_text(predictor, plain["text"]), ensure_ascii=False, indent=2))
         return
@@ -317,6 +296,16 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
     count = predict_file(predictor, Path(plain["input"]), output)
     if output is not None:
         print(f"{count} rows -> {output}")
+
+
+def _chat(plain: dict[str, str], overrides: list[str]) -> None:
+    folder = _need(plain, "adapter", "chat")
+    from .evaluate import predictor_for
+
+    predictor = predictor_for(folder, overrides)
+    from .chat import chat
+
+    chat(predictor)
 
 
 def _merge(plain: dict[str, str], overrides: list[str]) -> None:

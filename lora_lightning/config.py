@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
-from .settings import DataConfig, ModelConfig, OptimConfig, SentimentConfig
+from .settings import TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 
 CONFIG_MODULE = "lora_lightning.conf"
 CONFIG_NAME = "train"
@@ -83,7 +83,8 @@ def register_schemas() -> None:
     """Makes the schemas known to Hydra under the names that conf/ refers to."""
     store = ConfigStore.instance()
     store.store(name="base_schema", node=Schema)
-    store.store(group="task", name="sentiment_schema", node=SentimentConfig)
+    for name, schema in TASK_CONFIGS.items():
+        store.store(group="task", name=f"{name}_schema", node=schema)
 
 
 def settings_of(config: DictConfig) -> Settings:
@@ -171,7 +172,11 @@ def explain(error: Exception) -> str:
     if unknown:
         name, known = unknown.group(1), all_keys()
         if name in known:
-            return f"{name} takes new entries with a plus in front: '+{name}={{NAME: VALUE}}'."
+            if "already at" in text:
+                advice = "is there already: leave out the plus in front of it."
+            else:
+                advice = f"takes new entries with a plus in front: '+{name}={{NAME: VALUE}}'."
+            return f"{name} {advice}"
         return (
             f"{name}: there is no such setting.{did_you_mean(name, known)} "
             "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
@@ -208,8 +213,9 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
     Raises:
         UserError: an override is wrong.
     """
-    default = compose_config([])
-    asked = compose_config(overrides)
+    task = f"task={saved['task'].get('name', 'sentiment')}"
+    default = compose_config([task])
+    asked = compose_config([task, *overrides])
     OmegaConf.set_struct(default, False)
     try:
         for group, values in saved.items():

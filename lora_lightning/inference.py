@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +17,7 @@ from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import LoraConfig, UserError, load_adapter
 from .lora.state import replaced_folder
-from .modeling import load_model_config, load_tokenizer, max_positions
+from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .settings import ModelConfig
 from .storage import base_fingerprint, damaged, read_sidecar, save_tokenizer
@@ -94,7 +96,7 @@ class Predictor:
         """Predictions for raw rows, in the order of the rows; messages count from `first`."""
         task, tokenizer = self.module.task, self.module.tokenizer
         columns = {name: [row.get(name) for row in rows] for name in task.input_columns()}
-        encoded = task.encode(columns, tokenizer, self.max_length)
+        encoded = task.encode(columns, tokenizer, self.max_length, targets=False)
         encoded.pop("truncated")
         examples = [{name: values[i] for name, values in encoded.items()} for i in range(len(rows))]
         for index, example in enumerate(examples):
@@ -122,56 +124,92 @@ def predict_text(predictor: Predictor, text: str) -> dict[str, Any]:
     """The prediction for one text."""
     if not text.strip():
         raise UserError('text is empty: give text="...".')
-    column = predictor.module.task.input_columns()[0]
-    return {"text": text, **predictor([{column: text}])[0]}
+    row = predictor.module.task.row_of(text)
+    return {"text": text, **predictor([row])[0]}
 
 
 def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int:
     """Predicts for the rows of a file; writes JSONL, one line a row, to `output` or stdout.
 
-    The output appears whole: it is written beside its place and renamed.
+    Rows are written as they are done, to a file beside `output` that takes its name in the end.
+    After an interruption the same call goes on with it.
 
     Returns:
         The number of rows.
-    """
-    import os
-    import sys
 
+    Raises:
+        UserError: a row has no text, or the output cannot be written.
+    """
     rows = load_rows("input", source)
-    predictor.module.task.find_inputs(rows.column_names)
+    task = predictor.module.task
+    task.find_inputs(rows.column_names)
+    for column in task.input_columns()[:1]:
+        blank = [row for row, value in enumerate(rows[column], 1) if not str(value or "").strip()]
+        if blank:
+            raise UserError(
+                f"{len(blank)} of {len(rows)} rows hold no text in {column!r}, the first is row "
+                f"{blank[0]} below the header: fill it in or remove the row."
+            )
+    size = (4 if task.generative else 50) * predictor.batch_size
     if output is None:
-        return _write_predictions(predictor, rows, sys.stdout)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+        return _write_predictions(predictor, rows, sys.stdout, size=size)
+    partial = output.with_name(f"{output.name}.{_identity(predictor, rows)}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            count = _write_predictions(predictor, rows, handle)
-        os.replace(temporary, output)
+        done = _lines_kept(partial, size)
+        with partial.open("a", encoding="utf-8") as handle:
+            count = _write_predictions(predictor, rows, handle, size=size, done=done)
+        os.replace(partial, output)
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {partial} holds what is done. The same command goes on with it."
+        ) from None
+    except BaseException:
+        if partial.is_file() and not partial.stat().st_size:
+            partial.unlink()
+        raise
     return count
 
 
-def _write_predictions(predictor: Predictor, rows: Any, handle: TextIO) -> int:
-    import sys
+def _identity(predictor: Predictor, rows: Any) -> str:
+    """Tells apart what predictions depend on: rows, adapter, settings."""
+    module = predictor.module
+    tensors = ((name, tensor) for name, tensor in module.trainable_tensors().items())
+    digest = hashlib.sha256(fingerprint(tensors).encode())
+    settings = {**asdict(module.task.config), "max_length": predictor.max_length}
+    digest.update(json.dumps([settings, module.model_config.name_or_path], default=str).encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:8]
 
+
+def _lines_kept(partial: Path, size: int) -> int:
+    """Whole lines in a file, which is cut to full groups of `size` rows; 0 if there is none."""
+    if not partial.is_file():
+        return 0
+    lines = partial.read_bytes().splitlines(keepends=True)
+    kept = sum(line.endswith(b"\n") for line in lines) // size * size
+    with partial.open("r+b") as handle:
+        handle.truncate(sum(map(len, lines[:kept])))
+    return kept
+
+
+def _write_predictions(
+    predictor: Predictor, rows: Any, handle: TextIO, *, size: int, done: int = 0
+) -> int:
     from tqdm import tqdm
 
-    with tqdm(total=len(rows), unit="row", file=sys.stderr, disable=None) as bar:
-        for start, chunk in _chunks(rows, 50 * predictor.batch_size):
+    with tqdm(total=len(rows), initial=done, unit="row", file=sys.stderr, disable=None) as bar:
+        for start in range(done, len(rows), size):
+            chunk = [dict(row) for row in rows.select(range(start, min(start + size, len(rows))))]
             predictions = predictor(chunk, first=start + 1)
             for row, prediction in zip(chunk, predictions, strict=True):
                 line = {**row, "prediction": prediction}
                 handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            handle.flush()
             bar.update(len(chunk))
     return len(rows)
-
-
-def _chunks(rows: Any, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    for start in range(0, len(rows), size):
-        stop = min(start + size, len(rows))
-        yield start, [dict(row) for row in rows.select(range(start, stop))]
 
 
 def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | None = None) -> float:
@@ -211,5 +249,4 @@ def _probe(module: LoraModule) -> Tensor:
     assert module.model is not None
     encoded = module.tokenizer(list(PROBES))["input_ids"]
     batch = PaddingCollator(module.tokenizer.pad_token_id)([{"input_ids": ids} for ids in encoded])
-    batch["labels"] = torch.zeros(len(PROBES), dtype=torch.long)
-    return module.task.loss(module.model, batch).outputs.float()
+    return module.task.logits(module.model, batch).float()

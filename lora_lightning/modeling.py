@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,6 +133,66 @@ def load_classifier(
     settings.problem_type = "single_label_classification"
     whole = list(dict.fromkeys([*head_modules(model), *_new_modules(model, missing)]))
     return model, whole
+
+
+def load_generator(config: ModelConfig, tokenizer: Any) -> nn.Module:
+    """A causal or encoder-decoder language model, in train mode.
+
+    Raises:
+        UserError: the checkpoint is no language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    seq2seq = getattr(load_model_config(config), "is_encoder_decoder", False)
+    model, missing = _from_pretrained(
+        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config
+    )
+    if missing:
+        raise UserError(
+            f"{config.name_or_path} is no language model: its checkpoint lacks {missing[0]}, which "
+            f"a {type(model).__name__} needs. Choose a decoder or an encoder-decoder: "
+            "model.name_or_path=NAME."
+        )
+    settings: Any = model.config
+    settings.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Makes sure that rows joined to one, told apart by position ids, do not see each other.
+
+    Raises:
+        UserError: they do, in this model with this attention.
+    """
+    device = next(model.parameters()).device
+    first, second = (
+        torch.arange(3, 10, device=device)[None],
+        torch.arange(8, 3, -1, device=device)[None],
+    )
+    joined = torch.cat([first, second], dim=1)
+    counts = [torch.arange(part.shape[1], device=device) for part in (first, second)]
+    was_training = model.training
+    model.eval()
+    alone = model(input_ids=second, use_cache=False).logits
+    seeing = model(input_ids=joined, use_cache=False).logits[:, first.shape[1] :]
+    error = torch.tensor(float("inf"))
+    if accepts(model, "position_ids"):
+        positions = torch.cat(counts)[None]
+        packed = model(input_ids=joined, position_ids=positions, use_cache=False).logits
+        error = (packed[:, first.shape[1] :] - alone).abs().max()
+    model.train(was_training)
+    if not error <= 0.05 * (seeing - alone).abs().max():
+        raise UserError(
+            f"data.packing=true: in a {type(model).__name__} with attention "
+            f"{getattr(model.config, '_attn_implementation', None)!r} joined rows would see each "
+            "other. Leave packing off, or try model.attn_implementation=sdpa or eager."
+        )
 
 
 def classification_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from .lora import Adapter, LoraConfig, UserError
 from .lora.adapter import check_tensors
 from .lora.state import read_adapter
-from .modeling import load_tokenizer
+from .modeling import check_packing, load_tokenizer
 from .optim import build_optimizer, build_scheduler
 from .settings import ModelConfig, OptimConfig
 from .tasks import Task, build_task
@@ -123,11 +123,10 @@ class LoraModule(L.LightningModule):
         self.test_metrics = self.task.metrics()
 
     def _check_monitor(self) -> None:
-        assert self.val_metrics is not None
-        known = ["val/loss", *(f"val/{name}" for name in self.val_metrics.keys(keep_base=True))]
+        known = ["val/loss", *(f"val/{name}" for name in self.task.metric_names())]
         if self.task.config.monitor not in known:
             raise UserError(
-                f"task.monitor={self.task.config.monitor} is not measured for these labels. "
+                f"task.monitor={self.task.config.monitor} is not measured here. "
                 f"Known: {', '.join(known)}."
             )
 
@@ -139,6 +138,12 @@ class LoraModule(L.LightningModule):
         return self.model.state_dict(keep_vars=True)
 
     # Steps -----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and data.config.packing:
+            assert self.model is not None
+            check_packing(self.model)
 
     def on_train_start(self) -> None:
         # configure_optimizers asks for the number of steps, for which Lightning makes the data
@@ -183,10 +188,9 @@ class LoraModule(L.LightningModule):
         return self._evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Readable predictions for the rows of a batch (labels are ignored if it has any)."""
+        """Readable predictions for the rows of a batch."""
         assert self.model is not None
-        inputs = {**batch, "labels": torch.zeros_like(batch["input_ids"][:, 0])}
-        return self.task.predictions(self.task.loss(self.model, inputs).outputs)
+        return self.task.predict(self.model, batch)
 
     def _evaluate(
         self, batch: dict[str, Tensor], metrics: MetricCollection | None, mean_loss: MeanMetric
@@ -194,7 +198,7 @@ class LoraModule(L.LightningModule):
         assert self.model is not None
         assert metrics is not None
         output = self.task.loss(self.model, batch)
-        self.task.update_metrics(metrics, output, batch)
+        self.task.update_metrics(metrics, self.model, batch, output)
         if output.count > 0:
             mean_loss.update(output.total / output.count, output.count)
         return output.outputs

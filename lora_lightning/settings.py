@@ -11,6 +11,7 @@ from typing import Any
 from .lora.errors import UserError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEXT_METRICS = ("rouge", "bleu", "chrf")
 MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
 
 
@@ -71,6 +72,120 @@ class SentimentConfig:
 
 
 @dataclass
+class GenerativeConfig:
+    """What all tasks have in common whose target is text."""
+
+    name: str = ""
+    """The task's name."""
+    max_new_tokens: int = 64
+    """Longest text that is generated, in tokens; an input leaves that much room."""
+    do_sample: bool = False
+    """Draw from the distribution instead of taking the most probable token."""
+    temperature: float = 1.0
+    """Of the distribution drawn from: below 1 sharper, above 1 flatter."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together have this share."""
+    num_beams: int = 1
+    """Width of beam search; 1: none."""
+    generate_rows: int = 64
+    """Rows of validation and of test that text is generated for. 0: none, -1: all."""
+    text_metrics: list[str] = field(default_factory=lambda: ["rouge"])
+    """What compares generated texts with targets: rouge, bleu, chrf."""
+    monitor: str = "val/loss"
+    """Validation metric that decides which adapter is the best."""
+    mode: str = "min"
+    """Whether "max" or "min" of `monitor` is the best."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise UserError(f"task.{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.temperature > 0:
+            raise UserError(
+                f"task.temperature must be positive, got {self.temperature}; "
+                "for the most probable text: task.do_sample=false."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"task.top_p must be in (0, 1], got {self.top_p}.")
+        if self.generate_rows < -1:
+            raise UserError(
+                f"task.generate_rows must be 0 or more, or -1 for all, got {self.generate_rows}."
+            )
+        for metric in self.text_metrics:
+            if metric not in TEXT_METRICS:
+                raise UserError(
+                    f"task.text_metrics: there is no {metric!r}."
+                    f"{did_you_mean(metric, TEXT_METRICS)} Known: {', '.join(TEXT_METRICS)}."
+                )
+        if self.mode not in ("max", "min"):
+            raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
+
+
+@dataclass
+class SummarizationConfig(GenerativeConfig):
+    """Settings of the task `summarization` (any source text to any target text)."""
+
+    name: str = "summarization"
+    """The task's name."""
+    source_column: str | None = None
+    """Column with the source. None: the first of source, document, dialogue, article ..."""
+    target_column: str | None = None
+    """Column with the target. None: the first of target, summary, highlights ..."""
+    prompt: str | None = None
+    """Text around {source}. None: what suits the model, see PROMPTS in tasks/summarization.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.prompt.count("{source}") != 1:
+            raise UserError(
+                "task.prompt must hold {source} once, where the source goes; got "
+                f"{self.prompt!r}."
+            )
+
+
+@dataclass
+class LanguageModelConfig(GenerativeConfig):
+    """Settings of the task `lm` (plain text, every token learned)."""
+
+    name: str = "lm"
+    """The task's name."""
+    text_column: str | None = None
+    """Column with the text. None: the first of text, content, document ..."""
+    generate_rows: int = 0
+    """There is no target to compare with: nothing is generated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.generate_rows != 0:
+            raise UserError(
+                "task.generate_rows: task=lm has no target to compare a text with; leave it out."
+            )
+
+
+@dataclass
+class InstructConfig(GenerativeConfig):
+    """Settings of the task `instruct` (conversations; the assistant's turns are learned)."""
+
+    name: str = "instruct"
+    """The task's name."""
+    messages_column: str | None = None
+    """Column with lists of {role, content}. None: messages or conversations, if there is one."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+    max_new_tokens: int = 256
+    """Longest answer that is generated, in tokens; an input leaves that much room."""
+
+
+TASK_CONFIGS: dict[str, type[Any]] = {
+    "sentiment": SentimentConfig,
+    "summarization": SummarizationConfig,
+    "instruct": InstructConfig,
+    "lm": LanguageModelConfig,
+}
+"""Settings by name of the task."""
+
+
+@dataclass
 class DataConfig:
     """Which rows to train and evaluate on, and how they are batched."""
 
@@ -106,6 +221,8 @@ class DataConfig:
     """Rows per batch in validation and test. None: twice batch_size."""
     max_length: int | None = None
     """Longest example in tokens; longer ones are cut. None: what the model allows, at most 512."""
+    packing: bool = False
+    """Join the training rows of a batch without padding (causal models); the result is the same."""
     num_workers: int = 0
     """Processes that prepare batches."""
     cache_dir: str | None = None

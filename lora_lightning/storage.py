@@ -23,7 +23,7 @@ from .module import LoraModule
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
 RESULT = "result.json"
-RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv")
+RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv", "samples.jsonl")
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 

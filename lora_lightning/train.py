@@ -125,7 +125,9 @@ def build(
 ) -> tuple[LoraModule, LoraDataModule]:
     """The LightningModule and the data module of a run, sharing task and tokenizer."""
     tokenizer = load_tokenizer(settings.model)
-    limit = max_positions(load_model_config(settings.model))
+    model_config = load_model_config(settings.model)
+    task.prepare(model_config)
+    limit = max_positions(model_config)
     data = LoraDataModule(task, tokenizer, settings.data, length_limit=limit, seed=seed)
     module = LoraModule(
         task,

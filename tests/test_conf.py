@@ -64,6 +64,7 @@ def test_full_has_no_adapter():
         ("optim.lr=fast", "optim.lr"),
         ("task.text_colum=x", "'task.text_column'"),
         ("trainer.max_epoch=3", "'trainer.max_epochs'"),
+        ("+trainer.strategy=ddp", "leave out the plus"),
         ("lora=ful", "'full'"),
         ("optim=adam", "'adamw'"),
         ("data.train=[a,b", "quotes"),

@@ -327,7 +327,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({**row, "text": " ", "n": i} for i, row in enumerate(ROWS)))
         ),
-        "are empty",
+        "empty text in all",
         "task.text_column",
     ),
     Case(

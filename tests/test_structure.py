@@ -15,25 +15,28 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
-MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks"}
+MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
     "settings": {"lora"},
     "quiet": set(),
+    "usage": set(),
     "config": FOUNDATION,
     "modeling": FOUNDATION,
     "optim": FOUNDATION,
-    "tasks": FOUNDATION | {"modeling"},
+    "metrics": set(),
+    "tasks": FOUNDATION | {"modeling", "metrics"},
     "data": FOUNDATION | {"tasks"},
     "module": MODEL_SIDE,
     "callbacks": MODEL_SIDE | {"module"},
     "storage": MODEL_SIDE | {"module"},
     "train": RUN_SIDE,
     "inference": RUN_SIDE,
+    "chat": RUN_SIDE | {"inference"},
     "check": RUN_SIDE | {"train"},
     "evaluate": RUN_SIDE | {"train", "inference"},
-    "cli": RUN_SIDE | {"train", "inference", "check", "evaluate", "__init__"},
+    "cli": RUN_SIDE | {"train", "inference", "check", "chat", "evaluate", "usage", "__init__"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }

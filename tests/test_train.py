@@ -141,7 +141,14 @@ def test_metrics_are_those_of_the_predictions(run, split, run_cli):
 
 def test_layout_of_the_folder(run):
     names = {path.name for path in run.dir.iterdir()}
-    assert names == {"adapter", "checkpoints", "csv", "tensorboard", "result.json"}
+    assert names == {
+        "adapter",
+        "checkpoints",
+        "csv",
+        "tensorboard",
+        "result.json",
+        "samples.jsonl",
+    }
     assert {path.name for path in (run.dir / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -250,12 +257,13 @@ def test_hparams_are_filled_once(events, run):
 def test_sample_predictions_are_those_of_predict(events, run, run_cli):
     shown = events.Tensors("samples/val/text_summary")[-1].tensor_proto.string_val[0].decode()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
-    assert lines[0] == ["input", "target", "prediction", "score"]
+    assert lines[0] == ["input", "target", "prediction"]
     assert len(lines) == 2 + 8
     known = {row["text"]: row for row in predictions(run, "val", run_cli)}
-    for text, target, prediction, score in lines[2:]:
+    for text, target, prediction in lines[2:]:
         row = known[text]
-        assert (target, prediction) == (row["label"], row["prediction"]["label"])
+        label, score = prediction.removesuffix(")").split(" (")
+        assert (target, label) == (row["label"], row["prediction"]["label"])
         assert float(score) == pytest.approx(row["prediction"]["score"], abs=2e-3)
 
 

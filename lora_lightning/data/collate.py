@@ -12,6 +12,22 @@ from ..tasks import IGNORE
 
 
 @dataclass
+class PackingCollator:
+    """Joins rows to one row without padding, whose position ids tell where each begins.
+
+    transformers turns such position ids, where there is no attention mask, into block-diagonal
+    attention: no row sees another. The first token of a row is never a target.
+    """
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [token for row in rows for token in row["input_ids"]]
+        labels = [label for row in rows for label in [IGNORE, *row["labels"][1:]]]
+        positions = [place for row in rows for place in range(len(row["input_ids"]))]
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {name: torch.tensor([values]) for name, values in batch.items()}
+
+
+@dataclass
 class PaddingCollator:
     """Pads rows to the longest of the batch; the attention mask goes by position.
 
@@ -34,10 +50,13 @@ class PaddingCollator:
             batch["token_type_ids"] = self._pad(rows, "token_type_ids", 0, width)
         if "labels" in rows[0]:
             labels = rows[0]["labels"]
-            if isinstance(labels, list):
-                batch["labels"] = self._pad(rows, "labels", IGNORE, width)
+            if isinstance(labels, list):  # of another length than the inputs in encoder-decoders
+                longest = max(len(row["labels"]) for row in rows)
+                batch["labels"] = self._pad(rows, "labels", IGNORE, longest)
             else:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        if "generate" in rows[0]:
+            batch["generate"] = torch.tensor([row["generate"] for row in rows])
         return batch
 
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..tasks import IGNORE, Task
-from .collate import PaddingCollator
+from .collate import PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import SPLITS, load_splits
 
-CACHE_VERSION = 1  # raise it when the meaning of encoded rows changes
+CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
 
 
 class LoraDataModule(L.LightningDataModule):
@@ -53,6 +53,11 @@ class LoraDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
+        if config.packing and not task.packs:
+            raise UserError(
+                f"data.packing=true needs a causal model and a task whose target is text: leave it "
+                f"out for task={task.name} with this model."
+            )
         self.max_length = self._max_length(length_limit)
         self.raw: dict[str, Any] = {}
         self.encoded: dict[str, Any] = {}
@@ -133,17 +138,21 @@ class LoraDataModule(L.LightningDataModule):
         for split, rows in raw.items():
             encoded = self._encode(rows)
             kept = [i for i, length in enumerate(encoded["length"]) if length > 0]
-            self.dropped[split] = len(rows) - len(kept)
+            self.dropped[split] = len(encoded) - len(kept)
             if not kept:
                 raise UserError(
-                    f"the {split} data has nothing to learn from: all {len(rows)} rows are empty. "
-                    "Name the column with the text: task.text_column=NAME."
+                    f"the {split} data has nothing to learn from: {self.task.dropped_means} in all "
+                    f"{len(rows)} rows. {self.task.dropped_advice}"
                 )
             if self.dropped[split]:
                 rank_zero_info(
-                    f"{split}: {self.dropped[split]} of {len(rows)} rows are empty and left out."
+                    f"{split}: {self.dropped[split]} of {len(rows)} rows are left out: "
+                    f"{self.task.dropped_means}."
                 )
-            self.raw[split], self.encoded[split] = rows.select(kept), encoded.select(kept)
+            encoded = encoded.select(kept)
+            if split != "train" and self.task.generate_rows:
+                encoded = _choose(encoded, self.task.generate_rows)
+            self.raw[split], self.encoded[split] = rows.select(encoded["row"]), encoded
 
     def _encode(self, rows: Any) -> Any:
         """Encoded rows, from the cache where the same rows were encoded before."""
@@ -161,6 +170,7 @@ class LoraDataModule(L.LightningDataModule):
             return rows.map(
                 self._encode_batch,
                 batched=True,
+                with_indices=True,
                 remove_columns=rows.column_names,
                 cache_file_name=str(folder / f"{digest[:32]}.arrow"),
                 new_fingerprint=digest[:32],
@@ -172,9 +182,10 @@ class LoraDataModule(L.LightningDataModule):
                 "Choose another folder: data.cache_dir=DIR."
             ) from None
 
-    def _encode_batch(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def _encode_batch(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         examples = self.task.encode(rows, self.tokenizer, self.max_length)
         examples["length"] = [len(ids) for ids in examples["input_ids"]]
+        examples["row"] = [indices[row] for row in examples.get("row", range(len(indices)))]
         return examples
 
     def _tokenizer_signature(self) -> str:
@@ -208,7 +219,7 @@ class LoraDataModule(L.LightningDataModule):
         return ResumableDataLoader(
             Examples(rows),
             batch_sampler=sampler,
-            collate_fn=self.collator(),
+            collate_fn=PackingCollator() if shuffle and config.packing else self.collator(),
             num_workers=config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -240,7 +251,17 @@ class Examples(Dataset[dict[str, Any]]):
         row = dict(self.rows[0])
         labels = row["labels"]
         row["labels"] = [IGNORE] * len(labels) if isinstance(labels, list) else IGNORE
+        if "generate" in row:
+            row["generate"] = False
         return row
+
+
+def _choose(encoded: Any, count: int) -> Any:
+    """Marks rows, spread evenly, that text is generated for."""
+    total = len(encoded)
+    count = total if count == -1 else min(count, total)
+    chosen = {index * total // count for index in range(count)}
+    return encoded.add_column("generate", [index in chosen for index in range(total)])
 
 
 def make_splits(

@@ -3,11 +3,16 @@
 from typing import Any
 
 from ..lora.errors import UserError, did_you_mean
-from ..settings import SentimentConfig
+from ..settings import TASK_CONFIGS, SentimentConfig
 from .base import IGNORE, LossOutput, Task
+from .instruct import InstructTask
+from .lm import LanguageModelTask
 from .sentiment import SentimentTask
+from .summarization import SummarizationTask
 
-TASKS: dict[str, tuple[type[Any], type[Task]]] = {"sentiment": (SentimentConfig, SentimentTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (SentimentTask, SummarizationTask, InstructTask, LanguageModelTask)
+}
 
 
 def build_task(settings: dict[str, Any]) -> Task:
@@ -22,13 +27,13 @@ def build_task(settings: dict[str, Any]) -> Task:
             f"task.name={name!r}: there is no such task.{did_you_mean(str(name), TASKS)} "
             f"Known: {', '.join(TASKS)}."
         )
-    config_class, task_class = TASKS[name]
-    return task_class(config_class(**settings))  # type: ignore[call-arg]
+    return TASKS[name](TASK_CONFIGS[name](**settings))  # type: ignore[call-arg]
 
 
 __all__ = [
     "IGNORE",
     "TASKS",
+    "InstructTask",
     "LossOutput",
     "SentimentConfig",
     "SentimentTask",

@@ -26,7 +26,7 @@ class LossOutput:
     count: Tensor
     """Number of targets, a scalar: `total / count` is the mean."""
     outputs: Tensor
-    """What metrics and predictions are made from."""
+    """What `update_metrics` needs beside them."""
 
 
 class Task(ABC):
@@ -37,9 +37,30 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    peft_task_type: ClassVar[str]
+    peft_task_type: str
+    dropped_means: ClassVar[str] = "empty text"
+    """Why a row has nothing to learn."""
+    dropped_advice: ClassVar[str] = "Name the column with the text: task.text_column=NAME."
+    """What to do where no row has anything to learn."""
     config: Any
     """The task's settings, a dataclass with at least `name`, `monitor` and `mode`."""
+
+    def prepare(self, model_config: Any) -> None:  # noqa: B027, most tasks suit any model
+        """Takes note of the model's transformers config, before any row is encoded.
+
+        Raises:
+            UserError: the task cannot be learned by that kind of model.
+        """
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows may be joined to one without padding."""
+        return False
+
+    @property
+    def generate_rows(self) -> int:
+        """Rows of validation and test that text is generated for; 0: none, -1: all."""
+        return 0
 
     @abstractmethod
     def learn(self, splits: dict[str, Any]) -> None:
@@ -50,11 +71,14 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    def encode(
+        self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
+    ) -> dict[str, Any]:
         """Turns raw rows (column -> values) into lists of `input_ids`, `labels`, `truncated`...
 
         A row with nothing to learn from gets an empty `input_ids`; the data module drops and
-        counts it.
+        counts it. Where a row becomes several examples, `row` tells which. Without `targets`, for
+        predictions, there are no `labels`.
         """
 
     @abstractmethod
@@ -78,14 +102,34 @@ class Task(ABC):
         """Fresh metrics, to be fed by `update_metrics`."""
 
     @abstractmethod
-    def update_metrics(
-        self, metrics: MetricCollection, output: LossOutput, batch: dict[str, Tensor]
-    ) -> None:
-        """Adds a batch to the metrics."""
+    def metric_names(self) -> list[str]:
+        """Names of the values that `metrics` compute."""
 
     @abstractmethod
-    def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
+    def update_metrics(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        output: LossOutput,
+    ) -> None:
+        """Adds a batch, and what `loss` gave for it, to the metrics."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The model's logits for inputs without labels."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Readable predictions, one dict for each row of a batch."""
+
+    @abstractmethod
+    def show_prediction(self, prediction: dict[str, Any]) -> str:
+        """A prediction on one line."""
+
+    @abstractmethod
+    def show_example(self, example: dict[str, Any], tokenizer: Any) -> str:
+        """An encoded row as the model sees it, decoded, and what it is to learn."""
 
     @abstractmethod
     def find_inputs(self, columns: list[str]) -> None:
@@ -94,6 +138,15 @@ class Task(ABC):
         Raises:
             UserError: they are not there.
         """
+
+    @property
+    def generative(self) -> bool:
+        """Whether predictions are text that is written token by token."""
+        return False
+
+    def row_of(self, text: str) -> dict[str, Any]:
+        """A text that stands alone as a row."""
+        return {self.input_columns()[0]: text}
 
     @abstractmethod
     def input_columns(self) -> list[str]:

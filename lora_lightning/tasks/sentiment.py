@@ -135,7 +135,9 @@ class SentimentTask(Task):
             return as_number
         return None
 
-    def encode(self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    def encode(
+        self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
+    ) -> dict[str, Any]:
         assert self.text_column is not None
         texts = ["" if text is None else str(text) for text in rows[self.text_column]]
         pairs = None
@@ -150,7 +152,7 @@ class SentimentTask(Task):
             if name in encoded
         }
         examples["truncated"] = [len(ids) > max_length for ids in full]
-        if self.label_column in rows:
+        if targets and self.label_column is not None:
             examples["labels"] = [self.label_id(value) for value in rows[self.label_column]]
         return examples
 
@@ -168,8 +170,7 @@ class SentimentTask(Task):
         return load_classifier(config, tokenizer, self.labels)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
-        logits = classification_logits(model, batch).float()
-        labels = batch["labels"]
+        logits, labels = self.logits(model, batch), batch["labels"]
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return LossOutput(total, (labels != IGNORE).sum(), logits)
 
@@ -184,8 +185,15 @@ class SentimentTask(Task):
         # Compute groups would let metrics that are fed differently share their states.
         return MetricCollection(metrics, compute_groups=False)
 
+    def metric_names(self) -> list[str]:
+        return ["accuracy", "f1", *(["auroc"] if len(self.labels) == 2 else [])]
+
     def update_metrics(
-        self, metrics: MetricCollection, output: LossOutput, batch: dict[str, Tensor]
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        output: LossOutput,
     ) -> None:
         kept = batch["labels"] != IGNORE
         logits, labels = output.outputs[kept], batch["labels"][kept]
@@ -195,9 +203,16 @@ class SentimentTask(Task):
             binary = name == "auroc"
             metric.update(logits.softmax(-1)[:, 1] if binary else logits, labels)
 
-    def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return classification_logits(model, batch).float()
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        return self.predictions(self.logits(model, batch))
+
+    def predictions(self, logits: Tensor) -> list[dict[str, Any]]:
+        """Label and scores for each row of logits."""
         rows = []
-        for probabilities in outputs.softmax(-1).tolist():
+        for probabilities in logits.softmax(-1).tolist():
             best = max(range(len(probabilities)), key=probabilities.__getitem__)
             rows.append(
                 {
@@ -210,6 +225,12 @@ class SentimentTask(Task):
                 }
             )
         return rows
+
+    def show_prediction(self, prediction: dict[str, Any]) -> str:
+        return f"{prediction['label']} ({prediction['score']:.3f})"
+
+    def show_example(self, example: dict[str, Any], tokenizer: Any) -> str:
+        return f"[{self.labels[example['labels']]}] {tokenizer.decode(example['input_ids'])}"
 
     def input_columns(self) -> list[str]:
         return [name for name in (self.text_column, self.pair_column) if name is not None]

@@ -148,7 +148,7 @@ def test_empty_rows_are_dropped_and_counted(build):
 
 
 def test_nothing_but_empty_rows(build):
-    with pytest.raises(UserError, match="all 2 rows are empty"):
+    with pytest.raises(UserError, match="empty text in all 2 rows"):
         build([{"text": "", "label": i} for i in range(2)], val_fraction=0.0, test_fraction=0.0)
 
 

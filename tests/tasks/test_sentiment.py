@@ -138,7 +138,8 @@ def test_text_pairs_are_encoded_as_the_tokenizer_does(tiny_bert):
 
 def test_prediction_rows_need_no_label(tiny_bert):
     task, _ = _learn(["neg", "pos"])
-    encoded = task.encode({"text": ["good film", ""]}, AutoTokenizer.from_pretrained(tiny_bert), 64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    encoded = task.encode({"text": ["good film", ""]}, tokenizer, 64, targets=False)
     assert "labels" not in encoded
     assert encoded["input_ids"][1] == []
 
@@ -253,7 +254,7 @@ def test_metrics_are_those_of_scikit_learn(classes):
     for start in range(0, 203, 32):
         part = slice(start, start + 32)
         batch = {"labels": labels[part].masked_fill(~kept[part], IGNORE)}
-        task.update_metrics(metrics, LossOutput(None, None, logits[part]), batch)
+        task.update_metrics(metrics, None, batch, LossOutput(None, None, logits[part]))
     truth, scores = labels[kept].numpy(), logits[kept].softmax(-1).numpy()
     expected = {
         "accuracy": accuracy_score(truth, scores.argmax(-1)),
@@ -269,10 +270,13 @@ def test_a_batch_without_labels_changes_no_metric():
     task, _ = _learn(["neg", "pos"])
     metrics = task.metrics()
     task.update_metrics(
-        metrics, LossOutput(None, None, torch.zeros(1, 2)), {"labels": torch.tensor([IGNORE])}
+        metrics,
+        None,
+        {"labels": torch.tensor([IGNORE])},
+        LossOutput(None, None, torch.zeros(1, 2)),
     )
     output = LossOutput(None, None, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-    task.update_metrics(metrics, output, {"labels": torch.tensor([1, 1])})
+    task.update_metrics(metrics, None, {"labels": torch.tensor([1, 1])}, output)
     assert metrics.compute()["accuracy"] == 0.5
 
 

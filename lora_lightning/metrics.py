@@ -1,0 +1,108 @@
+"""Metrics of generated text, as sums and counts: ranks with different numbers of rows agree."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.text import BLEUScore, CHRFScore
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Perplexity(Metric):
+    """exp of the mean loss per target token."""
+
+    total: Tensor
+    count: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Adds a summed loss and its number of tokens."""
+        self.total += total.detach().to(self.total)
+        self.count += count.to(self.count)
+
+    def compute(self) -> Tensor:
+        """The perplexity so far; nan without any token."""
+        return (self.total / self.count).exp().float()
+
+
+class TokenAccuracy(Metric):
+    """Share of target tokens that the model, given all before them, finds most probable."""
+
+    correct: Tensor
+    count: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, correct: Tensor, count: Tensor) -> None:
+        """Adds a number of tokens that were right, and of all."""
+        self.correct += correct.to(self.correct)
+        self.count += count.to(self.count)
+
+    def compute(self) -> Tensor:
+        """The share so far; nan without any token."""
+        return self.correct / self.count
+
+
+class Rouge(Metric):
+    """ROUGE-1, ROUGE-2 and ROUGE-L F1 of rouge_score, with stemming, averaged over rows.
+
+    Lin 2004, https://aclanthology.org/W04-1013.
+    """
+
+    sums: Tensor
+    count: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        from absl import logging as absl_logging
+        from rouge_score.rouge_scorer import RougeScorer
+
+        # Importing it puts a handler on the root logger that closes the stderr of that moment
+        # when logging is set up anew.
+        handler = absl_logging.get_absl_handler()
+        logging.getLogger().removeHandler(handler)
+        handler.python_handler.stream = sys.__stderr__
+        absl_logging.set_verbosity(absl_logging.WARNING)  # else it tells of its tokenizer
+        self._scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+        self.add_state("sums", torch.zeros(len(ROUGE), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predictions: list[str], references: list[str]) -> None:
+        """Adds rows of texts."""
+        for prediction, reference in zip(predictions, references, strict=True):
+            scores = self._scorer.score(reference, prediction)
+            self.sums += torch.tensor([scores[name].fmeasure for name in ROUGE]).to(self.sums)
+            self.count += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means so far; nan without any row."""
+        return dict(zip(ROUGE, (self.sums / self.count).float(), strict=True))
+
+
+TEXT_METRICS: dict[str, Callable[[], Any]] = {
+    "rouge": Rouge,
+    "bleu": BLEUScore,
+    "chrf": CHRFScore,
+}
+
+
+def text_metrics(names: list[str]) -> dict[str, Metric]:
+    """Fresh metrics that compare generated texts with references."""
+    return {name: TEXT_METRICS[name]() for name in names}

@@ -1,0 +1,350 @@
+"""Tasks whose target is text: what summarization, conversations and language modelling share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from ..lora.errors import UserError
+from ..metrics import Perplexity, TokenAccuracy, text_metrics
+from ..modeling import accepts, load_generator
+from ..settings import GenerativeConfig, ModelConfig
+from .base import IGNORE, LossOutput, Task
+
+MIN_PROMPT = 2
+"""Tokens that must remain for a prompt, special ones among them."""
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class GenerativeTask(Task):
+    """The tokens of a target are learned, given those of a prompt.
+
+    Causal models see one sequence, BOS prompt target EOS, and predict each target token from the
+    ones before it. Encoder-decoders read the prompt and write the target. BOS stands where the
+    tokenizer itself puts one. EOS is always a target.
+    """
+
+    dropped_means = "an empty source or target, or a target longer than data.max_length allows"
+    dropped_advice = (
+        "Name the right columns (task.source_column, task.target_column), or raise data.max_length."
+    )
+    config: GenerativeConfig
+
+    def __init__(self, config: GenerativeConfig) -> None:
+        self.config = config
+        self.encoder_decoder = False
+        self.tokenizer: Any = None
+
+    @property
+    def peft_task_type(self) -> str:  # type: ignore[override]
+        """PEFT's word for the kind of model."""
+        return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+
+    def prepare(self, model_config: Any) -> None:
+        self.encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
+
+    # Rows to examples ------------------------------------------------------------------------
+
+    def strata(self, raw: Any) -> list[Any] | None:
+        return None
+
+    def signature(self) -> dict[str, Any]:
+        encoding = ("prompt", "system", "max_new_tokens")
+        settings = {name: getattr(self.config, name, None) for name in encoding}
+        return {"task": self.name, **settings, **self.state()}
+
+    def encode(
+        self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
+    ) -> dict[str, Any]:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"task={self.name}: the tokenizer has no end-of-sequence token, so a model could "
+                "never learn to stop. Choose another: model.tokenizer=NAME."
+            )
+        if not self.encoder_decoder and max_length - self.config.max_new_tokens < MIN_PROMPT:
+            raise UserError(
+                f"data.max_length={max_length} leaves no room for a prompt beside "
+                f"task.max_new_tokens={self.config.max_new_tokens}: lower that, or raise the other."
+            )
+        examples = self.examples(rows, max_length, targets=targets)
+        names = {name for example in examples for name in example}
+        return {name: [example[name] for example in examples] for name in sorted(names)}
+
+    @abstractmethod
+    def examples(
+        self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
+    ) -> list[dict[str, Any]]:
+        """`input_ids`, `truncated` and, with targets, `labels`, for each row.
+
+        A row with nothing to learn gives `nothing()`.
+        """
+
+    @staticmethod
+    def nothing(*, targets: bool = True) -> dict[str, Any]:
+        """What stands for a row that is to be dropped."""
+        return {"input_ids": [], "truncated": False, **({"labels": []} if targets else {})}
+
+    def example(
+        self, prompt: list[int], target: list[int] | None, *, truncated: bool
+    ) -> dict[str, Any]:
+        """An example of token ids without special tokens; `target` None: to be predicted."""
+        before, after = self.frame()
+        if self.encoder_decoder:
+            found = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
+            if target is not None:
+                found["labels"] = self._ended([*before, *target, *after])
+            return found
+        prompt = [*before, *prompt]
+        if target is None:
+            return {"input_ids": prompt, "truncated": truncated}
+        target = self._ended(target)
+        return {
+            "input_ids": [*prompt, *target],
+            "labels": [IGNORE] * len(prompt) + target,
+            "truncated": truncated,
+        }
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids of the special tokens that the tokenizer puts before and after a text."""
+        whole = self.tokenizer("a")["input_ids"]
+        inner = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        starts = range(len(whole) - len(inner) + 1)
+        start = next(i for i in starts if whole[i : i + len(inner)] == inner)
+        return whole[:start], whole[start + len(inner) :]
+
+    def special_count(self) -> int:
+        """Special tokens in an example, beside prompt and target."""
+        before, after = self.frame()
+        return len(before) + (len(after) if self.encoder_decoder else 1)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, without special tokens."""
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in found]
+
+    # Model and loss --------------------------------------------------------------------------
+
+    def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
+        self.tokenizer = tokenizer
+        return load_generator(config, tokenizer), []
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+        logits, labels = self._targets(model, batch)
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        wanted = labels != IGNORE
+        correct = torch.zeros((), dtype=torch.long)
+        if not model.training:
+            correct = ((logits.argmax(-1) == labels) & wanted).sum()
+        return LossOutput(total, wanted.sum(), correct)
+
+    def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (rows, positions, vocabulary) and the labels (rows, positions) they predict."""
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        labels = batch["labels"]
+        if self.encoder_decoder:
+            decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
+            output = model(**inputs, decoder_input_ids=decoder_ids, use_cache=False)
+            return output.logits, labels
+        labels = labels[:, 1:]
+        # Logits of prompts are not needed: only positions that predict a target of some row.
+        wanted = (labels != IGNORE).any(0).nonzero().squeeze(1)
+        if not len(wanted):
+            wanted = torch.zeros(1, dtype=torch.long, device=labels.device)
+        if accepts(model, "logits_to_keep"):
+            logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, wanted]
+        return logits, labels[:, wanted]
+
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+        return self._targets(model, {**batch, "labels": labels})[0]
+
+    # Metrics and generation ------------------------------------------------------------------
+
+    def metrics(self) -> MetricCollection:
+        metrics: dict[str, Any] = {"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()}
+        if self.generate_rows:
+            metrics |= text_metrics(self.config.text_metrics)
+        return MetricCollection(metrics, compute_groups=False)
+
+    def metric_names(self) -> list[str]:
+        names = ["perplexity", "token_accuracy"]
+        if not self.generate_rows:
+            return names
+        rouge = ["rouge1", "rouge2", "rougeL"]
+        return names + [
+            one
+            for name in self.config.text_metrics
+            for one in (rouge if name == "rouge" else [name])
+        ]
+
+    @property
+    def generative(self) -> bool:
+        return True
+
+    def stream(self, model: nn.Module, prompt: list[int]) -> str:
+        """Continues a prompt and prints the text to stdout as it comes; beams come at the end."""
+        from transformers import TextStreamer
+
+        beams = self.config.num_beams > 1
+        printer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.inference_mode():
+            ids = self.generate(model, [prompt], **({} if beams else {"streamer": printer}))[0]
+        text = self.decode(ids)
+        if beams:
+            print(text)
+        return text
+
+    @property
+    def packs(self) -> bool:
+        return not self.encoder_decoder
+
+    @property
+    def generate_rows(self) -> int:
+        return self.config.generate_rows
+
+    def update_metrics(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        output: LossOutput,
+    ) -> None:
+        metrics["perplexity"].update(output.total, output.count)
+        metrics["token_accuracy"].update(output.outputs, output.count)
+        chosen = batch.get("generate")
+        if chosen is None or not chosen.any():
+            return
+        part = {name: tensor[chosen] for name, tensor in batch.items()}
+        predictions = [row["generated"] for row in self.predict(model, part)]
+        references = [self.decode(ids) for ids in self._answers(part)]
+        for name, metric in metrics.items(keep_base=True):
+            if name not in ("perplexity", "token_accuracy"):
+                nested = [[reference] for reference in references]
+                metric.update(predictions, references if name == "rouge" else nested)
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+        return [
+            {"generated": self.decode(ids)} for ids in self.generate(model, self._prompts(batch))
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, prompts: list[list[int]], **changes: Any
+    ) -> list[list[int]]:
+        """Continues prompts, by the task's settings; the new ids alone, up to the end token.
+
+        Prompts are padded on the left where the model is causal.
+        """
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            place = (
+                slice(0, len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
+            )
+            ids[row, place] = torch.tensor(prompt)
+            mask[row, place] = 1
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        try:
+            found = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                **{**self._generation(model), **changes},
+            )
+        finally:
+            model.train(was_training)
+        ends = self._ends(model)
+        new = found[:, 1 if self.encoder_decoder else width :].tolist()
+        return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+
+    def _ends(self, model: nn.Module) -> set[int]:
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        others = own if isinstance(own, list) else [own]
+        return {token for token in (self.tokenizer.eos_token_id, *others) if token is not None}
+
+    def _generation(self, model: nn.Module) -> dict[str, Any]:
+        config = self.config
+        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        return {
+            "max_new_tokens": config.max_new_tokens,
+            "do_sample": config.do_sample,
+            "num_beams": config.num_beams,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": sorted(self._ends(model)),
+            "use_cache": True,
+            **(sampled if config.do_sample else dict.fromkeys(sampled)),
+        }
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _prompts(self, batch: dict[str, Tensor]) -> list[list[int]]:
+        """Each row's tokens up to its last target."""
+        starts = None if self.encoder_decoder or "labels" not in batch else _last_runs(batch)
+        prompts = []
+        for row, (ids, mask) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ):
+            stop = None if starts is None else starts[row][0]
+            prompts.append(ids[:stop][mask[:stop].bool()].tolist())
+        return prompts
+
+    def _answers(self, batch: dict[str, Tensor]) -> list[list[int]]:
+        """Each row's last target."""
+        labels = batch["labels"]
+        if self.encoder_decoder:
+            return [row[row != IGNORE].tolist() for row in labels]
+        return [
+            row[start:stop].tolist()
+            for row, (start, stop) in zip(labels, _last_runs(batch), strict=True)
+        ]
+
+    # What people see -------------------------------------------------------------------------
+
+    def show_prediction(self, prediction: dict[str, Any]) -> str:
+        return str(prediction["generated"])
+
+    def show_example(self, example: dict[str, Any], tokenizer: Any) -> str:
+        ids, labels = example["input_ids"], example["labels"]
+        if self.encoder_decoder:
+            return f"{tokenizer.decode(ids)} => [{tokenizer.decode(labels)}]"
+        parts: list[tuple[bool, list[int]]] = []
+        for token, label in zip(ids, labels, strict=True):
+            learned = label != IGNORE
+            if not parts or parts[-1][0] != learned:
+                parts.append((learned, []))
+            parts[-1][1].append(token)
+        shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
+        return "".join(f"[{text}]" if learned else text for learned, text in shown)
+
+
+def _last_runs(batch: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """Start and stop of each row's last stretch of labels; (width, width) where there is none."""
+    runs = []
+    for labels in batch["labels"]:
+        learned = labels != IGNORE
+        places = learned.nonzero().flatten().tolist()
+        stop = places[-1] + 1 if places else len(labels)
+        start = stop
+        while start and learned[start - 1]:
+            start -= 1
+        runs.append((start, stop) if places else (len(labels), len(labels)))
+    return runs

@@ -1,0 +1,132 @@
+"""Source text to target text: summaries, data to text, translation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..lora.errors import UserError
+from ..settings import SummarizationConfig
+from .base import pick_column
+from .generative import GenerativeTask
+
+SOURCE_COLUMNS = (
+    *("source", "document", "dialogue", "article", "text", "body", "content", "input"),
+    *("meaning_representation", "mr"),
+)
+TARGET_COLUMNS = (
+    *("target", "summary", "highlights", "abstract", "headline", "title", "output"),
+    *("human_reference", "reference", "ref"),
+)
+PROMPTS = {"causal": "{source}\n\nSummary:\n", "encoder-decoder": "summarize: {source}"}
+"""The prompt where none is given. T5 was pretrained with the second."""
+
+
+class SummarizationTask(GenerativeTask):
+    """A source text is turned into a target text.
+
+    Too long a source is cut at its end; the prompt around it and the target stay whole. The room
+    for the target is `max_new_tokens`, or what a longer target of a training row needs.
+    """
+
+    name = "summarization"
+    config: SummarizationConfig
+
+    def __init__(self, config: SummarizationConfig | None = None) -> None:
+        super().__init__(config or SummarizationConfig())
+        self.source_column: str | None = None
+        self.target_column: str | None = None
+
+    def learn(self, splits: dict[str, Any]) -> None:
+        columns = (splits.get("train") or next(iter(splits.values()))).column_names
+        self.find_inputs(columns)
+        candidates = [name for name in TARGET_COLUMNS if name != self.source_column]
+        self.target_column = pick_column(
+            self.config.target_column, candidates, columns, "task.target_column"
+        )
+        if self.target_column is None:
+            raise which_column("target", columns)
+        for split, rows in splits.items():
+            for column in (self.source_column, self.target_column):
+                if column not in rows.column_names:
+                    raise UserError(
+                        f"the {split} data has no column {column!r}; its columns are "
+                        f"{', '.join(rows.column_names)}."
+                    )
+                check_texts(split, column, rows[column])
+
+    def find_inputs(self, columns: list[str]) -> None:
+        known = (self.source_column, *SOURCE_COLUMNS) if self.source_column else SOURCE_COLUMNS
+        self.source_column = pick_column(
+            self.config.source_column, known, columns, "task.source_column"
+        )
+        if self.source_column is None:
+            raise which_column("source", columns)
+
+    def examples(
+        self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
+    ) -> list[dict[str, Any]]:
+        assert self.source_column is not None
+        before, after = self.tokens(self._prompt().split("{source}"))
+        sources = [str(text or "").strip() for text in rows[self.source_column]]
+        answers: list[list[int] | None] = [None] * len(sources)
+        if targets:
+            assert self.target_column is not None
+            written = [str(text or "").strip() for text in rows[self.target_column]]
+            answers = list(self.tokens(written))
+        found = []
+        for source, answer in zip(self.tokens(sources), answers, strict=True):
+            length = len(answer or [])
+            room = max_length - self.special_count() - len(before) - len(after)
+            if not self.encoder_decoder:
+                room -= max(self.config.max_new_tokens, length)
+            lost = room < 1 or length > max_length - self.special_count()
+            if not source or answer == [] or lost:
+                found.append(self.nothing(targets=targets))
+                continue
+            prompt = [*before, *source[:room], *after]
+            found.append(self.example(prompt, answer, truncated=len(source) > room))
+        return found
+
+    def _prompt(self) -> str:
+        if self.config.prompt is None:
+            return PROMPTS["encoder-decoder" if self.encoder_decoder else "causal"]
+        return self.config.prompt.replace("\\n", "\n")  # a command line cannot well hold another
+
+    def input_columns(self) -> list[str]:
+        assert self.source_column is not None
+        return [self.source_column]
+
+    def describe(self, raw: dict[str, Any]) -> dict[str, str]:
+        assert self.source_column is not None
+        target = raw.get(self.target_column) if self.target_column else None
+        return {"input": str(raw[self.source_column]), "target": str(target or "")}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "source_column": self.source_column,
+            "target_column": self.target_column,
+            "encoder_decoder": self.encoder_decoder,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.source_column = state["source_column"]
+        self.target_column = state["target_column"]
+        self.encoder_decoder = state["encoder_decoder"]
+
+
+def which_column(what: str, columns: list[str]) -> UserError:
+    """The message where a column cannot be guessed."""
+    return UserError(
+        f"which column holds the {what}? The data has {', '.join(columns)}. "
+        f"Name it: task.{what}_column=NAME."
+    )
+
+
+def check_texts(split: str, column: str | None, values: list[Any]) -> None:
+    """Raises UserError if a value is neither text, a number, nor missing."""
+    for row, value in enumerate(values, 1):
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise UserError(
+                f"the {split} data holds no text in row {row} of column {column!r} but "
+                f"{type(value).__name__}: {str(value)[:60]}. Name another column or convert it."
+            )
