@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 OURS = [shlex.split(line) for line in COMMANDS if line.startswith("lora-lightning")]
 EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
 QUICK = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
-VERBS_RUN = ("predict", "evaluate", "merge")
+VERBS_RUN = ("predict", "evaluate", "merge", "chat")
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
@@ -53,8 +54,11 @@ def test_settings_of_the_table_compose():
         settings_of(compose_config(override))
 
 
-def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli):
-    """Every command that needs no GPU and no hub, in the README's order, on fewer rows."""
+def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli, chat_llama):
+    """Every command that needs no GPU, in the README's order, on fewer rows.
+
+    Tasks that write text have a tiny local model in the place of the hub's.
+    """
     monkeypatch.chdir(tmp_path)
     rows = [
         {
@@ -67,22 +71,37 @@ def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli):
         for word, label, stars in (("lovely", "positive", 5), ("awful", "negative", 1))
     ]
     Path("reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"document": f"{word} film {i}"} for i in range(20) for word in ("good", "bad")]
+    files = {
+        "texts": texts,
+        "pairs": [{**row, "summary": "fine"} for row in texts],
+        "talks": [{"prompt": row["document"], "completion": "fine"} for row in texts],
+        "pages": [{"text": row["document"]} for row in texts],
+    }
+    for name, lines in files.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Path("reviews.csv").write_text(
         "review,stars\n" + "".join(f"{row['review']},{row['stars']}\n" for row in rows)
     )
     ran = set()
     for _, verb, *arguments in OURS:
         line = " ".join(arguments)
-        if "trainer=" in line or "model.name_or_path=" in line or "--" in line or "-m" in arguments:
+        if "task=" in line:
+            arguments = [a for a in arguments if not a.startswith("model.name_or_path=")]
+            arguments += [f"model.name_or_path={chat_llama}", "task.max_new_tokens=8"]
+            arguments += ["callbacks.samples.count=1"]
+        elif "trainer=" in line or "model.name" in line or "--" in line or "-m" in arguments:
             continue
         if verb == "train" and "resume=" not in line:
             arguments = [*[a for a in arguments if a != "debug=limit"], *QUICK]
+        monkeypatch.setattr("sys.stdin", io.StringIO("very good ?\n"))
         status, out, err = run_cli(verb, *arguments)
         assert status == 0, f"{verb} {line}: {err}"
         ran.add(verb)
-        if verb == "predict" and "text=" in line:
+        if verb == "predict" and "text=" in line and "demo" in line:
             assert json.loads(out)["label"] in ("negative", "positive")
     assert ran == {"train", "check", *VERBS_RUN}
+    assert len(Path("summaries.jsonl").read_text().splitlines()) == len(texts)
     assert len(Path("labelled.jsonl").read_text().splitlines()) == len(rows)
     assert Path("outputs/merged/config.json").is_file()
     assert {path.name for path in Path("outputs/demo").iterdir()} == set(
