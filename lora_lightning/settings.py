@@ -203,6 +203,8 @@ class DataConfig:
     """Configuration of the hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Which of the hub's splits serve as train, val and test. Empty: by their usual names."""
     val_fraction: float = 0.1
     """Share of the training rows that validates, where there is no validation data."""
     test_fraction: float = 0.1
@@ -233,6 +235,12 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"data.{name} must be at least 1, got {value}.")
+        unknown = set(self.splits) - {"train", "val", "test"}
+        if unknown:
+            raise UserError(
+                f"data.splits: there is no {min(unknown)!r} here. It maps train, val and test to "
+                "the hub's names: '+data.splits={train: train, test: validation}'."
+            )
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"data.max_length must be at least 2, got {self.max_length}.")
         if self.num_workers < 0:

@@ -75,6 +75,14 @@ def _load_hub(config: DataConfig) -> dict[str, Any]:
             f"data.path={config.path}: the hub dataset cannot be loaded: {_reason(error)} "
             "Check the name, data.name and the network; for local files use data.train=FILE."
         ) from error
+    if config.splits:
+        for split in config.splits.values():
+            if split not in found:
+                raise UserError(
+                    f"data.splits: {config.path} has no split {split!r}."
+                    f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
+                )
+        return {ours: found[theirs] for ours, theirs in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
     return {renamed[split]: rows for split, rows in found.items() if split in renamed}
 
