@@ -39,6 +39,7 @@ class GenerativeTask(Task):
         self.config = config
         self.encoder_decoder = False
         self.tokenizer: Any = None
+        self.frame: tuple[list[int], list[int]] = ([], [])
 
     @property
     def peft_task_type(self) -> str:  # type: ignore[override]
@@ -61,7 +62,7 @@ class GenerativeTask(Task):
     def encode(
         self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
     ) -> dict[str, Any]:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.frame = tokenizer, _frame(tokenizer)
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"task={self.name}: the tokenizer has no end-of-sequence token, so a model could "
@@ -94,7 +95,7 @@ class GenerativeTask(Task):
         self, prompt: list[int], target: list[int] | None, *, truncated: bool
     ) -> dict[str, Any]:
         """An example of token ids without special tokens; `target` None: to be predicted."""
-        before, after = self.frame()
+        before, after = self.frame
         if self.encoder_decoder:
             found = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
             if target is not None:
@@ -110,17 +111,9 @@ class GenerativeTask(Task):
             "truncated": truncated,
         }
 
-    def frame(self) -> tuple[list[int], list[int]]:
-        """Ids of the special tokens that the tokenizer puts before and after a text."""
-        whole = self.tokenizer("a")["input_ids"]
-        inner = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        starts = range(len(whole) - len(inner) + 1)
-        start = next(i for i in starts if whole[i : i + len(inner)] == inner)
-        return whole[:start], whole[start + len(inner) :]
-
     def special_count(self) -> int:
         """Special tokens in an example, beside prompt and target."""
-        before, after = self.frame()
+        before, after = self.frame
         return len(before) + (len(after) if self.encoder_decoder else 1)
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -334,6 +327,15 @@ class GenerativeTask(Task):
             parts[-1][1].append(token)
         shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
         return "".join(f"[{text}]" if learned else text for learned, text in shown)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that a tokenizer puts before and after a text."""
+    whole = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(inner) + 1)
+    start = next(i for i in starts if whole[i : i + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]
 
 
 def _last_runs(batch: dict[str, Tensor]) -> list[tuple[int, int]]:

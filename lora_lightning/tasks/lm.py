@@ -71,7 +71,7 @@ class LanguageModelTask(GenerativeTask):
             if not ids:
                 found.append({**self.nothing(), "row": row})
                 continue
-            ids = [*self.frame()[0], *ids, self.tokenizer.eos_token_id]
+            ids = [*self.frame[0], *ids, self.tokenizer.eos_token_id]
             # A piece begins with the last token of the one before, so that each token is predicted.
             for start in range(0, len(ids) - 1, max_length - 1):
                 piece = ids[start : start + max_length]
