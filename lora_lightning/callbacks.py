@@ -191,7 +191,7 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._counted += batch_tokens(batch)  # on the device: nothing waits for it
+        self._counted += _batch_tokens(batch)  # on the device: nothing waits for it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is None:
@@ -214,24 +214,21 @@ class RunClock(Callback):
 def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
     """Lightning's ThroughputMonitor for our batches: rows and tokens per second."""
     return ThroughputMonitor(
-        batch_size_fn=_batch_rows, length_fn=_batch_tokens, window_size=window_size
+        batch_size_fn=_batch_rows,
+        length_fn=lambda batch: int(_batch_tokens(batch)),
+        window_size=window_size,
     )
 
 
 def _batch_rows(batch: dict[str, Tensor]) -> int:
-    if "position_ids" in batch:  # packed: a row begins at each position 0
-        return int((batch["position_ids"] == 0).sum())
+    if "filled" in batch:  # packed: a row begins at each position 0
+        return int(((batch["position_ids"] == 0) & (batch["filled"] == 1)).sum())
     return batch["input_ids"].shape[0]
 
 
-def _batch_tokens(batch: dict[str, Tensor]) -> int:
-    return int(batch_tokens(batch))
-
-
-def batch_tokens(batch: dict[str, Tensor]) -> Tensor | int:
+def _batch_tokens(batch: dict[str, Tensor]) -> Tensor:
     """Tokens of a batch, without padding."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else mask.sum()
+    return batch["filled" if "filled" in batch else "attention_mask"].sum()
 
 
 def _cell(text: str) -> str:

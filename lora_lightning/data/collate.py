@@ -13,18 +13,46 @@ from ..tasks import IGNORE
 
 @dataclass
 class PackingCollator:
-    """Joins rows to one row without padding, whose position ids tell where each begins.
+    """Joins rows to a few long ones, whose position ids tell where each begins.
 
     transformers turns such position ids, where there is no attention mask, into block-diagonal
-    attention: no row sees another. The first token of a row is never a target.
+    attention: no row sees another. The first token of a row is never a target. Rows are put, in
+    their order, into the first lane that has room; what stays empty at a lane's end is padded.
+
+    Args:
+        pad_token_id: id that fills the end of a lane.
+        width: length of a lane, unless a row is longer. Attention costs its square where the
+            kernel masks what it has computed.
     """
 
+    pad_token_id: int = 0
+    width: int = 512
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [token for row in rows for token in row["input_ids"]]
-        labels = [label for row in rows for label in [IGNORE, *row["labels"][1:]]]
-        positions = [place for row in rows for place in range(len(row["input_ids"]))]
-        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {name: torch.tensor([values]) for name, values in batch.items()}
+        room = max(self.width, *(len(row["input_ids"]) for row in rows))
+        lanes: list[list[dict[str, Any]]] = []
+        free: list[int] = []
+        for row in rows:
+            length = len(row["input_ids"])
+            index = next((i for i, left in enumerate(free) if left >= length), len(lanes))
+            if index == len(lanes):
+                lanes.append([])
+                free.append(room)
+            lanes[index].append(row)
+            free[index] -= length
+        longest = room - min(free)
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "filled": 0}
+        batch: dict[str, list[list[int]]] = {name: [] for name in padding}
+        for lane in lanes:
+            joined = {
+                "input_ids": [token for row in lane for token in row["input_ids"]],
+                "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
+                "position_ids": [place for row in lane for place in range(len(row["input_ids"]))],
+                "filled": [1 for row in lane for _ in row["input_ids"]],
+            }
+            for name, values in joined.items():
+                batch[name].append(values + [padding[name]] * (longest - len(values)))
+        return {name: torch.tensor(values) for name, values in batch.items()}
 
 
 @dataclass

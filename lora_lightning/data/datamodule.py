@@ -219,7 +219,11 @@ class LoraDataModule(L.LightningDataModule):
         return ResumableDataLoader(
             Examples(rows),
             batch_sampler=sampler,
-            collate_fn=PackingCollator() if shuffle and config.packing else self.collator(),
+            collate_fn=(
+                PackingCollator(self.tokenizer.pad_token_id)
+                if shuffle and config.packing
+                else self.collator()
+            ),
             num_workers=config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )

@@ -322,6 +322,8 @@ def test_gradients_equal_a_float64_reference(kind, request):
     ways = {"batch": [pad(rows)], "micro-batches": [pad(rows[:2]), pad(rows[2:])]}
     if task.packs:
         ways["packed"] = [PackingCollator()(rows)]
+        ways["packed in lanes"] = [PackingCollator(tokenizer.pad_token_id, width=24)(rows)]
+        assert len(ways["packed in lanes"][0]["input_ids"]) > 1
         ways["packed micro-batches"] = [PackingCollator()(rows[:3]), PackingCollator()(rows[3:])]
 
     def gradients(parts):
@@ -422,6 +424,26 @@ def test_packed_logits_equal_separate_ones(name):
         ).logits[0]
         alone = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in rows]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_lanes_hold_every_row_once_and_pad_at_their_ends():
+    rows = [
+        {"input_ids": [10 * n + i for i in range(n)], "labels": [n] * n} for n in (3, 6, 5, 2, 9)
+    ]
+    batch = PackingCollator(pad_token_id=99, width=8)(rows)
+    assert batch["input_ids"].tolist() == [  # 9 is the longest: three lanes of up to 9
+        [30, 31, 32, 60, 61, 62, 63, 64, 65],
+        [50, 51, 52, 53, 54, 20, 21, 99, 99],
+        [90, 91, 92, 93, 94, 95, 96, 97, 98],
+    ]
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 0, 1, 0, 0],
+        list(range(9)),
+    ]
+    assert batch["filled"].sum() == 25
+    expected = [[3, 3, 6, 6, 6, 6, 6], [5, 5, 5, 5, 2], [9] * 8]
+    assert [[i for i in row if i != IGNORE] for row in batch["labels"].tolist()] == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)
