@@ -224,7 +224,7 @@ class DataConfig:
     max_length: int | None = None
     """Longest example in tokens; longer ones are cut. None: what the model allows, at most 512."""
     packing: bool = False
-    """Join the training rows of a batch without padding (causal models); the result is the same."""
+    """Join the training rows of a batch to a few long ones (causal models); same result."""
     num_workers: int = 0
     """Processes that prepare batches."""
     cache_dir: str | None = None
