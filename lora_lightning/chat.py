@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .inference import Predictor
+from .inference import Predictor, row_of
 from .lora import UserError
 from .tasks import InstructTask
 
@@ -14,9 +14,7 @@ HELP = "Type a message; an empty line or Ctrl-D ends, /reset starts anew."
 
 def answer(predictor: Predictor, text: str) -> str:
     """Prints the answer to one text as it comes, and returns it."""
-    if not text.strip():
-        raise UserError('text is empty: give text="...".')
-    return _reply(predictor, predictor.module.task.row_of(text))
+    return _reply(predictor, row_of(predictor, text))
 
 
 def chat(predictor: Predictor) -> None:

@@ -122,10 +122,18 @@ class Predictor:
 
 def predict_text(predictor: Predictor, text: str) -> dict[str, Any]:
     """The prediction for one text."""
+    return {"text": text, **predictor([row_of(predictor, text)])[0]}
+
+
+def row_of(predictor: Predictor, text: str) -> dict[str, Any]:
+    """A text as a row of the predictor's task.
+
+    Raises:
+        UserError: there is no text.
+    """
     if not text.strip():
         raise UserError('text is empty: give text="...".')
-    row = predictor.module.task.row_of(text)
-    return {"text": text, **predictor([row])[0]}
+    return predictor.module.task.row_of(text)
 
 
 def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int:
@@ -175,8 +183,7 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
 def _identity(predictor: Predictor, rows: Any) -> str:
     """Tells apart what predictions depend on: rows, adapter, settings."""
     module = predictor.module
-    tensors = ((name, tensor) for name, tensor in module.trainable_tensors().items())
-    digest = hashlib.sha256(fingerprint(tensors).encode())
+    digest = hashlib.sha256(fingerprint(module.trainable_tensors().items()).encode())
     settings = {**asdict(module.task.config), "max_length": predictor.max_length}
     digest.update(json.dumps([settings, module.model_config.name_or_path], default=str).encode())
     for row in rows:

@@ -165,6 +165,16 @@ class Task(ABC):
         """Takes over what `state` gave: an adapter then needs no training data."""
 
 
+def need_columns(split: str, rows: Any, columns: Sequence[str | None]) -> None:
+    """Raises UserError if a split lacks a column that the training data has."""
+    for column in columns:
+        if column not in rows.column_names:
+            raise UserError(
+                f"the {split} data has no column {column!r}; its columns are "
+                f"{', '.join(rows.column_names)}."
+            )
+
+
 def pick_column(
     asked: str | None, candidates: Sequence[str], columns: Sequence[str], option: str
 ) -> str | None:

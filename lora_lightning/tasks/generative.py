@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class GenerativeTask(Task):
     dropped_advice = (
         "Name the right columns (task.source_column, task.target_column), or raise data.max_length."
     )
+    causal_only: ClassVar[bool] = False
+    """Whether an encoder-decoder cannot learn the task."""
     config: GenerativeConfig
 
     def __init__(self, config: GenerativeConfig) -> None:
@@ -48,6 +50,11 @@ class GenerativeTask(Task):
 
     def prepare(self, model_config: Any) -> None:
         self.encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
+        if self.encoder_decoder and self.causal_only:
+            raise UserError(
+                f"task={self.name} needs a causal model; this one is an encoder-decoder. Choose "
+                "another model, or task=summarization with a source and a target."
+            )
 
     # Rows to examples ------------------------------------------------------------------------
 
@@ -253,17 +260,17 @@ class GenerativeTask(Task):
             ids[row, place] = torch.tensor(prompt)
             mask[row, place] = 1
         device = next(model.parameters()).device
+        ends = self._ends(model)
         was_training = model.training
         model.eval()
         try:
             found = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                **{**self._generation(model), **changes},
+                **{**self._generation(ends), **changes},
             )
         finally:
             model.train(was_training)
-        ends = self._ends(model)
         new = found[:, 1 if self.encoder_decoder else width :].tolist()
         return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
@@ -272,7 +279,7 @@ class GenerativeTask(Task):
         others = own if isinstance(own, list) else [own]
         return {token for token in (self.tokenizer.eos_token_id, *others) if token is not None}
 
-    def _generation(self, model: nn.Module) -> dict[str, Any]:
+    def _generation(self, ends: set[int]) -> dict[str, Any]:
         config = self.config
         sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         return {
@@ -280,7 +287,7 @@ class GenerativeTask(Task):
             "do_sample": config.do_sample,
             "num_beams": config.num_beams,
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": sorted(self._ends(model)),
+            "eos_token_id": sorted(ends),
             "use_cache": True,
             **(sampled if config.do_sample else dict.fromkeys(sampled)),
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..lora.errors import UserError
 from ..settings import InstructConfig
-from .base import IGNORE, pick_column
+from .base import IGNORE, need_columns, pick_column
 from .generative import GenerativeTask
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -25,6 +25,7 @@ class InstructTask(GenerativeTask):
     """
 
     name = "instruct"
+    causal_only = True
     dropped_means = "no turn of the assistant, or one that is longer than data.max_length allows"
     dropped_advice = "Give conversations in which the assistant speaks, or raise data.max_length."
     config: InstructConfig
@@ -33,25 +34,12 @@ class InstructTask(GenerativeTask):
         super().__init__(config or InstructConfig())
         self.columns: list[str] = []
 
-    def prepare(self, model_config: Any) -> None:
-        super().prepare(model_config)
-        if self.encoder_decoder:
-            raise UserError(
-                "task=instruct needs a causal model; this one is an encoder-decoder. Choose "
-                "another model, or task=summarization with a source and a target."
-            )
-
     # Rows to conversations -------------------------------------------------------------------
 
     def learn(self, splits: dict[str, Any]) -> None:
         self.find_inputs((splits.get("train") or next(iter(splits.values()))).column_names)
         for split, rows in splits.items():
-            missing = [name for name in self.columns if name not in rows.column_names]
-            if missing:
-                raise UserError(
-                    f"the {split} data has no column {missing[0]!r}; its columns are "
-                    f"{', '.join(rows.column_names)}."
-                )
+            need_columns(split, rows, self.columns)
             for number, row in enumerate(rows, 1):
                 self.conversation(row, where=f"the {split} data, row {number}")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lora.errors import UserError
 from ..settings import LanguageModelConfig
-from .base import IGNORE, pick_column
+from .base import IGNORE, need_columns, pick_column
 from .generative import GenerativeTask
 from .summarization import check_texts, which_column
 
@@ -21,6 +20,7 @@ class LanguageModelTask(GenerativeTask):
     """
 
     name = "lm"
+    causal_only = True
     dropped_means = "empty text"
     dropped_advice = "Name the column with the text: task.text_column=NAME."
     config: LanguageModelConfig
@@ -29,22 +29,10 @@ class LanguageModelTask(GenerativeTask):
         super().__init__(config or LanguageModelConfig())
         self.text_column: str | None = None
 
-    def prepare(self, model_config: Any) -> None:
-        super().prepare(model_config)
-        if self.encoder_decoder:
-            raise UserError(
-                "task=lm needs a causal model; this one is an encoder-decoder. Choose another "
-                "model, or task=summarization with a source and a target."
-            )
-
     def learn(self, splits: dict[str, Any]) -> None:
         self.find_inputs((splits.get("train") or next(iter(splits.values()))).column_names)
         for split, rows in splits.items():
-            if self.text_column not in rows.column_names:
-                raise UserError(
-                    f"the {split} data has no column {self.text_column!r}; its columns are "
-                    f"{', '.join(rows.column_names)}."
-                )
+            need_columns(split, rows, [self.text_column])
             check_texts(split, self.text_column, rows[self.text_column])
 
     def find_inputs(self, columns: list[str]) -> None:

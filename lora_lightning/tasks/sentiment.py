@@ -13,7 +13,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 from ..lora.errors import UserError, did_you_mean
 from ..modeling import classification_logits, load_classifier
 from ..settings import ModelConfig, SentimentConfig
-from .base import IGNORE, LossOutput, Task, pick_column
+from .base import IGNORE, LossOutput, Task, need_columns, pick_column
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body")
 LABEL_COLUMNS = (
@@ -56,11 +56,7 @@ class SentimentTask(Task):
         if not self.labels:
             self._learn_labels(reference)
         for split, rows in splits.items():
-            if self.label_column not in rows.column_names:
-                raise UserError(
-                    f"the {split} data has no column {self.label_column!r}; "
-                    f"its columns are {', '.join(rows.column_names)}."
-                )
+            need_columns(split, rows, [self.label_column])
             self._check_labels(split, rows[self.label_column])
 
     def _learn_columns(self, columns: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..lora.errors import UserError
 from ..settings import SummarizationConfig
-from .base import pick_column
+from .base import need_columns, pick_column
 from .generative import GenerativeTask
 
 SOURCE_COLUMNS = (
@@ -46,12 +46,9 @@ class SummarizationTask(GenerativeTask):
         if self.target_column is None:
             raise which_column("target", columns)
         for split, rows in splits.items():
-            for column in (self.source_column, self.target_column):
-                if column not in rows.column_names:
-                    raise UserError(
-                        f"the {split} data has no column {column!r}; its columns are "
-                        f"{', '.join(rows.column_names)}."
-                    )
+            needed = [self.source_column, self.target_column]
+            need_columns(split, rows, needed)
+            for column in needed:
                 check_texts(split, column, rows[column])
 
     def find_inputs(self, columns: list[str]) -> None:
