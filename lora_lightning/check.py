@@ -59,7 +59,7 @@ def check(config: DictConfig) -> str:
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
-        if settings.data.packing:
+        if data.packs:
             check_packing(module.model)
         sections = [
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "

@@ -191,7 +191,8 @@ def check_packing(model: nn.Module) -> None:
         raise UserError(
             f"data.packing=true: in a {type(model).__name__} with attention "
             f"{getattr(model.config, '_attn_implementation', None)!r} joined rows would see each "
-            "other. Leave packing off, or try model.attn_implementation=sdpa or eager."
+            "other. Leave packing off (for task=lm also task.blocks=false), or try "
+            "model.attn_implementation=sdpa or eager."
         )
 
 

@@ -140,8 +140,14 @@ class LoraModule(L.LightningModule):
     # Steps -----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        self._check_packing()
+
+    def on_test_start(self) -> None:
+        self._check_packing()
+
+    def _check_packing(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and data.config.packing:
+        if data is not None and data.packs:
             assert self.model is not None
             check_packing(self.model)
 

@@ -151,6 +151,8 @@ class LanguageModelConfig(GenerativeConfig):
     """The task's name."""
     text_column: str | None = None
     """Column with the text. None: the first of text, content, document ..."""
+    blocks: bool = True
+    """Fill each example up to data.max_length with documents, which do not see each other."""
     generate_rows: int = 0
     """There is no target to compare with: nothing is generated."""
 

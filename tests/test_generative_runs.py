@@ -69,7 +69,7 @@ def trained(tmp_path_factory, loud_llama, tiny_t5, pairs, fast):
                 f"data.train={pairs}",
                 f"output_dir={run}",
                 "trainer.max_epochs=12",
-                "optim.lr=3e-2",
+                "optim.lr=1e-2",
                 "lora.rank=4",
                 *more,
             ]

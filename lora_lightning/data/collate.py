@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,18 @@ class PackingCollator:
             joined = {
                 "input_ids": [token for row in lane for token in row["input_ids"]],
                 "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
-                "position_ids": [place for row in lane for place in range(len(row["input_ids"]))],
+                "position_ids": [place for row in lane for place in _positions(row)],
                 "filled": [1 for row in lane for _ in row["input_ids"]],
             }
             for name, values in joined.items():
                 batch[name].append(values + [padding[name]] * (longest - len(values)))
         return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def _positions(row: dict[str, Any]) -> Sequence[int]:
+    """Position ids of a row: its own, where it is joined of several already."""
+    found: Sequence[int] = row.get("position_ids") or range(len(row["input_ids"]))
+    return found
 
 
 @dataclass

@@ -58,6 +58,11 @@ class Task(ABC):
         return False
 
     @property
+    def joins_rows(self) -> bool:
+        """Whether an example holds several rows, told apart by its position ids."""
+        return False
+
+    @property
     def generate_rows(self) -> int:
         """Rows of validation and test that text is generated for; 0: none, -1: all."""
         return 0
@@ -155,6 +160,10 @@ class Task(ABC):
     @abstractmethod
     def describe(self, raw: dict[str, Any]) -> dict[str, str]:
         """A raw row as readable text: its `input` and its `target`."""
+
+    def baseline(self, raws: list[dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
+        """What a rule without any learning reaches on raw rows: its name, and its text metrics."""
+        return None
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class GenerativeTask(Task):
         return None
 
     def signature(self) -> dict[str, Any]:
-        encoding = ("prompt", "system", "max_new_tokens")
+        encoding = ("prompt", "system", "max_new_tokens", "blocks")
         settings = {name: getattr(self.config, name, None) for name in encoding}
         return {"task": self.name, **settings, **self.state()}
 
@@ -231,10 +231,22 @@ class GenerativeTask(Task):
         part = {name: tensor[chosen] for name, tensor in batch.items()}
         predictions = [row["generated"] for row in self.predict(model, part)]
         references = [self.decode(ids) for ids in self._answers(part)]
+        self._compare(metrics, predictions, references)
+
+    def _compare(
+        self, metrics: MetricCollection, predictions: list[str], references: list[str]
+    ) -> None:
+        """Adds texts to those of the metrics that compare texts."""
         for name, metric in metrics.items(keep_base=True):
-            if name not in ("perplexity", "token_accuracy"):
+            if name in self.config.text_metrics:
                 nested = [[reference] for reference in references]
                 metric.update(predictions, references if name == "rouge" else nested)
+
+    def compare(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The task's text metrics of predictions."""
+        metrics = MetricCollection(text_metrics(self.config.text_metrics), compute_groups=False)
+        self._compare(metrics, predictions, references)
+        return {name: float(value) for name, value in metrics.compute().items()}
 
     def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         return [

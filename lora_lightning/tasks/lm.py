@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..settings import LanguageModelConfig
 from .base import IGNORE, need_columns, pick_column
 from .generative import GenerativeTask
 from .summarization import check_texts, which_column
 
+MIN_PIECE = 8
+"""Tokens that must be free in a block for a document to begin in it."""
+SAMPLE_PROMPT = 16
+"""Tokens of a document that samples continue."""
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story")
 
 
 class LanguageModelTask(GenerativeTask):
     """Every token of a text is learned, from BOS to EOS.
 
-    A text that is longer than an input goes on in further examples, without BOS, so no token is
-    lost; EOS stands at the end of the last one alone.
+    Documents fill blocks of the full length one behind the other. One that does not fit goes on in
+    the next block, without BOS, so no token is lost; EOS stands at its very end alone. Position ids
+    begin anew with each document, and attention ends there: see `PackingCollator`.
     """
 
     name = "lm"
@@ -55,16 +62,40 @@ class LanguageModelTask(GenerativeTask):
                 for ids in self.tokens(texts)
             ]
         found: list[dict[str, Any]] = []
+        block: dict[str, Any] | None = None
         for row, ids in enumerate(self.tokens(texts)):
             if not ids:
-                found.append({**self.nothing(), "row": row})
+                found.append({**self.nothing(), "position_ids": [], "row": row})
                 continue
             ids = [*self.frame[0], *ids, self.tokenizer.eos_token_id]
-            # A piece begins with the last token of the one before, so that each token is predicted.
-            for start in range(0, len(ids) - 1, max_length - 1):
-                piece = ids[start : start + max_length]
-                labels = [IGNORE, *piece[1:]]
-                found.append({"input_ids": piece, "labels": labels, "truncated": False, "row": row})
+            start = 0
+            while start < len(ids) - 1:
+                room = max_length - (len(block["input_ids"]) if block else 0)
+                if block is None or room < MIN_PIECE or not self.config.blocks:
+                    block, room = {"truncated": False, "row": row}, max_length
+                    block |= {"input_ids": [], "labels": [], "position_ids": []}
+                    found.append(block)
+                piece = ids[start : start + room]
+                block["input_ids"] += piece
+                block["labels"] += [IGNORE, *piece[1:]]
+                block["position_ids"] += range(len(piece))
+                # The next piece begins with this one's last token: each token is predicted.
+                start += len(piece) - 1
+        return found
+
+    @property
+    def joins_rows(self) -> bool:
+        return self.config.blocks
+
+    def _prompts(self, batch: dict[str, Tensor]) -> list[list[int]]:
+        """Inputs without labels as they are; of an example the beginning of its first document."""
+        prompts = super()._prompts({name: batch[name] for name in batch if name != "labels"})
+        if "labels" not in batch:
+            return prompts
+        found = []
+        for prompt, labels in zip(prompts, batch["labels"].tolist(), strict=True):
+            end = next((i for i, label in enumerate(labels[1:], 1) if label == IGNORE), len(labels))
+            found.append(prompt[: min(SAMPLE_PROMPT, max(1, end - 1))])
         return found
 
     def input_columns(self) -> list[str]:

@@ -116,7 +116,7 @@ def test_rows_without_anything_to_learn_are_empty(tiny_llama):
 
 @pytest.mark.parametrize("max_length", [4, 5, 7, 64])
 def test_lm_predicts_each_token_once(tiny_llama, max_length):
-    task, tokenizer, _ = setup(tiny_llama, name="lm", max_new_tokens=2)
+    task, tokenizer, _ = setup(tiny_llama, name="lm", max_new_tokens=2, blocks=False)
     text = "the a film food hotel is was very not never good bad"
     examples = encode(task, tokenizer, [{"text": text}, {"text": "fine"}], max_length)
     assert all(len(example["input_ids"]) <= max_length for example in examples)
@@ -128,6 +128,53 @@ def test_lm_predicts_each_token_once(tiny_llama, max_length):
         assert sum(ids.count(0) for ids in (e["input_ids"] for e in mine)) == 1
         assert all(example["labels"][0] == IGNORE for example in mine)
         assert all(e["labels"][1:] == e["input_ids"][1:] for e in mine)
+
+
+DOCUMENTS = [
+    "the a film food hotel is was very not never good bad fine poor",
+    "lovely film",
+    "",
+    "slow but warm",
+    "the staff was never good and the room was cold",
+]
+
+
+@pytest.mark.parametrize("max_length", [9, 12, 40, 64])
+def test_lm_blocks_are_full_and_hold_each_token_once(tiny_llama, max_length):
+    """Where a document begins, or goes on in a new block, its first token is given, not learned."""
+    task, tokenizer, _ = setup(tiny_llama, name="lm", max_new_tokens=2)
+    rows = [{"text": text} for text in DOCUMENTS]
+    examples = encode(task, tokenizer, rows, max_length)
+    blocks = [example for example in examples if example["input_ids"]]
+    assert len(examples) - len(blocks) == 1  # the empty document, to be counted as dropped
+    # A block ends where no document can begin in what is left of it.
+    assert all(max_length - 8 < len(e["input_ids"]) <= max_length for e in blocks[:-1])
+    learned = []
+    for example in blocks:
+        for label, token, place in zip(
+            example["labels"], example["input_ids"], example["position_ids"], strict=True
+        ):
+            assert label == (IGNORE if place == 0 else token)
+            learned += [label] if label != IGNORE else []
+    texts = [text for text in DOCUMENTS if text]
+    assert words(tokenizer, learned) == [w for text in texts for w in (*text.split(), "</s>")]
+    begun = [e["input_ids"].count(tokenizer.bos_token_id) for e in blocks]
+    assert sum(begun) == len(texts)
+
+
+def test_lm_blocks_give_the_loss_of_documents_apart(tiny_llama):
+    """Documents of a block do not see each other; one whose end is elsewhere loses its context."""
+    losses = []
+    for blocks in (True, False):
+        task, tokenizer, config = setup(tiny_llama, name="lm", max_new_tokens=2, blocks=blocks)
+        examples = encode(task, tokenizer, [{"text": text} for text in DOCUMENTS if text], 64)
+        assert len(examples) == (1 if blocks else 4)
+        model, _ = adapted(task, config, tokenizer)
+        collate = PackingCollator() if blocks else PaddingCollator(tokenizer.pad_token_id)
+        output = task.loss(model, collate(examples))
+        losses.append((output.total.item(), int(output.count)))
+    assert losses[0][1] == losses[1][1] == 33
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-12)
 
 
 # Conversations -----------------------------------------------------------------------------------
