@@ -116,6 +116,7 @@ def _run(
     test = _evaluate(trainer.test, module, data)
     result.update(_result(config, module, trainer, clock, {**val, **test}))
     if trainer.is_global_zero:
+        result["baseline"] = _baseline(task, data)
         _log_hparams(trainer, settings, config, result)
         _print_result(result, run_dir, data)
 
@@ -280,6 +281,19 @@ def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, f
     return {name: float(value) for name, value in found[0].items()} if found else {}
 
 
+def _baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
+    """What a rule without learning reaches on the test rows that text is generated for."""
+    if not (data.has("test") and task.generate_rows):
+        return {}
+    generated = data.encoded["test"]["generate"]
+    rows = data.raw["test"].select([i for i, chosen in enumerate(generated) if chosen])
+    found = task.baseline(list(rows))
+    if found is None:
+        return {}
+    name, metrics = found
+    return {"name": name, **{f"test/{metric}": value for metric, value in metrics.items()}}
+
+
 def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
     """Loads the weights of the best checkpoint into the module."""
     best = next(
@@ -361,7 +375,10 @@ def _print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -
         short = name.removeprefix("test/")
         was = result["before"].get(name)
         start = f"{was:.4f} -> " if was is not None else ""
-        lines.append(f"  {short:<10} {start}{result[name]:.4f}")
+        beside = ""
+        if name in result["baseline"]:
+            beside = f"   ({result['baseline']['name']}: {result['baseline'][name]:.4f})"
+        lines.append(f"  {short:<14} {start}{result[name]:.4f}{beside}")
     if lines:
         lines.insert(
             0,

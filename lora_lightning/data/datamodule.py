@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,7 @@ from ..settings import DataConfig
 from ..tasks import IGNORE, Task
 from .collate import PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
-from .sources import SPLITS, load_splits
+from .sources import SPLITS, cache_folder, load_splits, unwritable_cache
 
 CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
 
@@ -177,10 +176,7 @@ class LoraDataModule(L.LightningDataModule):
                 desc="tokenising",
             )
         except OSError as error:
-            raise UserError(
-                f"cannot write the cache of tokenised data in {folder}: {error}. "
-                "Choose another folder: data.cache_dir=DIR."
-            ) from None
+            raise unwritable_cache(folder, error) from None
 
     def _encode_batch(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
         examples = self.task.encode(rows, self.tokenizer, self.max_length)
@@ -219,14 +215,18 @@ class LoraDataModule(L.LightningDataModule):
         return ResumableDataLoader(
             Examples(rows),
             batch_sampler=sampler,
-            collate_fn=(
-                PackingCollator(self.tokenizer.pad_token_id)
-                if shuffle and config.packing
-                else self.collator()
-            ),
+            collate_fn=self._collate(packing=self.task.joins_rows or (shuffle and config.packing)),
             num_workers=config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches hold rows that only position ids tell apart."""
+        return self.config.packing or self.task.joins_rows
+
+    def _collate(self, *, packing: bool) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+        return PackingCollator(self.tokenizer.pad_token_id) if packing else self.collator()
 
     def collator(self) -> PaddingCollator:
         """Pads rows of this data to a batch."""
@@ -237,7 +237,8 @@ class LoraDataModule(L.LightningDataModule):
         lengths = self.encoded[split]["length"]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
         examples = Examples(self.encoded[split])
-        return self.collator()([examples[row] for row in order])
+        collate = self._collate(packing=self.task.joins_rows)
+        return collate([examples[row] for row in order])
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -326,12 +327,3 @@ def _cut(
             start = stop
         parts["train"] += [i for m in order[start:] for i in members[m]]
     return {split: sorted(indices) for split, indices in parts.items()}
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Where tokenised data is kept."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    import datasets
-
-    return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ..lora.errors import UserError, did_you_mean
 from ..settings import DataConfig
+from .docstrings import docstring_files
 
 SPLITS = ("train", "val", "test")
 _ADVICE = {
@@ -16,6 +18,8 @@ _ADVICE = {
     "parquet": "Is it another kind of file? The ending must tell.",
 }
 EMBEDDED = Path(__file__).parent / "embedded"
+MADE = {"docstrings": docstring_files}
+"""Embedded data that is made on the user's machine: writes its files to a folder."""
 # Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
 CSV = {"keep_default_na": False, "na_values": [""]}
 BUILDERS = {
@@ -43,8 +47,25 @@ def load_splits(config: DataConfig) -> dict[str, Any]:
     if config.path:
         return _load_hub(config)
     if config.embedded:
-        return _load_embedded(config.embedded)
+        return _load_embedded(config)
     raise UserError("there is no data: give data.train=FILE, or data.path=HUB_NAME.")
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where data is kept that was made or tokenised here."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    import datasets
+
+    return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"
+
+
+def unwritable_cache(folder: Path, error: OSError) -> UserError:
+    """The message where nothing can be kept."""
+    return UserError(
+        f"cannot write the cache of prepared data in {folder}: {error}. "
+        "Choose another folder: data.cache_dir=DIR."
+    )
 
 
 def load_rows(option: str, path: Path) -> Any:
@@ -52,16 +73,24 @@ def load_rows(option: str, path: Path) -> Any:
     return _load_files(option, path)
 
 
-def _load_embedded(name: str) -> dict[str, Any]:
-    folder = EMBEDDED / name
-    if not folder.is_dir():
-        known = sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+def _load_embedded(config: DataConfig) -> dict[str, Any]:
+    name = str(config.embedded)
+    shipped = {path.name for path in EMBEDDED.iterdir() if path.is_dir()}
+    if name in MADE:
+        cache = cache_folder(config.cache_dir)
+        try:
+            paths = MADE[name](cache)
+        except OSError as error:
+            raise unwritable_cache(cache, error) from None
+    elif name in shipped:
+        paths = {split: EMBEDDED / name / f"{split}.jsonl" for split in SPLITS}
+    else:
+        known = sorted(shipped | set(MADE))
         raise UserError(
             f"data.embedded={name}: there is no such data set.{did_you_mean(name, known)} "
             f"Known: {', '.join(known)}."
         )
-    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-    return {split: _load_files(name, path) for split, path in paths.items() if path.is_file()}
+    return {split: _load_files(name, path) for split, path in paths.items()}
 
 
 def _load_hub(config: DataConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..lora.errors import UserError
@@ -98,6 +99,13 @@ class SummarizationTask(GenerativeTask):
         target = raw.get(self.target_column) if self.target_column else None
         return {"input": str(raw[self.source_column]), "target": str(target or "")}
 
+    def baseline(self, raws: list[dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
+        if not self.config.text_metrics:
+            return None
+        described = [self.describe(raw) for raw in raws]
+        leads = [lead_sentence(row["input"]) for row in described]
+        return "lead sentence", self.compare(leads, [row["target"] for row in described])
+
     def state(self) -> dict[str, Any]:
         return {
             "source_column": self.source_column,
@@ -109,6 +117,12 @@ class SummarizationTask(GenerativeTask):
         self.source_column = state["source_column"]
         self.target_column = state["target_column"]
         self.encoder_decoder = state["encoder_decoder"]
+
+
+def lead_sentence(text: str) -> str:
+    """A text up to its first full stop, question or exclamation mark, or blank line."""
+    start = re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
+    return " ".join(start.split())
 
 
 def which_column(what: str, columns: list[str]) -> UserError:

@@ -1,0 +1,144 @@
+"""A summarization set made on the spot: docstrings of the standard library, body to first line.
+
+Nothing of it ships with the package: each machine reads its own Python's source files, so that the
+rows are the same wherever the Python version and its files are.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..lora.errors import UserError
+
+VERSION = 1  # raise it when other rows come out
+SUMMARY_WORDS = (3, 25)
+BODY_WORDS = (12, 300)
+SPAN = 13
+"""Words in a row that a validation or test row may not share with a training row."""
+TESTS = {"test", "tests"}
+APPLICATIONS = {"idlelib", "turtledemo"}
+"""Programs that come with the library, in some distributions of Python alone."""
+_SIGNATURE = re.compile(r"[\w.]+\s*\(")
+_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+Row = dict[str, str]
+
+
+def docstring_files(folder: Path) -> dict[str, Path]:
+    """JSONL files of the rows by split, built in `folder` where they are not there yet.
+
+    Args:
+        folder: a cache; the files of different Python versions lie side by side.
+
+    Raises:
+        UserError: this Python comes without the source of its standard library.
+    """
+    version = ".".join(map(str, sys.version_info[:3]))
+    target = folder / f"docstrings-{version}-v{VERSION}"
+    paths = {split: target / f"{split}.jsonl" for split in ("train", "val", "test")}
+    if not all(path.is_file() for path in paths.values()):
+        splits = build_docstrings(Path(sysconfig.get_path("stdlib")))
+        target.mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            # Under a name of its own first: another process may build the same file.
+            with tempfile.NamedTemporaryFile(
+                "w", dir=target, suffix=".part", delete=False, encoding="utf-8"
+            ) as handle:
+                handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            Path(handle.name).replace(paths[split])
+    return paths
+
+
+def build_docstrings(library: Path) -> dict[str, list[Row]]:
+    """Rows `module`, `document`, `summary` by split; a top-level module is in one split alone.
+
+    The summary is a docstring's first line, the document what follows after a blank line. Left out
+    are rows whose summary is a signature, stands in the document, or occurs twice; and rows of
+    validation and test that share 13 words in a row with the training rows.
+
+    Raises:
+        UserError: `library` holds no source files.
+    """
+    found: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).parts
+        module = parts[0].removesuffix(".py")
+        if module not in sys.stdlib_module_names or module in APPLICATIONS:
+            continue
+        if TESTS.intersection(parts):
+            continue
+        for text in _docstrings(path.read_bytes()):
+            row = _row(module, text)
+            if row is None:
+                continue
+            keys = {_plain(row["summary"]), _plain(row["document"])}
+            if seen.isdisjoint(keys):
+                found[_split_of(module)].append(row)
+            seen |= keys
+    if not all(found.values()):
+        raise UserError(
+            f"data.embedded=docstrings is made from the source files of Python's standard library, "
+            f"and {library} holds none: give data of your own, data.train=FILE, or use a Python "
+            "that has them."
+        )
+    trained = {span for row in found["train"] for span in _spans(row["document"])}
+    for split in ("val", "test"):
+        found[split] = [row for row in found[split] if trained.isdisjoint(_spans(row["document"]))]
+    return found
+
+
+def _row(module: str, text: str) -> Row | None:
+    """The row of a docstring; None where it is not a summary and a body."""
+    first, _, rest = text.partition("\n")
+    blank, _, rest = rest.partition("\n")
+    summary, document = first.strip(), rest.strip()
+    if blank or _SIGNATURE.match(summary) or not summary[:1].isalpha():
+        return None
+    for words, (least, most) in ((summary, SUMMARY_WORDS), (document, BODY_WORDS)):
+        if not least <= len(words.split()) <= most:
+            return None
+    if _plain(summary) in _plain(document):
+        return None
+    return {"module": module, "document": document, "summary": summary}
+
+
+def _split_of(module: str) -> str:
+    """One module in eight tests, one validates; `_pyio` goes where `io` goes."""
+    name = module.removeprefix("_py").removeprefix("_")
+    number = hashlib.sha256(name.encode()).digest()[0] % 8
+    return {0: "test", 1: "val"}.get(number, "train")
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    """Docstrings of a file's module, classes and functions, without their indentation."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in strings
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, _NODES):
+            text = ast.get_docstring(node)
+            if text:
+                yield "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def _plain(text: str) -> str:
+    """The words of a text, without case and punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _spans(text: str) -> set[str]:
+    words = _plain(text).split()
+    return {" ".join(words[i : i + SPAN]) for i in range(max(1, len(words) - SPAN + 1))}
