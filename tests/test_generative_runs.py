@@ -200,7 +200,7 @@ def test_chat_of_a_conversation(tmp_path, run_cli, loud_llama, chat_llama, fast,
         f"data.val={rows}",
         "data.test_fraction=0",
         f"output_dir={tmp_path / 'run'}",
-        "optim.lr=3e-2",
+        "optim.lr=1e-2",
         "trainer.max_epochs=15",
         "callbacks.early_stopping=null",
     )
@@ -278,7 +278,7 @@ def test_lm_run(tmp_path, run_cli, loud_llama, fast):
         "task.max_new_tokens=4",
         "data.packing=true",
         f"output_dir={tmp_path / 'run'}",
-        "optim.lr=3e-2",
+        "optim.lr=1e-2",
         "trainer.max_epochs=15",
         "test_before=true",
     )
