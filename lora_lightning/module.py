@@ -220,7 +220,10 @@ class LoraModule(L.LightningModule):
     ) -> None:
         assert metrics is not None
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict({f"{stage}/loss": mean_loss.compute(), **values}, prog_bar=stage == "val")
+        values = {f"{stage}/loss": mean_loss.compute(), **values}
+        shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name in shown)
         metrics.reset()
         mean_loss.reset()
 

@@ -37,6 +37,8 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    headline: ClassVar[str]
+    """The metric, beside the loss, that the progress bar has room for."""
     peft_task_type: str
     dropped_means: ClassVar[str] = "empty text"
     """Why a row has nothing to learn."""

@@ -29,6 +29,7 @@ class GenerativeTask(Task):
     tokenizer itself puts one. EOS is always a target.
     """
 
+    headline = "rougeL"
     dropped_means = "an empty source or target, or a target longer than data.max_length allows"
     dropped_advice = (
         "Name the right columns (task.source_column, task.target_column), or raise data.max_length."

@@ -28,6 +28,7 @@ class LanguageModelTask(GenerativeTask):
 
     name = "lm"
     causal_only = True
+    headline = "perplexity"
     dropped_means = "empty text"
     dropped_advice = "Name the column with the text: task.text_column=NAME."
     config: LanguageModelConfig

@@ -37,6 +37,7 @@ class SentimentTask(Task):
     """
 
     name = "sentiment"
+    headline = "accuracy"
     peft_task_type = "SEQ_CLS"
 
     def __init__(self, config: SentimentConfig | None = None) -> None:
