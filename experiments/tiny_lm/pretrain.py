@@ -32,13 +32,14 @@ MUON_LR, ADAM_LR = 0.02, 3e-3
 SAVE_EVERY = 100
 # Words with the blank before them, numbers of up to three digits, punctuation, white space.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Line ends are tokens of their own, so that an answer's tokens do not depend on what is before it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}{{ 'Assistant: ' }}{% generation %}"
+    "{% if message.role == 'assistant' %}{{ 'Assistant:\\n' }}{% generation %}"
     "{{ message.content + eos_token }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message.role | capitalize + ': ' + message.content + '\\n' }}{% endif %}"
+    "{% else %}{{ message.role | capitalize + ':\\n' + message.content + '\\n' }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
 
