@@ -4,7 +4,9 @@ r"""Gathers the result.json files of finished runs into one CSV and a table of m
         --csv results.csv --plot results.png
 
 FOLDER is searched for runs at any depth. `--by` are config keys, one group per combination of
-their values; the deviation is that of a sample (n - 1).
+their values; the deviation is that of a sample (n - 1). A metric with "before " in front is that of
+the untouched model, one with "baseline " that of a rule without learning. Settings of the adapter
+read "full" where a run has none.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ COLUMNS = (
     "test/accuracy",
     "test/f1",
     "test/loss",
+    "test/perplexity",
+    "test/rouge1",
+    "test/rouge2",
+    "test/rougeL",
     "val/accuracy",
+    "val/loss",
     "trainable_parameters",
     "total_parameters",
     "adapter_bytes",
@@ -48,8 +55,11 @@ def main() -> None:
             print(f"left out ({result['status']}): {path}")
             continue
         config = OmegaConf.load(path.parent / ".hydra" / "config.yaml")
-        group = {key: OmegaConf.select(config, key) for key in arguments.by}
+        group = {key: setting(config, key) for key in arguments.by}
         values = {key: round(result[key], 6) for key in COLUMNS if key in result}
+        for kind in ("before", "baseline"):
+            named = {f"{kind} {key}": value for key, value in result.get(kind, {}).items()}
+            values |= {key: round(named[key], 6) for key in arguments.metric if key in named}
         runs.append({**group, "seed": result["seed"], **values})
     if not runs:
         raise SystemExit(f"no finished run under {arguments.folder}")
@@ -64,7 +74,8 @@ def main() -> None:
     groups: dict[tuple[str, ...], list[dict]] = {}
     for run in runs:
         groups.setdefault(tuple(str(run[key]) for key in arguments.by), []).append(run)
-    for group, members in sorted(groups.items()):
+    groups = dict(sorted(groups.items(), key=lambda item: list(map(by_number, item[0]))))
+    for group, members in groups.items():
         cells = []
         for metric in arguments.metric:
             values = [float(run[metric]) for run in members]
@@ -75,6 +86,21 @@ def main() -> None:
         plot(groups, arguments.metric[0], arguments.plot)
 
 
+def setting(config, key: str) -> object:
+    """A run's setting."""
+    if key.startswith("lora.") and config.lora.method == "full":
+        return "full"
+    return OmegaConf.select(config, key)
+
+
+def by_number(text: str) -> tuple[float, str]:
+    """Sorts numbers by value, before words."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text
+
+
 def plot(groups: dict[tuple[str, ...], list[dict]], metric: str, path: Path) -> None:
     """Every run as a dot, the mean of its group as a line."""
     import matplotlib
@@ -83,11 +109,11 @@ def plot(groups: dict[tuple[str, ...], list[dict]], metric: str, path: Path) -> 
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(1.6 + 1.2 * len(groups), 3.2), layout="constrained")
-    for place, (_, members) in enumerate(sorted(groups.items())):
+    for place, members in enumerate(groups.values()):
         values = [float(run[metric]) for run in members]
         axes.plot([place] * len(values), values, "o", color="C0", alpha=0.7)
         axes.hlines(statistics.mean(values), place - 0.2, place + 0.2, color="C1")
-    axes.set_xticks(range(len(groups)), [" ".join(group) for group in sorted(groups)])
+    axes.set_xticks(range(len(groups)), [" ".join(group) for group in groups])
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(metric)
     axes.grid(axis="y", alpha=0.3)

@@ -80,7 +80,8 @@ def stand_in(folder: Path, splits: tuple[str, ...], row: dict) -> Path:
 
 def test_every_preset_is_here():
     conf = Path(__file__).parents[2] / "conf" / "data"
-    assert {path.stem for path in conf.glob("*.yaml")} == {*HUB, "files", "hub", "reviews"}
+    others = {"files", "hub", "reviews", "docstrings"}
+    assert {path.stem for path in conf.glob("*.yaml")} == {*HUB, *others}
 
 
 @pytest.mark.parametrize("name", HUB)
