@@ -126,7 +126,8 @@ def compose_config(overrides: list[str]) -> DictConfig:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return compose(CONFIG_NAME, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from None
+        chosen = [override for override in overrides if re.fullmatch(r"task=\w+", override)]
+        raise UserError(explain(error, chosen)) from None
 
 
 def sweep_choices(overrides: list[str]) -> list[list[str]]:
@@ -146,8 +147,13 @@ def sweep_choices(overrides: list[str]) -> list[list[str]]:
     return [[values[min(i, len(values) - 1)] for values in choices] for i in range(longest)]
 
 
-def explain(error: Exception) -> str:
-    """A Hydra error as one short message that names the nearest right key."""
+def explain(error: Exception, chosen: list[str] | None = None) -> str:
+    """A Hydra error as one short message that names the nearest right key.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        chosen: overrides that decide which keys there are, such as task=lm.
+    """
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
@@ -170,7 +176,7 @@ def explain(error: Exception) -> str:
             f"Known: {', '.join(known)}."
         )
     if unknown:
-        name, known = unknown.group(1), all_keys()
+        name, known = unknown.group(1), all_keys(chosen)
         if name in known:
             if "already at" in text:
                 advice = "is there already: leave out the plus in front of it."
@@ -190,9 +196,9 @@ def explain(error: Exception) -> str:
     return text[:600]
 
 
-def all_keys() -> list[str]:
-    """Every settable key of the default config, dotted."""
-    config = compose_config([])
+def all_keys(chosen: list[str] | None = None) -> list[str]:
+    """Every settable key of the default config, or of one with other choices, dotted."""
+    config = compose_config(chosen or [])
 
     def walk(node: Any, prefix: str) -> list[str]:
         if not isinstance(node, DictConfig):

@@ -94,3 +94,8 @@ def test_config_hash_depends_on_what_is_computed_only():
     assert base == config_hash(compose("output_dir=elsewhere", "tags=[x]"))
     assert base != config_hash(compose("seed=1"))
     assert base != config_hash(compose("lora.rank=4"))
+
+
+def test_a_typo_is_compared_with_the_keys_of_the_task_that_was_chosen():
+    with pytest.raises(UserError, match=r"task.block: .* Did you mean 'task.blocks'\?"):
+        compose_config(["task=lm", "task.block=false"])
