@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import BLEUScore, CHRFScore
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -103,6 +103,6 @@ TEXT_METRICS: dict[str, Callable[[], Any]] = {
 }
 
 
-def text_metrics(names: list[str]) -> dict[str, Metric]:
+def text_metrics(names: list[str]) -> dict[str, Metric | MetricCollection]:
     """Fresh metrics that compare generated texts with references."""
     return {name: TEXT_METRICS[name]() for name in names}
