@@ -115,8 +115,8 @@ def _run(
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(_result(config, module, trainer, clock, {**val, **test}))
+    result["baseline"] = _baseline(task, data)
     if trainer.is_global_zero:
-        result["baseline"] = _baseline(task, data)
         _log_hparams(trainer, settings, config, result)
         _print_result(result, run_dir, data)
 
@@ -282,7 +282,10 @@ def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, f
 
 
 def _baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
-    """What a rule without learning reaches on the test rows that text is generated for."""
+    """What a rule without learning reaches on the test rows that text is generated for.
+
+    Every rank goes through all of them: the metrics gather from all ranks, and means stay the same.
+    """
     if not (data.has("test") and task.generate_rows):
         return {}
     generated = data.encoded["test"]["generate"]
