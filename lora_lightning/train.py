@@ -102,6 +102,8 @@ def _run(
 
     if config.test_before and checkpoint is None:
         result["before"] = _evaluate(trainer.test, module, data)
+        if trainer.received_sigterm:  # the next call to the trainer would forget it
+            raise KeyboardInterrupt
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:

@@ -412,3 +412,20 @@ def test_types_that_would_go_wrong_are_refused(overrides, message):
 def test_validation_amid_a_window_is_refused(small):
     with pytest.raises(UserError, match="multiple of trainer.accumulate_grad_batches"):
         small("trainer.accumulate_grad_batches=4", "trainer.val_check_interval=6")
+
+
+def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, monkeypatch):
+    """Lightning forgets a signal that came in a call's last batch when the next call begins."""
+    import os
+    import signal
+
+    from lora_lightning.module import LoraModule
+
+    monkeypatch.setattr(
+        LoraModule, "on_test_end", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=False
+    )
+    with pytest.raises(KeyboardInterrupt, match="To go on: lora-lightning train resume="):
+        small("test_before=true")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert not list((tmp_path / "run").rglob("*.ckpt"))  # not a step of training was done
