@@ -97,8 +97,8 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
             f"{100 * cut / len(rows):.1f} % truncated{dropped}"
         )
     lines += [
-        f"WARNING only {len(rows)} {split} rows: one row moves the accuracy by "
-        f"{100 / len(rows):.0f} points"
+        f"WARNING only {len(rows)} {split} rows: each makes {100 / len(rows):.0f} % of what is "
+        "measured"
         for split, rows in data.encoded.items()
         if split != "train" and len(rows) < FEW_JUDGES
     ]
