@@ -17,16 +17,16 @@ A package gives at most 1.5 MB, so that large ones do not set the tone.
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
 import re
 import sys
 import sysconfig
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from lora_lightning.data.docstrings import docstrings
 
 SPAN = 13
 PACKAGE_BYTES = 1_500_000
@@ -89,22 +89,6 @@ def package_docstrings(wheel: Path) -> Iterator[str]:
         for name in sorted(archive.namelist()):
             if name.endswith(".py") and not VENDORED.search(name):
                 yield from docstrings(archive.read(name))
-
-
-def docstrings(source: bytes) -> Iterator[str]:
-    """Docstrings of a file's module, classes and functions, cleaned of their indentation."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, kinds):
-            text = ast.get_docstring(node)
-            if text:
-                yield "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 def readable(text: str) -> bool:

@@ -77,7 +77,7 @@ def build_docstrings(library: Path) -> dict[str, list[Row]]:
             continue
         if TESTS.intersection(parts):
             continue
-        for text in _docstrings(path.read_bytes()):
+        for text in docstrings(path.read_bytes()):
             row = _row(module, text)
             if row is None:
                 continue
@@ -119,13 +119,13 @@ def _split_of(module: str) -> str:
     return {0: "test", 1: "val"}.get(number, "train")
 
 
-def _docstrings(source: bytes) -> Iterator[str]:
+def docstrings(source: bytes) -> Iterator[str]:
     """Docstrings of a file's module, classes and functions, without their indentation."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in strings
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):
         if isinstance(node, _NODES):
