@@ -1,6 +1,12 @@
-"""The arithmetic of LoRA: the one place that adds a low-rank product to a base output."""
+"""The arithmetic of LoRA: the one place that adds a low-rank product to a base output.
+
+`fused_linear` is the fast path, for a frozen linear layer whose weight is at hand; `add_low_rank`
+the general one, for any layer that can be called. Both compute the same.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +31,93 @@ def add_low_rank(
     x = x.to(base_output.dtype) if not x.is_floating_point() else x
     down = F.linear(x, lora_A.to(x.dtype)) * scaling
     return base_output + F.linear(down, lora_B.to(down.dtype)).to(base_output.dtype)
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Returns x W^T + bias + scaling * dropout(x) A^T B^T as one step of autograd.
+
+    The same mathematics as calling the layer and `add_low_rank`, in fewer passes over memory: the
+    low-rank product is accumulated into the base product in place, forward and backward; x is kept
+    once; A and B are cast to the type of x once; the gradient of x is left out where nobody needs
+    it. The narrow products come first, so that no (out, in) matrix is ever formed. Gradients are
+    those of x, A and B; W and bias are frozen. Cannot be differentiated twice.
+
+    Args:
+        x: (..., in), of the type of weight.
+        weight: (out, in).
+        bias: (out), or None.
+        lora_A: (r, in), of any floating-point type.
+        lora_B: (out, r), of any floating-point type.
+        scaling: alpha / r or its like.
+        dropout: probability of dropping an input of A; 0 outside of training.
+    """
+    # Reshaped out here: models may change the output in place, which autograd refuses for a view
+    # that a Function returns.
+    rows = x.reshape(-1, x.shape[-1])
+    output: Tensor = _FusedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout)
+    return output.view(*x.shape[:-1], weight.shape[0])
+
+
+class _FusedLinear(torch.autograd.Function):
+    """See `fused_linear`. N: the rows of x, all its leading dimensions together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        a, b = lora_A.to(rows.dtype), lora_B.to(rows.dtype)
+        mask = None
+        dropped = rows
+        if dropout > 0.0:
+            dropped, mask = torch.native_dropout(rows, dropout, True)
+        down = torch.mm(dropped, a.t()).mul_(scaling)  # (N, r)
+        output = F.linear(rows, weight, bias)
+        output.addmm_(down, b.t())
+        ctx.save_for_backward(rows, mask, weight, a, b, down)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.types = lora_A.dtype, lora_B.dtype
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mask, weight, a, b, down = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        grad_x = grad_a = grad_b = None
+        if wants_b:
+            # As (r, out): a product whose long side is the inner one is slow where out comes first.
+            grad_b = torch.mm(down.t(), grad_rows).t().to(ctx.types[1])
+        up = torch.mm(grad_rows, b).mul_(ctx.scaling)  # (N, r)
+        if wants_a:
+            dropped = rows if mask is None else _dropped(rows, mask, ctx.dropout)
+            grad_a = torch.mm(up.t(), dropped).to(ctx.types[0])
+        if wants_x:
+            grad_x = torch.mm(grad_rows, weight)
+            if mask is None:
+                grad_x.addmm_(up, a)
+            else:
+                grad_x.add_(_dropped(torch.mm(up, a), mask, ctx.dropout))
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:
+    return tensor.mul(mask).mul_(1.0 / (1.0 - probability))
 
 
 def add_low_rank_embedding(

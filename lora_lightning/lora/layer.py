@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .functional import add_low_rank, add_low_rank_embedding, low_rank_norm
+from .functional import add_low_rank, add_low_rank_embedding, fused_linear, low_rank_norm
 
 
 class LoraLayer(nn.Module):
@@ -67,10 +67,36 @@ class LoraLayer(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.base_layer(x, *args, **kwargs)
         if not self.enabled or self.merged:
-            return output
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        weight = None if args or kwargs else self._plain_weight()
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if weight is not None and (autocast or weight.dtype == x.dtype):
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+            return fused_linear(
+                x.to(dtype),
+                weight.to(dtype),
+                None if bias is None else bias.to(dtype),
+                self.lora_A,
+                self.lora_B,
+                scaling=self.scaling,
+                dropout=self._dropout_now(),
+            )
+        output: Tensor = self.base_layer(x, *args, **kwargs)
         return add_low_rank(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+
+    def _plain_weight(self) -> Tensor | None:
+        """The frozen weight as (out, in), where its layer does no more than multiply by it.
+
+        None: the layer must be called. It is quantised, sharded, hooked, trained in part (its
+        bias), or of another class.
+        """
+        return None
+
+    def _dropout_now(self) -> float:
+        training = self.training and isinstance(self.dropout, nn.Dropout)
+        return self.dropout.p if training else 0.0  # type: ignore[return-value]
 
     def delta_weight(self) -> Tensor:
         """The update s B A, in the layout of the base weight."""
@@ -135,6 +161,9 @@ class LoraLinear(LoraLayer):
     A is (r, in), B is (out, r).
     """
 
+    def _plain_weight(self) -> Tensor | None:
+        return self.base_layer.weight if _is_plain(self.base_layer, nn.Linear) else None  # type: ignore[return-value]
+
 
 class LoraConv1D(LoraLayer):
     """LoRA on transformers' Conv1D (GPT-2), a linear layer whose weight is (in, out)."""
@@ -144,6 +173,10 @@ class LoraConv1D(LoraLayer):
         assert isinstance(base_layer.weight, Tensor)
         fan_in, fan_out = base_layer.weight.shape
         return fan_in, fan_out
+
+    def _plain_weight(self) -> Tensor | None:
+        base = self.base_layer
+        return base.weight.t() if _is_plain(base, type(base)) else None  # type: ignore[operator]
 
     def delta_weight(self) -> Tensor:
         return super().delta_weight().t()
@@ -193,6 +226,20 @@ def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
         # nn.Bilinear has in1_features; only layers of the shape of nn.Linear pass.
         return LoraLinear
     return None
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of just this class, unhooked, with frozen parameters of torch's own."""
+    return (
+        type(layer) is kind
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and all(
+            type(parameter) is nn.Parameter and not parameter.requires_grad
+            for parameter in layer._parameters.values()
+            if parameter is not None
+        )
+    )
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -1,0 +1,170 @@
+"""The fused step: the same numbers as the plain one, from fewer passes over memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lightning.lora import functional
+from lora_lightning.lora.functional import add_low_rank, fused_linear
+from lora_lightning.lora.layer import LoraConv1D, LoraLinear
+
+
+def made(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def inputs(dtype=torch.float64, adapter=None, *, grad_x=True, rows=(3, 5), bias=True):
+    adapter = adapter or dtype
+    x = made(*rows, 7, dtype=dtype).requires_grad_(grad_x)
+    weight, offset = made(6, 7, dtype=dtype), made(6, dtype=dtype) if bias else None
+    a = made(2, 7, dtype=adapter).requires_grad_()
+    b = made(6, 2, dtype=adapter, seed=1).requires_grad_()
+    return x, weight, offset, a, b
+
+
+def plain(x, weight, bias, a, b, *, scaling):
+    return add_low_rank(nn.functional.linear(x, weight, bias), x, a, b, scaling)
+
+
+def grads(function, tensors, **kwargs):
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    output = function(*tensors, **kwargs)
+    found = torch.autograd.grad(output.double().sin().sum(), wanted)
+    return [output, *found]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("grad_x", [True, False])
+@pytest.mark.parametrize("rows", [(3, 5), (4,), (1, 1), (0, 5)])
+def test_gradcheck(bias, grad_x, rows):
+    x, weight, offset, a, b = inputs(bias=bias, grad_x=grad_x, rows=rows)
+
+    def step(x, a, b):
+        return fused_linear(x, weight, offset, a, b, scaling=1.7)
+
+    assert torch.autograd.gradcheck(step, (x, a, b))
+
+
+def test_gradcheck_with_dropout():
+    x, weight, offset, a, b = inputs()
+
+    def step(x, a, b):
+        torch.manual_seed(3)
+        return fused_linear(x, weight, offset, a, b, scaling=1.7, dropout=0.4)
+
+    assert torch.autograd.gradcheck(step, (x, a, b))
+
+
+@pytest.mark.parametrize("grad_x", [True, False])
+def test_equals_the_plain_step_in_float64(grad_x):
+    tensors = inputs(grad_x=grad_x)
+    for found, expected in zip(
+        grads(fused_linear, tensors, scaling=0.5), grads(plain, tensors, scaling=0.5), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_base_is_no_further_from_the_truth_than_the_plain_step(dtype):
+    """fp32 adapters; the truth is float64 on the same rounded values."""
+    tensors = inputs(dtype, torch.float32, rows=(64,))
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    truth = grads(plain, wide, scaling=0.5)
+    fused, usual = (grads(step, tensors, scaling=0.5) for step in (fused_linear, plain))
+    assert [t.dtype for t in fused] == [dtype, dtype, torch.float32, torch.float32]
+    for found, other, true in zip(fused, usual, truth, strict=True):
+        error, usual_error = (found - true).norm(), (other - true).norm()
+        assert error <= 1.25 * usual_error
+        assert error <= 0.02 * true.norm()
+
+
+def test_x_is_kept_once_and_nothing_as_wide_as_the_output():
+    layer = LoraLinear(nn.Linear(64, 256).requires_grad_(False), 4, scaling=1.0)
+    x = made(8, 64, dtype=torch.float32)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    kept.pop(layer.base_layer.weight.untyped_storage().data_ptr())
+    assert kept.pop(x.untyped_storage().data_ptr()) == x.nbytes
+    assert sum(kept.values()) == 4 * (4 * 64 + 256 * 4 + 8 * 4)  # A, B and A x
+
+
+def count_calls(monkeypatch):
+    calls = []
+    real = functional._FusedLinear.apply
+    monkeypatch.setattr(
+        functional._FusedLinear, "apply", lambda *args: calls.append(1) or real(*args)
+    )
+    return calls
+
+
+def layers():
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(7, 6), Conv1D(6, 7)
+    made = [LoraLinear(linear, 2, scaling=0.5), LoraConv1D(conv, 2, scaling=0.5)]
+    for layer in made:
+        layer.base_layer.requires_grad_(False)
+        nn.init.normal_(layer.lora_B)
+    return made
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_take_the_fused_step(index, autocast, monkeypatch):
+    layer = layers()[index]
+    calls = count_calls(monkeypatch)
+    x = made(4, 7, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = layer(x)
+        expected = add_low_rank(layer.base_layer(x), x, layer.lora_A, layer.lora_B, 0.5)
+    assert calls == [1]
+    assert output.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float32)
+    tolerance = 0.03 if autocast else 1e-6
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    for gradient in torch.autograd.grad(output.sum(), (x, layer.lora_A, layer.lora_B)):
+        assert gradient.dtype == torch.float32
+        assert gradient.any()
+
+
+def hook(layer):
+    layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+def train_bias(layer):
+    layer.base_layer.bias.requires_grad_(True)
+
+
+def subclass(layer):
+    layer.base_layer.__class__ = type("Quantised", (nn.Linear,), {})
+
+
+@pytest.mark.parametrize("change", [hook, train_bias, subclass])
+def test_layers_that_do_more_are_called(change, monkeypatch):
+    layer = layers()[0]
+    change(layer)
+    calls = count_calls(monkeypatch)
+    x = made(4, 7, dtype=torch.float32)
+    expected = add_low_rank(layer.base_layer(x), x, layer.lora_A, layer.lora_B, 0.5)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    assert calls == []
+
+
+def test_checkpointing_recomputes_it_alike():
+    from torch.utils.checkpoint import checkpoint
+
+    first, _ = layers()
+    x = made(4, 7, dtype=torch.float32).requires_grad_()
+    wanted = (x, first.lora_A, first.lora_B)
+    expected = torch.autograd.grad(first(x).sin().sum(), wanted)
+    found = torch.autograd.grad(checkpoint(first, x, use_reentrant=False).sin().sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -1,0 +1,83 @@
+"""Logits of chosen positions alone are those of the whole, on every architecture with a head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from zoo import ARCHITECTURES, CAUSAL, GROUPED, SEQUENCE_TO_SEQUENCE, case, randomise
+
+from lora_lightning.lora import Adapter, LoraConfig
+from lora_lightning.modeling import logits_at
+
+KINDS = [n for n, (kind, _) in ARCHITECTURES.items() if kind in (CAUSAL, SEQUENCE_TO_SEQUENCE)]
+# Models that change their logits after the head, by more than their usual settings do.
+CHANGED = {
+    "cohere scales": (tf.CohereForCausalLM, tf.CohereConfig, {"logit_scale": 0.3}),
+    "granite divides": (tf.GraniteForCausalLM, tf.GraniteConfig, {"logits_scaling": 3.0}),
+    "gemma caps": (
+        tf.Gemma2ForCausalLM,
+        tf.Gemma2Config,
+        {"head_dim": 8, "final_logit_softcapping": 1.5},
+    ),
+}
+
+
+def places_in(inputs) -> torch.Tensor:
+    shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+    places = torch.zeros(shape, dtype=torch.bool)
+    places[0, 2] = places[1, 0] = places[1, 4] = True
+    return places
+
+
+def check(model: nn.Module, inputs) -> None:
+    places = places_in(inputs)
+    wide: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, args, output: wide.append(output.numel() // output.shape[-1])
+    )
+    whole = model(**inputs).logits[places]
+    chosen = logits_at(model, inputs, places)
+    hook.remove()
+    torch.testing.assert_close(chosen, whole, rtol=1e-5, atol=1e-5)
+    assert wide == [places.numel(), 3]  # the head sees three positions
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ways = [
+        torch.autograd.grad(logits.double().sin().sum(), parameters, allow_unused=True)
+        for logits in (chosen, whole)
+    ]
+    for one, other in zip(*ways, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_with_an_adapter(name):
+    this = case(name)
+    model = this.copy()
+    adapter = Adapter(model, LoraConfig(rank=2))
+    randomise(adapter.named_tensors())
+    check(model, this.inputs)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_model_does_to_its_logits(name):
+    torch.manual_seed(0)
+    model_class, config_class, settings = CHANGED[name]
+    model = model_class(config_class(**{**GROUPED, **settings})).eval()
+    inputs = case("llama").inputs
+    check(model, inputs)
+    head = model.get_output_embeddings()
+    hidden = model.get_decoder()(**inputs).last_hidden_state
+    changed = (head(hidden) - model(**inputs).logits).abs().max()
+    assert changed > 1e-3  # there is something to get wrong
+
+
+def test_an_adapter_on_the_head():
+    this = case("llama")
+    model = this.copy()
+    adapter = Adapter(model, LoraConfig(rank=2, targets=["lm_head", "q_proj"]))
+    randomise(adapter.named_tensors())
+    check(model, this.inputs)
