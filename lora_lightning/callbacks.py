@@ -220,14 +220,18 @@ def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
     )
 
 
-def _batch_rows(batch: dict[str, Tensor]) -> int:
+def _batch_rows(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> int:
+    if isinstance(batch, list):
+        return sum(map(_batch_rows, batch))
     if "filled" in batch:  # packed: a row begins at each position 0
         return int(((batch["position_ids"] == 0) & (batch["filled"] == 1)).sum())
     return batch["input_ids"].shape[0]
 
 
-def _batch_tokens(batch: dict[str, Tensor]) -> Tensor:
+def _batch_tokens(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
     """Tokens of a batch, without padding."""
+    if isinstance(batch, list):
+        return torch.stack([_batch_tokens(part) for part in batch]).sum()
     return batch["filled" if "filled" in batch else "attention_mask"].sum()
 
 
@@ -243,7 +247,7 @@ def _spread(total: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def _predict(module: LoraModule, data: Any, rows: list[int]) -> list[dict[str, Any]]:
-    batch = data.collator()([dict(data.encoded["val"][row]) for row in rows])
+    batch = data.collate()([dict(data.encoded["val"][row]) for row in rows])
     batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
     was_training = module.training
     module.eval()

@@ -121,8 +121,8 @@ def _sample(data: LoraDataModule) -> str:
     batches: Any = loader.batch_sampler
     indices = max(islice(batches, 2), key=len)
     examples = [data.encoded["train"][index] for index in indices]
-    assert loader.collate_fn is not None
-    rows, width = loader.collate_fn(examples)["input_ids"].shape
+    packing = data.task.joins_rows or data.config.packing
+    rows, width = data.collate(packing=packing)(examples)["input_ids"].shape
     lines = [
         f"A training batch, {rows} rows x {width} tokens; its first rows, targets in brackets:"
     ]
@@ -175,7 +175,11 @@ def _memory(
     states = {"SGD": 1, "AdamW": 2, "Adam": 2}.get(settings.optim.name, 2)
     batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
     kept = _saved_bytes(module, batch)
-    scale = settings.data.batch_size / batch["input_ids"].shape[0]
+    probed, width = batch["input_ids"].shape
+    at_once = settings.data.batch_size
+    if data.max_tokens is not None:
+        at_once = min(at_once, max(1, data.max_tokens // width))
+    scale = at_once / probed
     parts = {
         "weights": weights,
         "gradients": trained,

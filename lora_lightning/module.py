@@ -18,6 +18,9 @@ from .optim import build_optimizer, build_scheduler
 from .settings import ModelConfig, OptimConfig
 from .tasks import Task, build_task
 
+Batch = dict[str, Tensor] | list[dict[str, Tensor]]
+"""A batch, whole or as micro-batches (data.max_tokens)."""
+
 
 class LoraModule(L.LightningModule):
     """A frozen base model, a LoRA adapter on it, and a task to learn.
@@ -160,14 +163,31 @@ class LoraModule(L.LightningModule):
         index = self.current_epoch * 1_000_000_007 + batch_idx
         torch.manual_seed((self.seed * 1_000_003 + index) * 4096 + self.global_rank)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        *before, last = _parts(batch)
+        for part in before:
+            # Within DDP's forward its hooks sleep: the last part's backward sends the whole sum.
+            self.trainer.strategy.backward(self._training_loss(part), None)
+        # Lightning divides by the number of batches of a step, DDP by the number of ranks; both are
+        # undone here and in on_before_optimizer_step, where the true count is known.
+        return self._training_loss(last) * self.trainer.accumulate_grad_batches
+
+    def _training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         output = self.task.loss(self.model, batch)
         self._step_loss = self._step_loss.to(self.device) + output.total.detach()
         self._step_count = self._step_count.to(self.device) + output.count.detach()
-        # Lightning divides by the number of micro-batches, DDP by the number of ranks; both are
-        # undone here and in on_before_optimizer_step, where the true count is known.
-        return output.total * self.trainer.accumulate_grad_batches
+        return output.total
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning would do it after the first parts of a batch have been backward."""
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         totals = torch.stack([self._step_loss, self._step_count])
@@ -187,27 +207,27 @@ class LoraModule(L.LightningModule):
                 "or use model.dtype=bfloat16 instead of float16."
             )
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, self.val_metrics, self.val_loss)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_metrics, self.val_loss)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, self.test_metrics, self.test_loss)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics, self.test_loss)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Readable predictions for the rows of a batch."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Readable predictions for the rows of a batch, by micro-batch."""
         assert self.model is not None
-        return self.task.predict(self.model, batch)
+        return [row for part in _parts(batch) for row in self.task.predict(self.model, part)]
 
     def _evaluate(
-        self, batch: dict[str, Tensor], metrics: MetricCollection | None, mean_loss: MeanMetric
-    ) -> Tensor:
+        self, batch: Batch, metrics: MetricCollection | None, mean_loss: MeanMetric
+    ) -> None:
         assert self.model is not None
         assert metrics is not None
-        output = self.task.loss(self.model, batch)
-        self.task.update_metrics(metrics, self.model, batch, output)
-        if output.count > 0:
-            mean_loss.update(output.total / output.count, output.count)
-        return output.outputs
+        for part in _parts(batch):
+            output = self.task.loss(self.model, part)
+            self.task.update_metrics(metrics, self.model, part, output)
+            if output.count > 0:
+                mean_loss.update(output.total / output.count, output.count)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics, self.val_loss)
@@ -279,3 +299,7 @@ class LoraModule(L.LightningModule):
                 "the data or its labels differ from those that the checkpoint was trained with: "
                 f"{saved} then, {self.task.state()} now."
             )
+
+
+def _parts(batch: Batch) -> list[dict[str, Tensor]]:
+    return batch if isinstance(batch, list) else [batch]

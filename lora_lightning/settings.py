@@ -225,6 +225,10 @@ class DataConfig:
     """Rows per batch in validation and test. None: twice batch_size."""
     max_length: int | None = None
     """Longest example in tokens; longer ones are cut. None: what the model allows, at most 512."""
+    max_tokens: Any = "auto"
+    """Tokens, with padding, that are computed at a time: batches are split to micro-batches of that
+    size, with the same result; a longer row goes alone. null: never split. auto: 1024 on a CPU,
+    which is fastest so, and null elsewhere."""
     packing: bool = False
     """Join the training rows of a batch to a few long ones (causal models); same result."""
     num_workers: int = 0
@@ -245,6 +249,11 @@ class DataConfig:
             )
         if self.max_length is not None and self.max_length < 2:
             raise UserError(f"data.max_length must be at least 2, got {self.max_length}.")
+        number = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
+        if self.max_tokens not in ("auto", None) and not (number and self.max_tokens > 0):
+            raise UserError(
+                f"data.max_tokens must be a positive number, null or auto, got {self.max_tokens!r}."
+            )
         if self.num_workers < 0:
             raise UserError(f"data.num_workers must not be negative, got {self.num_workers}.")
         for name in ("val_fraction", "test_fraction"):

@@ -289,6 +289,26 @@ def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
     )
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_micro_batches_of_a_batch_equal_the_whole(tiny_llama, accumulate):
+    """Two epochs of batches of 8 and 4 rows in uneven parts, one of them without any target."""
+    rows = make_rows(12)
+    rows[8]["labels"] = rows[9]["labels"] = IGNORE
+    a_step = [rows[:8], rows[8:]] if accumulate == 1 else [rows]
+    expected, _ = reference(tiny_llama, 2 * a_step, clip=0.3)
+    module = make_module(tiny_llama)
+    parts = batches_of(rows, [5, 2, 1, 2, 2])
+    trainer = fit(
+        module,
+        [parts[:3], parts[3:]],
+        accumulate_grad_batches=accumulate,
+        epochs=2,
+        gradient_clip_val=0.3,
+    )
+    assert trainer.global_step == 2 * len(a_step)
+    assert_near(trained(module), expected)
+
+
 def test_short_last_window_over_several_epochs(tiny_llama):
     """13 rows as 4+4+3 | 1+1 with accumulation over three: two steps an epoch, twice."""
     rows = make_rows(13)

@@ -1,4 +1,4 @@
-"""Rows to a padded batch."""
+"""Rows to a padded batch, or to several of bounded size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,46 @@ import torch
 from torch import Tensor
 
 from ..tasks import IGNORE
+
+
+@dataclass
+class MicroBatches:
+    """Collates rows to micro-batches of at most so many tokens, padding counted.
+
+    What a step needs in memory then depends on that number and no longer on the rows that happen to
+    meet in a batch. Rows of like length go together, so less is padded. A row longer than
+    `max_tokens` goes alone.
+
+    Args:
+        collator: makes a batch of rows.
+        max_tokens: rows x positions of a micro-batch.
+    """
+
+    collator: PaddingCollator | PackingCollator
+    max_tokens: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        if isinstance(self.collator, PackingCollator):
+            lanes = self.collator(rows)
+            count = max(1, self.max_tokens // lanes["input_ids"].shape[1])
+            parts = {name: tensor.split(count) for name, tensor in lanes.items()}
+            return [
+                dict(zip(parts, tensors, strict=True))
+                for tensors in zip(*parts.values(), strict=True)
+            ]
+        groups: list[list[dict[str, Any]]] = []
+        for row in sorted(rows, key=_width, reverse=True):
+            if groups and (len(groups[-1]) + 1) * _width(groups[-1][0]) <= self.max_tokens:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return [self.collator(group) for group in groups]
+
+
+def _width(row: dict[str, Any]) -> int:
+    """Positions of a row: of its inputs, or of its labels where an encoder-decoder has more."""
+    labels = row.get("labels")
+    return max(len(row["input_ids"]), len(labels) if isinstance(labels, list) else 0)
 
 
 @dataclass

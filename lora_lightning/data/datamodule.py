@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..tasks import IGNORE, Task
-from .collate import PackingCollator, PaddingCollator
+from .collate import MicroBatches, PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import SPLITS, cache_folder, load_splits, unwritable_cache
 
 CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
+CPU_TOKENS = 1024
+"""Tokens computed at a time on a CPU, unless told otherwise: see experiments/throughput."""
 
 
 class LoraDataModule(L.LightningDataModule):
@@ -212,10 +214,12 @@ class LoraDataModule(L.LightningDataModule):
             num_replicas=world,
             rank=rank,
         )
+        collate: Any = self.collate(packing=self.task.joins_rows or (shuffle and config.packing))
+        max_tokens = self.max_tokens
         return ResumableDataLoader(
             Examples(rows),
             batch_sampler=sampler,
-            collate_fn=self._collate(packing=self.task.joins_rows or (shuffle and config.packing)),
+            collate_fn=collate if max_tokens is None else MicroBatches(collate, max_tokens),
             num_workers=config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
@@ -225,19 +229,27 @@ class LoraDataModule(L.LightningDataModule):
         """Whether batches hold rows that only position ids tell apart."""
         return self.config.packing or self.task.joins_rows
 
-    def _collate(self, *, packing: bool) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        return PackingCollator(self.tokenizer.pad_token_id) if packing else self.collator()
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that are computed at a time, None where batches stay whole."""
+        asked: int | str | None = self.config.max_tokens
+        if asked != "auto":
+            return asked  # type: ignore[return-value]
+        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return None
+        return CPU_TOKENS if self.trainer.strategy.root_device.type == "cpu" else None
 
-    def collator(self) -> PaddingCollator:
-        """Pads rows of this data to a batch."""
-        return PaddingCollator(self.tokenizer.pad_token_id)
+    def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
+        """Makes a batch of rows of this data."""
+        pad = self.tokenizer.pad_token_id
+        return PackingCollator(pad) if packing else PaddingCollator(pad)
 
     def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
         """A batch of the longest rows of a split: the one that needs the most memory."""
         lengths = self.encoded[split]["length"]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
         examples = Examples(self.encoded[split])
-        collate = self._collate(packing=self.task.joins_rows)
+        collate = self.collate(packing=self.task.joins_rows)
         return collate([examples[row] for row in order])
 
 

@@ -12,13 +12,12 @@ from torchmetrics import MetricCollection
 
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
-from ..modeling import accepts, load_generator
+from ..modeling import load_generator, logits_at
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
 MIN_PROMPT = 2
 """Tokens that must remain for a prompt, special ones among them."""
-INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class GenerativeTask(Task):
@@ -140,38 +139,39 @@ class GenerativeTask(Task):
         return load_generator(config, tokenizer), []
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
-        logits, labels = self._targets(model, batch)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        wanted = labels != IGNORE
+        labels = batch["labels"] if self.encoder_decoder else _next(batch["labels"])
+        places = labels != IGNORE
+        count = places.sum()
+        if not count:
+            places = torch.zeros_like(places)
+            places[0, 0] = True  # a rank without a target goes through the same steps
+        logits, targets = self._logits_at(model, batch, places), labels[places]
+        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
         correct = torch.zeros((), dtype=torch.long)
         if not model.training:
-            correct = ((logits.argmax(-1) == labels) & wanted).sum()
-        return LossOutput(total, wanted.sum(), correct)
+            correct = (logits.argmax(-1) == targets).sum()
+        return LossOutput(total, count, correct)
 
-    def _targets(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (rows, positions, vocabulary) and the labels (rows, positions) they predict."""
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        labels = batch["labels"]
+    def _logits_at(self, model: nn.Module, batch: dict[str, Tensor], places: Tensor) -> Tensor:
+        inputs = {name: batch[name] for name in self._inputs() if name in batch}
         if self.encoder_decoder:
-            decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
-            output = model(**inputs, decoder_input_ids=decoder_ids, use_cache=False)
-            return output.logits, labels
-        labels = labels[:, 1:]
-        # Logits of prompts are not needed: only positions that predict a target of some row.
-        wanted = (labels != IGNORE).any(0).nonzero().squeeze(1)
-        if not len(wanted):
-            wanted = torch.zeros(1, dtype=torch.long, device=labels.device)
-        if accepts(model, "logits_to_keep"):
-            logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits
-        else:
-            logits = model(**inputs, use_cache=False).logits[:, wanted]
-        return logits, labels[:, wanted]
+            shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
+            inputs["decoder_input_ids"] = shifted
+        return logits_at(model, inputs, places)
+
+    def _inputs(self) -> tuple[str, ...]:
+        """Names of what a model reads of a batch.
+
+        A causal model needs no attention mask: padding is on the right, where no token looks. And
+        attention kernels are at their fastest without one.
+        """
+        return ("input_ids", "attention_mask" if self.encoder_decoder else "position_ids")
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
-        return self._targets(model, {**batch, "labels": labels})[0]
+        shown = batch["attention_mask"] == 1
+        if self.encoder_decoder:
+            batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
+        return self._logits_at(model, batch, shown)
 
     # Metrics and generation ------------------------------------------------------------------
 
@@ -347,6 +347,11 @@ class GenerativeTask(Task):
             parts[-1][1].append(token)
         shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
         return "".join(f"[{text}]" if learned else text for learned, text in shown)
+
+
+def _next(labels: Tensor) -> Tensor:
+    """At each position the label that is predicted there: that of the position after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

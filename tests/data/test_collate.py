@@ -1,11 +1,11 @@
-"""Padding and masks."""
+"""Padding, masks and micro-batches."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lora_lightning.data.collate import PaddingCollator
+from lora_lightning.data.collate import MicroBatches, PackingCollator, PaddingCollator
 from lora_lightning.tasks import IGNORE
 
 EOS = 2
@@ -58,3 +58,40 @@ def test_label_sequences_and_token_types_are_padded_alike(side, labels, types):
 
 def test_rows_without_labels_give_no_labels():
     assert set(PaddingCollator(0)([{"input_ids": [3, 4]}])) == {"input_ids", "attention_mask"}
+
+
+# Micro-batches -----------------------------------------------------------------------------------
+
+
+def rows_of(lengths: list[int]) -> list[dict]:
+    return [
+        {"input_ids": [7 + i] * length, "labels": [IGNORE] * (length - 1) + [7 + i]}
+        for i, length in enumerate(lengths)
+    ]
+
+
+def test_micro_batches_stay_within_the_budget_and_hold_each_row_once():
+    lengths = [3, 9, 4, 4, 30, 12, 1, 8]
+    parts = MicroBatches(PaddingCollator(0), 24)(rows_of(lengths))
+    shapes = [tuple(part["input_ids"].shape) for part in parts]
+    assert shapes == [(1, 30), (2, 12), (3, 8), (2, 3)]  # the row of 30 alone, then like with like
+    found = {}
+    for part in parts:
+        for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True):
+            found[int(ids[0]) - 7] = int(mask.sum())
+    assert found == dict(enumerate(lengths))
+
+
+def test_micro_batches_of_an_encoder_decoder_count_its_longer_side():
+    rows = [{"input_ids": [1, 2], "labels": [5] * 10}, {"input_ids": [1] * 10, "labels": [5]}]
+    assert len(MicroBatches(PaddingCollator(0), 19)(rows)) == 2
+    assert len(MicroBatches(PaddingCollator(0), 20)(rows)) == 1
+
+
+def test_micro_batches_of_packed_lanes():
+    rows = rows_of([6, 5, 4, 7, 3])
+    whole = PackingCollator(0, width=10)(rows)
+    parts = MicroBatches(PackingCollator(0, width=10), 25)(rows)
+    assert [part["input_ids"].shape[0] for part in parts] == [2, 1]
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
