@@ -22,9 +22,9 @@ from .tasks import build_task
 from .train import (
     build,
     build_trainer,
-    check_precision,
     check_windows,
     refuse_used_folder,
+    with_precision,
     writable,
 )
 
@@ -43,6 +43,7 @@ def check(config: DictConfig) -> str:
         UserError: something would fail later.
     """
     quiet_libraries()
+    config = with_precision(config)
     settings = settings_of(config)
     output = Path(config.output_dir)
     refuse_used_folder(output)
@@ -50,7 +51,6 @@ def check(config: DictConfig) -> str:
         writable(output)
         task = build_task(settings.task)
         module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
-        check_precision(settings, config.trainer)
         check_windows(build_trainer(config))
         data.setup("fit")
         module.configure_model()

@@ -16,7 +16,7 @@ from .lora import UserError
 from .modeling import load_model_config, max_positions
 from .quiet import quiet_libraries
 from .storage import read_sidecar
-from .train import build_trainer
+from .train import build_trainer, with_precision
 
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         UserError: the adapter or the data is wrong, or there is no test data.
     """
     quiet_libraries()
+    config = with_precision(config)
     settings = settings_of(config)
     module = load_trained(folder, model=_as_model_settings(config))
     task = module.task

@@ -163,32 +163,6 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
-def logits_at(model: nn.Module, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
-    """Logits of chosen positions alone, (count, vocabulary), in the order of `places`.
-
-    The head sees the hidden states of those positions and no others: of a prompt it would cost more
-    than a small model's layers do. What the model does to its logits afterwards (soft caps,
-    scales, biases) is the model's own code.
-
-    Args:
-        model: a language model of transformers, causal or encoder-decoder.
-        inputs: arguments of its forward.
-        places: (rows, positions), true where logits are wanted; at least one is.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return model(**inputs, use_cache=False).logits[places]  # type: ignore[no-any-return]
-
-    def choose(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args[0][places].unsqueeze(0), *args[1:]
-
-    hook = head.register_forward_pre_hook(choose)
-    try:
-        return model(**inputs, use_cache=False).logits[0]  # type: ignore[no-any-return]
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
     """Makes sure that rows joined to one, told apart by position ids, do not see each other.

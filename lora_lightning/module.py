@@ -144,6 +144,16 @@ class LoraModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._check_packing()
+        self._check_types()
+
+    def _check_types(self) -> None:
+        for name, tensor in self.trainable_tensors().items():
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                raise UserError(
+                    f"{name} is {tensor.dtype}, which would round away most updates; what is "
+                    "trained must be fp32. A Trainer of your own takes precision='32-true', or "
+                    "'bf16-mixed', and ModelConfig(dtype='bfloat16') makes the frozen weights bf16."
+                )
 
     def on_test_start(self) -> None:
         self._check_packing()

@@ -26,7 +26,8 @@ class ModelConfig:
     tokenizer: str | None = None
     """Tokenizer's hub name or folder. None: the model's own."""
     dtype: str = "auto"
-    """Type of the frozen weights: auto (as stored), float32, bfloat16, float16."""
+    """Type of the frozen weights: float32, bfloat16, float16, or auto: that of trainer.precision
+    (32-true, bf16-true), and as stored where there is none to go by."""
     attn_implementation: str | None = None
     """Attention kernel: eager, sdpa, flash_attention_2 ... None: the library's choice."""
     gradient_checkpointing: bool = False

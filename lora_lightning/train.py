@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import RunClock
@@ -22,6 +23,7 @@ from .lora import UserError
 from .lora.errors import did_you_mean
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
+from .precision import Precision, settle_precision
 from .quiet import quiet_libraries
 from .storage import (
     RESULT,
@@ -52,11 +54,14 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     run_dir = Path(config.output_dir)
     quiet_libraries()
-    settings = settings_of(config)
     checkpoint = last_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
+    earlier = _earlier_result(run_dir) if checkpoint else {}
+    config = with_precision(config, earlier.get("precision"))
+    settings = settings_of(config)
+    result["precision"] = config.trainer.precision
     result["versions"] = versions()
-    result["before"] = _measured_before(run_dir) if checkpoint else {}
+    result["before"] = earlier.get("before", {})
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if rank_zero:
@@ -92,7 +97,6 @@ def _run(
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
-    check_precision(settings, config.trainer)
     trainer = build_trainer(config)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, RunClock) for callback in callbacks):
@@ -152,6 +156,8 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
+    name = str(arguments.get("precision", "32-true"))
+    arguments["precision"] = Precision(name, "auto").lightning
     known = inspect.signature(L.Trainer).parameters
     for key in map(str, arguments):
         if key not in known:
@@ -181,25 +187,30 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         raise
 
 
-def check_precision(settings: Settings, trainer: DictConfig) -> None:
-    """Refuses combinations of types in which training would silently go wrong."""
-    precision = str(trainer.get("precision", "32-true"))
-    if precision in ("16-true", "bf16-true", "64-true", "16", "64"):
-        raise UserError(
-            f"trainer.precision={precision} would cast the adapter too, which must stay fp32. "
-            "For a 16-bit base use model.dtype=bfloat16 with trainer.precision=32-true; for "
-            "autocast use bf16-mixed."
+def with_precision(config: DictConfig, recorded: str | None = None) -> DictConfig:
+    """The config with `trainer.precision` and `model.dtype` settled, where they are left to us.
+
+    Args:
+        config: a composed config.
+        recorded: the precision that the run, now gone on with, began with.
+    """
+    trainer = config.trainer
+    asked = trainer.get("precision", "auto")
+    precision = settle_precision(
+        recorded if recorded is not None and asked == "auto" else asked,
+        config.model.dtype,
+        full=config.lora.method == "full",
+        accelerator=str(trainer.get("accelerator", "auto")),
+    )
+    if asked == "auto" and precision.name != "32-true":
+        rank_zero_info(
+            f"Precision: {precision.name}, which this hardware is fast at; what is trained stays "
+            "fp32. For single precision: trainer.precision=32-true."
         )
-    if settings.model.dtype == "float16" and precision != "16-mixed":
-        raise UserError(
-            "model.dtype=float16 needs trainer.precision=16-mixed, whose loss scaling keeps small "
-            "gradients alive; model.dtype=bfloat16 works with any."
-        )
-    if settings.lora is None and settings.model.dtype in ("bfloat16", "float16"):
-        raise UserError(
-            f"lora=full with model.dtype={settings.model.dtype} would round away most updates: "
-            "use model.dtype=float32 with trainer.precision=bf16-mixed."
-        )
+    settled = config.copy()
+    OmegaConf.update(settled, "trainer.precision", precision.name, force_add=True)
+    settled.model.dtype = precision.dtype
+    return settled
 
 
 def check_windows(trainer: L.Trainer) -> None:
@@ -220,11 +231,11 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _measured_before(run_dir: Path) -> dict[str, float]:
-    """What the run that is gone on with had measured before training."""
+def _earlier_result(run_dir: Path) -> dict[str, Any]:
+    """The result of the run that is gone on with, as far as it came."""
     try:
-        return dict(json.loads((run_dir / RESULT).read_text())["before"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((run_dir / RESULT).read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

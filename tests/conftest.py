@@ -214,6 +214,7 @@ def fast() -> list[str]:
     """Overrides that make a run small and silent."""
     return [
         "trainer=cpu",
+        "trainer.precision=32-true",
         "trainer.max_epochs=1",
         "trainer.enable_progress_bar=false",
         "callbacks.progress_bar=null",

@@ -24,6 +24,7 @@ from lora_lightning.train import train
 # 64 training rows in batches of 6: 11 batches, so windows of 2 leave a last one of a single batch.
 SETTINGS = [
     "trainer=cpu",
+    "trainer.precision=32-true",
     "trainer.max_epochs=5",
     "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",

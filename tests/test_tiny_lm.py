@@ -18,7 +18,12 @@ from lora_lightning.data.docstrings import build_docstrings
 from lora_lightning.modeling import resolve
 
 NAME = "pkg://lora_lightning/embedded/tiny_lm"
-QUIET = ["callbacks.progress_bar=null", "callbacks.rich_summary=null", "trainer=cpu"]
+QUIET = [
+    "callbacks.progress_bar=null",
+    "callbacks.rich_summary=null",
+    "trainer=cpu",
+    "trainer.precision=32-true",
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from lora_lightning.config import compose_config, settings_of
+from lora_lightning.config import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import OptimConfig
-from lora_lightning.train import check_precision, train
+from lora_lightning.train import train
 
 QUIET = [
     "trainer=cpu",
+    "trainer.precision=32-true",
     "trainer.enable_progress_bar=false",
     "callbacks.progress_bar=null",
     "callbacks.rich_summary=null",
@@ -399,20 +400,6 @@ def test_nothing_is_said_that_no_user_can_act_on(small, capfd, caplog, recwarn):
     for noise in ("weights_only", "flops_per_batch", "many workers", "litlogger", "LOAD REPORT"):
         assert noise not in said
     assert "On the 8 test rows:" in out
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["trainer.precision=bf16-true"], "must stay fp32"),
-        (["model.dtype=float16"], "16-mixed"),
-        (["lora=full", "model.dtype=bfloat16"], "round away"),
-    ],
-)
-def test_types_that_would_go_wrong_are_refused(overrides, message):
-    config = compose_config(overrides)
-    with pytest.raises(UserError, match=message):
-        check_precision(settings_of(config), config.trainer)
 
 
 def test_validation_amid_a_window_is_refused(small):

@@ -6,13 +6,13 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
-from ..modeling import load_generator, logits_at
+from ..modeling import load_generator
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
@@ -145,33 +145,26 @@ class GenerativeTask(Task):
         if not count:
             places = torch.zeros_like(places)
             places[0, 0] = True  # a rank without a target goes through the same steps
-        logits, targets = self._logits_at(model, batch, places), labels[places]
-        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
-        correct = torch.zeros((), dtype=torch.long)
-        if not model.training:
-            correct = (logits.argmax(-1) == targets).sum()
+        total, correct = loss_at(model, self._inputs(model, batch), places, labels[places])
         return LossOutput(total, count, correct)
 
-    def _logits_at(self, model: nn.Module, batch: dict[str, Tensor], places: Tensor) -> Tensor:
-        inputs = {name: batch[name] for name in self._inputs() if name in batch}
-        if self.encoder_decoder:
-            shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
-            inputs["decoder_input_ids"] = shifted
-        return logits_at(model, inputs, places)
-
-    def _inputs(self) -> tuple[str, ...]:
-        """Names of what a model reads of a batch.
+    def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the model reads of a batch.
 
         A causal model needs no attention mask: padding is on the right, where no token looks. And
         attention kernels are at their fastest without one.
         """
-        return ("input_ids", "attention_mask" if self.encoder_decoder else "position_ids")
+        if not self.encoder_decoder:
+            return {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {**inputs, "decoder_input_ids": shifted}
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         shown = batch["attention_mask"] == 1
         if self.encoder_decoder:
             batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
-        return self._logits_at(model, batch, shown)
+        return logits_at(model, self._inputs(model, batch), shown)
 
     # Metrics and generation ------------------------------------------------------------------
 
@@ -351,7 +344,7 @@ class GenerativeTask(Task):
 
 def _next(labels: Tensor) -> Tensor:
     """At each position the label that is predicted there: that of the position after it."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from lora_lightning.train import train
 
 COMMON = [
     "trainer=cpu",
+    "trainer.precision=32-true",
     "trainer.max_epochs=2",
     "trainer.enable_progress_bar=false",
     "trainer.accumulate_grad_batches=2",

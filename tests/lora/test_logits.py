@@ -1,4 +1,4 @@
-"""Logits of chosen positions alone are those of the whole, on every architecture with a head."""
+"""Logits and loss of chosen positions alone are those of the whole, on all with a head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import transformers as tf
 from torch import nn
 from zoo import ARCHITECTURES, CAUSAL, GROUPED, SEQUENCE_TO_SEQUENCE, case, randomise
 
+from lora_lightning import head as head_module
+from lora_lightning.head import logits_at, loss_at
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.modeling import logits_at
 
 KINDS = [n for n, (kind, _) in ARCHITECTURES.items() if kind in (CAUSAL, SEQUENCE_TO_SEQUENCE)]
 # Models that change their logits after the head, by more than their usual settings do.
@@ -32,6 +33,53 @@ def places_in(inputs) -> torch.Tensor:
 
 
 def check(model: nn.Module, inputs) -> None:
+    check_logits(model, inputs)
+    check_loss(model, inputs)
+
+
+def check_loss(model: nn.Module, inputs, *, chunks: tuple[int, ...] = (1, 1, 2, 2, 2, 2)) -> None:
+    """Nine targets, one of which counts for nothing, by two rows of logits at a time.
+
+    `chunks`: the rows that the head is to see, in order. First the model's own one and, the first
+    time, the one that is compared with it.
+    """
+    shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+    places = torch.zeros(shape, dtype=torch.bool)
+    places[:, :5] = True
+    places[0, 4] = False
+    count = int(places.sum())
+    head = model.get_output_embeddings()
+    vocabulary = model.config.get_text_config().vocab_size
+    targets = torch.arange(count) * 3 % vocabulary
+    targets[4] = -100
+    logits = model(**inputs).logits[places]
+    whole = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    wide: list[int] = []
+    hook = head.register_forward_hook(
+        lambda module, args, output: wide.append(output.numel() // output.shape[-1])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_module, "CHUNK", 2 * vocabulary)
+        parted, correct = loss_at(model, inputs, places, targets)
+        with torch.no_grad():
+            unlearned, _ = loss_at(model, inputs, places, targets)
+    hook.remove()
+    assert count == 9
+    assert tuple(wide[: len(chunks)]) == chunks
+    torch.testing.assert_close(parted, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unlearned, whole.detach(), rtol=1e-5, atol=1e-5)
+    assert int(correct) == int((logits.argmax(-1) == targets).sum())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ways = [
+        torch.autograd.grad(2.5 * loss, parameters, allow_unused=True) for loss in (parted, whole)
+    ]
+    for one, other in zip(*ways, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def check_logits(model: nn.Module, inputs) -> None:
     places = places_in(inputs)
     wide: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(
@@ -81,3 +129,26 @@ def test_an_adapter_on_the_head():
     adapter = Adapter(model, LoraConfig(rank=2, targets=["lm_head", "q_proj"]))
     randomise(adapter.named_tensors())
     check(model, this.inputs)
+
+
+def test_a_model_that_does_something_unknown_to_its_logits_is_left_to_itself():
+    class Odd(tf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + output.logits**2
+            return output
+
+    torch.manual_seed(0)
+    this = case("llama")
+    model = Odd(this.copy().config).eval()
+    check_loss(model, this.inputs, chunks=(1, 1, 9, 9))
+
+
+def test_a_tied_head_that_is_trained_whole():
+    """Full fine-tuning: the embedding gets its gradient from both its ends."""
+    this = case("gpt2")
+    model = this.copy()
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    assert model.lm_head.weight is model.transformer.wte.weight
+    check_loss(model, this.inputs)

@@ -1,0 +1,175 @@
+"""The head of a language model, at chosen positions alone and never with all its logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 2**25
+"""Logits that exist at a time: rows x vocabulary."""
+Inputs = dict[str, Tensor]
+
+
+def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
+    """Logits of chosen positions alone, (count, vocabulary), in the order of `places`.
+
+    The head sees the hidden states of those positions and no others: of a prompt it would cost more
+    than a small model's layers do. What the model does to its logits afterwards (soft caps,
+    scales, biases) is the model's own code.
+
+    Args:
+        model: a language model of transformers, causal or encoder-decoder.
+        inputs: arguments of its forward.
+        places: (rows, positions), true where logits are wanted; at least one is.
+    """
+    head = _head_of(model)
+    if head is None:
+        return model(**inputs, use_cache=False).logits[places]  # type: ignore[no-any-return]
+    with _before(head, lambda hidden: hidden[places].unsqueeze(0)):
+        return model(**inputs, use_cache=False).logits.squeeze(0)  # type: ignore[no-any-return]
+
+
+def loss_at(
+    model: nn.Module, inputs: Inputs, places: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over chosen positions, and how many of them are predicted rightly.
+
+    Where there are many, their logits are made, and their gradients with them, some at a time: the
+    rest of the backward pass needs the gradient of the hidden states alone. It is the same
+    mathematics; that a model's logits are what `_finish` makes of its head's output is compared
+    with the model's own once, and where it is not so all logits are made at once.
+
+    Args:
+        model: as for `logits_at`.
+        inputs: likewise.
+        places: likewise.
+        targets: (count), token ids, of which -100 counts for nothing.
+
+    Returns:
+        Two scalars: the sum, in fp32, and the count.
+    """
+    head = _head_of(model)
+    rows = max(1, CHUNK // _vocabulary(model))
+    if head is None or len(targets) <= rows or not _REPLAYED.get(model, True):
+        return _cross_entropy(logits_at(model, inputs, places), targets)
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(hidden[places])
+        return found[0][:1].unsqueeze(0)  # the model goes on with one row, as cheap as can be
+
+    with _before(head, keep):
+        own = model(**inputs, use_cache=False).logits.squeeze(0)
+    if model not in _REPLAYED:
+        with torch.no_grad():
+            _REPLAYED[model] = _close(_finish(model, head(found[0][:1])), own)
+        if not _REPLAYED[model]:
+            return loss_at(model, inputs, places, targets)
+
+    def part(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return _cross_entropy(_finish(model, head(hidden)), wanted)
+
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    total, correct = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
+    return total, correct
+
+
+_REPLAYED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Models for which it is known whether `_finish` does to logits what they do."""
+
+
+def _finish(model: nn.Module, logits: Tensor) -> Tensor:
+    """What models do to the output of their heads, by the names that their configs have for it."""
+    settings: Any = model.config
+    settings = settings.get_text_config()
+    scale = getattr(settings, "logit_scale", None)  # Cohere
+    if isinstance(scale, (int, float)):
+        logits = logits * scale
+    divisor = getattr(settings, "logits_scaling", None)  # Granite
+    if isinstance(divisor, (int, float)):
+        logits = logits / divisor
+    cap = getattr(settings, "final_logit_softcapping", None)  # Gemma
+    if isinstance(cap, (int, float)):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """A sum over rows whose gradients are made along with it, so that no chunk's graph is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[3:]
+        total = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        grads = [torch.zeros_like(tensor) for tensor in trained]
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
+            with torch.enable_grad():
+                states = hidden[chunk].detach().requires_grad_(wanted[0])
+                loss, right = part(states, targets[chunk])
+            total += loss.detach()
+            correct += right
+            sources = [states, *trained] if wanted[0] else list(trained)
+            if not any(wanted):
+                continue
+            found = list(torch.autograd.grad(loss, sources))
+            if grad_hidden is not None:
+                grad_hidden[chunk] = found.pop(0)
+            for grad, more in zip(grads, found, strict=True):
+                grad += more
+        ctx.save_for_backward(grad_hidden, *grads)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (
+            None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return None, None, None, *grads
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss in fp32, and the number of targets that have the highest logit."""
+    correct = (logits.detach().argmax(-1) == targets).sum()
+    return F.cross_entropy(logits.float(), targets, reduction="sum"), correct
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings()  # type: ignore[operator, no-any-return]
+
+
+def _vocabulary(model: nn.Module) -> int:
+    settings: Any = model.config
+    return int(settings.get_text_config().vocab_size)
+
+
+def _close(ours: Tensor, own: Tensor) -> bool:
+    error = (ours.float() - own.float()).abs().max()
+    return bool(error <= 0.01 * own.float().abs().max())
+
+
+@contextmanager
+def _before(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Lets a function change what reaches the head."""
+    hook = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()

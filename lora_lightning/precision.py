@@ -1,0 +1,110 @@
+"""Which number format a run computes in: trainer.precision and model.dtype, settled together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .lora import UserError
+
+PRECISIONS = ("auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed")
+OF_DTYPE = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-mixed"}
+TO_LOAD = {"32-true": "float32", "bf16-true": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a run computes. What is trained is fp32 in every case.
+
+    32-true: all in fp32. bf16-true: frozen weights and activations in bf16. bf16-mixed, 16-mixed:
+    frozen weights as `dtype` says, products in 16 bits by autocast.
+    """
+
+    name: str
+    """One of `PRECISIONS`, but for auto."""
+    dtype: str
+    """Type of the frozen weights: `model.dtype`."""
+
+    @property
+    def lightning(self) -> str:
+        """What Lightning's Trainer is told: its own bf16-true would cast the adapter too."""
+        return "32-true" if self.name == "bf16-true" else self.name
+
+
+def settle_precision(
+    asked: str | int | None, dtype: str, *, full: bool, accelerator: str = "auto"
+) -> Precision:
+    """The precision of a run. "auto" takes bf16 where the hardware is fast at it.
+
+    Args:
+        asked: `trainer.precision`.
+        dtype: `model.dtype`; "auto": what suits the precision.
+        full: whether the whole model is trained, whose weights then have to be fp32.
+        accelerator: `trainer.accelerator`.
+
+    Raises:
+        UserError: no such precision, or one in which training would silently go wrong.
+    """
+    name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}.get(
+        str(asked), str(asked)
+    )
+    if name in ("16-true", "64-true", "64"):
+        raise UserError(
+            f"trainer.precision={asked} would cast the adapter too, which must stay fp32. Use "
+            "bf16-true, or for autocast bf16-mixed."
+        )
+    if name not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={asked}: there is no such precision. "
+            f"Known: {', '.join(PRECISIONS)}."
+        )
+    if full and dtype in ("bfloat16", "float16"):
+        raise UserError(
+            f"lora=full with model.dtype={dtype} would round away most updates: use "
+            "model.dtype=float32 with trainer.precision=bf16-mixed."
+        )
+    if "16-mixed" in (name, OF_DTYPE.get(dtype)) and not _on_gpu(accelerator):
+        raise UserError(
+            "model.dtype=float16 and trainer.precision=16-mixed need a GPU: use bf16-mixed or "
+            "32-true."
+        )
+    if name == "auto":
+        fast = bf16_is_fast(accelerator)
+        name = OF_DTYPE.get(dtype, "bf16-true" if fast else "32-true")
+        if full:
+            name = "bf16-mixed" if fast else "32-true"
+    if full and name == "bf16-true":
+        raise UserError(
+            "lora=full with trainer.precision=bf16-true would round away most updates: use "
+            "trainer.precision=bf16-mixed."
+        )
+    if name == "bf16-true" and dtype not in ("auto", "bfloat16"):
+        raise UserError(
+            f"trainer.precision=bf16-true contradicts model.dtype={dtype}: leave out one of them."
+        )
+    if dtype == "float16" and name != "16-mixed":
+        raise UserError(
+            "model.dtype=float16 needs trainer.precision=16-mixed, whose loss scaling keeps small "
+            "gradients alive; model.dtype=bfloat16 works with any."
+        )
+    if dtype == "auto":
+        dtype = "float32" if full else TO_LOAD.get(name, "auto")
+    return Precision(name, dtype)
+
+
+def bf16_is_fast(accelerator: str = "auto") -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware."""
+    if _on_gpu(accelerator):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if accelerator not in ("auto", "cpu"):
+        return False
+    if accelerator == "auto" and torch.backends.mps.is_available():
+        return False
+    # torch has no public question for these.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _on_gpu(accelerator: str) -> bool:
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

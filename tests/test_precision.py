@@ -1,0 +1,146 @@
+"""trainer.precision and model.dtype: what is chosen, what is refused, and what stays fp32."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_rows
+from safetensors.torch import load_file
+
+from lora_lightning import precision
+from lora_lightning.config import compose_config
+from lora_lightning.lora import UserError
+from lora_lightning.precision import settle_precision
+from lora_lightning.storage import read_sidecar
+from lora_lightning.train import train
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "full", "fast", "expected"),
+    [
+        ("auto", "auto", False, True, ("bf16-true", "bfloat16")),
+        ("auto", "auto", False, False, ("32-true", "float32")),
+        ("auto", "auto", True, True, ("bf16-mixed", "float32")),
+        ("auto", "auto", True, False, ("32-true", "float32")),
+        ("auto", "float32", False, True, ("32-true", "float32")),
+        ("auto", "bfloat16", False, False, ("bf16-true", "bfloat16")),
+        ("32-true", "auto", False, True, ("32-true", "float32")),
+        (32, "auto", False, True, ("32-true", "float32")),
+        ("32-true", "bfloat16", False, True, ("32-true", "bfloat16")),
+        ("bf16-true", "auto", False, False, ("bf16-true", "bfloat16")),
+        ("bf16-mixed", "auto", False, False, ("bf16-mixed", "auto")),
+        ("bf16-mixed", "auto", True, False, ("bf16-mixed", "float32")),
+    ],
+)
+def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
+    found = settle_precision(asked, dtype, full=full)
+    assert (found.name, found.dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "full", "message"),
+    [
+        ("16-true", "auto", False, "must stay fp32"),
+        ("bf17", "auto", False, "no such precision"),
+        ("bf16-true", "float32", False, "contradicts"),
+        ("auto", "float16", False, "need a GPU"),
+        ("auto", "bfloat16", True, "round away"),
+        ("bf16-true", "auto", True, "round away"),
+    ],
+)
+def test_types_that_would_go_wrong_are_refused(asked, dtype, full, message):
+    with pytest.raises(UserError, match=message):
+        settle_precision(asked, dtype, full=full, accelerator="cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, tmp_path_factory):
+    """The same three steps in each precision."""
+    folder = tmp_path_factory.mktemp("precision")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    common = [
+        "trainer=cpu",
+        "trainer.max_steps=3",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=false",
+        "callbacks.progress_bar=null",
+        "callbacks.rich_summary=null",
+        "test_before=false",
+        "data.batch_size=8",
+        f"data.train={folder / 'rows.jsonl'}",
+        f"model.name_or_path={tiny_llama}",
+    ]
+    names = ("32-true", "bf16-true", "bf16-mixed")
+    return folder, {
+        name: train(
+            compose_config([*common, f"trainer.precision={name}", f"output_dir={folder / name}"])
+        )
+        for name in names
+    }
+
+
+def test_every_precision_trains_an_fp32_adapter_to_nearly_the_same(runs):
+    folder, results = runs
+    adapters = {
+        name: load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in results
+    }
+    for name, result in results.items():
+        assert result["precision"] == name
+        assert result["test/loss"] == pytest.approx(results["32-true"]["test/loss"], abs=0.02)
+        assert {tensor.dtype for tensor in adapters[name].values()} == {torch.float32}
+    # In 16 bits the steps are others, if by little: it is no longer fp32 that is computed in.
+    name = next(key for key in adapters["32-true"] if "lora_B" in key)
+    for other in ("bf16-true", "bf16-mixed"):
+        assert not torch.equal(adapters[other][name], adapters["32-true"][name])
+
+
+def test_an_adapter_remembers_the_type_of_its_base(runs):
+    folder, _ = runs
+    types = {
+        name: read_sidecar(folder / name / "adapter")["settings"]["model"]["dtype"]
+        for name in ("32-true", "bf16-true")
+    }
+    assert types == {"32-true": "float32", "bf16-true": "bfloat16"}
+
+
+def test_bf16_true_holds_the_base_in_bf16(runs):
+    from lora_lightning.inference import load_trained
+
+    folder, _ = runs
+    module = load_trained(folder / "bf16-true" / "adapter")
+    for name, parameter in module.model.named_parameters():
+        trained = "lora_" in name or name == "score.weight"
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
+
+
+def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
+    from lora_lightning.train import with_precision
+
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: False)
+    config = compose_config([])
+    assert with_precision(config).trainer.precision == "32-true"
+    assert with_precision(config, "bf16-true").trainer.precision == "bf16-true"
+    assert config.trainer.precision == "auto"
+
+
+def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
+    import lightning as L
+    from test_module import batches_of, make_module
+    from test_module import make_rows as encoded_rows
+    from torch.utils.data import DataLoader
+
+    module = make_module(tiny_bert)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        max_epochs=1,
+    )
+    batches = DataLoader(batches_of(encoded_rows(4), [4]), batch_size=None)
+    with pytest.raises(UserError, match="must be fp32"):
+        trainer.fit(module, batches)
