@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,56 @@ def load_generator(config: ModelConfig, tokenizer: Any) -> nn.Module:
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each of the model's repeated layers; the same code then serves them all.
+
+    Raises:
+        UserError: the model has no layers that transformers marks as such.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"model.compile=layer: a {type(model).__name__} has no layers that could be compiled "
+            "one by one. Leave it out."
+        )
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UserError(
+            "model.compile=layer needs a C++ compiler on a CPU, such as g++. Install one, or leave "
+            "it out."
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs compiled layers as they are: a cache that grows would have them compiled anew."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def offloaded_activations() -> AbstractContextManager[Any]:
+    """Keeps in the CPU's memory what autograd saves under it; parameters stay where they are."""
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return tensor
+        pinned = tensor.is_cuda
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        return tensor.device, copy.copy_(tensor, non_blocking=pinned)
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, copy = packed
+        return copy.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @torch.no_grad()

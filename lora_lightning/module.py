@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from .lora import Adapter, LoraConfig, UserError
 from .lora.adapter import check_tensors
 from .lora.state import read_adapter
-from .modeling import check_packing, load_tokenizer
+from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
 from .optim import build_optimizer, build_scheduler
 from .settings import ModelConfig, OptimConfig
 from .tasks import Task, build_task
@@ -92,6 +93,7 @@ class LoraModule(L.LightningModule):
         self.test_loss = MeanMetric()
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
+        self._mean_loss = torch.zeros(())
 
     # Building --------------------------------------------------------------------------------
 
@@ -116,6 +118,8 @@ class LoraModule(L.LightningModule):
         if self.model_config.gradient_checkpointing:
             # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
             model.enable_input_require_grads()  # type: ignore[operator]
+        if self.model_config.compile is not None:
+            compile_layers(model)
         self.adopt(model, adapter)
         self._check_monitor()
 
@@ -185,7 +189,9 @@ class LoraModule(L.LightningModule):
     def _training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
-        output = self.task.loss(self.model, batch)
+        offloads = self.model_config.offload_activations
+        with offloaded_activations() if offloads else nullcontext():
+            output = self.task.loss(self.model, batch)
         self._step_loss = self._step_loss.to(self.device) + output.total.detach()
         self._step_count = self._step_count.to(self.device) + output.count.detach()
         return output.total
@@ -211,10 +217,16 @@ class LoraModule(L.LightningModule):
                     parameter.grad.mul_(factor)
         mean = loss / count
         self.log("train/loss", mean, prog_bar=True)
-        if not torch.isfinite(mean):
+        self._mean_loss = mean
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Makes sure that the loss is a number. This waits for the device: not at every step."""
+        if not torch.isfinite(self._mean_loss):
             raise UserError(
-                f"the training loss is {mean.item()} at step {self.global_step}: lower optim.lr, "
-                "or use model.dtype=bfloat16 instead of float16."
+                f"the training loss is {self._mean_loss.item()} by step {self.global_step}: lower "
+                "optim.lr, or use model.dtype=bfloat16 instead of float16."
             )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -297,6 +309,7 @@ class LoraModule(L.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_loss()  # before a good checkpoint is overwritten
         # Among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
 

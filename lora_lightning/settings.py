@@ -32,6 +32,10 @@ class ModelConfig:
     """Attention kernel: eager, sdpa, flash_attention_2 ... None: the library's choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload_activations: bool = False
+    """Keep a GPU's activations in the CPU's memory until the backward pass."""
+    compile: str | None = None
+    """layer: torch.compile each layer, for all lengths. It did not pay on CPU (experiments)."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Only for sources that you trust."""
 
@@ -41,6 +45,8 @@ class ModelConfig:
                 f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
                 f"{did_you_mean(self.dtype, DTYPES)}"
             )
+        if self.compile not in (None, "layer"):
+            raise UserError(f"model.compile must be layer or null, got {self.compile!r}.")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,13 +38,33 @@ class MicroBatches:
                 dict(zip(parts, tensors, strict=True))
                 for tensors in zip(*parts.values(), strict=True)
             ]
-        groups: list[list[dict[str, Any]]] = []
-        for row in sorted(rows, key=_width, reverse=True):
-            if groups and (len(groups[-1]) + 1) * _width(groups[-1][0]) <= self.max_tokens:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        return [self.collator(group) for group in groups]
+        rows = sorted(rows, key=_width, reverse=True)
+        cuts = _cuts([_width(row) for row in rows], self.max_tokens)
+        return [self.collator(rows[start:stop]) for start, stop in pairwise(cuts)]
+
+
+PART_COST = 128
+"""Tokens that a micro-batch costs beside its own: what its products lack in size, and overhead."""
+
+
+def _cuts(widths: list[int], max_tokens: int) -> list[int]:
+    """Where to cut rows, longest first, for the least to compute: 0, ..., number of rows."""
+    costs, starts = [0.0], [0]
+    for stop in range(1, len(widths) + 1):
+        fitting = [
+            start
+            for start in range(stop)
+            if stop - start == 1 or (stop - start) * widths[start] <= max_tokens
+        ]
+        cost, start = min(
+            (costs[start] + (stop - start) * widths[start] + PART_COST, start) for start in fitting
+        )
+        costs.append(cost)
+        starts.append(start)
+    cuts = [len(widths)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    return cuts[::-1]
 
 
 def _width(row: dict[str, Any]) -> int:

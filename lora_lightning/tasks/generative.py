@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
-from ..modeling import load_generator
+from ..modeling import load_generator, uncompiled
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
@@ -270,11 +270,12 @@ class GenerativeTask(Task):
         was_training = model.training
         model.eval()
         try:
-            found = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                **{**self._generation(ends), **changes},
-            )
+            with uncompiled(model):
+                found = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    **{**self._generation(ends), **changes},
+                )
         finally:
             model.train(was_training)
         new = found[:, 1 if self.encoder_decoder else width :].tolist()

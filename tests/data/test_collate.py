@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 
-from lora_lightning.data.collate import MicroBatches, PackingCollator, PaddingCollator
+from lora_lightning.data.collate import (
+    PART_COST,
+    MicroBatches,
+    PackingCollator,
+    PaddingCollator,
+    _cuts,
+)
 from lora_lightning.tasks import IGNORE
 
 EOS = 2
@@ -74,12 +83,28 @@ def test_micro_batches_stay_within_the_budget_and_hold_each_row_once():
     lengths = [3, 9, 4, 4, 30, 12, 1, 8]
     parts = MicroBatches(PaddingCollator(0), 24)(rows_of(lengths))
     shapes = [tuple(part["input_ids"].shape) for part in parts]
-    assert shapes == [(1, 30), (2, 12), (3, 8), (2, 3)]  # the row of 30 alone, then like with like
+    assert shapes == [(1, 30), (1, 12), (2, 9), (4, 4)]  # the row of 30 alone, then like with like
     found = {}
     for part in parts:
         for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True):
             found[int(ids[0]) - 7] = int(mask.sum())
     assert found == dict(enumerate(lengths))
+
+
+def test_no_other_cuts_cost_less():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        widths = sorted(torch.randint(1, 200, (9,), generator=generator).tolist(), reverse=True)
+
+        def cost(cuts: tuple[int, ...], widths: list[int] = widths) -> float:
+            """Tokens with padding and the price of each part; infinite where one is too large."""
+            parts = list(pairwise(cuts))
+            if any(b - a > 1 and (b - a) * widths[a] > 400 for a, b in parts):
+                return math.inf
+            return sum((b - a) * widths[a] + PART_COST for a, b in parts)
+
+        every = [(0, *inner, 9) for n in range(9) for inner in combinations(range(1, 9), n)]
+        assert cost(tuple(_cuts(widths, 400))) == min(map(cost, every))
 
 
 def test_micro_batches_of_an_encoder_decoder_count_its_longer_side():
