@@ -86,8 +86,8 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
         f"Data    longest input {data.max_length} tokens, batches of {settings.data.batch_size}"
     ]
     for split, rows in data.encoded.items():
-        lengths = sorted(rows["length"])
-        cut = sum(rows["truncated"])
+        lengths = sorted(rows["length"][:])
+        cut = sum(rows["truncated"][:])
         dropped = ""
         if data.dropped[split]:
             dropped = f", {data.dropped[split]} rows dropped ({data.task.dropped_means})"

@@ -152,7 +152,9 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
     task = predictor.module.task
     task.find_inputs(rows.column_names)
     for column in task.input_columns()[:1]:
-        blank = [row for row, value in enumerate(rows[column], 1) if not str(value or "").strip()]
+        blank = [
+            row for row, value in enumerate(rows[column][:], 1) if not str(value or "").strip()
+        ]
         if blank:
             raise UserError(
                 f"{len(blank)} of {len(rows)} rows hold no text in {column!r}, the first is row "

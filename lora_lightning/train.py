@@ -301,7 +301,7 @@ def _baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
     """
     if not (data.has("test") and task.generate_rows):
         return {}
-    generated = data.encoded["test"]["generate"]
+    generated = data.encoded["test"]["generate"][:]
     rows = data.raw["test"].select([i for i, chosen in enumerate(generated) if chosen])
     found = task.baseline(list(rows))
     if found is None:

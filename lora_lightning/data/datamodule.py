@@ -85,7 +85,8 @@ class LoraDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fills the cache, in one process per node."""
-        self._build()
+        if not self.encoded:
+            self._build()
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the encoded rows, in every process."""
@@ -138,7 +139,7 @@ class LoraDataModule(L.LightningDataModule):
                 raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
         for split, rows in raw.items():
             encoded = self._encode(rows)
-            kept = [i for i, length in enumerate(encoded["length"]) if length > 0]
+            kept = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
             self.dropped[split] = len(encoded) - len(kept)
             if not kept:
                 raise UserError(
@@ -153,7 +154,7 @@ class LoraDataModule(L.LightningDataModule):
             encoded = encoded.select(kept)
             if split != "train" and self.task.generate_rows:
                 encoded = _choose(encoded, self.task.generate_rows)
-            self.raw[split], self.encoded[split] = rows.select(encoded["row"]), encoded
+            self.raw[split], self.encoded[split] = rows.select(encoded["row"][:]), encoded
 
     def _encode(self, rows: Any) -> Any:
         """Encoded rows, from the cache where the same rows were encoded before."""
@@ -207,7 +208,7 @@ class LoraDataModule(L.LightningDataModule):
         if not shuffle:
             batch_size = config.eval_batch_size or 2 * config.batch_size
         sampler = LengthBucketBatchSampler(
-            rows["length"],
+            rows["length"][:],
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
@@ -246,7 +247,7 @@ class LoraDataModule(L.LightningDataModule):
 
     def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
         """A batch of the longest rows of a split: the one that needs the most memory."""
-        lengths = self.encoded[split]["length"]
+        lengths = self.encoded[split]["length"][:]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
         examples = Examples(self.encoded[split])
         collate = self.collate(packing=self.task.joins_rows)
@@ -261,6 +262,13 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The rows of a batch, read at once."""
+        if FILLER in indices:
+            return [self[index] for index in indices]
+        columns = self.rows[indices]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index != FILLER:
@@ -321,9 +329,10 @@ def _cut(
 ) -> dict[str, list[int]]:
     """Row indices by split. Each stratum is dealt in a random order, equal rows together."""
     twins: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        content = {name: value for name, value in row.items() if name.lower() not in ("id", "idx")}
-        twins.setdefault(json.dumps(content, sort_keys=True, default=str), []).append(index)
+    names = sorted(name for name in rows.column_names if name.lower() not in ("id", "idx"))
+    for index, row in enumerate(zip(*(rows[name][:] for name in names), strict=True)):
+        content = json.dumps(dict(zip(names, row, strict=True)), sort_keys=True, default=str)
+        twins.setdefault(content, []).append(index)
     groups: dict[Any, list[list[int]]] = {}
     for indices in twins.values():
         groups.setdefault(strata[indices[0]] if strata else None, []).append(indices)

@@ -41,7 +41,7 @@ class LanguageModelTask(GenerativeTask):
         self.find_inputs((splits.get("train") or next(iter(splits.values()))).column_names)
         for split, rows in splits.items():
             need_columns(split, rows, [self.text_column])
-            check_texts(split, self.text_column, rows[self.text_column])
+            check_texts(split, self.text_column, rows[self.text_column][:])
 
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.text_column, *TEXT_COLUMNS) if self.text_column else TEXT_COLUMNS

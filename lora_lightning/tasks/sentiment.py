@@ -58,7 +58,7 @@ class SentimentTask(Task):
             self._learn_labels(reference)
         for split, rows in splits.items():
             need_columns(split, rows, [self.label_column])
-            self._check_labels(split, rows[self.label_column])
+            self._check_labels(split, rows[self.label_column][:])
 
     def _learn_columns(self, columns: list[str]) -> None:
         self.find_inputs(columns)
@@ -80,7 +80,7 @@ class SentimentTask(Task):
     def _learn_labels(self, rows: Any) -> None:
         assert self.label_column is not None
         feature = rows.features[self.label_column]
-        values = [value for value in map(_plain_label, rows[self.label_column]) if value != ""]
+        values = [value for value in map(_plain_label, rows[self.label_column][:]) if value != ""]
         distinct = sorted(set(values), key=_sort_key)
         if self.config.labels:
             self.labels = [str(label) for label in self.config.labels]
@@ -159,7 +159,7 @@ class SentimentTask(Task):
     def strata(self, raw: Any) -> list[Any] | None:
         columns = raw.column_names
         column = pick_column(self.config.label_column, LABEL_COLUMNS, columns, "task.label_column")
-        return None if column is None else [str(value) for value in raw[column]]
+        return None if column is None else [str(value) for value in raw[column][:]]
 
     # Model, loss, metrics --------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class SentimentTask(Task):
 
     def class_counts(self, raw: Any) -> dict[str, int]:
         """Rows of each class in a raw dataset."""
-        counts = Counter(self.label_id(value) for value in raw[self.label_column])
+        counts = Counter(self.label_id(value) for value in raw[self.label_column][:])
         return {label: counts.get(index, 0) for index, label in enumerate(self.labels)}
 
 

@@ -50,7 +50,7 @@ class SummarizationTask(GenerativeTask):
             needed = [self.source_column, self.target_column]
             need_columns(split, rows, needed)
             for column in needed:
-                check_texts(split, column, rows[column])
+                check_texts(split, column, rows[column][:])
 
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.source_column, *SOURCE_COLUMNS) if self.source_column else SOURCE_COLUMNS
