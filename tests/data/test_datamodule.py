@@ -314,3 +314,41 @@ def test_fewer_rows_than_processes_are_refused(build, rows_jsonl):
 def test_cache_folder_can_be_anywhere(build, rows_jsonl, tmp_path):
     build(rows_jsonl)
     assert len(list(Path(tmp_path / "cache").glob("*.arrow"))) == 3
+
+
+def test_rows_are_prepared_once_for_all_that_a_trainer_does(build, rows_jsonl):
+    data = build(rows_jsonl, val_fraction=0.2)
+    first = data.encoded["train"]
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    assert data.encoded["train"] is first
+
+
+def test_a_batch_read_at_once_is_its_rows_one_by_one(build, rows_jsonl):
+    examples = build(rows_jsonl).train_dataloader().dataset
+    for indices in ([3, 0, 7], [FILLER], [2, FILLER]):
+        assert examples.__getitems__(indices) == [examples[index] for index in indices]
+
+
+def test_max_tokens_bounds_what_the_loaders_give(build, rows_jsonl):
+    lengths = sorted(build(rows_jsonl).encoded["train"]["length"])
+    data = build(rows_jsonl, max_tokens=30, batch_size=8)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        parts = [part for batch in loader for part in batch]
+        assert all(part["input_ids"].numel() <= 30 or len(part["input_ids"]) == 1 for part in parts)
+    found = [
+        int(n)
+        for batch in data.train_dataloader()
+        for p in batch
+        for n in p["attention_mask"].sum(1)
+    ]
+    assert sorted(found) == lengths
+    whole = build(rows_jsonl, max_tokens=None).train_dataloader()
+    assert all(isinstance(batch, dict) for batch in whole)
+
+
+@pytest.mark.parametrize("wrong", [0, -5, "many", True, 2.5])
+def test_wrong_max_tokens_are_refused(build, rows_jsonl, wrong):
+    with pytest.raises(UserError, match="data.max_tokens must be a positive number, null or auto"):
+        build(rows_jsonl, max_tokens=wrong)

@@ -6,11 +6,21 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
-from zoo import ARCHITECTURES, CAUSAL, GROUPED, SEQUENCE_TO_SEQUENCE, case, randomise
+from zoo import (
+    ARCHITECTURES,
+    CAUSAL,
+    GROUPED,
+    SEQUENCE_TO_SEQUENCE,
+    VOCABULARY,
+    case,
+    randomise,
+)
 
 from lora_lightning import head as head_module
+from lora_lightning.data.collate import PaddingCollator
 from lora_lightning.head import logits_at, loss_at
 from lora_lightning.lora import Adapter, LoraConfig
+from lora_lightning.tasks import build_task
 
 KINDS = [n for n, (kind, _) in ARCHITECTURES.items() if kind in (CAUSAL, SEQUENCE_TO_SEQUENCE)]
 # Models that change their logits after the head, by more than their usual settings do.
@@ -152,3 +162,28 @@ def test_a_tied_head_that_is_trained_whole():
         parameter.requires_grad = True
     assert model.lm_head.weight is model.transformer.wte.weight
     check_loss(model, this.inputs)
+
+
+@pytest.mark.parametrize("name", [n for n, (kind, _) in ARCHITECTURES.items() if kind == CAUSAL])
+def test_padding_on_the_right_needs_no_mask(name):
+    """The loss of a padded batch, which is given no mask, is that of its rows alone."""
+    model = case(name).copy().eval()
+    task = build_task({"name": "summarization"})
+    task.prepare(model.config)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (9, 5, 3):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
+    with torch.no_grad():
+        together = task.loss(model, PaddingCollator(0)(rows))
+        alone = [task.loss(model, PaddingCollator(0)([row])) for row in rows]
+        own = [
+            model(input_ids=ids, labels=torch.tensor([row["labels"]])).loss * (ids.shape[1] - 1)
+            for row in rows
+            for ids in [torch.tensor([row["input_ids"]])]
+        ]
+    assert int(together.count) == 14
+    total = sum(float(one.total) for one in alone)
+    assert float(together.total) == pytest.approx(total, rel=1e-5)
+    assert total == pytest.approx(float(sum(own)), rel=1e-5)
