@@ -177,8 +177,9 @@ def _memory(
     kept = _saved_bytes(module, batch)
     probed, width = batch["input_ids"].shape
     at_once = settings.data.batch_size
-    if data.max_tokens is not None:
-        at_once = min(at_once, max(1, data.max_tokens // width))
+    max_tokens = data.tokens_on(device.type)
+    if max_tokens is not None:
+        at_once = min(at_once, max(1, max_tokens // width))
     scale = at_once / probed
     parts = {
         "weights": weights,

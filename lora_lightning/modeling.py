@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import inspect
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -337,9 +339,22 @@ def _from_pretrained(
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
     if config.gradient_checkpointing:
+        if not torch.cuda.is_available():
+            _give_memory_back()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
     return model, missing
+
+
+def _give_memory_back() -> None:
+    """Has glibc return large blocks to the system when they are freed.
+
+    It would keep them, and what a checkpointed layer frees would lie in holes that the next one
+    does not fit: at 3,216 tokens of a model of 135 M parameters that was 2 GB of 3.4.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library has no such setting
+            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:

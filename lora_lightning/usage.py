@@ -21,7 +21,7 @@ The settings used most (train, check)
   model.name_or_path=X     hub name or local folder of any encoder, decoder or encoder-decoder
   lora.rank=8 lora.alpha=16 lora.targets=all-linear     or lora=full for full fine-tuning
   optim.lr=1e-3 trainer.max_epochs=3 data.batch_size=16 seed=0
-  trainer.accelerator=gpu trainer.devices=8 trainer.strategy=ddp trainer.precision=bf16-mixed
+  trainer.accelerator=gpu trainer.devices=8 trainer.strategy=ddp
   output_dir=DIR           the run's folder;   resume=DIR continues a run that was stopped
   experiment=NAME debug=NAME                   presets, see: lora-lightning train --help
 

@@ -106,6 +106,13 @@ class LoraDataModule(L.LightningDataModule):
                     "LoraDataModule spreads the rows over the ranks itself: "
                     "give the Trainer use_distributed_sampler=False."
                 )
+            even = isinstance(trainer.strategy, ModelParallelStrategy)
+            if even and isinstance(self.config.max_tokens, int):
+                raise UserError(
+                    f"data.max_tokens={self.config.max_tokens}: under ModelParallelStrategy all "
+                    "processes must make equally many forward passes. Leave it out, and lower "
+                    "data.batch_size."
+                )
             for split in ("val", "test"):
                 rows = len(self.encoded[split]) if self.has(split) else trainer.world_size
                 if rows < trainer.world_size:  # torchmetrics cannot gather from a rank without any
@@ -233,12 +240,17 @@ class LoraDataModule(L.LightningDataModule):
     @property
     def max_tokens(self) -> int | None:
         """Tokens that are computed at a time, None where batches stay whole."""
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        if strategy is None or isinstance(strategy, ModelParallelStrategy):
+            return self.tokens_on("other")
+        return self.tokens_on(strategy.root_device.type)
+
+    def tokens_on(self, device_type: str) -> int | None:
+        """Tokens that are computed at a time on such a device, as far as the config tells."""
         asked: int | str | None = self.config.max_tokens
         if asked != "auto":
             return asked  # type: ignore[return-value]
-        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return None
-        return CPU_TOKENS if self.trainer.strategy.root_device.type == "cpu" else None
+        return CPU_TOKENS if device_type == "cpu" else None
 
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
         """Makes a batch of rows of this data."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from transformers import AutoTokenizer
 
 from lora_lightning.data.datamodule import LoraDataModule, make_splits
@@ -304,10 +305,22 @@ def test_lightnings_own_distributed_sampler_is_refused(build, rows_jsonl):
 def test_fewer_rows_than_processes_are_refused(build, rows_jsonl):
     data = build(rows_jsonl)
     connector = SimpleNamespace(use_distributed_sampler=False)
-    data.trainer = SimpleNamespace(world_size=8, _accelerator_connector=connector)
+    data.trainer = SimpleNamespace(
+        world_size=8, _accelerator_connector=connector, strategy=DDPStrategy()
+    )
     data.setup("fit")
     data.trainer.world_size = 9
     with pytest.raises(UserError, match="8 val rows for 9 processes"):
+        data.setup("fit")
+
+
+def test_a_budget_is_refused_where_all_must_keep_step(build, rows_jsonl):
+    data = build(rows_jsonl, max_tokens=30)
+    connector = SimpleNamespace(use_distributed_sampler=False)
+    data.trainer = SimpleNamespace(
+        world_size=2, _accelerator_connector=connector, strategy=ModelParallelStrategy()
+    )
+    with pytest.raises(UserError, match="data.max_tokens=30: under ModelParallelStrategy"):
         data.setup("fit")
 
 
@@ -352,3 +365,10 @@ def test_max_tokens_bounds_what_the_loaders_give(build, rows_jsonl):
 def test_wrong_max_tokens_are_refused(build, rows_jsonl, wrong):
     with pytest.raises(UserError, match="data.max_tokens must be a positive number, null or auto"):
         build(rows_jsonl, max_tokens=wrong)
+
+
+def test_a_device_decides_where_the_budget_is_left_to_us(build, rows_jsonl):
+    data = build(rows_jsonl)
+    assert (data.tokens_on("cpu"), data.tokens_on("cuda"), data.max_tokens) == (1024, None, None)
+    data = build(rows_jsonl, max_tokens=200)
+    assert (data.tokens_on("cpu"), data.tokens_on("cuda"), data.max_tokens) == (200, 200, 200)
