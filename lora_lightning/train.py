@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import RunClock
@@ -63,7 +64,7 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
-    rank_zero = L.pytorch.utilities.rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if rank_zero:
         if not resume:
             refuse_used_folder(run_dir)
@@ -202,10 +203,12 @@ def with_precision(config: DictConfig, recorded: str | None = None) -> DictConfi
         full=config.lora.method == "full",
         accelerator=str(trainer.get("accelerator", "auto")),
     )
-    if asked == "auto" and precision.name != "32-true":
-        rank_zero_info(
+    chosen_by_us = asked == "auto" and config.model.dtype == "auto"
+    if chosen_by_us and precision.name != "32-true" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(
             f"Precision: {precision.name}, which this hardware is fast at; what is trained stays "
-            "fp32. For single precision: trainer.precision=32-true."
+            "fp32. For single precision: trainer.precision=32-true.",
+            file=sys.stderr,
         )
     settled = config.copy()
     OmegaConf.update(settled, "trainer.precision", precision.name, force_add=True)

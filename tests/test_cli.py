@@ -321,8 +321,9 @@ def test_check_counts_the_trained_parameters_that_training_trains(run_cli, tiny_
 
 
 def test_check_estimates_memory(run_cli, tiny_bert, rows_jsonl, fast):
-    def parts(batch_size: int) -> dict[str, float]:
-        out = check_report(run_cli, tiny_bert, rows_jsonl, fast, f"data.batch_size={batch_size}")
+    def parts(batch_size: int, max_tokens: str = "null") -> dict[str, float]:
+        sizes = [f"data.batch_size={batch_size}", f"data.max_tokens={max_tokens}"]
+        out = check_report(run_cli, tiny_bert, rows_jsonl, fast, *sizes)
         trained, total = re.search(r"trainable ([\d,]+) of ([\d,]+) parameters", out).groups()
         counts = [int(number.replace(",", "")) for number in (trained, total)]
         line = re.search(r"Memory: about ([\d.]+) MiB .*\((.*)\)", out)
@@ -336,6 +337,11 @@ def test_check_estimates_memory(run_cli, tiny_bert, rows_jsonl, fast):
     small, large = parts(16), parts(64)
     assert small["activations"] > 0.5
     assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.1)
+    longest = int(
+        re.search(r"longest (\d+)", check_report(run_cli, tiny_bert, rows_jsonl, fast))[1]
+    )
+    bounded = parts(64, str(16 * longest))  # as many rows at a time as of a batch of 16
+    assert bounded["activations"] == pytest.approx(small["activations"], rel=0.1)
 
 
 # train --------------------------------------------------------------------------------------

@@ -126,6 +126,24 @@ def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
     assert config.trainer.precision == "auto"
 
 
+@pytest.mark.parametrize(
+    ("fast", "overrides", "said"),
+    [
+        (True, [], True),
+        (True, ["lora=full"], True),
+        (False, [], False),
+        (True, ["model.dtype=bfloat16"], False),
+        (True, ["trainer.precision=bf16-true"], False),
+    ],
+)
+def test_what_was_chosen_for_the_user_is_said(monkeypatch, capsys, fast, overrides, said):
+    from lora_lightning.train import with_precision
+
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
+    with_precision(compose_config(overrides))
+    assert ("trainer.precision=32-true" in capsys.readouterr().err) == said
+
+
 def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
     import lightning as L
     from test_module import batches_of, make_module
