@@ -121,8 +121,7 @@ def _sample(data: LoraDataModule) -> str:
     batches: Any = loader.batch_sampler
     indices = max(islice(batches, 2), key=len)
     examples = [data.encoded["train"][index] for index in indices]
-    packing = data.task.joins_rows or data.config.packing
-    rows, width = data.collate(packing=packing)(examples)["input_ids"].shape
+    rows, width = data.collate(packing=data.packs)(examples)["input_ids"].shape
     lines = [
         f"A training batch, {rows} rows x {width} tokens; its first rows, targets in brackets:"
     ]

@@ -75,7 +75,8 @@ def loss_at(
     def part(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return _cross_entropy(_finish(model, head(hidden)), wanted)
 
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    learns = torch.is_grad_enabled()  # within a Function it never is
+    trained = [p for p in head.parameters() if learns and p.requires_grad]
     total, correct = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
     return total, correct
 
@@ -119,14 +120,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(any(wanted)):
                 states = hidden[chunk].detach().requires_grad_(wanted[0])
                 loss, right = part(states, targets[chunk])
             total += loss.detach()
             correct += right
-            sources = [states, *trained] if wanted[0] else list(trained)
             if not any(wanted):
                 continue
+            sources = [states, *trained] if wanted[0] else trained
             found = list(torch.autograd.grad(loss, sources))
             if grad_hidden is not None:
                 grad_hidden[chunk] = found.pop(0)

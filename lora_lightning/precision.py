@@ -26,10 +26,10 @@ class Precision:
     dtype: str
     """Type of the frozen weights: `model.dtype`."""
 
-    @property
-    def lightning(self) -> str:
-        """What Lightning's Trainer is told: its own bf16-true would cast the adapter too."""
-        return "32-true" if self.name == "bf16-true" else self.name
+
+def for_lightning(name: str) -> str:
+    """What Lightning's Trainer is told: its own bf16-true would cast the adapter too."""
+    return "32-true" if name == "bf16-true" else name
 
 
 def settle_precision(

@@ -24,7 +24,7 @@ from .lora import UserError
 from .lora.errors import did_you_mean
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .precision import Precision, settle_precision
+from .precision import for_lightning, settle_precision
 from .quiet import quiet_libraries
 from .storage import (
     RESULT,
@@ -157,8 +157,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
-    name = str(arguments.get("precision", "32-true"))
-    arguments["precision"] = Precision(name, "auto").lightning
+    arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters
     for key in map(str, arguments):
         if key not in known:

@@ -6,7 +6,7 @@ r"""Ours against its peers: the same rows, order, weights and optimizer, each in
 A study runs its contestants in turn, A B C A B C, and quotes medians over the rounds; a ratio is
 the median of the rounds' own ratios, so that a machine whose speed drifts does less harm. The same
 command measures a GPU where there is one. Results go to a folder cpu/ or cuda/ beside this file:
-runs.csv, table.md and scaling.png. Studies can be named, see --help; decoder and encoder are
+runs.csv, STUDY.md and scaling.png. Studies can be named, see --help; decoder and encoder are
 repeated in bf16 where the hardware is fast at it.
 
 Contestants: ours is the command that a user types; `trainer` is transformers' Trainer with PEFT,
@@ -171,9 +171,8 @@ def flops(work: Work) -> float:
     come on top.
     """
     layer = 576 * 576 * 2 + 576 * 192 * 2 + 3 * 576 * 1536
-    tokens, targets = work.tokens[work.batch_size :], work.targets[work.batch_size :]
-    used = work.batch_size * (work.steps - 1)
-    return 4.0 * (30 * layer * sum(tokens[:used]) + 49152 * 576 * sum(targets[:used]))
+    tokens, targets = sum(work.tokens[work.timed]), sum(work.targets[work.timed])
+    return 4.0 * (30 * layer * tokens + 49152 * 576 * targets)
 
 
 def main() -> None:

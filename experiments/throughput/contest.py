@@ -36,9 +36,10 @@ class Work:
     rank: int = 8
     lr: float = 1e-4
 
-    def tokens_of(self, first: int, last: int) -> int:
-        """Tokens, without padding, of steps first + 1 to last."""
-        return sum(self.tokens[first * self.batch_size : last * self.batch_size])
+    @property
+    def timed(self) -> slice:
+        """The rows of all steps but the first."""
+        return slice(self.batch_size, self.batch_size * self.steps)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Contestant:
     library: str
     precision: str
     checkpointing: bool = False
-    packing: bool = False
     overrides: tuple[str, ...] = field(default=())
 
 
@@ -86,7 +86,6 @@ def run(contestant: Contestant, work: Work, folder: Path, timeout: float) -> dic
             "lr": work.lr,
             "precision": contestant.precision,
             "checkpointing": contestant.checkpointing,
-            "packing": contestant.packing,
             "max_length": work.max_length,
             "output": str(output / "run"),
         }
@@ -111,7 +110,7 @@ def run(contestant: Contestant, work: Work, folder: Path, timeout: float) -> dic
     seconds = ends[-1] - ends[0]
     return {
         "seconds": seconds,
-        "tokens_per_second": work.tokens_of(1, work.steps) / seconds if work.steps > 1 else 0.0,
+        "tokens_per_second": sum(work.tokens[work.timed]) / seconds if work.steps > 1 else 0.0,
         "peak_mib": measured["peak_mib"],
         "first_step": ends[0],
         "loss": measured["losses"],
@@ -145,8 +144,8 @@ def ours_command(contestant: Contestant, work: Work, output: Path) -> list[str]:
 
 def compete(
     name: str, contestants: list[Contestant], work: Work, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rounds of all contestants in turn; one row for each run, also written as CSV."""
+) -> Rows:
+    """Rounds of all contestants in turn; one row for each run."""
     rows = []
     for turn in range(arguments.rounds):
         for contestant in contestants:

@@ -131,7 +131,6 @@ def sft_trainer(
     settings = SFTConfig(
         **arguments,
         completion_only_loss=True,
-        packing=work["packing"],
         max_length=work["max_length"],
     )
     return SFTTrainer(

@@ -50,8 +50,6 @@ def check_losses(study: str, rows: Rows) -> None:
 
     An encoder has dropout, drawn otherwise by each: there the means over all steps are compared.
     """
-    if study == "full":  # does not compute the same
-        return
     by_precision: dict[str, Rows] = {}
     for row in rows:
         by_precision.setdefault(str(row["contestant"]).split()[1], []).append(row)

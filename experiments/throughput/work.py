@@ -100,9 +100,9 @@ def ordered(work: Work, folder: Path) -> Work:
     path = Path(work.train).with_suffix(f".{work.batch_size}.ordered.jsonl")
     path = folder / path.name
     keep = [name for name in raw.column_names if name in ("source", "target", "text", "label")]
-    lines = [json.dumps({name: raw[row][name] for name in keep}) for row in order]
+    lines = [json.dumps(row) for row in raw.select_columns(keep).select(order)]
     path.write_text("\n".join(lines) + "\n")
-    lengths = encoded["length"]
+    lengths = encoded["length"][:]
     targets = [
         sum(label != -100 for label in labels) if isinstance(labels, list) else 1
         for labels in encoded["labels"]
