@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .launch.queue import end_with_parent
 from .usage import HELP
 
 VERBS = ("train", "check", "evaluate", "predict", "chat", "merge")
@@ -33,6 +35,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 def main() -> None:
     """Entry point. Exit status: 0, 2 for a mistake of the user, 130 if interrupted, else 1."""
     arguments = sys.argv[1:]
+    end_with_parent()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
@@ -102,9 +105,16 @@ def _train(arguments: list[str]) -> None:
         return
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = [re.sub(r"^(\+*)launcher\.", r"\1hydra.launcher.", item) for item in overrides]
     for flag in flags:
         _known_flag(flag)
-    if set(flags) - set(MULTIRUN_FLAGS) or "LOCAL_RANK" in os.environ:
+    sweeps = bool(flags) and not set(flags) - set(MULTIRUN_FLAGS)
+    if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "a sweep starts the processes of its jobs itself: run it once, without torchrun, and "
+            "give each job its devices with trainer.devices."
+        )
+    if not sweeps and (flags or "LOCAL_RANK" in os.environ):
         _run_hydra(arguments)
         return
     if any(override.startswith("hydra.run.dir=") for override in overrides):
@@ -114,6 +124,9 @@ def _train(arguments: list[str]) -> None:
         config = compose_config(choice)
         settings_of(config)
     if flags:
+        from .launch.folder import sweep_folder
+
+        overrides += sweep_folder(overrides)
         _run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
         return
     run_dir = Path(config.output_dir)
@@ -150,9 +163,11 @@ def _run_hydra(arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from .config import CONFIG_MODULE, CONFIG_NAME, explain, register_schemas
+    from .launch.process import SweepError, register
     from .lora.errors import UserError
 
     register_schemas()
+    register()
     whole = list(sys.argv)
     composed = False
     mistakes: list[UserError] = []
@@ -170,7 +185,7 @@ def _run_hydra(arguments: list[str]) -> None:
                 result = train(config)
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # Hydra names the job, and goes on with the others first
+                raise  # another launcher names the job, and goes on with the others first
             mistakes.append(error)
             return None
         objective = result["objective"]
@@ -185,6 +200,9 @@ def _run_hydra(arguments: list[str]) -> None:
         if composed:
             raise
         raise UserError(explain(error)) from None
+    except SweepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     finally:
         sys.argv = whole
     if mistakes:

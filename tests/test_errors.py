@@ -867,10 +867,11 @@ def test_job_of_a_sweep(place, run_cli):
     sweep = f"data.train={','.join(map(str, files))}"
     status, _, err = run_cli(*place.train("-m", sweep, "hydra.sweep.dir=sweep"))
     assert status == 2
-    named, message = err.splitlines()
+    named, message, job, _ = err.splitlines()
     assert str(files[1]) in named
-    assert message.startswith("error: data.train")
-    assert "line 1" in message
+    assert message == "error: 1 of 2 jobs failed."
+    assert job.startswith(f"  job 1 (data.train={files[1]}): data.train")
+    assert "line 1" in job
     results = [json.loads((place.root / f"sweep/{job}/result.json").read_text()) for job in (0, 1)]
     assert [result["status"] for result in results] == ["completed", "failed"]
 

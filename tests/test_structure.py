@@ -34,11 +34,13 @@ ALLOWED = {
     "callbacks": MODEL_SIDE | {"module"},
     "storage": MODEL_SIDE | {"module"},
     "train": RUN_SIDE | {"precision"},
+    "launch": {"lora", "config"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
     "check": RUN_SIDE | {"train"},
     "evaluate": RUN_SIDE | {"train", "inference"},
-    "cli": RUN_SIDE | {"train", "inference", "check", "chat", "evaluate", "usage", "__init__"},
+    "cli": RUN_SIDE
+    | {"train", "inference", "check", "chat", "evaluate", "usage", "launch", "__init__"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }

@@ -1,0 +1,51 @@
+"""Which folder a sweep goes to: one of its own, or that of the same sweep, where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SWEEP = "sweep.json"
+"""In a sweep's folder: the overrides that it was made by, and whether it has ended well."""
+ROOT = Path("multirun")
+
+
+def sweep_folder(overrides: list[str]) -> list[str]:
+    """Further overrides: the folder of the same sweep, if the last time it did not end well."""
+    if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
+        return []
+    for path in sorted(ROOT.glob(f"*/*/{SWEEP}"), reverse=True):
+        found = _read(path)
+        if found.get("overrides") == plain(overrides):
+            if found.get("status") == "completed":
+                return []
+            print(
+                f"This sweep was begun before and goes on in {path.parent}. For a new one: "
+                "hydra.sweep.dir=DIR.",
+                file=sys.stderr,
+            )
+            return [f"hydra.sweep.dir={path.parent}"]
+    return []
+
+
+def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
+    """Writes down what sweep a folder holds, and how it stands."""
+    content = {"overrides": plain(overrides), "status": status}
+    beside = sweep_dir / f".{SWEEP}"
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(sweep_dir / SWEEP)
+
+
+def plain(overrides: list[str]) -> list[str]:
+    """Overrides less those that say where and how, not what: two sweeps with the same are one."""
+    how = ("hydra.sweep.", "hydra.launcher.", "hydra/launcher=", "hydra.mode=")
+    return sorted(item for item in overrides if not item.lstrip("+").startswith(how))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,236 @@
+"""The default launcher of sweeps: each job is a fresh process with a config of its own.
+
+Under DDP, Lightning starts its other ranks with the command line of the first. In a job that is
+`train resume=<job folder>`, so all ranks read one saved config, and none begins a sweep of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ..config import config_hash, read_config
+from ..lora.errors import UserError
+from .folder import note
+from .queue import LOG, Job, JobQueue
+from .table import JobTable
+
+LOCK = ".lock"
+
+
+class SweepError(Exception):
+    """Jobs of a sweep failed, and not by a mistake of the user."""
+
+
+class ProcessLauncher(Launcher):
+    """Runs the jobs of a sweep as processes, in a queue over the GPUs or, on a CPU, some at a time.
+
+    A sweep that is run again into its folder keeps what is complete and goes on with the rest, each
+    job from its last checkpoint.
+
+    Args:
+        jobs: how many run at a time; "auto": one for each set of GPUs, and one on a CPU.
+        gpus_per_job: GPUs of a job; "auto": as many as trainer.devices says, else one.
+        fail_fast: whether the first failure stops the sweep; else the others go on.
+    """
+
+    __module__ = "hydra_plugins.lora_lightning"  # where Hydra looks for it, see plugin/
+
+    def __init__(
+        self, jobs: Any = "auto", gpus_per_job: Any = "auto", fail_fast: bool = False
+    ) -> None:
+        for name, value in (("jobs", jobs), ("gpus_per_job", gpus_per_job)):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if value != "auto" and not whole:
+                raise UserError(f"launcher.{name} must be a number from 1, or auto, got {value!r}.")
+        self.jobs = jobs
+        self.gpus_per_job = gpus_per_job
+        self.fail_fast = fail_fast
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Runs jobs to their end; one that fails gives a JobReturn that raises.
+
+        Raises:
+            UserError: the folder holds another sweep, or is in use.
+        """
+        setup_globals()
+        sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(sweep_dir) as lock:
+            planned = [
+                self._plan(sweep_dir, number, list(overrides))
+                for number, overrides in enumerate(job_overrides, initial_job_idx)
+            ]
+            for job, config in planned:
+                if job.state == "waiting":
+                    _save(config, job)
+            note(sweep_dir, self._overrides(), "running")
+            jobs = [job for job, _ in planned]
+            places = self._places(planned[0][1]) if planned else []
+            with JobTable(sweep_dir, jobs) as table:
+                JobQueue(
+                    jobs,
+                    places,
+                    fail_fast=self.fail_fast,
+                    show=table.show,
+                    inherit=(lock.fileno(),),
+                ).run()
+            failure = _failure(jobs)
+            note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
+        return [_returned(job, config, failure) for job, config in planned]
+
+    def _overrides(self) -> list[str]:
+        given = self.config.hydra.overrides
+        return [*given.task, *given.hydra]
+
+    def _plan(self, sweep_dir: Path, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
+        """The job with its config, and whether it is there already."""
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        folder = sweep_dir / str(config.hydra.sweep.subdir)
+        with open_dict(config):
+            config.hydra.runtime.output_dir = str(folder)
+            config.output_dir = str(folder)
+        job = Job(number, list(filter_overrides(overrides)), folder)
+        saved = folder / ".hydra" / "config.yaml"
+        if saved.is_file() and config_hash(read_config(saved)) != config_hash(_own(config)):
+            raise UserError(
+                f"{folder} holds a job with other settings, so this is not the sweep that "
+                f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR."
+            )
+        if saved.is_file() and job.result().get("status") == "completed":
+            job.state = "kept"
+        return job, config
+
+    def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
+        """What runs at a time: the GPUs of each, or None for each on a CPU."""
+        accelerator = str(config.trainer.get("accelerator", "auto"))
+        gpus = [] if accelerator == "cpu" else visible_gpus()
+        if not gpus:
+            return [None] * (1 if self.jobs == "auto" else self.jobs)
+        devices = str(config.trainer.get("devices", "auto"))
+        each = self.gpus_per_job
+        if each == "auto":
+            each = int(devices) if devices.isdigit() else 1
+        if each > len(gpus):
+            raise UserError(
+                f"a job needs {each} GPUs and {len(gpus)} are visible: lower trainer.devices or "
+                "launcher.gpus_per_job."
+            )
+        sets: list[tuple[str, ...] | None] = [
+            tuple(gpus[start : start + each]) for start in range(0, len(gpus) - each + 1, each)
+        ]
+        return sets if self.jobs == "auto" else (sets * self.jobs)[: self.jobs]
+
+
+def register() -> None:
+    """Makes the launcher known to Hydra.
+
+    It finds plugins by itself only where this package is not installed editable.
+    """
+    Plugins.instance().register(ProcessLauncher)
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _own(config: DictConfig) -> DictConfig:
+    """A job's config without Hydra's part."""
+    own = config.copy()
+    with open_dict(own):
+        own.pop("hydra", None)
+    return own
+
+
+def _save(config: DictConfig, job: Job) -> None:
+    """Writes .hydra/, from which the job's process and a later sweep read what it is."""
+    folder = job.folder / ".hydra"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hydra = OmegaConf.masked_copy(config, "hydra")
+        for name, content in (
+            ("hydra.yaml", hydra),
+            ("overrides.yaml", config.hydra.overrides.task),
+            ("config.yaml", _own(config)),
+        ):
+            beside = folder / f".{name}"
+            beside.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+            os.replace(beside, folder / name)
+    except OSError as error:
+        raise UserError(f"hydra.sweep.dir: {folder} cannot be written: {error}.") from None
+
+
+def _locked(sweep_dir: Path) -> IO[bytes]:
+    """A file whose lock this process and its jobs hold until the last of them has ended."""
+    handle = (sweep_dir / LOCK).open("wb")
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return handle
+    until = time.monotonic() + 10.0  # jobs of a sweep that was killed take a moment to end
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
+            if time.monotonic() > until:
+                handle.close()
+                raise UserError(
+                    f"{sweep_dir} is in use by another process that runs this sweep. Wait for it, "
+                    "or give another folder: hydra.sweep.dir=DIR."
+                ) from None
+            time.sleep(0.2)
+
+
+def _failure(jobs: list[Job]) -> Exception | None:
+    """What is told of jobs that did not end well; None where all did."""
+    failed = [job for job in jobs if job.state == "failed"]
+    left = [job for job in jobs if job.state in ("waiting", "interrupted")]
+    if not failed:
+        return None
+    lines = [f"{len(failed)} of {len(jobs)} jobs failed."]
+    lines += [
+        f"  job {job.number} ({job.name}): {job.error()} Log: {job.folder / LOG}" for job in failed
+    ]
+    if left:
+        lines.append(f"  {len(left)} others were not finished, because of launcher.fail_fast.")
+    lines.append("The same command runs these again and keeps what is complete.")
+    mistakes = all(job.status == 2 for job in failed)
+    return (UserError if mistakes else SweepError)("\n".join(lines))
+
+
+def _returned(job: Job, config: DictConfig, failure: Exception | None) -> JobReturn:
+    ok = job.state in ("completed", "kept")
+    return JobReturn(
+        overrides=job.overrides,
+        cfg=_own(config),
+        hydra_cfg=OmegaConf.masked_copy(config, "hydra"),
+        working_dir=str(job.folder),
+        status=JobStatus.COMPLETED if ok else JobStatus.FAILED,
+        _return_value=job.result().get("objective") if ok else failure,
+    )

@@ -1,0 +1,93 @@
+"""The jobs of a running sweep: a live table in a terminal, else a line for each change."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .queue import Job
+
+SHOWN = 20
+"""Rows of the table: running jobs first, then the last to end."""
+COLOURS = {"running": "cyan", "completed": "green", "failed": "red", "interrupted": "yellow"}
+
+
+class JobTable:
+    """Shows jobs while it is entered.
+
+    Args:
+        sweep_dir: the sweep's folder.
+        jobs: all jobs.
+    """
+
+    def __init__(self, sweep_dir: Path, jobs: list[Job]) -> None:
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.sweep_dir = sweep_dir
+        self.told = {job.number: job.state for job in jobs}
+        self.live = Live(console=self.console, auto_refresh=False)
+        kept = sum(job.state == "kept" for job in jobs)
+        there = f", of which {kept} are complete" if kept else ""
+        self.console.print(f"Sweep of {len(jobs)} jobs{there}: {sweep_dir}")
+
+    def __enter__(self) -> JobTable:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def show(self, jobs: list[Job]) -> None:
+        """Shows how things stand."""
+        if self.console.is_terminal:
+            self.live.update(self._table(jobs), refresh=True)
+            return
+        for job in jobs:
+            if self.told[job.number] != job.state:
+                self.told[job.number] = job.state
+                ended = job.state != "running"
+                after = f" after {job.seconds:.0f} s, {_progress(job)[1]}" if ended else ""
+                self.console.print(f"job {job.number} {job.state}{after}  ({job.name})")
+
+    def _table(self, jobs: list[Job]) -> Table:
+        table = Table(title=str(self.sweep_dir), title_justify="left")
+        for column in ("job", "overrides", "state", "step", "latest", "time"):
+            table.add_column(column)
+        running = [job for job in jobs if job.state == "running"]
+        ended = [job for job in jobs if job.state not in ("running", "waiting")]
+        waiting = sum(job.state == "waiting" for job in jobs)
+        shown = (running + ended[::-1])[:SHOWN]
+        for job in sorted(shown, key=lambda job: job.number):
+            colour = COLOURS.get(job.state, "default")
+            step, latest = _progress(job)
+            state = f"[{colour}]{job.state}[/]"
+            table.add_row(str(job.number), job.name, state, step, latest, f"{job.seconds:.0f} s")
+        table.caption = f"{len(ended)} ended, {len(running)} running, {waiting} waiting"
+        return table
+
+
+def _progress(job: Job) -> tuple[str, str]:
+    """The last step that a job has logged, and its objective or latest value."""
+    result = job.result()
+    if result.get("objective") is not None:
+        return str(result["steps"]), f"{result['monitor']} {result['objective']:.4f}"
+    try:
+        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+            rows = list(csv.DictReader(handle))
+    except OSError:
+        rows = []
+    for name in ("val/loss", "train/loss"):
+        for row in reversed(rows):
+            if row.get(name):
+                return rows[-1]["step"], f"{name} {float(row[name]):.4f}"
+    return "", "-"

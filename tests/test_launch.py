@@ -1,0 +1,217 @@
+"""Sweeps as processes: isolated, each with its devices, and finished by the same command again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from lora_lightning.launch.folder import note, sweep_folder
+from lora_lightning.launch.process import ProcessLauncher
+from lora_lightning.launch.queue import Job, JobQueue, environment_of_job
+from lora_lightning.lora import UserError
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def jobs_without_config(root: Path, count: int) -> list[Job]:
+    """Jobs that end with exit status 2 as soon as they begin."""
+    folders = [root / str(number) for number in range(count)]
+    for folder in folders:
+        folder.mkdir()
+    return [Job(number, [], folder) for number, folder in enumerate(folders)]
+
+
+def test_a_job_knows_nothing_of_ranks_outside():
+    ranks = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR"
+    others = "TORCHELASTIC_RUN_ID SLURM_NTASKS SLURM_PROCID MASTER_PORT PL_GLOBAL_SEED OMPI_COMM_WORLD_RANK"
+    outside = dict.fromkeys(f"{ranks} {others}".split(), "1")
+    kept = {"PATH": "p", "HF_HOME": "h", "SLURM_JOB_ID": "7"}
+    found = environment_of_job({**outside, **kept}, ("2", "5"), threads=3)
+    assert {name: found[name] for name in kept} == kept
+    assert not set(outside) & set(found)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["OMP_NUM_THREADS"]) == ("2,5", "3")
+    asked = environment_of_job({"OMP_NUM_THREADS": "8"}, None, threads=3)
+    assert asked["OMP_NUM_THREADS"] == "8"
+    assert "CUDA_VISIBLE_DEVICES" not in asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "places"),
+    [
+        ({}, "auto", [("0",), ("1",), ("4",), ("7",), ("8",)]),
+        ({}, 2, [("0", "1"), ("4", "7")]),
+        ({"gpus_per_job": 4}, 2, [("0", "1", "4", "7")]),
+        ({"jobs": 2}, 1, [("0",), ("1",)]),
+    ],
+)
+def test_gpus_are_shared_out(settings, devices, places, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,7,8")
+    config = OmegaConf.create({"trainer": {"accelerator": "auto", "devices": devices}})
+    assert ProcessLauncher(**settings)._places(config) == places
+
+
+def test_too_few_gpus_are_told(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    config = OmegaConf.create({"trainer": {"accelerator": "gpu", "devices": 2}})
+    with pytest.raises(UserError, match="needs 2 GPUs and 1"):
+        ProcessLauncher()._places(config)
+
+
+def test_on_a_cpu_as_many_as_asked_for():
+    config = OmegaConf.create({"trainer": {"accelerator": "cpu", "devices": 2}})
+    assert ProcessLauncher()._places(config) == [None]
+    assert ProcessLauncher(jobs=3)._places(config) == [None] * 3
+
+
+@pytest.mark.parametrize("settings", [{"jobs": 0}, {"jobs": "two"}, {"gpus_per_job": -1}])
+def test_wrong_settings_are_told(settings):
+    with pytest.raises(UserError, match=r"launcher\.(jobs|gpus_per_job) must be"):
+        ProcessLauncher(**settings)
+
+
+def test_a_failed_job_leaves_the_others_alone(tmp_path):
+    jobs = jobs_without_config(tmp_path, 3)
+    jobs[1].state = "kept"
+    JobQueue(jobs, [None, None]).run()
+    assert [(job.state, job.status) for job in jobs] == [
+        ("failed", 2),
+        ("kept", None),
+        ("failed", 2),
+    ]
+    assert "no .hydra/config.yaml" in jobs[0].error()
+
+
+def test_fail_fast_starts_no_more(tmp_path):
+    jobs = jobs_without_config(tmp_path, 3)
+    JobQueue(jobs, [None], fail_fast=True).run()
+    assert [job.state for job in jobs] == ["failed", "waiting", "waiting"]
+
+
+def test_the_same_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = ["lora.rank=2,4", "seed=1"]
+    for day, overrides, status in (
+        ("01", mine, "running"),
+        ("02", mine, "failed"),
+        ("03", ["lora.rank=2"], "running"),
+    ):
+        folder = Path("multirun") / day / "12-00"
+        folder.mkdir(parents=True)
+        note(folder, [*overrides, "hydra.mode=MULTIRUN"], status)
+    assert sweep_folder([*mine, "hydra.launcher.jobs=2"]) == ["hydra.sweep.dir=multirun/02/12-00"]
+    assert sweep_folder([*mine, "hydra.sweep.dir=x"]) == []
+    assert sweep_folder(["lora.rank=2,8"]) == []
+    note(Path("multirun/02/12-00"), mine, "completed")
+    assert sweep_folder(mine) == []
+
+
+@pytest.fixture
+def sweep(tiny_bert, rows_jsonl, fast):
+    """Arguments of a sweep of two jobs."""
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    return ["train", *fast, *where, "-m", "lora.rank=2,4", "hydra.sweep.dir=sweep"]
+
+
+def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of an outer launcher
+    status, out, err = run_cli(*sweep)
+    assert status == 0, err
+    assert "job 1 completed" in out
+    files = [Path(f"sweep/{job}/result.json") for job in (0, 1)]
+    before = [file.stat().st_mtime_ns for file in files]
+    (files[1].parent / "log.txt").unlink()
+    content = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps({**content, "status": "running"}))
+    status, out, err = run_cli(*sweep, "launcher.fail_fast=true")
+    assert status == 0, err
+    assert "2 jobs, of which 1 are complete" in out
+    assert files[0].stat().st_mtime_ns == before[0]
+    assert result_of(files[1].parent)["status"] == "completed"
+    other = [item.replace("lora.rank=2,4", "lora.rank=2,8") for item in sweep]
+    status, _, err = run_cli(*other)
+    assert status == 2
+    assert "holds a job with other settings" in err
+
+
+def test_under_torchrun_a_sweep_is_refused(sweep, run_cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run_cli(*sweep)
+    assert status == 2
+    assert "without torchrun" in err
+
+
+def alive(pattern: str) -> list[int]:
+    """Processes whose command line holds a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if pattern in path.read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path, kill):
+    """Nothing is lost or done twice, no process stays, and the weights are those of no kill."""
+    more = ["trainer.max_epochs=12", "callbacks.last.every_n_steps=4", "launcher.jobs=2"]
+    command = [sys.executable, "-m", "lora_lightning", *sweep[:-1], *more]
+    whole = tmp_path / "whole"
+    subprocess.run([*command, f"hydra.sweep.dir={whole}"], check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    command.append(f"hydra.sweep.dir={killed}")
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (killed / "0/checkpoints/last.ckpt").exists():
+        assert time.monotonic() < until
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(kill)
+    assert first.wait(60) == (-9 if kill == signal.SIGKILL else 130)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert not alive(f"resume={killed}")
+    for job in ("0", "1"):
+        assert result_of(killed / job)["status"] == "completed"
+        ours, truth = (
+            load_file(root / job / "adapter/adapter_model.safetensors") for root in (killed, whole)
+        )
+        assert ours.keys() == truth.keys()
+        assert all(torch.equal(ours[name], truth[name]) for name in truth)
+    assert sorted(path.name for path in killed.iterdir() if path.is_dir()) == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_ddp_in_a_sweep(sweep, tmp_path):
+    """Both ranks of a job train its config: the result is that of the same run without a sweep."""
+    pair = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
+    command = [sys.executable, "-m", "lora_lightning", *sweep[:-1], *pair]
+    subprocess.run(
+        [*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, check=True, capture_output=True
+    )
+    single = [item for item in sweep[:-1] if item not in ("-m", "lora.rank=2,4")]
+    alone = [*command[:3], *single, *pair]
+    subprocess.run(
+        [*alone, "lora.rank=4", "output_dir=alone"], cwd=tmp_path, check=True, capture_output=True
+    )
+    folders = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("result.json"))
+    assert folders == ["alone/result.json", "sweep/0/result.json", "sweep/1/result.json"]
+    results = [result_of(tmp_path / name) for name in ("sweep/0", "sweep/1", "alone")]
+    assert [result["world_size"] for result in results] == [2, 2, 2]
+    assert results[1]["val/loss"] == pytest.approx(results[2]["val/loss"], rel=1e-6)
+    assert results[0]["trainable_parameters"] < results[1]["trainable_parameters"]
