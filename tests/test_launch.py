@@ -34,8 +34,8 @@ def jobs_without_config(root: Path, count: int) -> list[Job]:
 
 
 def test_a_job_knows_nothing_of_ranks_outside():
-    ranks = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK MASTER_ADDR"
-    others = "TORCHELASTIC_RUN_ID SLURM_NTASKS SLURM_PROCID MASTER_PORT PL_GLOBAL_SEED OMPI_COMM_WORLD_RANK"
+    ranks = "LOCAL_RANK RANK WORLD_SIZE LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK"
+    others = "MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SLURM_NTASKS SLURM_PROCID PL_GLOBAL_SEED"
     outside = dict.fromkeys(f"{ranks} {others}".split(), "1")
     kept = {"PATH": "p", "HF_HOME": "h", "SLURM_JOB_ID": "7"}
     found = environment_of_job({**outside, **kept}, ("2", "5"), threads=3)

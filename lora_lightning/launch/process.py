@@ -82,6 +82,7 @@ class ProcessLauncher(Launcher):
                     _save(config, job)
             note(sweep_dir, self._overrides(), "running")
             jobs = [job for job, _ in planned]
+            _name(jobs)
             places = self._places(planned[0][1]) if planned else []
             with JobTable(sweep_dir, jobs) as table:
                 JobQueue(
@@ -157,6 +158,13 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _name(jobs: list[Job]) -> None:
+    """Names each job by the overrides that not all of them have."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    for job in jobs:
+        job.name = " ".join(item for item in job.overrides if item not in common)
 
 
 def _own(config: DictConfig) -> DictConfig:

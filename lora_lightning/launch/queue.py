@@ -34,6 +34,8 @@ class Job:
     number: int
     overrides: list[str]
     folder: Path
+    name: str = ""
+    """What tells it from the others: the overrides that not all have."""
     state: str = "waiting"
     """waiting, running, completed, failed, interrupted, or kept: completed by an earlier sweep."""
     status: int | None = None
@@ -42,11 +44,6 @@ class Job:
     seconds: float = 0.0
     process: subprocess.Popen[bytes] | None = None
     devices: tuple[str, ...] | None = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """What tells it from the others."""
-        return " ".join(self.overrides) or "no overrides"
 
     def result(self) -> dict[str, Any]:
         """Its result.json, as far as it has come."""
