@@ -422,3 +422,16 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert not list((tmp_path / "run").rglob("*.ckpt"))  # not a step of training was done
+
+
+def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fast):
+    from conftest import make_rows
+
+    rows = [*make_rows(60), *({"text": " ", "label": label} for label in ("negative", "positive"))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={path}", "trainer.max_steps=1"]
+    files = [f"data.{split}={path}" for split in ("val", "test")]
+    status, _, err = run_cli("train", *fast, *where, *files, f"output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert err.count("2 of 62 rows are left out: empty text.") == 3

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -154,7 +155,7 @@ class LoraDataModule(L.LightningDataModule):
                     f"{len(rows)} rows. {self.task.dropped_advice}"
                 )
             if self.dropped[split]:
-                rank_zero_info(
+                _tell(
                     f"{split}: {self.dropped[split]} of {len(rows)} rows are left out: "
                     f"{self.task.dropped_means}."
                 )
@@ -264,6 +265,12 @@ class LoraDataModule(L.LightningDataModule):
         examples = Examples(self.encoded[split])
         collate = self.collate(packing=self.task.joins_rows)
         return collate([examples[row] for row in order])
+
+
+@rank_zero_only
+def _tell(message: str) -> None:
+    """Not through Lightning's logger, whose messages of that level a run keeps quiet."""
+    print(message, file=sys.stderr)
 
 
 class Examples(Dataset[dict[str, Any]]):
