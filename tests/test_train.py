@@ -425,8 +425,6 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
 
 
 def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fast):
-    from conftest import make_rows
-
     rows = [*make_rows(60), *({"text": " ", "label": label} for label in ("negative", "positive"))]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
