@@ -14,7 +14,7 @@ from typing import Any
 from .launch.queue import end_with_parent
 from .usage import HELP
 
-VERBS = ("train", "check", "evaluate", "predict", "chat", "merge")
+VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "report")
 PLAIN_KEYS = {
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
@@ -64,6 +64,8 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         _train(arguments)
     elif verb == "check":
         _check(arguments)
+    elif verb == "report":
+        _report(arguments)
     else:
         plain, overrides = _split(arguments, PLAIN_KEYS[verb])
         actions = {"evaluate": _evaluate, "predict": _predict, "chat": _chat, "merge": _merge}
@@ -271,6 +273,19 @@ def _check(arguments: list[str]) -> None:
     from .check import check
 
     print(check(config))
+
+
+def _report(arguments: list[str]) -> None:
+    from .lora.errors import UserError
+
+    if len(arguments) != 1 or "=" in arguments[0]:
+        raise UserError(
+            "report takes the folder of a sweep and nothing else: lora-lightning report "
+            "multirun/<date>/<time>."
+        )
+    from .report import report
+
+    report(Path(arguments[0]).expanduser())
 
 
 def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:

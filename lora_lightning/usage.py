@@ -11,6 +11,7 @@ Verbs
   evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
   predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text=...
   chat      talk with a generative adapter               lora-lightning chat adapter=DIR
+  report    compare the runs of a sweep                  lora-lightning report SWEEP_DIR
   merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
 
 The settings used most (train, check)

@@ -130,6 +130,7 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     status, out, err = run_cli(*sweep)
     assert status == 0, err
     assert "job 1 completed" in out
+    assert {"report.html", "report.md", "results.csv"} <= set(os.listdir("sweep"))
     files = [Path(f"sweep/{job}/result.json") for job in (0, 1)]
     before = [file.stat().st_mtime_ns for file in files]
     (files[1].parent / "log.txt").unlink()

@@ -90,7 +90,13 @@ def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli, chat_llama):
             arguments = [a for a in arguments if not a.startswith("model.name_or_path=")]
             arguments += [f"model.name_or_path={chat_llama}", "task.max_new_tokens=8"]
             arguments += ["callbacks.samples.count=1"]
-        elif "trainer=" in line or "model.name" in line or "--" in line or "-m" in arguments:
+        elif (
+            verb == "report"
+            or "trainer=" in line
+            or "model.name" in line
+            or "--" in line
+            or "-m" in arguments
+        ):
             continue
         if verb == "train" and "resume=" not in line:
             arguments = [*[a for a in arguments if a != "debug=limit"], *QUICK]

@@ -34,18 +34,19 @@ ALLOWED = {
     "callbacks": MODEL_SIDE | {"module"},
     "storage": MODEL_SIDE | {"module"},
     "train": RUN_SIDE | {"precision"},
-    "launch": {"lora", "config"},
+    "report": {"lora", "config"},
+    "launch": {"lora", "config", "report"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
     "check": RUN_SIDE | {"train"},
     "evaluate": RUN_SIDE | {"train", "inference"},
     "cli": RUN_SIDE
-    | {"train", "inference", "check", "chat", "evaluate", "usage", "launch", "__init__"},
+    | {"train", "inference", "check", "chat", "evaluate", "usage", "launch", "report", "__init__"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }
 ONLY_IN = {
-    "hydra": {"config", "cli", "launch"},
+    "hydra": {"config", "cli", "launch", "report/sweep"},
     "lightning": {"module", "data/datamodule", "callbacks", "parallel", "train"},
     "peft": set(),
 }

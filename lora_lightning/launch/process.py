@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..config import config_hash, read_config
 from ..lora.errors import UserError
+from ..report import report
 from .folder import note
 from .queue import LOG, Job, JobQueue
 from .table import JobTable
@@ -92,6 +93,8 @@ class ProcessLauncher(Launcher):
                     show=table.show,
                     inherit=(lock.fileno(),),
                 ).run()
+            if any(job.result() for job in jobs):
+                report(sweep_dir)
             failure = _failure(jobs)
             note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
         return [_returned(job, config, failure) for job, config in planned]

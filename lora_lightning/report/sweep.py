@@ -1,0 +1,222 @@
+"""Reading a sweep's folder: its runs, what tells them apart, and which is the best."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shlex
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from ..config import read_config, settings_of
+from ..lora.config import LoraConfig
+from ..lora.errors import UserError
+
+SEED = "seed"
+PLACES = ("output_dir", "hydra.sweep.dir", "hydra.run.dir")
+
+
+@dataclass
+class Run:
+    """A run of a sweep, as its folder tells of it."""
+
+    folder: Path
+    config: DictConfig
+    overrides: list[str]
+    result: dict[str, Any]
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """The monitored metric at each validation: optimizer step and value."""
+
+    @property
+    def job(self) -> str:
+        """Its number in the sweep, that is, its folder's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> str:
+        """completed, running, failed, interrupted, or waiting."""
+        return str(self.result.get("status", "waiting"))
+
+    @property
+    def objective(self) -> float | None:
+        """Final value of the monitored metric; None before the end, and where it is no number."""
+        return self.final("objective")
+
+    def final(self, name: str) -> float | None:
+        """A number of a completed run; None where there is none."""
+        value = self.result.get(name)
+        number = isinstance(value, (int, float)) and not math.isnan(value)
+        return float(value) if number and self.status == "completed" else None  # type: ignore[arg-type]
+
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """Overrides by key."""
+        parsed = OverridesParser.create().parse_overrides(self.overrides)
+        return {
+            item.get_key_element().lstrip("+"): item.get_value_element_as_str() for item in parsed
+        }
+
+    @cached_property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's settings; None for full fine-tuning."""
+        return settings_of(self.config).lora
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Rank, alpha and the effective scale alpha / r (rsLoRA: alpha / sqrt(r))."""
+        if self.lora is None:
+            return {"rank": None, "alpha": None, "scale": None}
+        lora = self.lora
+        return {"rank": lora.rank, "alpha": lora.alpha_of(""), "scale": lora.scaling_of("")}
+
+    @property
+    def command(self) -> str:
+        """What runs this alone."""
+        items = [item for item in self.overrides if item.split("=")[0] not in PLACES]
+        return shlex.join(["lora-lightning", "train", *items])
+
+
+@dataclass
+class Setting:
+    """Runs that differ in their seed alone."""
+
+    values: dict[str, str]
+    """What tells it from the other settings."""
+    runs: list[Run]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the completed runs."""
+        values = self._values(metric)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, metric: str) -> float | None:
+        """Deviation of a sample (n - 1); None of fewer than two runs."""
+        values = self._values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, metric: str) -> list[float]:
+        found = [run.final(metric) for run in self.runs]
+        return [value for value in found if value is not None]
+
+
+@dataclass
+class Sweep:
+    """All runs of a sweep."""
+
+    folder: Path
+    runs: list[Run]
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """Keys whose values differ between runs, the seed last."""
+        keys = dict.fromkeys(key for run in self.runs for key in run.given)
+        different = [
+            key
+            for key in keys
+            if key not in PLACES and len({run.given.get(key) for run in self.runs}) > 1
+        ]
+        return sorted(different, key=lambda key: key == SEED)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Runs by what they have in common beside the seed, the best first."""
+        groups: dict[tuple[str, ...], Setting] = {}
+        keys = [key for key in self.varied if key != SEED]
+        for run in self.runs:
+            values = {key: run.given.get(key, "") for key in keys}
+            groups.setdefault(tuple(values.values()), Setting(values, [])).runs.append(run)
+
+        def order(setting: Setting) -> tuple[bool, float]:
+            mean = setting.mean("objective")
+            return (mean is None, 0.0 if mean is None else -self.sign * mean)
+
+        return sorted(groups.values(), key=order)
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric that is compared."""
+        return str(self.runs[0].config.task.monitor)
+
+    @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, else -1."""
+        return -1 if self.runs[0].config.task.get("mode") == "min" else 1
+
+    @property
+    def best(self) -> Run | None:
+        """The run with the best objective."""
+        scored = [run for run in self.runs if run.objective is not None]
+        return max(scored, key=lambda run: self.sign * (run.objective or 0.0), default=None)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the final metrics, validation before test."""
+        names = {n for run in self.runs for n in run.result if n.startswith(("val/", "test/"))}
+        return sorted(names, key=lambda name: (name.startswith("test/"), name))
+
+    @property
+    def headline(self) -> str | None:
+        """The test's counterpart of the monitored metric."""
+        name = self.monitor.replace("val/", "test/", 1)
+        return name if name in self.metrics else None
+
+    @property
+    def failed(self) -> list[Run]:
+        """Runs that failed."""
+        return [run for run in self.runs if run.status == "failed"]
+
+    def counts(self) -> str:
+        """How many runs there are of each status."""
+        every = [run.status for run in self.runs]
+        return ", ".join(f"{every.count(status)} {status}" for status in dict.fromkeys(every))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Reads the runs directly below a folder.
+
+    Raises:
+        UserError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder. Give that of a sweep.")
+    found = sorted(folder.glob("*/.hydra/config.yaml"), key=lambda path: _natural(path.parts[-3]))
+    if not found:
+        raise UserError(
+            f"{folder} holds no run: none of its folders has a .hydra/config.yaml. Give the folder "
+            "of a sweep, such as multirun/<date>/<time>."
+        )
+    return Sweep(folder, [_read_run(path.parent.parent) for path in found])
+
+
+def _read_run(folder: Path) -> Run:
+    config = read_config(folder / ".hydra" / "config.yaml")
+    overrides = folder / ".hydra" / "overrides.yaml"
+    try:
+        given = [str(item) for item in OmegaConf.load(overrides)] if overrides.is_file() else []
+        result = dict(json.loads((folder / "result.json").read_text()))
+    except FileNotFoundError:
+        result = {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: its result.json or .hydra is damaged: {error}.") from None
+    return Run(folder, config, given, result, _curve(folder, str(config.task.monitor)))
+
+
+def _curve(folder: Path, metric: str) -> list[tuple[int, float]]:
+    path = folder / "csv" / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    points = {int(row["step"]): float(row[metric]) for row in rows if row.get(metric)}
+    return sorted(points.items())
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isdigit() else (1, 0, name)

@@ -1,0 +1,164 @@
+"""A sweep as a table: in the terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..lora.errors import UserError
+from .sweep import Run, Setting, Sweep
+
+MEASURED = (
+    "trainable_parameters",
+    "total_parameters",
+    "adapter_bytes",
+    "epochs",
+    "steps",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_mib",
+)
+
+
+def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
+    """A row for each run, with all that is known of it."""
+    return [
+        {
+            "job": run.job,
+            "status": run.status,
+            **{key: run.given.get(key, "") for key in sweep.varied},
+            **run.adapter,
+            "seed": run.config.seed,
+            "objective": run.objective,
+            **{name: run.result.get(name) for name in (*sweep.metrics, *MEASURED)},
+            "config_hash": run.result.get("config_hash"),
+            "error": first_line(run.result.get("error")),
+            "folder": str(run.folder),
+        }
+        for run in sweep.runs
+    ]
+
+
+def rows_by_setting(sweep: Sweep) -> list[dict[str, str]]:
+    """A row of text for each setting, the best first; seeds as mean and deviation."""
+    return [
+        {
+            "job": " ".join(run.job for run in setting.runs),
+            **setting.values,
+            "scale": _number(setting.runs[0].adapter["scale"]),
+            sweep.monitor: spread(setting, "objective"),
+            **({sweep.headline: spread(setting, sweep.headline)} if sweep.headline else {}),
+            "trained": _whole(setting.mean("trainable_parameters")),
+            "time": _with(setting.mean("seconds"), "{:,.0f} s"),
+            "tokens/s": _whole(setting.mean("tokens_per_second")),
+            "memory": _with(setting.mean("peak_memory_mib"), "{:,.0f} MiB"),
+            "status": " ".join(dict.fromkeys(run.status for run in setting.runs)),
+        }
+        for setting in sweep.settings
+    ]
+
+
+def spread(setting: Setting, metric: str) -> str:
+    """Mean ± deviation over the seeds."""
+    mean, deviation = setting.mean(metric), setting.deviation(metric)
+    if mean is None:
+        return "-"
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
+    """What one wants of the best run: its value, adapter and command."""
+    return [
+        ("Best", f"job {best.job}, {sweep.monitor} {best.objective:.4f}"),
+        ("Adapter", str(best.folder / "adapter")),
+        ("Again", best.command),
+    ]
+
+
+def terminal_report(sweep: Sweep) -> None:
+    """Prints the table, failures, and where everything is."""
+    console = Console(highlight=False)
+    table = Table(title=f"{sweep.folder}: {sweep.counts()}", title_justify="left")
+    rows = rows_by_setting(sweep)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    for run in sweep.failed:
+        console.print(f"job {run.job} failed: {first_line(run.result.get('error'))}", markup=False)
+    if sweep.best is not None:
+        for name, text in best_lines(sweep.best, sweep):
+            console.print(f"{name + ':':9}{text}", markup=False, soft_wrap=True)
+    console.print(f"Report:  {sweep.folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def write_csv(sweep: Sweep, path: Path) -> None:
+    """Writes a row for each run."""
+    rows = rows_by_run(sweep)
+
+    def write(handle: Any) -> None:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+    written(path, write)
+
+
+def write_markdown(sweep: Sweep, path: Path) -> None:
+    """Writes the table of settings, failures and the best run."""
+    rows = rows_by_setting(sweep)
+    lines = [f"# Sweep {sweep.folder.name}", "", f"{len(sweep.runs)} runs: {sweep.counts()}.", ""]
+    lines += [_cells(list(rows[0])), _cells(["---"] * len(rows[0]))]
+    lines += [_cells(list(row.values())) for row in rows]
+    if sweep.best is not None:
+        lines += ["", *(f"* {name}: `{text}`" for name, text in best_lines(sweep.best, sweep))]
+    if sweep.failed:
+        lines += ["", "## Failures", ""]
+        lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
+    written(path, lambda handle: handle.write("\n".join(lines) + "\n"))
+
+
+def written(path: Path, write: Callable[[Any], Any]) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", newline="", encoding="utf-8") as handle:
+            write(handle)
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}.") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def first_line(text: Any) -> str:
+    """The first line of an error, "" where there is none."""
+    lines = str(text or "").strip().splitlines()
+    return lines[0].removeprefix("UserError: ") if lines else ""
+
+
+def _cells(values: list[str]) -> str:
+    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _whole(value: float | None) -> str:
+    return _with(value, "{:,.0f}")
+
+
+def _with(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,176 @@
+"""What a sweep's report says, against numbers worked out here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lora_lightning.config import compose_config
+from lora_lightning.lora import UserError
+from lora_lightning.report import read_sweep, report
+from lora_lightning.report.plots import pareto_front
+
+RANKS, RATIOS, SEEDS = (2, 4, 8), (1, 2), (0, 1)
+
+
+def accuracy(rank: int, ratio: int, seed: int) -> float:
+    return 0.8 + 0.01 * rank - 0.02 * ratio + 0.005 * seed
+
+
+def write_run(folder: Path, overrides: list[str], result: dict | None, curve=()) -> None:
+    """A run's folder as far as a report reads it."""
+    (folder / ".hydra").mkdir(parents=True)
+    config = compose_config(overrides)
+    (folder / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(config))
+    (folder / ".hydra/overrides.yaml").write_text(OmegaConf.to_yaml(overrides))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    if curve:
+        (folder / "csv").mkdir()
+        lines = ["step,train/loss,val/accuracy", "1,0.7,", *(f"{s},,{v}" for s, v in curve)]
+        (folder / "csv/metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def sweep_dir(tmp_path) -> Path:
+    """12 complete jobs, one that failed, one that runs, and one that waits."""
+    root = tmp_path / "sweep"
+    for job, (rank, ratio, seed) in enumerate(product(RANKS, RATIOS, SEEDS)):
+        value = accuracy(rank, ratio, seed)
+        result = {
+            "status": "completed",
+            "objective": value,
+            "val/accuracy": value,
+            "test/accuracy": value - 0.1,
+            "trainable_parameters": 1000 * rank,
+            "seconds": 2.0,
+        }
+        overrides = [f"lora.rank={rank}", f"lora.alpha_ratio={ratio}", f"seed={seed}"]
+        write_run(root / str(job), [*overrides, "lora.use_rslora=true"], result, [(5, value)])
+    more = ["lora.alpha_ratio=1", "seed=0", "lora.use_rslora=true"]
+    failed = {"status": "failed", "error": "UserError: <rank> is too large\nand so on"}
+    write_run(root / "12", ["lora.rank=16", *more], failed)
+    write_run(root / "13", ["lora.rank=32", *more], {"status": "running"}, [(5, 0.4)])
+    write_run(root / "14", ["lora.rank=64", *more], None)
+    return root
+
+
+def test_settings_are_means_over_seeds_the_best_first(sweep_dir):
+    sweep = read_sweep(sweep_dir)
+    assert sweep.varied == ["lora.rank", "lora.alpha_ratio", "seed"]
+    assert sweep.counts() == "12 completed, 1 failed, 1 running, 1 waiting"
+    best = sweep.settings[0]
+    assert best.values == {"lora.rank": "8", "lora.alpha_ratio": "1"}
+    values = [accuracy(8, 1, seed) for seed in SEEDS]
+    assert best.mean("objective") == pytest.approx(statistics.fmean(values))
+    assert best.deviation("objective") == pytest.approx(statistics.stdev(values))
+    means = [setting.mean("objective") for setting in sweep.settings[:6]]
+    assert means == sorted(means, reverse=True)
+    assert len(sweep.settings) == 9
+    assert (sweep.best.job, sweep.headline) == ("9", "test/accuracy")
+    assert sweep.best.adapter == {"rank": 8, "alpha": 8.0, "scale": pytest.approx(8 / 8**0.5)}
+
+
+def test_where_less_is_better_the_least_is_the_best(sweep_dir):
+    for path in sweep_dir.glob("*/.hydra/config.yaml"):
+        config = OmegaConf.load(path)
+        config.task.mode = "min"
+        OmegaConf.save(config, path)
+    assert read_sweep(sweep_dir).best.job == "2"  # rank 2, ratio 2, seed 0
+
+
+def test_what_is_written(sweep_dir, capsys):
+    report(sweep_dir)
+    said = capsys.readouterr().out
+    assert "job 12 failed: <rank> is too large" in said
+    rows = list(csv.DictReader((sweep_dir / "results.csv").open()))
+    assert [row["job"] for row in rows] == [str(job) for job in range(15)]
+    for row, (rank, ratio, seed) in zip(rows, product(RANKS, RATIOS, SEEDS), strict=False):
+        assert float(row["objective"]) == accuracy(rank, ratio, seed)
+        assert float(row["scale"]) == pytest.approx(ratio * rank / rank**0.5)
+        assert (row["seed"], row["test/accuracy"]) == (
+            str(seed),
+            str(accuracy(rank, ratio, seed) - 0.1),
+        )
+    assert (rows[12]["objective"], rows[12]["error"]) == ("", "<rank> is too large")
+    markdown = (sweep_dir / "report.md").read_text()
+    assert "| 8 9 | 8 | 1 | 2.828 | 0.8625 ± 0.0035 | 0.7625 ± 0.0035 | 8,000 | 2 s |" in markdown
+    page = (sweep_dir / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "&lt;rank&gt; is too large" in page
+    assert "<rank>" not in page
+    for rank, ratio in product(RANKS, RATIOS):  # each cell of the heatmap
+        assert f"{statistics.fmean(accuracy(rank, ratio, s) for s in SEEDS):.4f}</text>" in page
+    linked = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
+    assert all(target.startswith(("#", "data:")) for target in linked)  # nothing to load
+    command = shlex.split(read_sweep(sweep_dir).best.command)
+    assert command[:2] == ["lora-lightning", "train"]
+    again = compose_config(command[2:])
+    assert (again.lora.rank, again.lora.alpha_ratio, again.seed) == (8, 1, 1)
+    before = page
+    report(sweep_dir)
+    assert (sweep_dir / "report.html").read_text() == before
+
+
+def test_pareto_front():
+    points = [(1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7), (4, 0.9), (5, 0.8)]
+    assert pareto_front(points) == {0, 1, 4}
+
+
+def test_mistakes_are_told(tmp_path, run_cli):
+    with pytest.raises(UserError, match="holds no run"):
+        read_sweep(tmp_path)
+    for arguments, told in (
+        ([str(tmp_path / "none")], "no such folder"),
+        ([], "takes the folder of a sweep"),
+        (["lora.rank=2"], "takes the folder of a sweep"),
+    ):
+        status, _, err = run_cli("report", *arguments)
+        assert status == 2
+        assert told in err
+
+
+def test_one_job_without_anything_measured(tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora=full"], {"status": "running"})
+    status, out, err = run_cli("report", str(tmp_path))
+    assert status == 0, err
+    assert "1 running" in out
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_in_a_browser(sweep_dir, tmp_path):
+    """It is laid out: the pictures have a size and none is wider than the page."""
+    report(sweep_dir)
+    page = sweep_dir / "report.html"
+    probe = (
+        "<script>onload=()=>{document.title=JSON.stringify([...document.querySelectorAll('svg')]"
+        ".map(s=>s.getBoundingClientRect()).map(r=>[r.width,r.height,r.right])"
+        ".concat([[innerWidth,document.documentElement.scrollWidth,0]]))}</script>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, probed.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+    *pictures, (inner, scrolled, _) = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    assert len(pictures) == 4
+    assert all(width > 200 and height > 100 for width, height, _ in pictures)
+    assert all(right <= inner for _, _, right in pictures)
+    assert scrolled <= inner
