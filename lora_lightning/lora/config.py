@@ -31,6 +31,9 @@ class LoraConfig:
     """Numerator of the scaling. None: `alpha_ratio * rank`, also for ranks in `rank_pattern`."""
     alpha_ratio: float = 2.0
     """alpha / rank where alpha is not given."""
+    scale: float | None = None
+    """The scaling itself, in the place of alpha: alpha is then scale * rank, or with rsLoRA
+    scale * sqrt(rank), so that no rank and no rule changes the size of the update."""
     dropout: float = 0.0
     """Probability of dropping an input of A during training."""
     targets: Any = ALL_LINEAR
@@ -58,11 +61,7 @@ class LoraConfig:
         _positive_int("lora.rank", self.rank)
         for name, rank in self.rank_pattern.items():
             _positive_int(f"lora.rank_pattern[{name!r}]", rank)
-        if self.alpha is not None:
-            _positive("lora.alpha", self.alpha)
-        _positive("lora.alpha_ratio", self.alpha_ratio)
-        for name, alpha in self.alpha_pattern.items():
-            _positive(f"lora.alpha_pattern[{name!r}]", alpha)
+        self._check_scaling()
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
         _choice("lora.bias", self.bias, BIAS_MODES)
@@ -84,6 +83,22 @@ class LoraConfig:
                 "lora.layers_pattern says where lora.layers counts: give lora.layers too."
             )
 
+    def _check_scaling(self) -> None:
+        if self.alpha is not None:
+            _positive("lora.alpha", self.alpha)
+        _positive("lora.alpha_ratio", self.alpha_ratio)
+        if self.scale is not None:
+            _positive("lora.scale", self.scale)
+            others = {"alpha": None, "alpha_ratio": LoraConfig.alpha_ratio}
+            for name, default in others.items():
+                if getattr(self, name) != default:
+                    raise UserError(
+                        f"lora.scale={self.scale:g} and lora.{name}={getattr(self, name):g} both "
+                        "say how the update is scaled: leave out one of them."
+                    )
+        for name, alpha in self.alpha_pattern.items():
+            _positive(f"lora.alpha_pattern[{name!r}]", alpha)
+
     def rank_of(self, name: str) -> int:
         """Rank of the module called `name`."""
         key = pattern_for(self.rank_pattern, name)
@@ -94,12 +109,20 @@ class LoraConfig:
         key = pattern_for(self.alpha_pattern, name)
         if key is not None:
             return float(self.alpha_pattern[key])
-        return float(self.alpha_ratio * self.rank_of(name) if self.alpha is None else self.alpha)
+        return self.default_alpha(self.rank_of(name))
+
+    def default_alpha(self, rank: int) -> float:
+        """Alpha of modules of that rank for which `alpha_pattern` has none."""
+        if self.scale is not None:
+            return float(self.scale * self._divisor(rank))
+        return float(self.alpha_ratio * rank if self.alpha is None else self.alpha)
 
     def scaling_of(self, name: str) -> float:
         """The factor s in W + s B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_of(name) / self._divisor(self.rank_of(name))
+
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.use_rslora else rank
 
 
 def pattern_for(patterns: dict[str, Any], name: str) -> str | None:

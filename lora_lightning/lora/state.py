@@ -167,8 +167,7 @@ def to_peft_config(
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: adapter._alphas[name] for name in layers}
     rank, rank_pattern = _common(ranks, config.rank)
-    default_alpha = float(config.alpha_ratio * rank if config.alpha is None else config.alpha)
-    alpha, alpha_pattern = _common(alphas, default_alpha)
+    alpha, alpha_pattern = _common(alphas, config.default_alpha(rank))
     return {
         "alpha_pattern": {name: _plain(value) for name, value in alpha_pattern.items()},
         "auto_mapping": None,

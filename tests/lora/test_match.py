@@ -209,6 +209,9 @@ def test_what_matches_nothing_is_an_error(settings, option, wrong, near, listed)
         ({"alpha": -1}, "lora.alpha must be a positive number, got -1"),
         ({"alpha": float("nan")}, "lora.alpha must be a positive number"),
         ({"alpha_ratio": 0}, "lora.alpha_ratio must be a positive number"),
+        ({"scale": 0}, "lora.scale must be a positive number"),
+        ({"scale": 2.0, "alpha": 8}, "lora.scale=2 and lora.alpha=8 both say"),
+        ({"scale": 2.0, "alpha_ratio": 1.0}, "lora.scale=2 and lora.alpha_ratio=1 both say"),
         ({"dropout": 1.0}, "lora.dropout must be a number in"),
         ({"dropout": "much"}, "lora.dropout must be a number in"),
         ({"bias": "some"}, "lora.bias must be one of none, all, lora_only"),
@@ -227,6 +230,13 @@ def test_what_matches_nothing_is_an_error(settings, option, wrong, near, listed)
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scale_is_the_scaling_at_every_rank(use_rslora):
+    config = LoraConfig(rank=4, scale=1.5, use_rslora=use_rslora, rank_pattern={"0": 9})
+    assert (config.scaling_of("0"), config.scaling_of("1")) == (1.5, 1.5)
+    assert config.alpha_of("0") == 1.5 * (3 if use_rslora else 9)
 
 
 class WithTorchLayers(nn.Module):

@@ -133,6 +133,7 @@ def test_what_is_recorded(tmp_path):
     [
         {"rank_pattern": {"query": 5}, "alpha_pattern": {"layer.1.intermediate.dense": 2.5}},
         {"rank_pattern": {r".*layer\.0.*": 2}, "alpha": None},
+        {"rank_pattern": {r".*layer\.0.*": 2}, "alpha": None, "scale": 0.7, "use_rslora": True},
         {"rank_pattern": {"query": 5, "key": 2, "value": 7}, "targets": ["query", "key", "value"]},
         {"targets": r".*layer\.1\..*(query|output\.dense)", "use_rslora": True},
         {"targets": ["query", "dense"], "exclude": ["pooler.dense"], "layers": [1]},
