@@ -165,7 +165,8 @@ def _run_hydra(arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from .config import CONFIG_MODULE, CONFIG_NAME, explain, register_schemas
-    from .launch.process import SweepError, register
+    from .launch import register
+    from .launch.process import SweepError
     from .lora.errors import UserError
 
     register_schemas()

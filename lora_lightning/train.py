@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -40,12 +40,13 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 
 
-def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
+def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
     """Trains, tests on the best adapter, and writes the run's folder `config.output_dir`.
 
     Args:
         config: a composed config, see conf/train.yaml.
         resume: go on from the folder's last checkpoint.
+        changes: arguments of Lightning's Trainer, over those of the config.
 
     Returns:
         The content of result.json.
@@ -71,7 +72,7 @@ def train(config: DictConfig, *, resume: bool = False) -> dict[str, Any]:
         writable(run_dir)
         write_json(run_dir / RESULT, result)
     try:
-        _run(config, settings, run_dir, checkpoint, result)
+        _run(config, settings, run_dir, checkpoint, result, changes)
         result["status"] = "completed"
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
@@ -93,12 +94,13 @@ def _run(
     run_dir: Path,
     checkpoint: Path | None,
     result: dict[str, Any],
+    changes: dict[str, Any],
 ) -> None:
     """The run itself; what comes out is added to `result`."""
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, **changes)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, RunClock) for callback in callbacks):
         callbacks.insert(0, RunClock())
@@ -157,6 +159,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
+    arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters
     for key in map(str, arguments):
@@ -166,16 +169,17 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 f"{did_you_mean(key, known)}"
             )
     callbacks = instantiate_all(config.callbacks)
+    if not arguments.get("enable_progress_bar", True):  # Lightning calls that a contradiction
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = instantiate_all(config.logger)
     try:
         return L.Trainer(
             **{
-                **{str(key): value for key, value in arguments.items()},
                 "callbacks": callbacks,
                 "logger": loggers or False,
                 "default_root_dir": config.output_dir,
                 "use_distributed_sampler": False,
-                **changes,
+                **{str(key): value for key, value in arguments.items()},
             }
         )
     except (TypeError, ValueError, RuntimeError) as error:

@@ -34,6 +34,7 @@ ALLOWED = {
     "callbacks": MODEL_SIDE | {"module"},
     "storage": MODEL_SIDE | {"module"},
     "train": RUN_SIDE | {"precision"},
+    "packed": RUN_SIDE | {"train", "launch"},
     "report": {"lora", "config"},
     "launch": {"lora", "config", "report"},
     "inference": RUN_SIDE,
@@ -47,7 +48,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "hydra": {"config", "cli", "launch", "report/sweep"},
-    "lightning": {"module", "data/datamodule", "callbacks", "parallel", "train"},
+    "lightning": {"module", "data/datamodule", "callbacks", "parallel", "train", "packed"},
     "peft": set(),
 }
 

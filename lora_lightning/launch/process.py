@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -22,7 +21,7 @@ from ..config import config_hash, read_config
 from ..lora.errors import UserError
 from ..report import report
 from .folder import note
-from .queue import LOG, Job, JobQueue
+from .queue import LOG, Job, JobQueue, Work
 from .table import JobTable
 
 LOCK = ".lock"
@@ -87,7 +86,7 @@ class ProcessLauncher(Launcher):
             places = self._places(planned[0][1]) if planned else []
             with JobTable(sweep_dir, jobs) as table:
                 JobQueue(
-                    jobs,
+                    self.divide([pair for pair in planned if pair[0].state == "waiting"]),
                     places,
                     fail_fast=self.fail_fast,
                     show=table.show,
@@ -98,6 +97,10 @@ class ProcessLauncher(Launcher):
             failure = _failure(jobs)
             note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
         return [_returned(job, config, failure) for job, config in planned]
+
+    def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
+        """What the processes are to do: a job each."""
+        return [Work([job]) for job, _ in planned]
 
     def _overrides(self) -> list[str]:
         given = self.config.hydra.overrides
@@ -143,14 +146,6 @@ class ProcessLauncher(Launcher):
             tuple(gpus[start : start + each]) for start in range(0, len(gpus) - each + 1, each)
         ]
         return sets if self.jobs == "auto" else (sets * self.jobs)[: self.jobs]
-
-
-def register() -> None:
-    """Makes the launcher known to Hydra.
-
-    It finds plugins by itself only where this package is not installed editable.
-    """
-    Plugins.instance().register(ProcessLauncher)
 
 
 def visible_gpus() -> list[str]:

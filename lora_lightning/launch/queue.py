@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,8 @@ class Job:
     state: str = "waiting"
     """waiting, running, completed, failed, interrupted, or kept: completed by an earlier sweep."""
     status: int | None = None
-    """Exit status of the process."""
-    started: float = 0.0
+    """Exit status of its process."""
     seconds: float = 0.0
-    process: subprocess.Popen[bytes] | None = None
-    devices: tuple[str, ...] | None = field(default=None, repr=False)
 
     def result(self) -> dict[str, Any]:
         """Its result.json, as far as it has come."""
@@ -97,27 +94,107 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@dataclass
+class Work:
+    """What a process does: one job, or several that train together."""
+
+    jobs: list[Job]
+    process: subprocess.Popen[bytes] | None = None
+    devices: tuple[str, ...] | None = None
+    started: float = 0.0
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        folders = [str(job.folder) for job in self.jobs]
+        if len(folders) == 1:
+            return [sys.executable, "-m", "lora_lightning", "train", f"resume={folders[0]}"]
+        return [sys.executable, "-m", "lora_lightning.packed", *folders]
+
+    def start(
+        self, devices: tuple[str, ...] | None, *, threads: int | None, inherit: tuple[int, ...]
+    ) -> None:
+        """Starts the process; what it prints goes to the first job's log."""
+        with (self.jobs[0].folder / LOG).open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=environment_of_job(os.environ, devices, threads=threads),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
+                pass_fds=inherit,
+            )
+        self.devices, self.started = devices, time.monotonic()
+        for job in self.jobs:
+            job.state = "running"
+
+    def look(self) -> bool:
+        """Takes note of how far the jobs are; whether the process has ended."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        status = self.process.poll()
+        for job in self.jobs:
+            if job.state != "running":
+                continue
+            job.seconds = time.monotonic() - self.started
+            told = str(job.result().get("status"))
+            if status is not None:
+                job.status = 2 if _is_mistake(job) else status
+                job.state = told if told in ("completed", "interrupted") else "failed"
+            elif len(self.jobs) > 1 and told in ("completed", "failed"):
+                job.state, job.status = told, 2 if _is_mistake(job) else None
+        if status is not None:
+            self.process.stdin.close()
+        return status is not None
+
+    def ask_to_stop(self) -> None:
+        """Asks the process to save its state and end."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, patience: float) -> None:
+        """Waits for it to end, and kills it when it takes too long."""
+        assert self.process is not None
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        before = {job.number for job in self.jobs if job.state == "running"}
+        self.look()
+        for job in self.jobs:
+            if job.number in before and job.result().get("status") == "running":
+                job.state = "interrupted"  # it had not come far enough to say so itself
+
+
+def _is_mistake(job: Job) -> bool:
+    return str(job.result().get("error", "")).startswith("UserError: ")
+
+
 class JobQueue:
-    """Runs jobs, each in a process of its own, as many at a time as there are places.
+    """Runs work, each in a process of its own, as much at a time as there are places.
 
     Args:
-        jobs: what is to be run; those that are not "waiting" are left alone.
+        work: what is to be run.
         places: GPUs of each place (entries of CUDA_VISIBLE_DEVICES), or None on a CPU.
         fail_fast: whether a failure stops the others.
-        show: called with the jobs when something has happened, and every half second.
-        inherit: file descriptors that jobs keep open.
+        show: called when something has happened, and every half second.
+        inherit: file descriptors that the processes keep open.
     """
 
     def __init__(
         self,
-        jobs: list[Job],
+        work: list[Work],
         places: list[tuple[str, ...] | None],
         *,
         fail_fast: bool = False,
-        show: Callable[[list[Job]], None] = lambda jobs: None,
+        show: Callable[[], None] = lambda: None,
         inherit: tuple[int, ...] = (),
     ) -> None:
-        self.jobs = jobs
+        self.waiting = list(work)
+        self.running: list[Work] = []
+        self.jobs = [job for item in work for job in item.jobs]
         self.free = list(places)
         self.fail_fast = fail_fast
         self.show = show
@@ -126,73 +203,33 @@ class JobQueue:
         self.threads = max(1, (os.cpu_count() or 1) // len(places)) if shared else None
 
     def run(self) -> None:
-        """Until none is waiting or running. What interrupts it has the running jobs save first."""
+        """Until all has ended. What interrupts it has the running jobs save first."""
         try:
             while self._advance():
-                self.show(self.jobs)
+                self.show()
                 time.sleep(0.5)
-            self.show(self.jobs)
-        except BaseException:
+        finally:
             self._stop_all()
-            self.show(self.jobs)
-            raise
+            self.show()
 
     def _advance(self) -> bool:
-        """Takes note of jobs that have ended, starts others; whether there is more to do."""
-        for job in self._running():
-            self._look_at(job)
+        """Takes note of what has ended, starts more; whether there is more to do."""
+        for item in list(self.running):
+            if item.look():
+                self.running.remove(item)
+                self.free.append(item.devices)
         if self.fail_fast and any(job.state == "failed" for job in self.jobs):
-            self._stop_all()
             return False
-        for job in self.jobs:
-            if job.state == "waiting" and self.free:
-                self._start(job, self.free.pop(0))
-        return bool(self._running())
-
-    def _running(self) -> list[Job]:
-        return [job for job in self.jobs if job.state == "running"]
-
-    def _start(self, job: Job, devices: tuple[str, ...] | None) -> None:
-        command = [sys.executable, "-m", "lora_lightning", "train", f"resume={job.folder}"]
-        environment = environment_of_job(os.environ, devices, threads=self.threads)
-        with (job.folder / LOG).open("ab") as log:
-            job.process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
-                pass_fds=self.inherit,
-            )
-        job.devices, job.state, job.started = devices, "running", time.monotonic()
-
-    def _look_at(self, job: Job) -> None:
-        assert job.process is not None
-        job.seconds = time.monotonic() - job.started
-        job.status = job.process.poll()
-        if job.status is None:
-            return
-        told = job.result().get("status")
-        done = job.status == 0 and told == "completed"
-        job.state = "completed" if done else "interrupted" if told == "interrupted" else "failed"
-        assert job.process.stdin is not None
-        job.process.stdin.close()
-        self.free.append(job.devices)
+        while self.waiting and self.free:
+            item = self.waiting.pop(0)
+            item.start(self.free.pop(0), threads=self.threads, inherit=self.inherit)
+            self.running.append(item)
+        return bool(self.running)
 
     def _stop_all(self) -> None:
-        """Asks the running jobs to save their state and end; kills those that take too long."""
-        for job in self._running():
-            assert job.process is not None
-            job.process.send_signal(signal.SIGTERM)
+        for item in self.running:
+            item.ask_to_stop()
         until = time.monotonic() + PATIENCE
-        for job in self._running():
-            assert job.process is not None
-            try:
-                job.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(job.process.pid, signal.SIGKILL)
-                job.process.wait()
-            self._look_at(job)
-            if job.state == "failed" and job.status in (-signal.SIGTERM, -signal.SIGKILL):
-                job.state = "interrupted"  # it had not come far enough to say so itself
+        for item in self.running:
+            item.stop(max(0.0, until - time.monotonic()))
+        self.running = []

@@ -27,7 +27,7 @@ class JobTable:
 
     def __init__(self, sweep_dir: Path, jobs: list[Job]) -> None:
         self.console = Console(soft_wrap=True, highlight=False)
-        self.sweep_dir = sweep_dir
+        self.sweep_dir, self.jobs = sweep_dir, jobs
         self.told = {job.number: job.state for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False)
         kept = sum(job.state == "kept" for job in jobs)
@@ -47,12 +47,12 @@ class JobTable:
     ) -> None:
         self.live.stop()
 
-    def show(self, jobs: list[Job]) -> None:
+    def show(self) -> None:
         """Shows how things stand."""
         if self.console.is_terminal:
-            self.live.update(self._table(jobs), refresh=True)
+            self.live.update(self._table(self.jobs), refresh=True)
             return
-        for job in jobs:
+        for job in self.jobs:
             if self.told[job.number] != job.state:
                 self.told[job.number] = job.state
                 ended = job.state != "running"

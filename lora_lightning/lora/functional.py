@@ -82,11 +82,7 @@ class _FusedLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         a, b = lora_A.to(rows.dtype), lora_B.to(rows.dtype)
-        mask = None
-        dropped = rows
-        if dropout > 0.0:
-            dropped, mask = torch.native_dropout(rows, dropout, True)
-        down = torch.mm(dropped, a.t()).mul_(scaling)  # (N, r)
+        down, mask = _down(rows, a, scaling, dropout)
         output = F.linear(rows, weight, bias)
         output.addmm_(down, b.t())
         ctx.save_for_backward(rows, mask, weight, a, b, down)
@@ -99,21 +95,62 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         rows, mask, weight, a, b, down = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
-        grad_x = grad_a = grad_b = None
-        if wants_b:
-            # As (r, out): a product whose long side is the inner one is slow where out comes first.
-            grad_b = torch.mm(down.t(), grad_rows).t().to(ctx.types[1])
-        up = torch.mm(grad_rows, b).mul_(ctx.scaling)  # (N, r)
-        if wants_a:
-            dropped = rows if mask is None else _dropped(rows, mask, ctx.dropout)
-            grad_a = torch.mm(up.t(), dropped).to(ctx.types[0])
-        if wants_x:
-            grad_x = torch.mm(grad_rows, weight)
-            if mask is None:
-                grad_x.addmm_(up, a)
-            else:
-                grad_x.add_(_dropped(torch.mm(up, a), mask, ctx.dropout))
+        grad_x = torch.mm(grad_rows, weight) if wants_x else None
+        grad_a, grad_b = _low_rank_backward(
+            grad_rows,
+            rows,
+            mask,
+            a,
+            b,
+            down,
+            scaling=ctx.scaling,
+            dropout=ctx.dropout,
+            add_to=grad_x,
+            wants=(wants_a, wants_b),
+        )
+        type_a, type_b = ctx.types
+        grad_a = None if grad_a is None else grad_a.to(type_a)
+        grad_b = None if grad_b is None else grad_b.to(type_b)
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """Scaling * dropout(x) A^T as (N, r), and the mask of what was kept."""
+    mask = None
+    if dropout > 0.0:
+        rows, mask = torch.native_dropout(rows, dropout, True)
+    return torch.mm(rows, a.t()).mul_(scaling), mask
+
+
+def _low_rank_backward(
+    grad_rows: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    down: Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    add_to: Tensor | None,
+    wants: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B, each if wanted; that of x is added to `add_to`."""
+    grad_a = grad_b = None
+    wants_a, wants_b = wants
+    if wants_b:
+        # As (r, out): a product whose long side is the inner one is slow where out comes first.
+        grad_b = torch.mm(down.t(), grad_rows).t()
+    up = torch.mm(grad_rows, b).mul_(scaling)  # (N, r)
+    if wants_a:
+        dropped = rows if mask is None else _dropped(rows, mask, dropout)
+        grad_a = torch.mm(up.t(), dropped)
+    if add_to is not None:
+        if mask is None:
+            add_to.addmm_(up, a)
+        else:
+            add_to.add_(_dropped(torch.mm(up, a), mask, dropout))
+    return grad_a, grad_b
 
 
 def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:

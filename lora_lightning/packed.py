@@ -1,0 +1,533 @@
+"""Runs of a sweep that train together in one process, on one frozen base.
+
+Each run is the ordinary `train` of one config, with a Trainer, callbacks, loggers and a folder of
+its own, in a thread of its own; but only one thread works at a time. They meet where the frozen
+base is: a run that calls its model's backbone hands in its inputs and waits. When all wait, inputs
+of one shape are stacked and go through the base once, with each run's adapter on its own rows; each
+run gets its rows of the output and goes on with its own head and loss. After its backward pass it
+waits again, until the gradients of all have gone back through the base, once.
+
+A run is thereby what it is alone: the same batches, the same random numbers (each thread has its
+own generators), the same products for all that is its own. On a CPU it ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .config import read_config
+from .lora import UserError
+from .lora.stacked import Stack, stacked_model
+from .module import LoraModule
+from .train import train
+
+LOG = "log.txt"
+
+
+@dataclass
+class Forward:
+    """A run's call of its backbone: inputs, and the state of torch that they are to meet."""
+
+    leaves: list[Any]
+    shape: Any
+    training: bool
+    grad: bool
+    inference: bool
+    autocast: tuple[bool, torch.dtype]
+    order: tuple[int, int]
+    answer: Any = None
+    error: BaseException | None = None
+
+    @property
+    def key(self) -> Any:
+        """Equal for calls that can be stacked."""
+        leaves = tuple(
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in self.leaves
+        )
+        return self.order, leaves, str(self.shape), self.training, self.grad, self.autocast
+
+    @property
+    def tokens(self) -> int:
+        """Rows x positions."""
+        return next(leaf.shape[:2].numel() for leaf in self.leaves if isinstance(leaf, Tensor))
+
+
+@dataclass
+class Pass:
+    """A stacked forward pass that waits for the gradients of its outputs."""
+
+    slots: list[Slot]
+    outputs: list[Tensor]
+    """Outputs that have a gradient."""
+    parts: dict[int, list[Tensor]]
+    """By slot, its rows of each of them, cut off from the graph."""
+
+
+@dataclass
+class Backward:
+    """A run's word that its part of a pass's outputs has its gradient."""
+
+    of: Pass
+    answer: Any = None
+    error: BaseException | None = None
+
+
+@dataclass
+class Slot:
+    """A run, its thread, and what it waits for."""
+
+    number: int
+    folder: Path
+    config: DictConfig
+    out: TextIO
+    thread: threading.Thread | None = None
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    request: Forward | Backward | None = None
+    random: Any = None
+    """State of the generators while another thread works."""
+    module: LoraModule | None = None
+    trainer: L.Trainer | None = None
+    has_fit: bool = False
+    passed: Pass | None = None
+    """The pass whose backward is still to come."""
+    ended: bool = False
+    error: BaseException | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """How far the run is: tests before training, batches, tests after it."""
+        assert self.trainer is not None
+        if self.trainer.state.fn == "fit":
+            return 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return (2 if self.has_fit else 0), 0
+
+
+class SlotStrategy(SingleDeviceStrategy):
+    """One device, whose frozen base several runs share."""
+
+    def __init__(self, pack: Pack, slot: Slot, device: torch.device) -> None:
+        super().__init__(device)
+        self.pack, self.slot = pack, slot
+
+    def setup(self, trainer: L.Trainer) -> None:
+        self.slot.trainer = trainer
+        self.slot.has_fit |= trainer.state.fn == "fit"
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        assert isinstance(self.lightning_module, LoraModule)
+        if self.slot.module is None:
+            self.pack.share(self.slot, self.lightning_module)
+        super().model_to_device()
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        self.pack.finish_backward(self.slot)
+
+    def teardown(self) -> None:
+        # Lightning's own would take the base off the device while others still use it.
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class Pack:
+    """Runs that are trained together.
+
+    Args:
+        folders: the runs' folders, each with its .hydra/config.yaml.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.slots: list[Slot] = []
+        for number, folder in enumerate(folders):
+            config = read_config(folder / ".hydra" / "config.yaml")
+            config.output_dir = str(folder)
+            out = (folder / LOG).open("a", encoding="utf-8", buffering=1)
+            self.slots.append(Slot(number, folder, config, out))
+        self.back = threading.Semaphore(0)
+        self.stopping = False
+        self.stack = Stack(randomness=self._randomness)
+        self.stacked: nn.Module | None = None
+        self.device = _device(self.slots[0].config)
+
+    # The threads -------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains all runs to their end; what went wrong in one stands in its `error`."""
+        for slot in self.slots:
+            slot.random = _random_state()
+            slot.thread = threading.Thread(target=self._body, args=[slot], daemon=True)
+            slot.thread.start()
+        try:
+            self._loop()
+        except KeyboardInterrupt:
+            self.stopping = True
+            for slot in self.slots:
+                while not slot.ended:
+                    self._turn(slot)
+            raise
+        finally:
+            for slot in self.slots:
+                slot.out.close()
+
+    def _loop(self) -> None:
+        while True:
+            for slot in self.slots:
+                request = slot.request
+                free = request is None or request.answer is not None or request.error is not None
+                if free and not slot.ended:
+                    self._turn(slot)
+            if all(slot.ended for slot in self.slots):
+                return
+            self._serve()
+
+    def _turn(self, slot: Slot) -> None:
+        """Lets a run work until it waits again, or ends."""
+        outside = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = slot.out
+        _set_random_state(slot.random)
+        interrupted = False
+        slot.go.release()
+        while True:
+            try:
+                self.back.acquire()
+                break
+            except KeyboardInterrupt:  # not before the run has come to rest
+                interrupted = True
+        slot.random = _random_state()
+        sys.stdout, sys.stderr = outside
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def _body(self, slot: Slot) -> None:
+        slot.go.acquire()
+        try:
+            strategy = SlotStrategy(self, slot, self.device)
+            train(
+                slot.config,
+                resume=True,
+                strategy=strategy,
+                devices=1,
+                enable_progress_bar=False,  # a process can have one alone
+            )
+        except UserError as error:
+            slot.error = error
+            print(f"error: {error}", file=slot.out)
+        except BaseException as error:
+            slot.error = error
+            if not self.stopping:
+                traceback.print_exc(file=slot.out)
+        finally:
+            slot.ended = True
+            slot.request = slot.passed = None
+            self.back.release()
+
+    def _wait(self, slot: Slot, request: Forward | Backward) -> Any:
+        """Within a run's thread: hands in a request, and returns its answer."""
+        slot.request = request
+        self.back.release()
+        slot.go.acquire()
+        if self.stopping:
+            raise SystemExit("the sweep was stopped")
+        if request.error is not None:
+            raise request.error
+        return request.answer
+
+    # What a run calls --------------------------------------------------------------------------
+
+    def share(self, slot: Slot, module: LoraModule) -> None:
+        """Gives a run's model the frozen tensors of the first, and has its backbone meet others.
+
+        Raises:
+            UserError: the model cannot be shared.
+        """
+        model = module.model
+        assert model is not None
+        backbone: Any = model.base_model
+        if backbone is model:
+            raise UserError(
+                f"{type(model).__name__} has no separate backbone, so that its adapters cannot be "
+                "trained together. Use the process launcher: hydra/launcher=process."
+            )
+        shared = next((other.module for other in self.slots if other.module is not None), None)
+        if shared is not None:
+            assert shared.model is not None
+            _share_frozen(model, shared.model)
+        slot.module = module
+        alone = backbone.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaves, shape = tree_flatten((args, kwargs))
+            if not _stackable(leaves, kwargs):
+                return alone(*args, **kwargs)
+            kind = self.device.type
+            request = Forward(
+                leaves,
+                shape,
+                training=backbone.training,
+                grad=torch.is_grad_enabled(),
+                inference=torch.is_inference_mode_enabled(),
+                autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+                order=slot.order,
+            )
+            return self._wait(slot, request)
+
+        backbone.forward = forward
+
+    def finish_backward(self, slot: Slot) -> None:
+        """Waits until the gradients of a run's last pass have gone back through the base."""
+        if slot.passed is not None:
+            passed, slot.passed = slot.passed, None
+            self._wait(slot, Backward(passed))
+
+    # The base ----------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Answers some of the requests that wait: backward passes first, then who is behind."""
+        waiting = [slot for slot in self.slots if not slot.ended]
+        passes = [slot.request.of for slot in waiting if isinstance(slot.request, Backward)]
+        if passes:
+            passed = passes[0]
+            served = [s for s in waiting if s.request and getattr(s.request, "of", 0) is passed]
+            self._answer(served, lambda: self._backward(passed))
+            return
+        calls = [(slot, slot.request) for slot in waiting if isinstance(slot.request, Forward)]
+        first = min(calls, key=lambda call: call[1].order)[1]
+        same = [slot for slot, request in calls if request.key == first.key]
+        served = same[: self._at_a_time(first)]
+        self._answer(served, lambda: self._forward(served))
+
+    @staticmethod
+    def _answer(slots: list[Slot], work: Any) -> None:
+        try:
+            work()
+        except Exception as error:
+            for slot in slots:
+                assert slot.request is not None
+                slot.request.error = error
+
+    def _at_a_time(self, call: Forward) -> int:
+        """Slots in a pass: as many as data.max_tokens has room for."""
+        module = self.slots[0].module or next(s.module for s in self.slots if s.module)
+        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        limit = data.max_tokens
+        return len(self.slots) if limit is None else max(1, limit // call.tokens)
+
+    def _model(self) -> nn.Module:
+        if self.stacked is None:
+            backbones = {
+                slot.number: slot.module.model.base_model  # type: ignore[union-attr]
+                for slot in self.slots
+                if slot.module is not None and not slot.ended
+            }
+            self.stacked = stacked_model(backbones, self.stack)  # type: ignore[arg-type]
+            for module in self.stacked.modules():
+                module.__dict__.pop("forward", None)  # the copy's, which would wait for itself
+        return self.stacked
+
+    def _forward(self, slots: list[Slot]) -> None:
+        requests = [slot.request for slot in slots]
+        first = requests[0]
+        assert isinstance(first, Forward)
+        leaves = [
+            torch.cat([request.leaves[place] for request in requests])  # type: ignore[union-attr]
+            if isinstance(leaf, Tensor)
+            else leaf
+            for place, leaf in enumerate(first.leaves)
+        ]
+        args, kwargs = tree_unflatten(leaves, first.shape)
+        model = self._model()
+        model.train(first.training)
+        enabled, dtype = first.autocast
+        with (
+            self.stack.of([slot.number for slot in slots]),
+            torch.inference_mode(first.inference),
+            torch.set_grad_enabled(first.grad),
+            torch.autocast(self.device.type, dtype=dtype, enabled=enabled),
+            SlotwiseRandomness(self.stack) if first.training else nullcontext(),
+        ):
+            output = model(*args, **kwargs)
+            self._hand_out(slots, output)
+
+    def _hand_out(self, slots: list[Slot], output: Any) -> None:
+        """Gives each slot its rows of the output."""
+        found, shape = tree_flatten(output)
+        graded = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+        passed = Pass(slots, graded, {})
+        for index, slot in enumerate(slots):
+            own, parts = [], []
+            for leaf in found:
+                if not isinstance(leaf, Tensor):
+                    own.append(leaf)
+                    continue
+                part = leaf.chunk(len(slots))[index]
+                if leaf.requires_grad:
+                    part = part.detach().requires_grad_()
+                    parts.append(part)
+                own.append(part)
+            passed.parts[slot.number] = parts
+            assert slot.request is not None
+            slot.request.answer = tree_unflatten(own, shape)
+            slot.passed = passed if graded else None
+
+    def _backward(self, passed: Pass) -> None:
+        outputs, grads = [], []
+        for place, output in enumerate(passed.outputs):
+            parts = [passed.parts[slot.number][place] for slot in passed.slots]
+            if any(part.grad is not None for part in parts):
+                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
+                outputs.append(output)
+                grads.append(torch.cat(found))
+        with self.stack.of([slot.number for slot in passed.slots]):
+            torch.autograd.backward(outputs, grads)
+        for slot in passed.slots:
+            if isinstance(slot.request, Backward):
+                slot.request.answer = True
+
+    @contextmanager
+    def _randomness(self, number: int) -> Iterator[None]:
+        """A slot's own generators, for what is drawn in a stacked pass."""
+        slot = self.slots[number]
+        _set_random_state(slot.random)
+        try:
+            yield
+        finally:
+            slot.random = _random_state()
+
+
+class SlotwiseRandomness(TorchFunctionMode):
+    """Draws what dropout draws slot by slot, each from its own generators."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.stack = stack
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _draws(func, args, kwargs):
+            return func(*args, **kwargs)
+        first = args[0] if args else next(iter(kwargs.values()))
+        rows = first.shape[0]
+
+        def share(value: Any, part: slice) -> Any:
+            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+            return value[part] if whole else value
+
+        found = []
+        for slot, part in self.stack.parts(rows):
+            with self.stack.randomness(slot):
+                own = [share(value, part) for value in args]
+                named = {name: share(value, part) for name, value in kwargs.items()}
+                found.append(func(*own, **named))
+        return torch.cat(found)
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of torch is dropout, or attention with dropout, that draws something."""
+    name = getattr(func, "__name__", "")
+    if name == "dropout":
+        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+        return bool(training) and p > 0.0
+    if name == "scaled_dot_product_attention":
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0)
+    return False
+
+
+def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a backbone is of a batch of whole rows, without a cache."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        return False
+    rows = {tensor.shape[0] if tensor.dim() > 1 else None for tensor in tensors}
+    plain = all(leaf is None or isinstance(leaf, (Tensor, bool, int, str)) for leaf in leaves)
+    return plain and len(rows) == 1 and None not in rows
+
+
+def _share_frozen(model: nn.Module, first: nn.Module) -> None:
+    """Puts the first model's frozen tensors in the place of a model's own, which are equal."""
+    theirs = _frozen(first)
+    for name, (module, leaf, tensor) in _frozen(model).items():
+        if name not in theirs:
+            continue
+        other = theirs[name][2]
+        if other is tensor:
+            continue
+        if not torch.equal(other, tensor.to(other.device)):
+            raise UserError(f"{name} is frozen, and not the same in all runs of this pack.")
+        store = module._parameters if leaf in module._parameters else module._buffers
+        store[leaf] = other  # type: ignore[assignment]
+
+
+def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Frozen parameters and buffers by their names in the bare model."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not tensor.requires_grad:
+                name = f"{path}.{leaf}".replace(".base_layer.", ".")
+                found[name] = (module, leaf, tensor)
+    return found
+
+
+def _device(config: DictConfig) -> torch.device:
+    accelerator = str(config.trainer.get("accelerator", "auto"))
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda", 0) if gpu else torch.device("cpu")
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    cpu, cuda, python, numpy = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def main(folders: list[str]) -> int:
+    """Trains the runs of these folders together. Returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pack = Pack([Path(folder) for folder in folders])
+    try:
+        pack.run()
+    except KeyboardInterrupt:
+        return 130
+    errors = [slot.error for slot in pack.slots if slot.error is not None]
+    if not errors:
+        return 0
+    return 2 if all(isinstance(error, UserError) for error in errors) else 1
+
+
+if __name__ == "__main__":
+    from .launch.queue import end_with_parent
+
+    end_with_parent()
+    sys.exit(main(sys.argv[1:]))

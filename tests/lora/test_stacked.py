@@ -1,0 +1,107 @@
+"""A stacked layer against each slot's own layer, in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.lora.stacked import Stack, StackedLayer, stacked_model
+
+CONFIGS = (
+    LoraConfig(rank=1, targets=["0", "2"]),
+    LoraConfig(rank=3, alpha=1.0, targets=["0"]),
+    LoraConfig(rank=32, targets=["0", "2"], bias="lora_only"),
+    LoraConfig(rank=4, targets=["0", "3"], modules_to_save=["2"]),
+)
+
+
+def slots() -> dict[int, nn.Module]:
+    """Models with one frozen base and an adapter each, of which no B is zero."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Linear(6, 4)).double()
+    base.requires_grad_(False)
+    frozen = {id(parameter): parameter for parameter in base.parameters()}
+    models = {}
+    for number, config in enumerate(CONFIGS):
+        model = copy.deepcopy(base)
+        adapter = Adapter(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.data = torch.randn_like(parameter, dtype=torch.float64)
+            elif not parameter.requires_grad:
+                own = base.get_parameter(name.replace(".base_layer", ""))
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, own)
+        assert id(next(iter(adapter.layers.values())).base_layer.weight) in frozen
+        models[number] = model
+    return models
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])
+def test_rows_and_gradients_are_those_of_each_alone(chosen):
+    models = slots()
+    stack = Stack()
+    stacked = stacked_model(models, stack)
+    x = torch.randn(len(chosen), 2, 3, 5, dtype=torch.float64)
+    weights = torch.randn(len(chosen), 2, 3, 4, dtype=torch.float64)
+
+    alone, truth, inputs = [], {}, []
+    for index, number in enumerate(chosen):
+        rows = x[index].clone().requires_grad_()
+        alone.append(models[number](rows))
+        (alone[-1] * weights[index]).sum().backward()
+        inputs.append(rows.grad)
+        for name, parameter in models[number].named_parameters():
+            truth[number, name] = parameter.grad
+            parameter.grad = None
+    rows = x.flatten(0, 1).requires_grad_()
+    with stack.of(chosen):
+        output = stacked(rows)
+    torch.testing.assert_close(output, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    (output * weights.flatten(0, 1)).sum().backward()
+    torch.testing.assert_close(rows.grad, torch.cat(inputs), rtol=1e-12, atol=1e-12)
+    compared = 0
+    for number in chosen:
+        for name, parameter in models[number].named_parameters():
+            expected = truth[number, name]
+            assert (parameter.grad is None) == (expected is None), name
+            if expected is not None:
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
+                compared += 1
+    assert compared >= 2 * len(chosen)
+
+
+def test_one_base_product_for_all(monkeypatch):
+    """Where all adapt a layer with plain frozen weights, it is computed once."""
+    models = slots()
+    stack = Stack()
+    layers = {number: models[number].get_submodule("0") for number in (0, 1, 3)}
+    layer = StackedLayer(layers, stack)
+    calls = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        "torch.nn.functional.linear", lambda *args: calls.append(args[0].shape) or linear(*args)
+    )
+    with stack.of([0, 1, 3]):
+        layer(torch.randn(6, 5, dtype=torch.float64))
+    assert calls == [(6, 5)]
+
+
+def test_a_frozen_tensor_exists_once():
+    models = slots()
+    stacked = stacked_model(models, Stack())
+    frozen = {id(p) for p in models[0].parameters() if not p.requires_grad}
+    assert {id(parameter) for parameter in stacked.parameters()} <= frozen | {
+        id(p) for model in models.values() for p in model.parameters()
+    }
+
+
+def test_mixed_rows_are_refused():
+    stack = Stack()
+    stacked = stacked_model(slots(), stack)
+    with stack.of([0, 1]), pytest.raises(UserError, match="mixes rows"):
+        stacked(torch.randn(5, 5, dtype=torch.float64))
