@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -169,7 +170,7 @@ class LoraDataModule(L.LightningDataModule):
         key = {
             "version": CACHE_VERSION,
             "rows": rows._fingerprint,
-            "tokenizer": self._tokenizer_signature(),
+            "tokenizer": self._tokenizer_signature,
             "max_length": self.max_length,
             **self.task.signature(),
         }
@@ -195,6 +196,7 @@ class LoraDataModule(L.LightningDataModule):
         examples["row"] = [indices[row] for row in examples.get("row", range(len(indices)))]
         return examples
 
+    @cached_property
     def _tokenizer_signature(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
