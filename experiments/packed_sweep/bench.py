@@ -141,8 +141,8 @@ def table(runs: list[dict[str, object]], gap: float) -> None:
     print("|---|---|---|---|---|")
     for way in ways:
         ratios = [ours / other for ours, other in zip(packed, times[way], strict=False)]
-        ratio = f"{statistics.median(ratios):.2f}×" if ratios else ""
-        need = f"{memory['packed'] / memory[way]:.2f}×" if packed else ""
+        ratio = f"{statistics.median(ratios):.2f}x" if ratios else ""
+        need = f"{memory['packed'] / memory[way]:.2f}x" if packed else ""
         seconds = statistics.median(times[way])
         print(f"| {way} | {seconds:.1f} | {ratio} | {memory[way]} | {need} |")
 
