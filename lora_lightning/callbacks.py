@@ -24,6 +24,18 @@ from torch import Tensor
 from .module import LoraModule
 
 
+class Paused(Exception):
+    """A run has saved its state at a rung of successive halving and goes no further now.
+
+    Args:
+        rung: step, planned steps, and name and value of the monitored metric there.
+    """
+
+    def __init__(self, rung: dict[str, Any]) -> None:
+        super().__init__(f"paused at step {rung['step']} of {rung['planned']}")
+        self.rung = rung
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a killed run goes on exactly.
 
@@ -39,16 +51,33 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: str, every_n_steps: int = 50) -> None:
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps = every_n_steps
+        self.pause_at: tuple[float, str] | None = None
+        """Share of all steps, and a metric: after the first validation there, the run pauses."""
+        self._rung: dict[str, Any] | None = None
         self._saved_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.pause_at is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        share, metric = self.pause_at
+        planned = int(trainer.estimated_stepping_batches)
+        if trainer.global_step >= share * planned and metric in trainer.callback_metrics:
+            self._rung = {
+                "step": trainer.global_step,
+                "planned": planned,
+                "monitor": metric,
+                "value": float(trainer.callback_metrics[metric]),
+            }
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        if trainer.global_step - self._saved_at < self.every_n_steps or loop._should_accumulate():
+        due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
+        if not due or loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
@@ -71,6 +100,8 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(beside, weights_only=False)
         if trainer.is_global_zero:
             os.replace(beside, self.path)
+        if self._rung is not None:
+            raise Paused(self._rung)
 
 
 class ProgressBar(RichProgressBar):

@@ -10,6 +10,8 @@ from typing import Any
 
 from .lora.errors import UserError, did_you_mean
 
+PAUSE = "pause.json"
+"""In the folder of a sweep's job: the share of its steps at which it pauses (halving)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_METRICS = ("rouge", "bleu", "chrf")
 MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")

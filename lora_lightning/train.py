@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from .callbacks import RunClock
+from .callbacks import LastCheckpoint, Paused, RunClock
 from .config import Settings, config_hash, instantiate_all, saved_settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
@@ -26,6 +26,7 @@ from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .precision import for_lightning, settle_precision
 from .quiet import quiet_libraries
+from .settings import PAUSE
 from .storage import (
     RESULT,
     folder_bytes,
@@ -64,6 +65,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     result["precision"] = config.trainer.precision
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
+    result["rungs"] = earlier.get("rungs", [])
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     if rank_zero:
@@ -74,6 +76,11 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     try:
         _run(config, settings, run_dir, checkpoint, result, changes)
         result["status"] = "completed"
+    except Paused as pause:
+        result["status"] = "paused"
+        result["rungs"] = [*result["rungs"], pause.rung]
+        result["steps"] = pause.rung["step"]
+        result["objective"] = None
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
         again = f"lora-lightning train resume={run_dir}"
@@ -102,6 +109,7 @@ def _run(
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = build_trainer(config, **changes)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    _pause_where_told(callbacks, config)
     if not any(isinstance(callback, RunClock) for callback in callbacks):
         callbacks.insert(0, RunClock())
     check_windows(trainer)
@@ -273,6 +281,17 @@ def writable(run_dir: Path) -> None:
             f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
             "for checkpoints. Free some space or give another output_dir."
         )
+
+
+def _pause_where_told(callbacks: list[L.Callback], config: DictConfig) -> None:
+    """Has the run pause at a rung, where the sweep that it is a job of says so."""
+    path = Path(config.output_dir) / PAUSE
+    if not path.is_file():
+        return
+    last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
+    if last is None:
+        raise UserError("launcher.halving needs checkpoints: leave callbacks.last as it is.")
+    last.pause_at = float(json.loads(path.read_text())["at"]), str(config.task.monitor)
 
 
 def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:

@@ -81,16 +81,21 @@ def test_wrong_settings_are_told(settings):
         ProcessLauncher(**settings)
 
 
+def once(jobs: list[Job]):
+    """Each job as work of its own, as long as it waits."""
+    return lambda idle: [Work([job]) for job in jobs if job.state == "waiting"]
+
+
 def test_a_failed_job_leaves_the_others_alone(tmp_path):
     jobs = jobs_without_config(tmp_path, 2)
-    JobQueue([Work([job]) for job in jobs], [None, None]).run()
+    JobQueue(jobs, once(jobs), [None, None]).run()
     assert [(job.state, job.status) for job in jobs] == [("failed", 2)] * 2
     assert "no .hydra/config.yaml" in jobs[0].error()
 
 
 def test_fail_fast_starts_no_more(tmp_path):
     jobs = jobs_without_config(tmp_path, 3)
-    JobQueue([Work([job]) for job in jobs], [None], fail_fast=True).run()
+    JobQueue(jobs, once(jobs), [None], fail_fast=True).run()
     assert [job.state for job in jobs] == ["failed", "waiting", "waiting"]
 
 

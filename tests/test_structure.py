@@ -36,7 +36,7 @@ ALLOWED = {
     "train": RUN_SIDE | {"precision"},
     "packed": RUN_SIDE | {"train", "launch"},
     "report": {"lora", "config"},
-    "launch": {"lora", "config", "report"},
+    "launch": {"lora", "config", "settings", "report"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
     "check": RUN_SIDE | {"train"},

@@ -21,6 +21,7 @@ from ..config import config_hash, read_config
 from ..lora.errors import UserError
 from ..report import report
 from .folder import note
+from .halving import Halving
 from .queue import LOG, Job, JobQueue, Work
 from .table import JobTable
 
@@ -41,12 +42,17 @@ class ProcessLauncher(Launcher):
         jobs: how many run at a time; "auto": one for each set of GPUs, and one on a CPU.
         gpus_per_job: GPUs of a job; "auto": as many as trainer.devices says, else one.
         fail_fast: whether the first failure stops the sweep; else the others go on.
+        halving: eta and rungs of successive halving; None: all jobs train to their end.
     """
 
     __module__ = "hydra_plugins.lora_lightning"  # where Hydra looks for it, see plugin/
 
     def __init__(
-        self, jobs: Any = "auto", gpus_per_job: Any = "auto", fail_fast: bool = False
+        self,
+        jobs: Any = "auto",
+        gpus_per_job: Any = "auto",
+        fail_fast: bool = False,
+        halving: Any = None,
     ) -> None:
         for name, value in (("jobs", jobs), ("gpus_per_job", gpus_per_job)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -55,6 +61,7 @@ class ProcessLauncher(Launcher):
         self.jobs = jobs
         self.gpus_per_job = gpus_per_job
         self.fail_fast = fail_fast
+        self.halving = halving
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -83,20 +90,37 @@ class ProcessLauncher(Launcher):
             note(sweep_dir, self._overrides(), "running")
             jobs = [job for job, _ in planned]
             _name(jobs)
-            places = self._places(planned[0][1]) if planned else []
+            first = planned[0][1]
+            halving = Halving.of(self.halving, str(first.task.get("mode", "max")))
             with JobTable(sweep_dir, jobs) as table:
                 JobQueue(
-                    self.divide([pair for pair in planned if pair[0].state == "waiting"]),
-                    places,
+                    jobs,
+                    lambda idle: self._next(planned, halving, idle=idle),
+                    self._places(first),
                     fail_fast=self.fail_fast,
                     show=table.show,
                     inherit=(lock.fileno(),),
                 ).run()
+            if halving is not None and not any(job.state == "waiting" for job in jobs):
+                halving.stop(jobs)
             if any(job.result() for job in jobs):
                 report(sweep_dir)
             failure = _failure(jobs)
             note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
         return [_returned(job, config, failure) for job, config in planned]
+
+    def _next(
+        self, planned: list[tuple[Job, DictConfig]], halving: Halving | None, *, idle: bool
+    ) -> list[Work]:
+        """What is to be run now: all that waits, or what halving lets go on."""
+        jobs = [job for job, _ in planned]
+        if halving is None:
+            chosen = [job for job in jobs if job.state == "waiting"]
+        else:
+            chosen = halving.choose(jobs, idle=idle)
+            for job in chosen:
+                halving.prepare(job)
+        return self.divide([pair for pair in planned if pair[0] in chosen])
 
     def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
         """What the processes are to do: a job each."""
@@ -123,8 +147,9 @@ class ProcessLauncher(Launcher):
                 f"{folder} holds a job with other settings, so this is not the sweep that "
                 f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR."
             )
-        if saved.is_file() and job.result().get("status") == "completed":
-            job.state = "kept"
+        if saved.is_file():
+            known = {"completed": "kept", "paused": "paused", "stopped": "stopped"}
+            job.state = known.get(str(job.result().get("status")), job.state)
         return job, config
 
     def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
@@ -231,12 +256,15 @@ def _failure(jobs: list[Job]) -> Exception | None:
 
 
 def _returned(job: Job, config: DictConfig, failure: Exception | None) -> JobReturn:
-    ok = job.state in ("completed", "kept")
+    ok = job.state in ("completed", "kept", "stopped")
+    objective = (
+        job.rungs()[-1]["value"] if job.state == "stopped" else job.result().get("objective")
+    )
     return JobReturn(
         overrides=job.overrides,
         cfg=_own(config),
         hydra_cfg=OmegaConf.masked_copy(config, "hydra"),
         working_dir=str(job.folder),
         status=JobStatus.COMPLETED if ok else JobStatus.FAILED,
-        _return_value=job.result().get("objective") if ok else failure,
+        _return_value=objective if ok else failure,
     )

@@ -23,6 +23,7 @@ RANK_VARIABLES = re.compile(
     r"|(TORCHELASTIC|PMI|PMIX|OMPI|MPI|PL)_.*|SLURM_(NTASKS|PROCID|LOCALID|NODEID|STEP).*"
 )
 """What tells Lightning that a process is one of several; a job must not believe it."""
+ENDS = ("completed", "interrupted", "paused")
 PATIENCE = 30.0
 """Seconds that a job has to save its state when it is told to stop."""
 
@@ -37,7 +38,8 @@ class Job:
     name: str = ""
     """What tells it from the others: the overrides that not all have."""
     state: str = "waiting"
-    """waiting, running, completed, failed, interrupted, or kept: completed by an earlier sweep."""
+    """waiting, running, completed, failed, interrupted, kept (completed by an earlier sweep); with
+    successive halving also paused, and stopped for good."""
     status: int | None = None
     """Exit status of its process."""
     seconds: float = 0.0
@@ -48,6 +50,10 @@ class Job:
             return dict(json.loads((self.folder / "result.json").read_text()))
         except (OSError, ValueError, TypeError):
             return {}
+
+    def rungs(self) -> list[dict[str, Any]]:
+        """Where it has paused so far: step, planned steps, and the metric there."""
+        return list(self.result().get("rungs", ()))
 
     def error(self) -> str:
         """Why it failed, on one line."""
@@ -141,8 +147,8 @@ class Work:
             told = str(job.result().get("status"))
             if status is not None:
                 job.status = 2 if _is_mistake(job) else status
-                job.state = told if told in ("completed", "interrupted") else "failed"
-            elif len(self.jobs) > 1 and told in ("completed", "failed"):
+                job.state = told if told in ENDS else "failed"
+            elif len(self.jobs) > 1 and told in ("completed", "failed", "paused"):
                 job.state, job.status = told, 2 if _is_mistake(job) else None
         if status is not None:
             self.process.stdin.close()
@@ -176,7 +182,9 @@ class JobQueue:
     """Runs work, each in a process of its own, as much at a time as there are places.
 
     Args:
-        work: what is to be run.
+        jobs: all jobs of the sweep.
+        more: gives what is to be run next, asked whenever a place is free; its argument tells
+            whether nothing is running.
         places: GPUs of each place (entries of CUDA_VISIBLE_DEVICES), or None on a CPU.
         fail_fast: whether a failure stops the others.
         show: called when something has happened, and every half second.
@@ -185,16 +193,17 @@ class JobQueue:
 
     def __init__(
         self,
-        work: list[Work],
+        jobs: list[Job],
+        more: Callable[[bool], list[Work]],
         places: list[tuple[str, ...] | None],
         *,
         fail_fast: bool = False,
         show: Callable[[], None] = lambda: None,
         inherit: tuple[int, ...] = (),
     ) -> None:
-        self.waiting = list(work)
+        self.jobs, self.more = jobs, more
+        self.waiting: list[Work] = []
         self.running: list[Work] = []
-        self.jobs = [job for item in work for job in item.jobs]
         self.free = list(places)
         self.fail_fast = fail_fast
         self.show = show
@@ -220,7 +229,10 @@ class JobQueue:
                 self.free.append(item.devices)
         if self.fail_fast and any(job.state == "failed" for job in self.jobs):
             return False
-        while self.waiting and self.free:
+        while self.free:
+            self.waiting = self.waiting or self.more(not self.running)
+            if not self.waiting:
+                break
             item = self.waiting.pop(0)
             item.start(self.free.pop(0), threads=self.threads, inherit=self.inherit)
             self.running.append(item)

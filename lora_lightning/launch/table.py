@@ -14,7 +14,13 @@ from .queue import Job
 
 SHOWN = 20
 """Rows of the table: running jobs first, then the last to end."""
-COLOURS = {"running": "cyan", "completed": "green", "failed": "red", "interrupted": "yellow"}
+COLOURS = {
+    "running": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "interrupted": "yellow",
+    "paused": "blue",
+}
 
 
 class JobTable:
@@ -64,7 +70,7 @@ class JobTable:
         for column in ("job", "overrides", "state", "step", "latest", "time"):
             table.add_column(column)
         running = [job for job in jobs if job.state == "running"]
-        ended = [job for job in jobs if job.state not in ("running", "waiting")]
+        ended = [job for job in jobs if job.state not in ("running", "waiting", "paused")]
         waiting = sum(job.state == "waiting" for job in jobs)
         shown = (running + ended[::-1])[:SHOWN]
         for job in sorted(shown, key=lambda job: job.number):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .plots import plots
 from .sweep import Sweep
-from .tables import best_lines, first_line, rows_by_run, rows_by_setting, written
+from .tables import best_lines, first_line, rows_by_run, rows_by_setting, stopped_lines, written
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 76rem; margin: 2rem auto;
@@ -50,6 +50,9 @@ def page(sweep: Sweep) -> str:
             f"{escape(first_line(run.result.get('error')))}</p>"
             for run in sweep.failed
         ]
+    if stopped_lines(sweep):
+        parts.append("<h2>Stopped early</h2>")
+        parts += [f"<p>{escape(line)}</p>" for line in stopped_lines(sweep)]
     note = "Seeds as mean ± deviation of a sample." if "seed" in sweep.varied else ""
     parts.append(f'<h2>Settings, the best first</h2><p class="note">{note}</p>')
     parts.append(_table([dict(row) for row in rows_by_setting(sweep)], best=0))
@@ -60,7 +63,11 @@ def page(sweep: Sweep) -> str:
     parts.append(f'<div class="plots">{figures}</div>')
     parts.append("<h2>All runs</h2>")
     every = [
-        {name: _text(value) for name, value in row.items() if name not in ("error", "config_hash")}
+        {
+            name: _text(value)
+            for name, value in row.items()
+            if name not in ("error", "config_hash", "stopped")
+        }
         for row in rows_by_run(sweep)
     ]
     parts.append(_table(every))

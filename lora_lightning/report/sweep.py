@@ -41,7 +41,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """completed, running, failed, interrupted, or waiting."""
+        """completed, running, failed, interrupted, paused, stopped (by halving), or waiting."""
         return str(self.result.get("status", "waiting"))
 
     @property
@@ -171,6 +171,21 @@ class Sweep:
     def failed(self) -> list[Run]:
         """Runs that failed."""
         return [run for run in self.runs if run.status == "failed"]
+
+    @property
+    def stopped(self) -> list[Run]:
+        """Runs that successive halving has stopped."""
+        return [run for run in self.runs if run.status == "stopped"]
+
+    @property
+    def share_of_steps(self) -> float | None:
+        """Optimizer steps made, of those that all runs to the end would take; None: no halving."""
+        rungs = [run.result["rungs"] for run in self.runs if run.result.get("rungs")]
+        if not rungs:
+            return None
+        planned = max(found[0]["planned"] for found in rungs)
+        made = sum(int(run.result.get("steps", 0)) for run in self.runs)
+        return float(made / (planned * len(self.runs)))
 
     def counts(self) -> str:
         """How many runs there are of each status."""

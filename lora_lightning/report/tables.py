@@ -39,6 +39,7 @@ def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
             **{name: run.result.get(name) for name in (*sweep.metrics, *MEASURED)},
             "config_hash": run.result.get("config_hash"),
             "error": first_line(run.result.get("error")),
+            "stopped": run.result.get("stopped"),
             "folder": str(run.folder),
         }
         for run in sweep.runs
@@ -81,6 +82,15 @@ def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
     ]
 
 
+def stopped_lines(sweep: Sweep) -> list[str]:
+    """What successive halving stopped, when and why, and what that saved."""
+    if sweep.share_of_steps is None:
+        return []
+    saved = f"{sweep.share_of_steps:.0%} of the optimizer steps of all jobs to their end."
+    lines = [f"job {run.job} stopped {run.result.get('stopped')}" for run in sweep.stopped]
+    return [*lines, f"Successive halving took {saved}"]
+
+
 def terminal_report(sweep: Sweep) -> None:
     """Prints the table, failures, and where everything is."""
     console = Console(highlight=False)
@@ -91,6 +101,8 @@ def terminal_report(sweep: Sweep) -> None:
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+    for line in stopped_lines(sweep):
+        console.print(line, markup=False)
     for run in sweep.failed:
         console.print(f"job {run.job} failed: {first_line(run.result.get('error'))}", markup=False)
     if sweep.best is not None:
@@ -119,6 +131,8 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
     lines += [_cells(list(row.values())) for row in rows]
     if sweep.best is not None:
         lines += ["", *(f"* {name}: `{text}`" for name, text in best_lines(sweep.best, sweep))]
+    if stopped_lines(sweep):
+        lines += ["", "## Stopped early", "", *(f"* {line}" for line in stopped_lines(sweep))]
     if sweep.failed:
         lines += ["", "## Failures", ""]
         lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]

@@ -1,0 +1,133 @@
+"""Successive halving: all jobs train a little, the better ones more, the best to the end.
+
+Jamieson and Talwalkar 2016 (arXiv:1502.07943); where several jobs run at a time, asynchronous as in
+Li et al. 2020 (arXiv:1810.05934): a free place takes the best of those that have come so far. A job
+pauses at a rung with a checkpoint and goes on from it exactly, so that nothing is trained twice.
+Pruners of hyperparameter libraries can stop a trial, but not pause it until others have come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..lora.errors import UserError
+from ..settings import PAUSE
+from .queue import Job
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Who goes on from where.
+
+    Args:
+        eta: of the jobs that reach a rung, one in eta goes on.
+        rungs: number of rungs; the first is at eta ** -rungs of all steps, the next at eta times
+            that, and so on.
+        sign: 1 where more of the metric is better, else -1.
+    """
+
+    eta: int
+    rungs: int
+    sign: int
+
+    @classmethod
+    def of(cls, settings: Any, mode: str) -> Halving | None:
+        """From the launcher's settings; None where there are none.
+
+        Raises:
+            UserError: they make no sense.
+        """
+        if settings is None:
+            return None
+        known = {"eta": 2, "rungs": 1}
+        if not isinstance(settings, Mapping) or set(settings) - set(known):
+            raise UserError(
+                f"launcher.halving takes eta and rungs, such as {{eta: 2, rungs: 3}}, got "
+                f"{settings!r}."
+            )
+        values = {"eta": 2, "rungs": 3, **settings}
+        for name, least in known.items():
+            if not isinstance(values[name], int) or values[name] < least:
+                raise UserError(
+                    f"launcher.halving.{name} must be a number from {least}, got {values[name]!r}."
+                )
+        return cls(int(values["eta"]), int(values["rungs"]), -1 if mode == "min" else 1)
+
+    def pause_at(self, job: Job) -> float | None:
+        """Share of all steps at which the job is to pause next; None: it goes to its end."""
+        rung = len(job.rungs())
+        return self.eta ** (rung - self.rungs) if rung < self.rungs else None
+
+    def choose(self, jobs: list[Job], *, idle: bool) -> list[Job]:
+        """Jobs to train on now: those that have not begun, else the best of the highest rung.
+
+        Args:
+            jobs: all jobs.
+            idle: whether none is running, so that nothing more is to be waited for.
+        """
+        waiting = [job for job in jobs if job.state == "waiting"]
+        if waiting:
+            return waiting
+        for rung in reversed(range(self.rungs)):
+            order = self.order(jobs, rung)
+            beyond = any(len(job.rungs()) > rung + 1 or job.state != "paused" for job in order)
+            count = len(order) // self.eta
+            if count == 0 and idle and not beyond:
+                count = 1
+            chosen = [job for job in order[:count] if job.state == "paused" and self._at(job, rung)]
+            if chosen:
+                return chosen
+        return []
+
+    def order(self, jobs: list[Job], rung: int) -> list[Job]:
+        """Jobs that have reached a rung, the best first."""
+        reached = [job for job in jobs if len(job.rungs()) > rung]
+        return sorted(reached, key=lambda job: -self.sign * self._value(job, rung))
+
+    def _value(self, job: Job, rung: int) -> float:
+        value = float(job.rungs()[rung]["value"])
+        return value if math.isfinite(value) else -self.sign * math.inf
+
+    @staticmethod
+    def _at(job: Job, rung: int) -> bool:
+        return len(job.rungs()) == rung + 1
+
+    def prepare(self, job: Job) -> None:
+        """Tells a job where to pause."""
+        at = self.pause_at(job)
+        path = job.folder / PAUSE
+        if at is None:
+            path.unlink(missing_ok=True)
+        else:
+            _write(path, {"at": at})
+
+    def stop(self, jobs: list[Job]) -> None:
+        """Marks the jobs that are left behind, with when and why."""
+        for job in jobs:
+            if job.state != "paused":
+                continue
+            rung = len(job.rungs()) - 1
+            order = self.order(jobs, rung)
+            on = sum(not self._at(other, rung) or other.state == "completed" for other in order)
+            last = job.rungs()[rung]
+            result = job.result()
+            result["status"] = job.state = "stopped"
+            result["stopped"] = (
+                f"at step {last['step']} of {last['planned']}, {last['monitor']} "
+                f"{last['value']:.4f}: place {order.index(job) + 1} of {len(order)}, "
+                f"of which {on} went on"
+            )
+            _write(job.folder / "result.json", result)
+            (job.folder / PAUSE).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(beside, path)

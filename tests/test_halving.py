@@ -1,0 +1,120 @@
+"""Successive halving: who goes on, and that a paused run is the run that was never paused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_lightning.launch.halving import Halving
+from lora_lightning.launch.queue import Job
+from lora_lightning.lora import UserError
+from lora_lightning.report import read_sweep
+
+
+def simulated(root: Path, values: list[list[float]], places: int, halving: Halving) -> list[Job]:
+    """Runs a sweep whose metrics are known: values[job][rung]; `places` jobs at a time."""
+    jobs = [Job(number, [], root / str(number)) for number in range(len(values))]
+    for job in jobs:
+        job.folder.mkdir()
+    running: list[Job] = []
+    queue: list[Job] = []
+    while True:
+        while len(running) < places:
+            queue = queue or halving.choose(jobs, idle=not running)
+            if not queue:
+                break
+            running.append(queue.pop(0))
+            running[-1].state = "running"
+        if not running:
+            break
+        job = running.pop(0)
+        rungs = job.rungs()
+        at = halving.pause_at(job)
+        if at is None:
+            job.state, content = "completed", {"rungs": rungs, "steps": 80}
+        else:
+            value = values[job.number][len(rungs)]
+            step = round(80 * at)
+            rung = {"step": step, "planned": 80, "monitor": "val/accuracy", "value": value}
+            job.state, content = "paused", {"rungs": [*rungs, rung], "steps": step}
+        (job.folder / "result.json").write_text(json.dumps({**content, "status": job.state}))
+    halving.stop(jobs)
+    return jobs
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_at_a_time_it_is_successive_halving(tmp_path, sign):
+    """16 -> 8 -> 4 -> 2, by the values at each rung."""
+    first = [(7 * number) % 16 for number in range(16)]
+    values = [[sign * v, sign * -v, sign * v] for v in first]
+    jobs = simulated(tmp_path, values, 1, Halving(2, 3, sign))
+    reached = [len(job.rungs()) for job in jobs]
+    by_first = [reached[first.index(value)] for value in range(16)]
+    # rung 0: 8..15 go on; rung 1 turns the order round: 8..11; rung 2: 10 and 11 to the end
+    assert by_first == [1] * 8 + [3] * 4 + [2] * 4
+    ended = {first[job.number] for job in jobs if job.state == "completed"}
+    assert ended == {10, 11}
+    steps = [job.result()["steps"] for job in jobs]
+    assert sum(steps) == 8 * 10 + 4 * 20 + 2 * 40 + 2 * 80  # 31 % of 16 x 80
+    stopped = jobs[first.index(0)]
+    assert stopped.state == "stopped"
+    assert "at step 10 of 80" in stopped.result()["stopped"]
+    assert "place 16 of 16, of which 8 went on" in stopped.result()["stopped"]
+
+
+def test_several_at_a_time_no_place_waits(tmp_path):
+    """Asynchronous: all begin, few more than its share pass a rung, the best job ends."""
+    values = [[float(number)] * 3 for number in range(16)]
+    jobs = simulated(tmp_path, values, 4, Halving(2, 3, 1))
+    reached = [sum(len(job.rungs()) > rung for job in jobs) for rung in range(3)]
+    assert reached[0] == 16
+    assert 8 <= reached[1] <= 10
+    assert jobs[15].state == "completed"
+    assert {job.state for job in jobs} == {"completed", "stopped"}
+
+
+def test_fewer_jobs_than_eta_still_have_a_winner(tmp_path):
+    values = [[1.0, 1.0], [3.0, 1.0], [float("nan"), 1.0]]
+    jobs = simulated(tmp_path, values, 1, Halving(4, 2, 1))
+    assert [job.state for job in jobs] == ["stopped", "completed", "stopped"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"eta": 1}, {"rungs": 0}, {"eta": 2.5}, {"factor": 2}, 3, {"eta": "two"}]
+)
+def test_wrong_settings_are_told(settings):
+    with pytest.raises(UserError, match=r"launcher\.halving"):
+        Halving.of(settings, "max")
+
+
+@pytest.mark.parametrize("launcher", [pytest.param("process", marks=pytest.mark.slow), "packed"])
+def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
+    """The winner's weights are those of its run without any pause; what stopped is told."""
+    monkeypatch.chdir(tmp_path)
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    where += ["trainer.max_epochs=4", "trainer.val_check_interval=0.5", "task.monitor=val/loss"]
+    where += ["task.mode=min", "optim.lr=1e-2", "callbacks.early_stopping=null"]
+    status, out, err = run_cli(
+        *("train", "-m", *where, "lora.rank=1,4", f"hydra/launcher={launcher}"),
+        *("launcher.halving={eta: 2, rungs: 1}", "hydra.sweep.dir=sweep"),
+    )
+    assert status == 0, err
+    sweep = read_sweep(Path("sweep"))
+    assert sorted(run.status for run in sweep.runs) == ["completed", "stopped"]
+    winner, loser = sweep.best, sweep.stopped[0]
+    assert winner.result["rungs"][0]["value"] < loser.result["rungs"][0]["value"]
+    assert [run.result["rungs"][0]["step"] for run in (winner, loser)] == [16, 16]
+    assert (winner.result["steps"], loser.result["steps"]) == (32, 16)
+    assert sweep.share_of_steps == 0.75
+    assert "Successive halving took 75%" in " ".join(out.split())
+    assert f"job {loser.job} stopped at step 16 of 32" in " ".join(out.split())
+    rank = winner.adapter["rank"]
+    assert run_cli("train", *where, f"lora.rank={rank}", "output_dir=alone")[0] == 0
+    name = "adapter/adapter_model.safetensors"
+    ours, truth = load_file(winner.folder / name), load_file(Path("alone") / name)
+    for key, tensor in truth.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-5, atol=1e-8)
