@@ -347,20 +347,6 @@ def test_check_estimates_memory(run_cli, tiny_bert, rows_jsonl, fast):
 # train --------------------------------------------------------------------------------------
 
 
-def test_multirun_makes_a_folder_for_each_job(run_cli, tiny_bert, rows_jsonl, fast):
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    status, _, err = run_cli("train", *fast, *where, "-m", "lora.rank=2,4", "hydra.sweep.dir=sweep")
-    assert status == 0, err
-    for job, rank in enumerate((2, 4)):
-        folder = Path("sweep") / str(job)
-        result = json.loads((folder / "result.json").read_text())
-        assert result["status"] == "completed"
-        assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == rank
-        for part in ("checkpoints/last.ckpt", "tensorboard", ".hydra/config.yaml"):
-            assert (folder / part).exists()
-    assert sorted(os.listdir()) == ["sweep"]
-
-
 def test_warm_start_begins_with_exactly_these_weights(run_cli, runs, adapter, fast, tiny_bert):
     settings = json.loads((adapter / "lora_lightning.json").read_text())["settings"]
     where = [f"model.name_or_path={tiny_bert}", f"data.train={settings['data']['train']}"]

@@ -91,7 +91,8 @@ def test_wrong_settings_are_told(settings):
         Halving.of(settings, "max")
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("process", marks=pytest.mark.slow), "packed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["process", "packed"])
 def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
     """The winner's weights are those of its run without any pause; what stopped is told."""
     monkeypatch.chdir(tmp_path)

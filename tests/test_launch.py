@@ -131,6 +131,12 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     assert status == 0, err
     assert "job 1 completed" in out
     assert {"report.html", "report.md", "results.csv"} <= set(os.listdir("sweep"))
+    for job, rank in enumerate((2, 4)):
+        folder = Path("sweep") / str(job)
+        assert result_of(folder)["status"] == "completed"
+        assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == rank
+        for part in ("checkpoints/last.ckpt", "tensorboard", ".hydra/config.yaml", "log.txt"):
+            assert (folder / part).exists()
     files = [Path(f"sweep/{job}/result.json") for job in (0, 1)]
     before = [file.stat().st_mtime_ns for file in files]
     (files[1].parent / "log.txt").unlink()
