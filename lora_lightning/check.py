@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
+from .memory import PROBE_ROWS, Memory
 from .modeling import check_packing
 from .module import LoraModule
 from .optim import build_optimizer, build_scheduler
@@ -28,7 +29,6 @@ from .train import (
     writable,
 )
 
-PROBE_ROWS = 4
 FEW_ROWS = 8
 FEW_JUDGES = 50
 
@@ -167,25 +167,7 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
 def _memory(
     module: LoraModule, data: LoraDataModule, settings: Settings, device: torch.device
 ) -> str:
-    """Memory by part. Activations: what autograd keeps for a few of the longest rows, scaled up."""
-    assert module.model is not None
-    weights = sum(p.numel() * p.element_size() for p in module.model.parameters())
-    trained = sum(p.numel() * 4 for p in module.model.parameters() if p.requires_grad)
-    states = {"SGD": 1, "AdamW": 2, "Adam": 2}.get(settings.optim.name, 2)
-    batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
-    kept = _saved_bytes(module, batch)
-    probed, width = batch["input_ids"].shape
-    at_once = settings.data.batch_size
-    max_tokens = data.tokens_on(device.type)
-    if max_tokens is not None:
-        at_once = min(at_once, max(1, max_tokens // width))
-    scale = at_once / probed
-    parts = {
-        "weights": weights,
-        "gradients": trained,
-        "optimizer": states * trained,
-        "activations": int(kept * scale),
-    }
+    parts = Memory(module, data, settings, device).parts()
     total = sum(parts.values())
     shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
     line = f"Memory: about {total / 2**20:,.1f} MiB at the longest batch ({shown})."
@@ -197,23 +179,3 @@ def _memory(
                 "data.max_length, or set model.gradient_checkpointing=true."
             )
     return line
-
-
-def _saved_bytes(module: LoraModule, batch: dict[str, Tensor]) -> int:
-    """Bytes that autograd holds between forward and backward, parameters not counted."""
-    assert module.model is not None
-    own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}
-    sizes: dict[int, int] = {}
-    alive: list[Any] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # held, so that no address is used twice
-        return tensor
-
-    module.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module.task.loss(module.model, batch)
-    return sum(sizes.values())

@@ -167,14 +167,9 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
     if wrong_type:
         key = re.search(r"full_key: (\S+)", text)
         return f"{key.group(1) if key else 'config'}: {wrong_type.rstrip('.')}."
-    group = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    group = re.search(r"Could not find '([^']+)/([^/']+)'", text)
     if group:
-        name, choice = group.groups()
-        known = _choices(name)
-        return (
-            f"{name}={choice}: there is no such choice.{did_you_mean(choice, known)} "
-            f"Known: {', '.join(known)}."
-        )
+        return _no_such_choice(*group.groups())
     if unknown:
         name, known = unknown.group(1), all_keys(chosen)
         if name in known:
@@ -289,6 +284,16 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or "trainer" not in config:
         raise UserError(f"{path} is not the config of a run.")
     return config
+
+
+def _no_such_choice(group: str, choice: str) -> str:
+    if (group, choice) == ("hydra/sweeper", "optuna"):
+        return 'the Optuna sweeper is not installed: pip install "lora_lightning[optuna]".'
+    known = _choices(group)
+    return (
+        f"{group}={choice}: there is no such choice.{did_you_mean(choice, known)} "
+        f"Known: {', '.join(known)}."
+    )
 
 
 def _choices(group: str) -> list[str]:

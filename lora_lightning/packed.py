@@ -13,6 +13,7 @@ own generators), the same products for all that is its own. On a CPU it ends wit
 
 from __future__ import annotations
 
+import argparse
 import random
 import signal
 import sys
@@ -33,13 +34,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .config import read_config
+from .config import read_config, settings_of
 from .lora import UserError
 from .lora.stacked import Stack, stacked_model
+from .memory import Memory
 from .module import LoraModule
-from .train import train
+from .quiet import quiet_libraries
+from .storage import peak_memory_mib
+from .tasks import build_task
+from .train import build, train, with_precision
 
 LOG = "log.txt"
+SLOT_BYTES = 50 * 2**20
+"""What a run takes on a CPU beside its tensors: its Trainer, its loggers, its view of the data."""
 
 
 @dataclass
@@ -512,15 +519,54 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
     np.random.set_state(numpy)
 
 
-def main(folders: list[str]) -> int:
+def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
+    """How many of these runs can train together; the one of the highest rank stands for all.
+
+    Args:
+        folders: the runs' folders.
+        gib: memory that they may take; None: 90 % of a GPU, on a CPU without limit.
+    """
+    configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
+    device = _device(configs[0])
+    if gib is None and device.type == "cuda":
+        gib = 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib is None or len(folders) == 1:
+        return len(folders)
+    quiet_libraries()
+    config = with_precision(max(configs, key=lambda config: int(config.lora.rank)))
+    settings = settings_of(config)
+    module, data = build(settings, build_task(settings.task), seed=config.seed)
+    data.setup("fit")
+    module.configure_model()
+    memory = Memory(module.to(device), data, settings, device)
+    outside = 0
+    if device.type == "cpu":  # where libraries and the data take memory too
+        outside = int(peak_memory_mib(device) * 2**20) - memory.frozen
+    room = gib * 2**30 - outside
+
+    def need(count: int) -> int:
+        own = count * SLOT_BYTES if device.type == "cpu" else 0
+        return sum(memory.parts(count).values()) + own
+
+    fit = next((count for count in range(len(folders), 0, -1) if need(count) <= room), 0)
+    print(f"{max(fit, 1)} of {len(folders)} runs at a time: they may take {gib:.1f} GiB.")
+    if fit == 0:
+        print(f"WARNING one alone needs about {(outside + need(1)) / 2**30:.1f} GiB.")
+    return max(fit, 1)
+
+
+def main(folders: list[Path], gib: float | None = None) -> int:
     """Trains the runs of these folders together. Returns the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pack = Pack([Path(folder) for folder in folders])
+    errors: list[BaseException] = []
     try:
-        pack.run()
+        count = slots_at_a_time(folders, gib)
+        for start in range(0, len(folders), count):
+            pack = Pack(folders[start : start + count])
+            pack.run()
+            errors += [slot.error for slot in pack.slots if slot.error is not None]
     except KeyboardInterrupt:
         return 130
-    errors = [slot.error for slot in pack.slots if slot.error is not None]
     if not errors:
         return 0
     return 2 if all(isinstance(error, UserError) for error in errors) else 1
@@ -530,4 +576,8 @@ if __name__ == "__main__":
     from .launch.queue import end_with_parent
 
     end_with_parent()
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Trains the runs of some folders together.")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--memory", type=float, help="GiB that they may take")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.folders, arguments.memory))

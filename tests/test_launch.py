@@ -144,7 +144,7 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     files[1].write_text(json.dumps({**content, "status": "running"}))
     status, out, err = run_cli(*sweep, "launcher.fail_fast=true")
     assert status == 0, err
-    assert "2 jobs, of which 1 are complete" in out
+    assert "2 jobs, 1 complete already" in out
     assert files[0].stat().st_mtime_ns == before[0]
     assert result_of(files[1].parent)["status"] == "completed"
     other = [item.replace("lora.rank=2,4", "lora.rank=2,8") for item in sweep]
@@ -228,3 +228,48 @@ def test_ddp_in_a_sweep(sweep, tmp_path):
     assert [result["world_size"] for result in results] == [2, 2, 2]
     assert results[1]["val/loss"] == pytest.approx(results[2]["val/loss"], rel=1e-6)
     assert results[0]["trainable_parameters"] < results[1]["trainable_parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["process", "packed"])
+def test_a_sweep_whose_jobs_are_sampled(sweep, tmp_path, launcher):
+    """All ranks train what was proposed to the first; the same command proposes the same again."""
+    pair = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=4"]
+    more = pair if launcher == "process" else []
+    fixed = [item for item in sweep if item != "-m" and not item.startswith(("lora.", "hydra."))]
+    command = [sys.executable, "-m", "lora_lightning", *fixed, *more]
+    sampled = [
+        *("-m", "sweep=optuna", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"),
+        *("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"),
+    ]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout
+
+    run(*sampled)
+    folders = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("result.json"))
+    assert folders == [f"sweep/{job}/result.json" for job in range(4)]
+    results = [result_of(tmp_path / "sweep" / str(job)) for job in range(4)]
+    overrides = [
+        [str(item) for item in OmegaConf.load(tmp_path / f"sweep/{job}/.hydra/overrides.yaml")]
+        for job in range(4)
+    ]
+    rates = [next(i for i in items if i.startswith("optim.lr=")) for items in overrides]
+    assert len(set(rates)) == 4
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    objectives = [result["objective"] for result in results]
+    assert best.best_value == max(objectives)
+    assert f"optim.lr={best.best_params['optim.lr']}" in rates
+
+    chosen = [item for item in overrides[3] if item.startswith(("lora.rank=", "optim.lr="))]
+    run(*chosen, "output_dir=alone")
+    alone = result_of(tmp_path / "alone")
+    assert alone["world_size"] == results[3]["world_size"] == (2 if more else 1)
+    assert results[3]["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-6)
+
+    before = [(tmp_path / name).stat().st_mtime_ns for name in folders]
+    assert run(*sampled).count("complete already") == 2
+    assert [(tmp_path / name).stat().st_mtime_ns for name in folders] == before

@@ -72,6 +72,7 @@ def main(library: str, work: dict[str, Any]) -> None:
         "gradient_checkpointing": work["checkpointing"],
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),  # else bf16 is refused there
     }
     if library == "trl":
         trainer = sft_trainer(model, adapter, tokenizer, rows, arguments, work)

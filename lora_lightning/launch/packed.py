@@ -25,16 +25,22 @@ class PackedLauncher(ProcessLauncher):
 
     Args:
         max_slots: jobs in a pack, at most.
+        memory: GiB that a pack may take: of its jobs, as many train at a time as have room by an
+            estimate. "auto": 90 % of a GPU; on a CPU without limit.
         settings: those of the process launcher; `jobs` counts packs here.
     """
 
     __module__ = "hydra_plugins.lora_lightning"
 
-    def __init__(self, max_slots: int = 16, **settings: Any) -> None:
+    def __init__(self, max_slots: int = 16, memory: Any = "auto", **settings: Any) -> None:
+        number = isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0
+        if memory != "auto" and not number:
+            raise UserError(f"launcher.memory must be a number of GiB, or auto, got {memory!r}.")
         if not isinstance(max_slots, int) or isinstance(max_slots, bool) or max_slots < 1:
             raise UserError(f"launcher.max_slots must be a number from 1, got {max_slots!r}.")
         super().__init__(**settings)
         self.max_slots = max_slots
+        self.options = () if memory == "auto" else ("--memory", str(memory))
 
     def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
         """Packs of jobs that can share a base, and says which cannot."""
@@ -48,7 +54,7 @@ class PackedLauncher(ProcessLauncher):
                 groups[str(job.folder)] = [job]
                 reasons.setdefault(reason, []).append(job.number)
         work = [
-            Work(jobs[start : start + self.max_slots])
+            Work(jobs[start : start + self.max_slots], self.options)
             for jobs in groups.values()
             for start in range(0, len(jobs), self.max_slots)
         ]

@@ -145,7 +145,8 @@ class ProcessLauncher(Launcher):
         if saved.is_file() and config_hash(read_config(saved)) != config_hash(_own(config)):
             raise UserError(
                 f"{folder} holds a job with other settings, so this is not the sweep that "
-                f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR."
+                f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR. (A sweeper "
+                "that samples proposes the same jobs again if hydra.sweeper.sampler.seed is set.)"
             )
         if saved.is_file():
             known = {"completed": "kept", "paused": "paused", "stopped": "stopped"}

@@ -105,6 +105,8 @@ class Work:
     """What a process does: one job, or several that train together."""
 
     jobs: list[Job]
+    options: tuple[str, ...] = ()
+    """Of the command that trains several."""
     process: subprocess.Popen[bytes] | None = None
     devices: tuple[str, ...] | None = None
     started: float = 0.0
@@ -115,7 +117,7 @@ class Work:
         folders = [str(job.folder) for job in self.jobs]
         if len(folders) == 1:
             return [sys.executable, "-m", "lora_lightning", "train", f"resume={folders[0]}"]
-        return [sys.executable, "-m", "lora_lightning.packed", *folders]
+        return [sys.executable, "-m", "lora_lightning.packed", *self.options, *folders]
 
     def start(
         self, devices: tuple[str, ...] | None, *, threads: int | None, inherit: tuple[int, ...]

@@ -37,8 +37,9 @@ class JobTable:
         self.told = {job.number: job.state for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False)
         kept = sum(job.state == "kept" for job in jobs)
-        there = f", of which {kept} are complete" if kept else ""
-        self.console.print(f"Sweep of {len(jobs)} jobs{there}: {sweep_dir}")
+        there = f", {kept} complete already" if kept else ""
+        count = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
+        self.console.print(f"Sweep of {count}{there}: {sweep_dir}")
 
     def __enter__(self) -> JobTable:
         if self.console.is_terminal:

@@ -8,7 +8,8 @@ that slot alone, through the same products as if it were by itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from .errors import UserError
 from .functional import _down, _low_rank_backward
 from .layer import LoraLayer
+
+GROUPED_ON = ("cuda",)
+"""Devices on which starting a product costs more than padding it: one takes all slots there."""
 
 
 @dataclass
@@ -88,7 +92,8 @@ class StackedLayer(nn.Module):
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         parts = list(self._stack.parts(rows.shape[0]))
         matrices = [getattr(layer, name) for layer in layers for name in ("lora_A", "lora_B")]
-        output: Tensor = _StackedLinear.apply(
+        linear = _GroupedLinear if x.device.type in GROUPED_ON else _StackedLinear
+        output: Tensor = linear.apply(
             rows,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
@@ -184,6 +189,100 @@ class _StackedLinear(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.types, strict=True)
         ]
         return grad_x, None, None, None, None, None, *typed
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`_StackedLinear` with one batched product for all slots, ranks padded with zeros to the most.
+
+    K slots, M rows of each, R the highest rank. The sums are the same; the last bits may not be.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: list[tuple[float, float]],
+        parts: list[tuple[int, slice]],
+        randomness: Callable[[int], AbstractContextManager[Any]],
+        *matrices: Tensor,
+    ) -> Tensor:
+        count = len(parts)
+        x = rows.view(count, -1, rows.shape[-1])  # (K, M, in)
+        a = _padded(matrices[0::2], x.dtype)  # (K, R, in)
+        b = _padded([matrix.t() for matrix in matrices[1::2]], x.dtype)  # (K, R, out)
+        scales = _column(tuple(scaling for scaling, _ in settings), x.dtype, x.device)
+        keep = _keep(x, settings, parts, randomness)
+        down = torch.bmm(x if keep is None else x * keep, a.mT).mul_(scales)  # (K, M, R)
+        output = F.linear(rows, weight, bias)
+        output.view(count, -1, output.shape[-1]).baddbmm_(down, b)
+        ctx.save_for_backward(rows, weight, a, b, down, scales, keep)
+        ctx.ranks = [matrix.shape[0] for matrix in matrices[0::2]]
+        ctx.types = [matrix.dtype for matrix in matrices]
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, down, scales, keep = ctx.saved_tensors
+        count = len(ctx.ranks)
+        x = rows.view(count, -1, rows.shape[-1])
+        grad = grad_rows.reshape(count, -1, grad_rows.shape[-1])
+        up = torch.bmm(grad, b.mT).mul_(scales)  # (K, M, R)
+        grad_a = torch.bmm(up.mT, x if keep is None else x * keep)  # (K, R, in)
+        grad_b = torch.bmm(down.mT, grad)  # (K, R, out)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_rows, weight)
+            wide = grad_x.view(x.shape)
+            if keep is None:
+                wide.baddbmm_(up, a)
+            else:
+                wide.addcmul_(torch.bmm(up, a), keep)
+        grads: list[Tensor | None] = []
+        for index, rank in enumerate(ctx.ranks):
+            grads += [grad_a[index, :rank], grad_b[index, :rank].t()]
+        typed = [
+            grad.to(dtype) if grad is not None and wanted else None
+            for grad, dtype, wanted in zip(grads, ctx.types, ctx.needs_input_grad[6:], strict=True)
+        ]
+        return grad_x, None, None, None, None, None, *typed
+
+
+def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices (r, width) as one (K, R, width), with rows of zeros below."""
+    first = matrices[0]
+    ranks = [matrix.shape[0] for matrix in matrices]
+    shape = (len(matrices), max(ranks), first.shape[1])
+    make = torch.empty if min(ranks) == max(ranks) else torch.zeros
+    padded = make(shape, dtype=dtype, device=first.device)
+    for place, matrix in zip(padded, matrices, strict=True):
+        place[: matrix.shape[0]].copy_(matrix)
+    return padded
+
+
+@functools.lru_cache(maxsize=64)
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as (K, 1, 1); kept, since each copy to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def _keep(
+    x: Tensor,
+    settings: list[tuple[float, float]],
+    parts: list[tuple[int, slice]],
+    randomness: Callable[[int], AbstractContextManager[Any]],
+) -> Tensor | None:
+    """What dropout multiplies the inputs by, each slot's drawn from its own generator."""
+    if not any(dropout > 0.0 for _, dropout in settings):
+        return None
+    keep = torch.ones_like(x)
+    for place, (_, dropout), (slot, _) in zip(keep, settings, parts, strict=True):
+        if dropout > 0.0:
+            with randomness(slot):
+                place.copy_(torch.native_dropout(place, dropout, True)[0])
+    return keep
 
 
 def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:

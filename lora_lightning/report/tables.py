@@ -51,7 +51,7 @@ def rows_by_setting(sweep: Sweep) -> list[dict[str, str]]:
     return [
         {
             "job": " ".join(run.job for run in setting.runs),
-            **setting.values,
+            **{key: _short(value) for key, value in setting.values.items()},
             "scale": _number(setting.runs[0].adapter["scale"]),
             sweep.monitor: spread(setting, "objective"),
             **({sweep.headline: spread(setting, sweep.headline)} if sweep.headline else {}),
@@ -168,6 +168,14 @@ def _cells(values: list[str]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _short(value: str) -> str:
+    """A sampled number to four digits; all else as it is."""
+    try:
+        return _number(float(value)) if len(value) > 8 else value
+    except ValueError:
+        return value
 
 
 def _whole(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.lora import stacked as stacked_module
 from lora_lightning.lora.stacked import Stack, StackedLayer, stacked_model
 
 CONFIGS = (
@@ -41,8 +43,14 @@ def slots() -> dict[int, nn.Module]:
     return models
 
 
+@pytest.fixture(params=[False, True], ids=["one by one", "grouped"])
+def grouped(request, monkeypatch):
+    """Whether the low-rank products of all slots are one, as on a GPU."""
+    monkeypatch.setattr(stacked_module, "GROUPED_ON", ("cpu",) if request.param else ())
+
+
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])
-def test_rows_and_gradients_are_those_of_each_alone(chosen):
+def test_rows_and_gradients_are_those_of_each_alone(chosen, grouped):
     models = slots()
     stack = Stack()
     stacked = stacked_model(models, stack)
@@ -73,6 +81,50 @@ def test_rows_and_gradients_are_those_of_each_alone(chosen):
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
                 compared += 1
     assert compared >= 2 * len(chosen)
+
+
+def test_dropout_draws_from_each_slots_own_generator(grouped):
+    """With the same draws as alone, outputs and gradients are the same."""
+    torch.manual_seed(0)
+    base = nn.Linear(5, 7).double().requires_grad_(False)
+    rates, ranks = (0.5, 0.0, 0.25), (2, 5, 3)
+    layers: dict[int, nn.Module] = {}
+    for number, (rate, rank) in enumerate(zip(rates, ranks, strict=True)):
+        model = nn.Sequential(copy.deepcopy(base))
+        Adapter(model, LoraConfig(rank=rank, targets=["0"], dropout=rate))
+        layer = model[0].train()
+        layer.base_layer.weight, layer.base_layer.bias = base.weight, base.bias
+        for matrix in (layer.lora_A, layer.lora_B):
+            matrix.data = torch.randn_like(matrix, dtype=torch.float64)
+        layers[number] = layer
+
+    def seeded(slot: int):
+        context = torch.random.fork_rng(devices=[])
+        stack = contextlib.ExitStack()
+        stack.enter_context(context)
+        torch.manual_seed(slot)
+        return stack
+
+    x = torch.randn(6, 4, 5, dtype=torch.float64)
+    weights = torch.randn(6, 4, 7, dtype=torch.float64)
+    truth = []
+    for number, layer in layers.items():
+        rows = x[2 * number : 2 * number + 2].clone().requires_grad_()
+        with seeded(number):
+            output = layer(rows)
+        (output * weights[2 * number : 2 * number + 2]).sum().backward()
+        truth.append((output, rows.grad, layer.lora_A.grad, layer.lora_B.grad))
+        layer.zero_grad()
+    together = StackedLayer(layers, stack := Stack(randomness=seeded))
+    rows = x.clone().requires_grad_()
+    with stack.of([0, 1, 2]):
+        output = together(rows)
+    (output * weights).sum().backward()
+    for number, layer in layers.items():
+        part = slice(2 * number, 2 * number + 2)
+        found = (output[part], rows.grad[part], layer.lora_A.grad, layer.lora_B.grad)
+        for ours, expected in zip(found, truth[number], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_one_base_product_for_all(monkeypatch):
