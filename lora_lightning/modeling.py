@@ -338,12 +338,47 @@ def _from_pretrained(
             f"{config.name_or_path} lacks most weights of a {type(model).__name__} "
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
+    if not torch.cuda.is_available():
+        _attend_in_fp32()
     if config.gradient_checkpointing:
         if not torch.cuda.is_available():
             _give_memory_back()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
     return model, missing
+
+
+def _attend_in_fp32() -> None:
+    """Has attention of bf16 training steps on a CPU computed in fp32, for every model from here on.
+
+    The CPU's kernel takes twice as long in bf16 as in fp32, forward and backward.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        dtype = query.dtype
+        trains = query.requires_grad and query.device.type == "cpu"
+        if dtype != torch.bfloat16 or dropout > 0.0 or not trains:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, **options
+            )
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        wide = (query.float(), key.float(), value.float())
+        with torch.autocast("cpu", enabled=False):
+            output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
+        return output.to(dtype), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
 
 
 def _give_memory_back() -> None:

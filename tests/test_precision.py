@@ -8,11 +8,15 @@ import pytest
 import torch
 from conftest import make_rows
 from safetensors.torch import load_file
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_lightning import precision
 from lora_lightning.config import compose_config
 from lora_lightning.lora import UserError
+from lora_lightning.modeling import load_generator, load_tokenizer
 from lora_lightning.precision import settle_precision
+from lora_lightning.settings import ModelConfig
 from lora_lightning.storage import read_sidecar
 from lora_lightning.train import train
 
@@ -162,3 +166,35 @@ def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
     batches = DataLoader(batches_of(encoded_rows(4), [4]), batch_size=None)
     with pytest.raises(UserError, match="must be fp32"):
         trainer.fit(module, batches)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(tiny_llama, autocast, masked):
+    load_generator(ModelConfig(str(tiny_llama)), load_tokenizer(ModelConfig(str(tiny_llama))))
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, not masked
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 33, 16).bfloat16() for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 33, 33) > 0.3 if masked else None
+    weights = torch.randn(2, 33, 4, 16)
+
+    def run(function, dtype, trains=True):
+        inputs = [t.to(dtype, copy=True).requires_grad_(trains) for t in (query, key, value)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
+            output, _ = function(module, *inputs, mask, scaling=0.25)
+        if trains:
+            (output * weights.to(dtype)).sum().backward()
+        return output.detach(), *(t.grad for t in inputs)
+
+    exact = run(sdpa_attention_forward, torch.float64)
+    found = run(attend, torch.bfloat16)
+    plain = run(sdpa_attention_forward, torch.bfloat16)
+    for ours, theirs, truth in zip(found, plain, exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # No further off than rounding the truth once, or the gradient of each head that shares it.
+        assert (ours - truth).abs().max() <= 0.02 * truth.abs().max()
+        assert (ours - truth).norm() < (theirs - truth).norm()
+    without = run(attend, torch.bfloat16, trains=False)[0]
+    assert torch.equal(without, run(sdpa_attention_forward, torch.bfloat16, trains=False)[0])

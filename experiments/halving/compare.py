@@ -18,7 +18,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    lines = ["| seed | halving's best | exhaustive best | gap, points | steps | places of the two |"]
+    lines = [
+        "| seed | halving's best | exhaustive best | gap, points | steps | places of the two |"
+    ]
     lines.append("|---|---|---|---|---|---|")
     kept = []
     for path in sorted(arguments.folder.glob("halving-*")):
