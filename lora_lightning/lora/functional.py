@@ -119,7 +119,7 @@ def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tens
     mask = None
     if dropout > 0.0:
         rows, mask = torch.native_dropout(rows, dropout, True)
-    return torch.mm(rows, a.t()).mul_(scaling), mask
+    return _narrow(rows, a.t()).mul_(scaling), mask
 
 
 def _low_rank_backward(
@@ -141,7 +141,7 @@ def _low_rank_backward(
     if wants_b:
         # As (r, out): a product whose long side is the inner one is slow where out comes first.
         grad_b = torch.mm(down.t(), grad_rows).t()
-    up = torch.mm(grad_rows, b).mul_(scaling)  # (N, r)
+    up = _narrow(grad_rows, b).mul_(scaling)  # (N, r)
     if wants_a:
         dropped = rows if mask is None else _dropped(rows, mask, dropout)
         grad_a = torch.mm(up.t(), dropped)
@@ -151,6 +151,13 @@ def _low_rank_backward(
         else:
             add_to.add_(_dropped(torch.mm(up, a), mask, dropout))
     return grad_a, grad_b
+
+
+def _narrow(x: Tensor, matrix: Tensor) -> Tensor:
+    """x times a matrix of r columns. MKL takes up to 2.7 times as long for 5 to 8 as for 8 rows."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and 5 <= matrix.shape[1] <= 8:
+        return torch.mm(matrix.t(), x.t()).t()
+    return torch.mm(x, matrix)
 
 
 def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:
