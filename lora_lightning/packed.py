@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -437,17 +437,24 @@ class SlotwiseRandomness(TorchFunctionMode):
             return func(*args, **kwargs)
         first = args[0] if args else next(iter(kwargs.values()))
         rows = first.shape[0]
+        slots = [slot for slot, _ in self.stack.parts(rows)]
 
-        def share(value: Any, part: slice) -> Any:
+        def shares(value: Any) -> Sequence[Any]:
             whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-            return value[part] if whole else value
+            # Not by slices, each of which would cost a pass over all rows in the backward pass.
+            return value.chunk(len(slots)) if whole else [value] * len(slots)
 
+        own = [shares(value) for value in args]
+        named = {name: shares(value) for name, value in kwargs.items()}
         found = []
-        for slot, part in self.stack.parts(rows):
+        for place, slot in enumerate(slots):
             with self.stack.randomness(slot):
-                own = [share(value, part) for value in args]
-                named = {name: share(value, part) for name, value in kwargs.items()}
-                found.append(func(*own, **named))
+                found.append(
+                    func(
+                        *(value[place] for value in own),
+                        **{name: value[place] for name, value in named.items()},
+                    )
+                )
         return torch.cat(found)
 
 

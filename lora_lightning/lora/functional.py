@@ -154,7 +154,7 @@ def _low_rank_backward(
 
 
 def _narrow(x: Tensor, matrix: Tensor) -> Tensor:
-    """x times a matrix of r columns. MKL takes up to 2.7 times as long for 5 to 8 as for 8 rows."""
+    """Multiplies x by a matrix of r columns. MKL is slow at 5 to 8 of them, not at as many rows."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and 5 <= matrix.shape[1] <= 8:
         return torch.mm(matrix.t(), x.t()).t()
     return torch.mm(x, matrix)

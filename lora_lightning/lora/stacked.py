@@ -83,9 +83,10 @@ class StackedLayer(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         if weight is None or not (autocast or weight.dtype == x.dtype):
             outputs = []
-            for slot, part in self._stack.parts(x.shape[0]):
+            slots = [slot for slot, _ in self._stack.parts(x.shape[0])]
+            for slot, own in zip(slots, x.chunk(len(slots)), strict=True):
                 with self._stack.randomness(slot):
-                    outputs.append(self._layers[slot](x[part], *args, **kwargs))
+                    outputs.append(self._layers[slot](own, *args, **kwargs))
             return torch.cat(outputs)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         bias: Tensor | None = layers[0].base_layer.bias  # type: ignore[assignment, union-attr]
