@@ -19,7 +19,8 @@ from lora_lightning.config import compose_config
 from lora_lightning.launch.packed import PackedLauncher
 from lora_lightning.launch.queue import Job
 from lora_lightning.lora import UserError
-from lora_lightning.packed import Pack
+from lora_lightning.packed import SLOT_BYTES, Pack, main, slots_at_a_time
+from lora_lightning.storage import peak_memory_mib
 from lora_lightning.train import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -158,6 +159,41 @@ def test_a_model_without_a_backbone_is_refused(fast, tiny_t5, tmp_path):
     common = [*fast, *files, "task=summarization", f"model.name_or_path={tiny_t5}"]
     pack = run_pack(tmp_path, common, [["lora.rank=2"], ["lora.rank=3"]])
     assert all("hydra/launcher=process" in str(slot.error) for slot in pack.slots)
+
+
+def test_memory_decides_how_many_train_at_a_time(common, tmp_path, capsys):
+    own = [["lora.rank=2"], ["lora.rank=16"], ["lora.rank=4"]]
+    folders = [make_run(tmp_path / f"packed{i}", [*common, *more]) for i, more in enumerate(own)]
+    assert slots_at_a_time(folders, None) == 3
+    assert slots_at_a_time(folders, 64.0) == 3
+    there = peak_memory_mib(torch.device("cpu"))  # a run of this size is mostly its SLOT_BYTES
+    room = [SLOT_BYTES / 2**20 * slots for slots in (-2, 1.6, 2.6, 8)]
+    found = [slots_at_a_time(folders, (there + more) / 1024) for more in room]
+    assert found == [1, 1, 2, 3]
+    assert capsys.readouterr().out.count("WARNING") == 1
+    assert main(folders, 0.01) == 0
+    out = capsys.readouterr().out
+    assert "1 of 3 runs at a time" in out
+    assert "WARNING one alone needs about" in out
+    for number, more in enumerate(own):
+        assert_same(tmp_path / f"packed{number}", alone(tmp_path / f"alone{number}", common + more))
+
+
+@pytest.mark.parametrize("memory", [0, -1, "much", True])
+def test_a_wrong_budget_is_told(memory):
+    with pytest.raises(UserError, match=r"launcher\.memory must be a number of GiB, or auto"):
+        PackedLauncher(memory=memory)
+
+
+def test_a_budget_reaches_the_process(tmp_path):
+    planned = [
+        (Job(number, own, tmp_path / str(number)), compose_config(["model.name_or_path=m", *own]))
+        for number, own in enumerate((["lora.rank=2"], ["lora.rank=4"]))
+    ]
+    (work,) = PackedLauncher(memory=2.5).divide(planned)
+    assert work.command[2:5] == ["lora_lightning.packed", "--memory", "2.5"]
+    (work,) = PackedLauncher().divide(planned)
+    assert work.command[3:] == [str(job.folder) for job, _ in planned]
 
 
 def test_who_shares_a_pack():
