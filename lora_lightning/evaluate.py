@@ -26,7 +26,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         UserError: the adapter or the data is wrong, or there is no test data.
     """
     quiet_libraries()
-    config = with_precision(config)
+    config = with_precision(config, trains=False)
     settings = settings_of(config)
     module = load_trained(folder, model=_as_model_settings(config))
     task = module.task

@@ -366,7 +366,7 @@ def _attend_in_fp32() -> None:
         **options: Any,
     ) -> tuple[Tensor, None]:
         dtype = query.dtype
-        trains = query.requires_grad and query.device.type == "cpu"
+        trains = module.training and query.requires_grad and query.device.type == "cpu"
         if dtype != torch.bfloat16 or dropout > 0.0 or not trains:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, **options

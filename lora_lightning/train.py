@@ -199,19 +199,22 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         raise
 
 
-def with_precision(config: DictConfig, recorded: str | None = None) -> DictConfig:
+def with_precision(
+    config: DictConfig, recorded: str | None = None, *, trains: bool = True
+) -> DictConfig:
     """The config with `trainer.precision` and `model.dtype` settled, where they are left to us.
 
     Args:
         config: a composed config.
         recorded: the precision that the run, now gone on with, began with.
+        trains: whether there is training ahead, and not evaluation alone.
     """
     trainer = config.trainer
     asked = trainer.get("precision", "auto")
     precision = settle_precision(
         recorded if recorded is not None and asked == "auto" else asked,
         config.model.dtype,
-        full=config.lora.method == "full",
+        full=trains and config.lora.method == "full",
         accelerator=str(trainer.get("accelerator", "auto")),
     )
     chosen_by_us = asked == "auto" and config.model.dtype == "auto"

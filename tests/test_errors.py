@@ -455,7 +455,12 @@ TRAINING = [
     Case(
         "model to be named", lambda p: ["train", "model=hub"], "model.name_or_path", "must be given"
     ),
-    Case("data to be named", lambda p: ["train", "data=files"], "no data", "data.train=FILE"),
+    Case(
+        "data to be named",
+        lambda p: ["train", "data=files", "trainer.precision=32-true"],
+        "no data",
+        "data.train=FILE",
+    ),
     Case("mode", lambda p: p.train("task.mode=up"), "task.mode", "max or min"),
     Case(
         "validation amid accumulation",
