@@ -111,6 +111,15 @@ def _train(arguments: list[str]) -> None:
     for flag in flags:
         _known_flag(flag)
     sweeps = bool(flags) and not set(flags) - set(MULTIRUN_FLAGS)
+    if set(flags) & set(MULTIRUN_FLAGS) and not sweeps:
+        others = " ".join(flag for flag in flags if flag not in MULTIRUN_FLAGS)
+        raise UserError(f"-m does not go together with {others}: leave out one of them.")
+    asked = [item for item in overrides if re.match(r"\+?sweep=(?!null$)", item)]
+    if asked and not flags:
+        print(
+            f"{asked[0]} without -m: this is one run, not a sweep. For the sweep add -m.",
+            file=sys.stderr,
+        )
     if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "a sweep starts the processes of its jobs itself: run it once, without torchrun, and "

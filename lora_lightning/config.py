@@ -157,6 +157,9 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
+    told = next((str(item) for item in chain if isinstance(item, UserError)), None)
+    if told is not None:  # our own, in Hydra's wrapping
+        return told
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
@@ -171,18 +174,7 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
     if group:
         return _no_such_choice(*group.groups())
     if unknown:
-        name, known = unknown.group(1), all_keys(chosen)
-        if name in known:
-            if "already at" in text:
-                advice = "is there already: leave out the plus in front of it."
-            else:
-                advice = f"takes new entries with a plus in front: '+{name}={{NAME: VALUE}}'."
-            return f"{name} {advice}"
-        return (
-            f"{name}: there is no such setting.{did_you_mean(name, known)} "
-            "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
-            "or callbacks."
-        )
+        return _no_such_setting(unknown.group(1), text, chosen)
     if unreadable:
         return (
             f"cannot read {unreadable[0]!r}: give KEY=VALUE, and put a value with blanks, "
@@ -284,6 +276,37 @@ def read_config(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or "trainer" not in config:
         raise UserError(f"{path} is not the config of a run.")
     return config
+
+
+def _no_such_setting(name: str, text: str, chosen: list[str] | None) -> str:
+    if name.startswith("hydra.launcher."):
+        return _no_such_launcher_setting(name.removeprefix("hydra."))
+    known = all_keys(chosen)
+    if name in known:
+        if "already at" in text:
+            advice = "is there already: leave out the plus in front of it."
+        else:
+            advice = f"takes new entries with a plus in front: '+{name}={{NAME: VALUE}}'."
+        return f"{name} {advice}"
+    return (
+        f"{name}: there is no such setting.{did_you_mean(name, known)} "
+        "`lora-lightning train --cfg job` shows all; +KEY=VALUE adds one to trainer, logger "
+        "or callbacks."
+    )
+
+
+def _no_such_launcher_setting(name: str) -> str:
+    own = {
+        "launcher.max_slots": "belongs to hydra/launcher=packed: add that.",
+        "launcher.memory": "belongs to hydra/launcher=packed: add that.",
+        "launcher.halving.eta": "is given with the rest: 'launcher.halving={eta: 2, rungs: 3}'.",
+        "launcher.halving.rungs": "is given with the rest: 'launcher.halving={eta: 2, rungs: 3}'.",
+    }
+    if name in own:
+        return f"{name} {own[name]}"
+    known = ("jobs", "gpus_per_job", "fail_fast", "halving", "max_slots", "memory")
+    near = did_you_mean(name, [f"launcher.{key}" for key in known])
+    return f"{name}: there is no such setting.{near} Launchers have {', '.join(known)}."
 
 
 def _no_such_choice(group: str, choice: str) -> str:

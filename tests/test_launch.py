@@ -81,6 +81,29 @@ def test_wrong_settings_are_told(settings):
         ProcessLauncher(**settings)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["launcher.jobs=0"], "launcher.jobs must be a whole number, 1 or more, or auto, got 0."),
+        (["launcher.halving=3"], "launcher.halving takes eta and rungs"),
+        (["launcher.halving.eta=2"], "'launcher.halving={eta: 2, rungs: 3}'"),
+        (["launcher.max_slots=4"], "belongs to hydra/launcher=packed"),
+        (["launcher.job=4"], "Did you mean 'launcher.jobs'?"),
+        (["--cfg", "job"], "-m does not go together with --cfg"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_mistakes_in_a_sweep_are_told_and_leave_nothing(
+    sweep, run_cli, tmp_path, monkeypatch, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run_cli(*sweep, *arguments)
+    assert (status, list(tmp_path.glob("sweep/*"))) == (2, [])
+    assert err.startswith("error: ")
+    assert said in err
+    assert "Error in call" not in err
+
+
 def once(jobs: list[Job]):
     """Each job as work of its own, as long as it waits."""
     return lambda idle: [Work([job]) for job in jobs if job.state == "waiting"]

@@ -181,7 +181,7 @@ def test_memory_decides_how_many_train_at_a_time(common, tmp_path, capsys):
 
 @pytest.mark.parametrize("memory", [0, -1, "much", True])
 def test_a_wrong_budget_is_told(memory):
-    with pytest.raises(UserError, match=r"launcher\.memory must be a number of GiB, or auto"):
+    with pytest.raises(UserError, match=r"launcher\.memory must be a number of GiB above"):
         PackedLauncher(memory=memory)
 
 

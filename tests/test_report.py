@@ -122,6 +122,16 @@ def test_what_is_written(sweep_dir, capsys):
     assert (sweep_dir / "report.html").read_text() == before
 
 
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_narrow_terminal_goes_without_some_columns(sweep_dir, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    report(sweep_dir)
+    out = capsys.readouterr().out
+    assert "val/loss" in out or "val/accuracy" in out
+    assert "status" in out
+    assert ("tokens/s" in out) == (width == 200)
+
+
 def test_pareto_front():
     points = [(1, 0.5), (2, 0.7), (2, 0.6), (3, 0.7), (4, 0.9), (5, 0.8)]
     assert pareto_front(points) == {0, 1, 4}

@@ -35,9 +35,13 @@ class PackedLauncher(ProcessLauncher):
     def __init__(self, max_slots: int = 16, memory: Any = "auto", **settings: Any) -> None:
         number = isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0
         if memory != "auto" and not number:
-            raise UserError(f"launcher.memory must be a number of GiB, or auto, got {memory!r}.")
+            raise UserError(
+                f"launcher.memory must be a number of GiB above 0, or auto, got {memory!r}."
+            )
         if not isinstance(max_slots, int) or isinstance(max_slots, bool) or max_slots < 1:
-            raise UserError(f"launcher.max_slots must be a number from 1, got {max_slots!r}.")
+            raise UserError(
+                f"launcher.max_slots must be a whole number, 1 or more, got {max_slots!r}."
+            )
         super().__init__(**settings)
         self.max_slots = max_slots
         self.options = () if memory == "auto" else ("--memory", str(memory))

@@ -57,10 +57,13 @@ class ProcessLauncher(Launcher):
         for name, value in (("jobs", jobs), ("gpus_per_job", gpus_per_job)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if value != "auto" and not whole:
-                raise UserError(f"launcher.{name} must be a number from 1, or auto, got {value!r}.")
+                raise UserError(
+                    f"launcher.{name} must be a whole number, 1 or more, or auto, got {value!r}."
+                )
         self.jobs = jobs
         self.gpus_per_job = gpus_per_job
         self.fail_fast = fail_fast
+        Halving.of(halving, "max")  # a mistake is told before anything is written
         self.halving = halving
 
     def setup(

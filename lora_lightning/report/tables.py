@@ -25,6 +25,9 @@ MEASURED = (
     "peak_memory_mib",
 )
 
+LESS_WANTED = ("tokens/s", "scale", "memory", "trained", "time")
+"""Columns that a narrow terminal goes without; the files have them."""
+
 
 def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
     """A row for each run, with all that is known of it."""
@@ -94,12 +97,16 @@ def stopped_lines(sweep: Sweep) -> list[str]:
 def terminal_report(sweep: Sweep) -> None:
     """Prints the table, failures, and where everything is."""
     console = Console(highlight=False)
-    table = Table(title=f"{sweep.folder}: {sweep.counts()}", title_justify="left")
     rows = rows_by_setting(sweep)
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
+    columns = list(rows[0])
+    title = f"{sweep.folder}: {sweep.counts()}"
+    table = _table(title, columns, rows)
+    unbounded = console.options.update(width=10_000)
+    for column in LESS_WANTED:
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            break
+        columns.remove(column)
+        table = _table(title, columns, rows)
     console.print(table)
     for line in stopped_lines(sweep):
         console.print(line, markup=False)
@@ -109,6 +116,15 @@ def terminal_report(sweep: Sweep) -> None:
         for name, text in best_lines(sweep.best, sweep):
             console.print(f"{name + ':':9}{text}", markup=False, soft_wrap=True)
     console.print(f"Report:  {sweep.folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _table(title: str, columns: list[str], rows: list[dict[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[column] for column in columns))
+    return table
 
 
 def write_csv(sweep: Sweep, path: Path) -> None:
