@@ -43,6 +43,7 @@ def check(config: DictConfig) -> str:
         UserError: something would fail later.
     """
     quiet_libraries()
+    settings_of(config)  # a mistake is told before what was chosen for the user
     config = with_precision(config)
     settings = settings_of(config)
     output = Path(config.output_dir)
