@@ -340,9 +340,9 @@ def _from_pretrained(
         )
     if not torch.cuda.is_available():
         _attend_in_fp32()
-    if config.gradient_checkpointing:
-        if not torch.cuda.is_available():
+        if config.gradient_checkpointing:
             _give_memory_back()
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
     return model, missing

@@ -567,7 +567,10 @@ def main(folders: list[Path], gib: float | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors: list[BaseException] = []
     try:
-        count = slots_at_a_time(folders, gib)
+        try:
+            count = slots_at_a_time(folders, gib)
+        except UserError:
+            count = len(folders)  # each run tells it for itself
         for start in range(0, len(folders), count):
             pack = Pack(folders[start : start + count])
             pack.run()

@@ -179,6 +179,15 @@ def test_memory_decides_how_many_train_at_a_time(common, tmp_path, capsys):
         assert_same(tmp_path / f"packed{number}", alone(tmp_path / f"alone{number}", common + more))
 
 
+def test_a_mistake_met_by_the_estimate_is_told_by_each_run(common, tmp_path):
+    wrong = [*common, "task.label_column=nowhere"]
+    folders = [make_run(tmp_path / str(i), [*wrong, f"lora.rank={i + 1}"]) for i in range(2)]
+    assert main(folders, 1.0) == 2
+    for folder in folders:
+        assert result_of(folder)["error"].startswith("UserError: ")
+        assert "nowhere" in result_of(folder)["error"]
+
+
 @pytest.mark.parametrize("memory", [0, -1, "much", True])
 def test_a_wrong_budget_is_told(memory):
     with pytest.raises(UserError, match=r"launcher\.memory must be a number of GiB above"):

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     lines = [
-        "| seed | halving's best | exhaustive best | gap, points | steps | places of the two |"
+        "| seed | halving's best | exhaustive best | gap, points | steps | places of those kept |"
     ]
     lines.append("|---|---|---|---|---|---|")
     kept = []
