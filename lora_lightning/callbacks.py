@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     RichModelSummary,
     RichProgressBar,
-    ThroughputMonitor,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -105,7 +105,25 @@ class LastCheckpoint(Checkpoint):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, which also says which model a validation or test is of."""
+    """Lightning's, which also says which model a validation or test is of.
+
+    The loss that it shows is read at most twice a second, since reading waits for the device.
+    """
+
+    READ_EVERY = 0.5
+    """Seconds."""
+    _read_at = -math.inf
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        shown = self._metric_component
+        if time.monotonic() - self._read_at < self.READ_EVERY:
+            self._metric_component = None  # the bar moves on, what stands beside it stays
+        else:
+            self._read_at = time.monotonic()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
+        self._metric_component = shown
 
     @property
     def validation_description(self) -> str:
@@ -222,7 +240,7 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._counted += _batch_tokens(batch)  # on the device: nothing waits for it
+        self._counted += _batch_counts(batch)[1]  # on the device: nothing waits for it
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is None:
@@ -242,28 +260,57 @@ class RunClock(Callback):
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
 
 
-def throughput_monitor(window_size: int = 20) -> ThroughputMonitor:
-    """Lightning's ThroughputMonitor for our batches: rows and tokens per second."""
-    return ThroughputMonitor(
-        batch_size_fn=_batch_rows,
-        length_fn=lambda batch: int(_batch_tokens(batch)),
-        window_size=window_size,
-    )
+class Throughput(Callback):
+    """Logs rows and tokens (without padding) trained on per second, over all ranks.
+
+    What is counted stays on the device between two loggings, every `log_every_n_steps` of the
+    Trainer. The time of validations is left out.
+    """
+
+    def __init__(self) -> None:
+        self._counted = torch.zeros(2, dtype=torch.long)
+        self._since = self._stopped = 0.0
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._counted = torch.zeros(2, dtype=torch.long, device=pl_module.device)
+        self._since, self._step = time.monotonic(), trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stopped = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since += time.monotonic() - self._stopped
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self._counted += _batch_counts(batch)
+        if trainer.global_step - self._step < trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        rows, tokens = (self._counted * trainer.world_size).tolist()  # waits for the device
+        seconds = time.monotonic() - self._since
+        rates = {
+            "throughput/rows_per_second": rows / seconds,
+            "throughput/tokens_per_second": tokens / seconds,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step=trainer.global_step)
+        self._begin(trainer, pl_module)
 
 
-def _batch_rows(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> int:
+def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
+    """Rows of a batch and its tokens without padding, (2), on the batch's device."""
     if isinstance(batch, list):
-        return sum(map(_batch_rows, batch))
+        return torch.stack([_batch_counts(part) for part in batch]).sum(0)
     if "filled" in batch:  # packed: a row begins at each position 0
-        return int(((batch["position_ids"] == 0) & (batch["filled"] == 1)).sum())
-    return batch["input_ids"].shape[0]
-
-
-def _batch_tokens(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
-    """Tokens of a batch, without padding."""
-    if isinstance(batch, list):
-        return torch.stack([_batch_tokens(part) for part in batch]).sum()
-    return batch["filled" if "filled" in batch else "attention_mask"].sum()
+        filled = batch["filled"] == 1
+        return torch.stack([((batch["position_ids"] == 0) & filled).sum(), filled.sum()])
+    shown = batch["attention_mask"] == 1
+    return torch.stack([shown.any(1).sum(), shown.sum()])
 
 
 def _cell(text: str) -> str:

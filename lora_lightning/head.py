@@ -26,12 +26,13 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
     Args:
         model: a language model of transformers, causal or encoder-decoder.
         inputs: arguments of its forward.
-        places: (rows, positions), true where logits are wanted; at least one is.
+        places: (count), at least one: the positions wanted, counted through all rows. As numbers
+            and not as a mask, whose size a device would have to be waited for.
     """
     head = _head_of(model)
     if head is None:
-        return model(**inputs, use_cache=False).logits[places]  # type: ignore[no-any-return]
-    with _before(head, lambda hidden: hidden[places].unsqueeze(0)):
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[places]  # type: ignore[no-any-return]
+    with _before(head, lambda hidden: hidden.flatten(0, 1)[places].unsqueeze(0)):
         return model(**inputs, use_cache=False).logits.squeeze(0)  # type: ignore[no-any-return]
 
 
@@ -61,7 +62,7 @@ def loss_at(
     found: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
-        found.append(hidden[places])
+        found.append(hidden.flatten(0, 1)[places])
         return found[0][:1].unsqueeze(0)  # the model goes on with one row, as cheap as can be
 
     with _before(head, keep):

@@ -89,8 +89,9 @@ class LoraModule(L.LightningModule):
         self.adapter: Adapter | None = None
         self.val_metrics: MetricCollection | None = None
         self.test_metrics: MetricCollection | None = None
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
+        # Looking for NaN would wait for the device; a loss that is NaN is to be seen as one.
+        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.test_loss = MeanMetric(nan_strategy="disable")
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
         self._mean_loss = torch.zeros(())
@@ -177,6 +178,11 @@ class LoraModule(L.LightningModule):
         index = self.current_epoch * 1_000_000_007 + batch_idx
         torch.manual_seed((self.seed * 1_000_003 + index) * 4096 + self.global_rank)
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if isinstance(batch, list):
+            return [self.task.locate(part) for part in batch]
+        return self.task.locate(batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         *before, last = _parts(batch)
         for part in before:
@@ -248,8 +254,7 @@ class LoraModule(L.LightningModule):
         for part in _parts(batch):
             output = self.task.loss(self.model, part)
             self.task.update_metrics(metrics, self.model, part, output)
-            if output.count > 0:
-                mean_loss.update(output.total / output.count, output.count)
+            mean_loss.update(output.total / output.count.clamp(min=1), output.count)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics, self.val_loss)

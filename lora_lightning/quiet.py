@@ -18,7 +18,6 @@ def quiet_libraries() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*The dirpath has changed.*",
         ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
-        ".*you need to define a `flops_per_batch`.*",
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import traceback
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lora_lightning.data.collate import PaddingCollator
+from lora_lightning import callbacks
+from lora_lightning.callbacks import ProgressBar, RunClock, Throughput, _batch_counts
+from lora_lightning.data.collate import PackingCollator, PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import LoraLayer
 from lora_lightning.modeling import classification_logits
@@ -354,6 +363,113 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
     module.model.score.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="lower optim.lr"):
         fit(module, batches_of(make_rows(4), [4]))
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose result a program would have to wait for a GPU.
+
+    Those of transformers' own masks are left out: it looks, once a forward pass, whether there are
+    padded or joined rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
+        )
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
+            if "masking_utils.py" not in callers:
+                self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class First(L.Callback):
+    """Watches the second step, and what the callbacks after it do at its end."""
+
+    def __init__(self) -> None:
+        self.waits = Waits()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.waits.__enter__()
+
+
+class Last(L.Callback):
+    def __init__(self, first: First) -> None:
+        self.first = first
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.first.waits.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["sentiment", "lm"])
+def test_a_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
+    rows = make_rows(12)
+    if kind == "lm":
+        rows = [{**row, "labels": row["input_ids"]} for row in rows]
+        module = LoraModule({"name": "lm"}, ModelConfig(name_or_path=str(tiny_llama)), LORA, SGD)
+    else:
+        module = make_module(tiny_llama)
+    first = First()
+    ours = [Throughput(), RunClock(), LearningRateMonitor("step"), ProgressBar()]
+    batches = [PaddingCollator(1)(rows[i : i + 4]) for i in (0, 4, 8)]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        callbacks=[first, *ours, Last(first)],
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    assert trainer.global_step == 3
+    assert first.waits.found == []
+
+
+def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch):
+    """By a clock that says half a second a batch, and a hundred a validation."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, *_):
+            clock.now += 0.5
+
+        def on_validation_batch_start(self, *_):
+            clock.now += 100
+
+    rows = make_rows(11)
+    padded, rest = batches_of(rows, [4, 4, 3])[:2], rows[8:]
+    packed = PackingCollator()([{**row, "labels": row["input_ids"]} for row in rest])
+    counts = [_batch_counts(batch).tolist() for batch in (*padded, packed, [padded[0], packed])]
+    lengths = [len(row["input_ids"]) for row in rows]
+    expected = [[4, sum(lengths[:4])], [4, sum(lengths[4:8])], [3, sum(lengths[8:])]]
+    assert counts == [*expected, [7, sum(lengths[:4] + lengths[8:])]]
+    module, logger = make_module(tiny_llama), CSVLogger(tmp_path)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=2,
+        val_check_interval=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Clock(), Throughput()],
+    )
+    loader = DataLoader([padded[0], padded[1], padded[1], padded[0]], batch_size=None)
+    trainer.fit(module, loader, DataLoader(padded[:1], batch_size=None))
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as handle:
+        lines = [line for line in csv.DictReader(handle) if line["throughput/rows_per_second"]]
+    found = [(int(line["step"]), float(line["throughput/rows_per_second"])) for line in lines]
+    assert found == [(2, 8), (4, 8)]
+    assert float(lines[0]["throughput/tokens_per_second"]) == sum(lengths[:8])
 
 
 # Checkpoints -------------------------------------------------------------------------------------

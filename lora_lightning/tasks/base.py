@@ -100,6 +100,13 @@ class Task(ABC):
     def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
         """The base model in train mode, and the names of the modules to train whole."""
 
+    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds to a batch what `loss` would otherwise have to wait for its device to know.
+
+        Called while the batch is still in the host's memory.
+        """
+        return batch
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
         """The loss over a batch: the one place that decides what is learned."""

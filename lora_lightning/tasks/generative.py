@@ -138,15 +138,29 @@ class GenerativeTask(Task):
         self.tokenizer = tokenizer
         return load_generator(config, tokenizer), []
 
+    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds `places`: where the logits are that predict the batch's targets.
+
+        A batch without a target gets one place, whose label is to be ignored: a rank that meets
+        one goes through the same steps as the others. A batch to predict for stays as it is.
+        """
+        if "labels" not in batch:
+            return batch
+        learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()
+        return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}
+
+    def _wanted(self, batch: dict[str, Tensor]) -> Tensor:
+        """The label that is predicted at each position: a causal model's is the one after it."""
+        if self.encoder_decoder:
+            return batch["labels"]
+        return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
-        labels = batch["labels"] if self.encoder_decoder else _next(batch["labels"])
-        places = labels != IGNORE
-        count = places.sum()
-        if not count:
-            places = torch.zeros_like(places)
-            places[0, 0] = True  # a rank without a target goes through the same steps
-        total, correct = loss_at(model, self._inputs(model, batch), places, labels[places])
-        return LossOutput(total, count, correct)
+        if "places" not in batch:
+            batch = self.locate(batch)
+        targets = self._wanted(batch).flatten()[batch["places"]]
+        total, correct = loss_at(model, self._inputs(model, batch), batch["places"], targets)
+        return LossOutput(total, (targets != IGNORE).sum(), correct)
 
     def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model reads of a batch.
@@ -164,7 +178,7 @@ class GenerativeTask(Task):
         shown = batch["attention_mask"] == 1
         if self.encoder_decoder:
             batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
-        return logits_at(model, self._inputs(model, batch), shown)
+        return logits_at(model, self._inputs(model, batch), shown.flatten().nonzero().flatten())
 
     # Metrics and generation ------------------------------------------------------------------
 
@@ -222,7 +236,7 @@ class GenerativeTask(Task):
         chosen = batch.get("generate")
         if chosen is None or not chosen.any():
             return
-        part = {name: tensor[chosen] for name, tensor in batch.items()}
+        part = {name: tensor[chosen] for name, tensor in batch.items() if name != "places"}
         predictions = [row["generated"] for row in self.predict(model, part)]
         references = [self.decode(ids) for ids in self._answers(part)]
         self._compare(metrics, predictions, references)
@@ -341,11 +355,6 @@ class GenerativeTask(Task):
             parts[-1][1].append(token)
         shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
         return "".join(f"[{text}]" if learned else text for learned, text in shown)
-
-
-def _next(labels: Tensor) -> Tensor:
-    """At each position the label that is predicted there: that of the position after it."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:

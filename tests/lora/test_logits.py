@@ -39,7 +39,7 @@ def places_in(inputs) -> torch.Tensor:
     shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
     places = torch.zeros(shape, dtype=torch.bool)
     places[0, 2] = places[1, 0] = places[1, 4] = True
-    return places
+    return places.flatten().nonzero().flatten()
 
 
 def check(model: nn.Module, inputs) -> None:
@@ -54,15 +54,16 @@ def check_loss(model: nn.Module, inputs, *, chunks: tuple[int, ...] = (1, 1, 2, 
     time, the one that is compared with it.
     """
     shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
-    places = torch.zeros(shape, dtype=torch.bool)
-    places[:, :5] = True
-    places[0, 4] = False
-    count = int(places.sum())
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, :5] = True
+    mask[0, 4] = False
+    places = mask.flatten().nonzero().flatten()
+    count = len(places)
     head = model.get_output_embeddings()
     vocabulary = model.config.get_text_config().vocab_size
     targets = torch.arange(count) * 3 % vocabulary
     targets[4] = -100
-    logits = model(**inputs).logits[places]
+    logits = model(**inputs).logits.flatten(0, 1)[places]
     whole = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     wide: list[int] = []
     hook = head.register_forward_hook(
@@ -95,11 +96,12 @@ def check_logits(model: nn.Module, inputs) -> None:
     hook = model.get_output_embeddings().register_forward_hook(
         lambda module, args, output: wide.append(output.numel() // output.shape[-1])
     )
-    whole = model(**inputs).logits[places]
+    logits = model(**inputs).logits.flatten(0, 1)
+    whole = logits[places]
     chosen = logits_at(model, inputs, places)
     hook.remove()
     torch.testing.assert_close(chosen, whole, rtol=1e-5, atol=1e-5)
-    assert wide == [places.numel(), 3]  # the head sees three positions
+    assert wide == [len(logits), 3]  # the head sees three positions
     parameters = [p for p in model.parameters() if p.requires_grad]
     ways = [
         torch.autograd.grad(logits.double().sin().sum(), parameters, allow_unused=True)
