@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
+from .lora import UserError
 from .module import LoraModule
 
 
@@ -28,7 +29,8 @@ class Paused(Exception):
     """A run has saved its state at a rung of successive halving and goes no further now.
 
     Args:
-        rung: step, planned steps, and name and value of the monitored metric there.
+        rung: share of all steps that was asked for, step, planned steps, and name and value of the
+            monitored metric there.
     """
 
     def __init__(self, rung: dict[str, Any]) -> None:
@@ -58,6 +60,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step
+        if self.pause_at is None:
+            return
+        share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
+        if share * planned < 1:
+            raise UserError(
+                f"launcher.halving: a rung at {share:.3g} of {planned} optimizer steps is less "
+                "than one step. Give fewer rungs or a smaller eta."
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.pause_at is None or trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -66,6 +76,7 @@ class LastCheckpoint(Checkpoint):
         planned = int(trainer.estimated_stepping_batches)
         if trainer.global_step >= share * planned and metric in trainer.callback_metrics:
             self._rung = {
+                "share": share,
                 "step": trainer.global_step,
                 "planned": planned,
                 "monitor": metric,

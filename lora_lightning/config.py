@@ -157,11 +157,12 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
-    told = next((str(item) for item in chain if isinstance(item, UserError)), None)
-    if told is not None:  # our own, in Hydra's wrapping
-        return told
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
+    told = next((str(item) for item in chain if isinstance(item, UserError)), None)
+    told = told or _several_values(text)
+    if told is not None:  # our own, in Hydra's wrapping
+        return told
     unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
     unreadable = [item.override for item in chain if isinstance(item, OverrideParseException)]
     wrong_type = next(
@@ -181,6 +182,18 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
             "commas, quotes or brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
         )
     return text[:600]
+
+
+def _several_values(text: str) -> str | None:
+    """What to say of KEY=A,B outside of a sweep."""
+    found = re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text)
+    if found is None:
+        return None
+    key, values = found.groups()
+    return (
+        f"{key}={values} is several values: a sweep over them wants -m (lora-lightning train "
+        f"-m {key}={values}), a list wants brackets ('{key}=[{values}]')."
+    )
 
 
 def all_keys(chosen: list[str] | None = None) -> list[str]:

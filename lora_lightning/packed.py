@@ -170,6 +170,9 @@ class Pack:
             config = read_config(folder / ".hydra" / "config.yaml")
             config.output_dir = str(folder)
             out = (folder / LOG).open("a", encoding="utf-8", buffering=1)
+            if len(folders) > 1:
+                others = ", ".join(other.name for other in folders if other != folder)
+                print(f"Trains in one process with the runs {others}.", file=out)
             self.slots.append(Slot(number, folder, config, out))
         self.back = threading.Semaphore(0)
         self.stopping = False

@@ -129,6 +129,7 @@ COMMAND = [
     Case("no such verb", lambda p: ["trian"], "verb 'trian'", "'train'"),
     Case("no such flag", lambda p: p.train("--multrun"), "--multrun", "--multirun"),
     Case("no override", lambda p: p.train("lora.rank"), "lora.rank", "KEY=VALUE"),
+    Case("several values", lambda p: p.train("lora.rank=2,4"), "lora.rank=2,4", "-m lora.rank=2,4"),
     Case("unreadable override", lambda p: p.train("tags=[a"), "tags=[a", "in quotes"),
     Case("unknown key", lambda p: p.train("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
     Case("unknown key, check", lambda p: p.check("lora.rnk=4"), "lora.rnk", "'lora.rank'"),

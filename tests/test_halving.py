@@ -91,6 +91,17 @@ def test_wrong_settings_are_told(settings):
         Halving.of(settings, "max")
 
 
+def test_a_rung_below_one_step_is_told(run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
+    monkeypatch.chdir(tmp_path)
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    status, _, err = run_cli(
+        *("train", "-m", *where, "lora.rank=1,2", "hydra/launcher=packed"),
+        "launcher.halving={eta: 2, rungs: 9}",
+    )
+    assert status == 2
+    assert "is less than one step. Give fewer rungs" in " ".join(err.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["process", "packed"])
 def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
@@ -115,6 +126,14 @@ def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl
     assert f"job {loser.job} stopped at step 16 of 32" in " ".join(out.split())
     rank = winner.adapter["rank"]
     assert run_cli("train", *where, f"lora.rank={rank}", "output_dir=alone")[0] == 0
+    again = ["train", "-m", *where, "lora.rank=1,4", f"hydra/launcher={launcher}"]
+    again += ["hydra.sweep.dir=sweep"]
+    status, _, err = run_cli(*again, "launcher.halving={eta: 4, rungs: 1}")
+    assert status == 2
+    assert "paused at 0.5 of its steps, by another launcher.halving" in " ".join(err.split())
+    status, _, err = run_cli(*again)  # without halving what was stopped goes on to its end
+    assert status == 0, err
+    assert [run.result["steps"] for run in read_sweep(Path("sweep")).runs] == [32, 32]
     name = "adapter/adapter_model.safetensors"
     ours, truth = load_file(winner.folder / name), load_file(Path("alone") / name)
     for key, tensor in truth.items():

@@ -116,6 +116,44 @@ def test_a_failed_job_leaves_the_others_alone(tmp_path):
     assert "no .hydra/config.yaml" in jobs[0].error()
 
 
+class Waits(Work):
+    """A process that writes no result before it is told to end."""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", "import sys; sys.stdin.read()"]
+
+
+def test_what_a_pack_had_come_to_before_is_not_taken_for_its_end(tmp_path):
+    jobs = jobs_without_config(tmp_path, 2)
+    for job in jobs:
+        (job.folder / "result.json").write_text('{"status": "paused"}')
+    work = Waits(jobs)
+    work.start(None, threads=None, inherit=())
+    try:
+        assert not work.look()
+        assert [job.state for job in jobs] == ["running", "running"]
+        (tmp_path / "new").write_text('{"status": "paused"}')
+        os.replace(tmp_path / "new", jobs[1].folder / "result.json")
+        assert not work.look()
+        assert [job.state for job in jobs] == ["running", "paused"]
+    finally:
+        work.process.kill()
+        work.process.wait()
+    assert work.look()
+
+
+def test_another_halving_is_another_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("multirun") / "01" / "12-00"
+    folder.mkdir(parents=True)
+    mine = ["lora.rank=2,4", "hydra.launcher.halving={eta: 2, rungs: 3}"]
+    note(folder, mine, "running")
+    assert sweep_folder(mine) == [f"hydra.sweep.dir={folder}"]
+    assert sweep_folder([mine[0], "hydra.launcher.halving={eta: 4, rungs: 1}"]) == []
+    assert sweep_folder(mine[:1]) == []
+
+
 def test_fail_fast_starts_no_more(tmp_path):
     jobs = jobs_without_config(tmp_path, 3)
     JobQueue(jobs, once(jobs), [None], fail_fast=True).run()

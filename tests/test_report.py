@@ -16,6 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_lightning.config import compose_config
+from lora_lightning.launch.folder import note
+from lora_lightning.lock import lock
 from lora_lightning.lora import UserError
 from lora_lightning.report import read_sweep, report
 from lora_lightning.report.plots import pareto_front
@@ -29,7 +31,7 @@ def accuracy(rank: int, ratio: int, seed: int) -> float:
 
 def write_run(folder: Path, overrides: list[str], result: dict | None, curve=()) -> None:
     """A run's folder as far as a report reads it."""
-    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     config = compose_config(overrides)
     (folder / ".hydra/config.yaml").write_text(OmegaConf.to_yaml(config))
     (folder / ".hydra/overrides.yaml").write_text(OmegaConf.to_yaml(overrides))
@@ -54,6 +56,9 @@ def sweep_dir(tmp_path) -> Path:
             "test/accuracy": value - 0.1,
             "trainable_parameters": 1000 * rank,
             "seconds": 2.0,
+            "device": "cpu",
+            "precision": "32-true",
+            "versions": {"python": "3.11", "torch": "2.13"},
         }
         overrides = [f"lora.rank={rank}", f"lora.alpha_ratio={ratio}", f"seed={seed}"]
         write_run(root / str(job), [*overrides, "lora.use_rslora=true"], result, [(5, value)])
@@ -106,6 +111,8 @@ def test_what_is_written(sweep_dir, capsys):
     markdown = (sweep_dir / "report.md").read_text()
     assert "| 8 9 | 8 | 1 | 2.828 | 0.8625 ± 0.0035 | 0.7625 ± 0.0035 | 8,000 | 2 s |" in markdown
     page = (sweep_dir / "report.html").read_text()
+    for text in (markdown, page):
+        assert "Made with cpu 32-true, python 3.11, torch 2.13." in text
     assert page.count("<svg") == 4
     assert "&lt;rank&gt; is too large" in page
     assert "<rank>" not in page
@@ -120,6 +127,26 @@ def test_what_is_written(sweep_dir, capsys):
     before = page
     report(sweep_dir)
     assert (sweep_dir / "report.html").read_text() == before
+
+
+def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
+    with lock(sweep_dir):
+        assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 running, 1 waiting"
+    assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 interrupted, 1 waiting"
+
+
+def test_what_halving_has_not_finished_shows_where_it_stands(sweep_dir):
+    rungs = [{"step": step, "planned": 80, "value": step / 100} for step in (10, 20)]
+    paused = {"status": "paused", "steps": 20, "rungs": rungs}
+    write_run(sweep_dir / "13", ["lora.rank=32", "seed=0"], paused)
+    report(sweep_dir)
+    markdown = (sweep_dir / "report.md").read_text()
+    assert "| 0.2000 at step 20 |" in markdown
+    assert "of the optimizer steps of all jobs to their end so far." in markdown
+    for job in ("13", "14"):
+        write_run(sweep_dir / job, ["lora.rank=32", "seed=0"], {**paused, "status": "stopped"})
+    report(sweep_dir)
+    assert "so far" not in (sweep_dir / "report.md").read_text()
 
 
 @pytest.mark.parametrize("width", [60, 200])
@@ -140,6 +167,12 @@ def test_pareto_front():
 def test_mistakes_are_told(tmp_path, run_cli):
     with pytest.raises(UserError, match="holds no run"):
         read_sweep(tmp_path)
+    write_run(tmp_path / "multirun/day/hour/3", ["lora.rank=2"], None)
+    note(tmp_path / "multirun/day/hour", ["lora.rank=2"], "running")
+    with pytest.raises(UserError, match="the newest: .*multirun/day/hour"):
+        read_sweep(tmp_path / "multirun")
+    with pytest.raises(UserError, match="give the folder of its sweep: .*multirun/day/hour\\."):
+        read_sweep(tmp_path / "multirun/day/hour/3")
     for arguments, told in (
         ([str(tmp_path / "none")], "no such folder"),
         ([], "takes the folder of a sweep"),

@@ -41,7 +41,9 @@ def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
 def plain(overrides: list[str]) -> list[str]:
     """Overrides less those that say where and how, not what: two sweeps with the same are one."""
     how = ("hydra.sweep.", "hydra.launcher.", "hydra/launcher=", "hydra.mode=")
-    return sorted(item for item in overrides if not item.lstrip("+").startswith(how))
+    found = [item for item in overrides if not item.lstrip("+").startswith(how)]
+    halving = [item for item in overrides if item.lstrip("+").startswith("hydra.launcher.halving")]
+    return sorted([*found, *halving])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -59,6 +59,21 @@ class Halving:
                 )
         return cls(int(values["eta"]), int(values["rungs"]), -1 if mode == "min" else 1)
 
+    def check(self, jobs: list[Job]) -> None:
+        """Makes sure that jobs which have paused did so where these settings say.
+
+        Raises:
+            UserError: they were begun with other settings.
+        """
+        for job in jobs:
+            for rung, found in enumerate(job.rungs()):
+                if found.get("share") not in (None, self.eta ** (rung - self.rungs)):
+                    raise UserError(
+                        f"{job.folder} paused at {found['share']:.3g} of its steps, by another "
+                        "launcher.halving. Give that one, launcher.halving=null to train all jobs "
+                        "to their end, or another folder: hydra.sweep.dir=DIR."
+                    )
+
     def pause_at(self, job: Job) -> float | None:
         """Share of all steps at which the job is to pause next; None: it goes to its end."""
         rung = len(job.rungs())

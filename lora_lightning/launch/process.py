@@ -7,10 +7,9 @@ Under DDP, Lightning starts its other ranks with the command line of the first. 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -18,14 +17,14 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..config import config_hash, read_config
+from ..lock import lock
 from ..lora.errors import UserError
 from ..report import report
+from ..settings import PAUSE
 from .folder import note
 from .halving import Halving
 from .queue import LOG, Job, JobQueue, Work
 from .table import JobTable
-
-LOCK = ".lock"
 
 
 class SweepError(Exception):
@@ -82,7 +81,7 @@ class ProcessLauncher(Launcher):
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(sweep_dir) as lock:
+        with lock(sweep_dir) as held:
             planned = [
                 self._plan(sweep_dir, number, list(overrides))
                 for number, overrides in enumerate(job_overrides, initial_job_idx)
@@ -90,19 +89,21 @@ class ProcessLauncher(Launcher):
             for job, config in planned:
                 if job.state == "waiting":
                     _save(config, job)
-            note(sweep_dir, self._overrides(), "running")
             jobs = [job for job, _ in planned]
             _name(jobs)
             first = planned[0][1]
             halving = Halving.of(self.halving, str(first.task.get("mode", "max")))
-            with JobTable(sweep_dir, jobs) as table:
+            if halving is not None:
+                halving.check(jobs)
+            note(sweep_dir, self._overrides(), "running")
+            with JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
                 JobQueue(
                     jobs,
                     lambda idle: self._next(planned, halving, idle=idle),
                     self._places(first),
                     fail_fast=self.fail_fast,
                     show=table.show,
-                    inherit=(lock.fileno(),),
+                    inherit=(held.fileno(),),
                 ).run()
             if halving is not None and not any(job.state == "waiting" for job in jobs):
                 halving.stop(jobs)
@@ -119,6 +120,8 @@ class ProcessLauncher(Launcher):
         jobs = [job for job, _ in planned]
         if halving is None:
             chosen = [job for job in jobs if job.state == "waiting"]
+            for job in chosen:
+                (job.folder / PAUSE).unlink(missing_ok=True)  # of a sweep that had halving
         else:
             chosen = halving.choose(jobs, idle=idle)
             for job in chosen:
@@ -152,8 +155,11 @@ class ProcessLauncher(Launcher):
                 "that samples proposes the same jobs again if hydra.sweeper.sampler.seed is set.)"
             )
         if saved.is_file():
-            known = {"completed": "kept", "paused": "paused", "stopped": "stopped"}
-            job.state = known.get(str(job.result().get("status")), job.state)
+            status = str(job.result().get("status"))
+            if status == "completed":
+                job.state = "kept"
+            elif self.halving is not None and status in ("paused", "stopped"):
+                job.state = status
         return job, config
 
     def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
@@ -218,28 +224,6 @@ def _save(config: DictConfig, job: Job) -> None:
             os.replace(beside, folder / name)
     except OSError as error:
         raise UserError(f"hydra.sweep.dir: {folder} cannot be written: {error}.") from None
-
-
-def _locked(sweep_dir: Path) -> IO[bytes]:
-    """A file whose lock this process and its jobs hold until the last of them has ended."""
-    handle = (sweep_dir / LOCK).open("wb")
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return handle
-    until = time.monotonic() + 10.0  # jobs of a sweep that was killed take a moment to end
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except OSError:
-            if time.monotonic() > until:
-                handle.close()
-                raise UserError(
-                    f"{sweep_dir} is in use by another process that runs this sweep. Wait for it, "
-                    "or give another folder: hydra.sweep.dir=DIR."
-                ) from None
-            time.sleep(0.2)
 
 
 def _failure(jobs: list[Job]) -> Exception | None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class Job:
             return dict(json.loads((self.folder / "result.json").read_text()))
         except (OSError, ValueError, TypeError):
             return {}
+
+    def written(self) -> int:
+        """When its result.json was written, in ns; 0: not yet."""
+        try:
+            return (self.folder / "result.json").stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def rungs(self) -> list[dict[str, Any]]:
         """Where it has paused so far: step, planned steps, and the metric there."""
@@ -110,6 +117,8 @@ class Work:
     process: subprocess.Popen[bytes] | None = None
     devices: tuple[str, ...] | None = None
     started: float = 0.0
+    before: dict[int, int] = field(default_factory=dict)
+    """By job, when its result was last written before the process began."""
 
     @property
     def command(self) -> list[str]:
@@ -123,6 +132,7 @@ class Work:
         self, devices: tuple[str, ...] | None, *, threads: int | None, inherit: tuple[int, ...]
     ) -> None:
         """Starts the process; what it prints goes to the first job's log."""
+        self.before = {job.number: job.written() for job in self.jobs}
         with (self.jobs[0].folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -150,6 +160,8 @@ class Work:
             if status is not None:
                 job.status = 2 if _is_mistake(job) else status
                 job.state = told if told in ENDS else "failed"
+            elif job.written() == self.before[job.number]:
+                continue  # what it tells is of an earlier time
             elif len(self.jobs) > 1 and told in ("completed", "failed", "paused"):
                 job.state, job.status = told, 2 if _is_mistake(job) else None
         if status is not None:

@@ -29,11 +29,12 @@ class JobTable:
     Args:
         sweep_dir: the sweep's folder.
         jobs: all jobs.
+        monitor: name of the metric that is compared.
     """
 
-    def __init__(self, sweep_dir: Path, jobs: list[Job]) -> None:
+    def __init__(self, sweep_dir: Path, jobs: list[Job], monitor: str) -> None:
         self.console = Console(soft_wrap=True, highlight=False)
-        self.sweep_dir, self.jobs = sweep_dir, jobs
+        self.sweep_dir, self.jobs, self.monitor = sweep_dir, jobs, monitor
         self.told = {job.number: job.state for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False)
         kept = sum(job.state == "kept" for job in jobs)
@@ -63,7 +64,7 @@ class JobTable:
             if self.told[job.number] != job.state:
                 self.told[job.number] = job.state
                 ended = job.state != "running"
-                after = f" after {job.seconds:.0f} s, {_progress(job)[1]}" if ended else ""
+                after = f" after {job.seconds:.0f} s, {self._progress(job)[1]}" if ended else ""
                 self.console.print(f"job {job.number} {job.state}{after}  ({job.name})")
 
     def _table(self, jobs: list[Job]) -> Table:
@@ -72,29 +73,35 @@ class JobTable:
             table.add_column(column)
         running = [job for job in jobs if job.state == "running"]
         ended = [job for job in jobs if job.state not in ("running", "waiting", "paused")]
-        waiting = sum(job.state == "waiting" for job in jobs)
+        other = [
+            f"{count} {state}"
+            for state in ("paused", "waiting")
+            if (count := sum(job.state == state for job in jobs))
+        ]
         shown = (running + ended[::-1])[:SHOWN]
         for job in sorted(shown, key=lambda job: job.number):
             colour = COLOURS.get(job.state, "default")
-            step, latest = _progress(job)
+            step, latest = self._progress(job)
             state = f"[{colour}]{job.state}[/]"
             table.add_row(str(job.number), job.name, state, step, latest, f"{job.seconds:.0f} s")
-        table.caption = f"{len(ended)} ended, {len(running)} running, {waiting} waiting"
+        table.caption = ", ".join([f"{len(ended)} ended", f"{len(running)} running", *other])
         return table
 
-
-def _progress(job: Job) -> tuple[str, str]:
-    """The last step that a job has logged, and its objective or latest value."""
-    result = job.result()
-    if result.get("objective") is not None:
-        return str(result["steps"]), f"{result['monitor']} {result['objective']:.4f}"
-    try:
-        with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as handle:
-            rows = list(csv.DictReader(handle))
-    except OSError:
-        rows = []
-    for name in ("val/loss", "train/loss"):
-        for row in reversed(rows):
-            if row.get(name):
-                return rows[-1]["step"], f"{name} {float(row[name]):.4f}"
-    return "", "-"
+    def _progress(self, job: Job) -> tuple[str, str]:
+        """How far a job is: its step, and what is compared or, before that, its loss."""
+        result = job.result()
+        if result.get("objective") is not None:
+            return str(result["steps"]), f"{result['monitor']} {result['objective']:.4f}"
+        if job.state in ("paused", "stopped") and job.rungs():
+            rung = job.rungs()[-1]
+            return str(rung["step"]), f"{rung['monitor']} {rung['value']:.4f}"
+        try:
+            with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as handle:
+                rows = list(csv.DictReader(handle))
+        except OSError:
+            rows = []
+        for name in (self.monitor, "val/loss", "train/loss"):
+            for row in reversed(rows):
+                if row.get(name):
+                    return rows[-1]["step"], f"{name} {float(row[name]):.4f}"
+        return "", "-"

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from .plots import plots
 from .sweep import Sweep
-from .tables import best_lines, first_line, rows_by_run, rows_by_setting, stopped_lines, written
+from .tables import (
+    best_lines,
+    first_line,
+    made_with,
+    rows_by_run,
+    rows_by_setting,
+    stopped_lines,
+    written,
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 76rem; margin: 2rem auto;
@@ -61,6 +69,8 @@ def page(sweep: Sweep) -> str:
         for name, text, svg in plots(sweep)
     )
     parts.append(f'<div class="plots">{figures}</div>')
+    if made_with(sweep):
+        parts.append(f'<p class="note">Made with {escape(made_with(sweep))}.</p>')
     parts.append("<h2>All runs</h2>")
     every = [
         {

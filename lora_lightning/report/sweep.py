@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import read_config, settings_of
+from ..lock import is_abandoned
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
 
@@ -42,7 +43,9 @@ class Run:
     @property
     def status(self) -> str:
         """completed, running, failed, interrupted, paused, stopped (by halving), or waiting."""
-        return str(self.result.get("status", "waiting"))
+        status = str(self.result.get("status", "waiting"))
+        killed = status == "running" and is_abandoned(self.folder.parent)
+        return "interrupted" if killed else status
 
     @property
     def objective(self) -> float | None:
@@ -203,11 +206,19 @@ def read_sweep(folder: Path) -> Sweep:
         raise UserError(f"{folder}: there is no such folder. Give that of a sweep.")
     found = sorted(folder.glob("*/.hydra/config.yaml"), key=lambda path: _natural(path.parts[-3]))
     if not found:
-        raise UserError(
-            f"{folder} holds no run: none of its folders has a .hydra/config.yaml. Give the folder "
-            "of a sweep, such as multirun/<date>/<time>."
-        )
+        raise UserError(f"{folder} holds no run. {_where(folder)}")
     return Sweep(folder, [_read_run(path.parent.parent) for path in found])
+
+
+def _where(folder: Path) -> str:
+    """Where a sweep is rather to be looked for."""
+    if (folder / ".hydra" / "config.yaml").is_file():
+        return f"It is one itself; give the folder of its sweep: {folder.absolute().parent}."
+    sweeps = [path.parent for path in folder.glob("*/**/sweep.json")]
+    if sweeps:
+        newest = max(sweeps, key=lambda path: (path / "sweep.json").stat().st_mtime)
+        return f"There are {len(sweeps)} sweeps below it, the newest: {newest}"
+    return "Give the folder of a sweep, such as multirun/<date>/<time>."
 
 
 def _read_run(folder: Path) -> Run:

@@ -56,7 +56,7 @@ def rows_by_setting(sweep: Sweep) -> list[dict[str, str]]:
             "job": " ".join(run.job for run in setting.runs),
             **{key: _short(value) for key, value in setting.values.items()},
             "scale": _number(setting.runs[0].adapter["scale"]),
-            sweep.monitor: spread(setting, "objective"),
+            sweep.monitor: _objective(setting),
             **({sweep.headline: spread(setting, sweep.headline)} if sweep.headline else {}),
             "trained": _whole(setting.mean("trainable_parameters")),
             "time": _with(setting.mean("seconds"), "{:,.0f} s"),
@@ -76,6 +76,14 @@ def spread(setting: Setting, metric: str) -> str:
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
+def _objective(setting: Setting) -> str:
+    """The monitored metric; of a setting that has not come to its end, what it was at a rung."""
+    rungs = [run.result["rungs"][-1] for run in setting.runs if run.result.get("rungs")]
+    if setting.mean("objective") is not None or not rungs:
+        return spread(setting, "objective")
+    return " ".join(f"{rung['value']:.4f} at step {rung['step']}" for rung in rungs)
+
+
 def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
     """What one wants of the best run: its value, adapter and command."""
     return [
@@ -85,13 +93,23 @@ def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
     ]
 
 
+def made_with(sweep: Sweep) -> str:
+    """Hardware, precision and versions that the runs tell of; "" where none does."""
+    told = [run.result for run in sweep.runs if run.result.get("versions")]
+    kinds = {f"{one.get('device', '')} {one.get('precision', '')}".strip() for one in told}
+    every = [f"{name} {number}" for one in told for name, number in one["versions"].items()]
+    return ", ".join([*sorted(filter(None, kinds)), *dict.fromkeys(every)])
+
+
 def stopped_lines(sweep: Sweep) -> list[str]:
     """What successive halving stopped, when and why, and what that saved."""
     if sweep.share_of_steps is None:
         return []
-    saved = f"{sweep.share_of_steps:.0%} of the optimizer steps of all jobs to their end."
+    saved = f"{sweep.share_of_steps:.0%} of the optimizer steps of all jobs to their end"
+    if any(run.status not in ("completed", "stopped", "failed") for run in sweep.runs):
+        saved += " so far"
     lines = [f"job {run.job} stopped {run.result.get('stopped')}" for run in sweep.stopped]
-    return [*lines, f"Successive halving took {saved}"]
+    return [*lines, f"Successive halving took {saved}."]
 
 
 def terminal_report(sweep: Sweep) -> None:
@@ -152,6 +170,8 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
     if sweep.failed:
         lines += ["", "## Failures", ""]
         lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
+    lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
+    lines += [f"Made with {made_with(sweep)}."] if made_with(sweep) else []
     written(path, lambda handle: handle.write("\n".join(lines) + "\n"))
 
 
