@@ -17,6 +17,7 @@ from .memory import PROBE_ROWS, Memory
 from .modeling import check_packing
 from .module import LoraModule
 from .optim import build_optimizer, build_scheduler
+from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .storage import undone_on_mistake
 from .tasks import build_task
@@ -25,7 +26,6 @@ from .train import (
     build_trainer,
     check_windows,
     refuse_used_folder,
-    with_precision,
     writable,
 )
 
@@ -43,8 +43,8 @@ def check(config: DictConfig) -> str:
         UserError: something would fail later.
     """
     quiet_libraries()
-    settings_of(config)  # a mistake is told before what was chosen for the user
-    config = with_precision(config)
+    asked, config = config, with_precision(config)
+    told = chosen_for_the_user(asked, config)
     settings = settings_of(config)
     output = Path(config.output_dir)
     refuse_used_folder(output)
@@ -63,6 +63,7 @@ def check(config: DictConfig) -> str:
         if data.packs:
             check_packing(module.model)
         sections = [
+            *([told] if told else []),
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
             f"{next(module.model.parameters()).dtype}".replace("torch.", ""),
             _modules(module),

@@ -14,9 +14,10 @@ from .data.datamodule import LoraDataModule
 from .inference import Predictor, load_trained
 from .lora import UserError
 from .modeling import load_model_config, max_positions
+from .precision import with_precision
 from .quiet import quiet_libraries
 from .storage import read_sidecar
-from .train import build_trainer, with_precision
+from .train import build_trainer
 
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:

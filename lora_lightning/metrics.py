@@ -15,8 +15,8 @@ from torchmetrics.text import BLEUScore, CHRFScore
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-class Perplexity(Metric):
-    """exp of the mean loss per target token."""
+class MeanLoss(Metric):
+    """The mean loss per target, of sums that are added without waiting for their device."""
 
     total: Tensor
     count: Tensor
@@ -28,9 +28,17 @@ class Perplexity(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
-        """Adds a summed loss and its number of tokens."""
+        """Adds a summed loss and its number of targets."""
         self.total += total.detach().to(self.total)
         self.count += count.to(self.count)
+
+    def compute(self) -> Tensor:
+        """The mean so far; nan without any target."""
+        return (self.total / self.count).float()
+
+
+class Perplexity(MeanLoss):
+    """exp of the mean loss per target token."""
 
     def compute(self) -> Tensor:
         """The perplexity so far; nan without any token."""

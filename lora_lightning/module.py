@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 
 from .lora import Adapter, LoraConfig, UserError
 from .lora.adapter import check_tensors
 from .lora.state import read_adapter
+from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
 from .optim import build_optimizer, build_scheduler
 from .settings import ModelConfig, OptimConfig
@@ -89,9 +90,8 @@ class LoraModule(L.LightningModule):
         self.adapter: Adapter | None = None
         self.val_metrics: MetricCollection | None = None
         self.test_metrics: MetricCollection | None = None
-        # Looking for NaN would wait for the device; a loss that is NaN is to be seen as one.
-        self.val_loss = MeanMetric(nan_strategy="disable")
-        self.test_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = MeanLoss()
+        self.test_loss = MeanLoss()
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
         self._mean_loss = torch.zeros(())
@@ -247,14 +247,14 @@ class LoraModule(L.LightningModule):
         return [row for part in _parts(batch) for row in self.task.predict(self.model, part)]
 
     def _evaluate(
-        self, batch: Batch, metrics: MetricCollection | None, mean_loss: MeanMetric
+        self, batch: Batch, metrics: MetricCollection | None, mean_loss: MeanLoss
     ) -> None:
         assert self.model is not None
         assert metrics is not None
         for part in _parts(batch):
             output = self.task.loss(self.model, part)
             self.task.update_metrics(metrics, self.model, part, output)
-            mean_loss.update(output.total / output.count.clamp(min=1), output.count)
+            mean_loss.update(output.total, output.count)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics, self.val_loss)
@@ -263,7 +263,7 @@ class LoraModule(L.LightningModule):
         self._log_metrics("test", self.test_metrics, self.test_loss)
 
     def _log_metrics(
-        self, stage: str, metrics: MetricCollection | None, mean_loss: MeanMetric
+        self, stage: str, metrics: MetricCollection | None, mean_loss: MeanLoss
     ) -> None:
         assert metrics is not None
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from .lora import UserError
 
@@ -91,6 +92,43 @@ def settle_precision(
     if dtype == "auto":
         dtype = "float32" if full else TO_LOAD.get(name, "auto")
     return Precision(name, dtype)
+
+
+def with_precision(
+    config: DictConfig, recorded: str | None = None, *, trains: bool = True
+) -> DictConfig:
+    """The config with `trainer.precision` and `model.dtype` settled, where they are left to us.
+
+    Args:
+        config: a composed config.
+        recorded: the precision that the run, now gone on with, began with.
+        trains: whether there is training ahead, and not evaluation alone.
+
+    Raises:
+        UserError: as `settle_precision`.
+    """
+    asked = config.trainer.get("precision", "auto")
+    precision = settle_precision(
+        recorded if recorded is not None and asked == "auto" else asked,
+        config.model.dtype,
+        full=trains and config.lora.method == "full",
+        accelerator=str(config.trainer.get("accelerator", "auto")),
+    )
+    settled = config.copy()
+    OmegaConf.update(settled, "trainer.precision", precision.name, force_add=True)
+    settled.model.dtype = precision.dtype
+    return settled
+
+
+def chosen_for_the_user(config: DictConfig, settled: DictConfig) -> str | None:
+    """What to tell of a precision that nobody asked for; None where there is nothing to tell."""
+    asked = config.trainer.get("precision", "auto") != "auto" or config.model.dtype != "auto"
+    if asked or settled.trainer.precision == "32-true":
+        return None
+    return (
+        f"Precision: {settled.trainer.precision}, which this hardware is fast at; what is trained "
+        "stays fp32. For single precision: trainer.precision=32-true."
+    )
 
 
 def bf16_is_fast(accelerator: str = "auto") -> bool:

@@ -22,6 +22,8 @@ from .module import LoraModule
 
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
+ADAPTER = "adapter"
+"""In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
 RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv", "samples.jsonl")
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,21 +24,14 @@ from .lora import UserError
 from .lora.errors import did_you_mean
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .precision import for_lightning, settle_precision
+from .outcome import baseline, log_hparams, measured, print_result
+from .precision import chosen_for_the_user, for_lightning, with_precision
 from .quiet import quiet_libraries
 from .settings import PAUSE
-from .storage import (
-    RESULT,
-    folder_bytes,
-    peak_memory_mib,
-    save_trained,
-    versions,
-    write_json,
-)
+from .storage import ADAPTER, RESULT, save_trained, versions, write_json
 from .tasks import Task, build_task
 
 CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
 
 
 def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
@@ -60,7 +53,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     checkpoint = last_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     earlier = _earlier_result(run_dir) if checkpoint else {}
-    config = with_precision(config, earlier.get("precision"))
+    asked, config = config, with_precision(config, earlier.get("precision"))
     settings = settings_of(config)
     result["precision"] = config.trainer.precision
     result["versions"] = versions()
@@ -73,6 +66,8 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             refuse_used_folder(run_dir)
         writable(run_dir)
         write_json(run_dir / RESULT, result)
+        if told := chosen_for_the_user(asked, config):
+            print(told, file=sys.stderr)
     try:
         _run(config, settings, run_dir, checkpoint, result, changes)
         result["status"] = "completed"
@@ -131,11 +126,11 @@ def _run(
         save_trained(module, run_dir / ADAPTER, saved_settings(config))
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
-    result.update(_result(config, module, trainer, clock, {**val, **test}))
-    result["baseline"] = _baseline(task, data)
+    result.update(measured(config, module, trainer, clock, {**val, **test}))
+    result["baseline"] = baseline(task, data)
     if trainer.is_global_zero:
-        _log_hparams(trainer, settings, config, result)
-        _print_result(result, run_dir, data)
+        log_hparams(trainer, settings, config, result)
+        print_result(result, run_dir, data)
 
 
 def build(
@@ -197,37 +192,6 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         if type(error).__name__ == "MisconfigurationException":
             raise UserError(f"trainer: {error}") from error
         raise
-
-
-def with_precision(
-    config: DictConfig, recorded: str | None = None, *, trains: bool = True
-) -> DictConfig:
-    """The config with `trainer.precision` and `model.dtype` settled, where they are left to us.
-
-    Args:
-        config: a composed config.
-        recorded: the precision that the run, now gone on with, began with.
-        trains: whether there is training ahead, and not evaluation alone.
-    """
-    trainer = config.trainer
-    asked = trainer.get("precision", "auto")
-    precision = settle_precision(
-        recorded if recorded is not None and asked == "auto" else asked,
-        config.model.dtype,
-        full=trains and config.lora.method == "full",
-        accelerator=str(trainer.get("accelerator", "auto")),
-    )
-    chosen_by_us = asked == "auto" and config.model.dtype == "auto"
-    if chosen_by_us and precision.name != "32-true" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        print(
-            f"Precision: {precision.name}, which this hardware is fast at; what is trained stays "
-            "fp32. For single precision: trainer.precision=32-true.",
-            file=sys.stderr,
-        )
-    settled = config.copy()
-    OmegaConf.update(settled, "trainer.precision", precision.name, force_add=True)
-    settled.model.dtype = precision.dtype
-    return settled
 
 
 def check_windows(trainer: L.Trainer) -> None:
@@ -322,22 +286,6 @@ def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, f
     return {name: float(value) for name, value in found[0].items()} if found else {}
 
 
-def _baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
-    """What a rule without learning reaches on the test rows that text is generated for.
-
-    Every rank goes through all of them: the metrics gather from all ranks, and means stay the same.
-    """
-    if not (data.has("test") and task.generate_rows):
-        return {}
-    generated = data.encoded["test"]["generate"][:]
-    rows = data.raw["test"].select([i for i, chosen in enumerate(generated) if chosen])
-    found = task.baseline(list(rows))
-    if found is None:
-        return {}
-    name, metrics = found
-    return {"name": name, **{f"test/{metric}": value for metric, value in metrics.items()}}
-
-
 def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
     """Loads the weights of the best checkpoint into the module."""
     best = next(
@@ -351,91 +299,3 @@ def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
     if best:
         checkpoint = torch.load(best, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint["state_dict"])
-
-
-def _result(
-    config: DictConfig,
-    module: LoraModule,
-    trainer: L.Trainer,
-    clock: RunClock,
-    metrics: dict[str, float],
-) -> dict[str, Any]:
-    assert module.model is not None
-    parameters = list(module.model.parameters())
-    adapter = Path(config.output_dir) / ADAPTER
-    return {
-        **metrics,
-        "objective": metrics.get(config.task.monitor),
-        "monitor": config.task.monitor,
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
-        "adapter_bytes": folder_bytes(adapter) if adapter.is_dir() else 0,
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "seconds": round(clock.seconds, 3),
-        "tokens": clock.tokens,
-        "tokens_per_second": round(clock.tokens / max(clock.seconds, 1e-9), 1),
-        "peak_memory_mib": round(peak_memory_mib(module.device), 1),
-        "device": str(module.device),
-        "world_size": trainer.world_size,
-        "seed": config.seed,
-        "tags": list(config.tags),
-    }
-
-
-def _log_hparams(
-    trainer: L.Trainer, settings: Settings, config: DictConfig, result: dict[str, Any]
-) -> None:
-    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out."""
-    lora = settings.lora
-    params: dict[str, Any] = {
-        "method": config.lora.method,
-        "lr": settings.optim.lr,
-        "weight_decay": settings.optim.weight_decay,
-        "batch_size": settings.data.batch_size,
-        "seed": config.seed,
-        "model": settings.model.name_or_path,
-        "task": settings.task["name"],
-    }
-    if lora is not None:
-        params |= {
-            "rank": lora.rank,
-            "alpha": lora.alpha_of(""),
-            "scaling": lora.scaling_of(""),
-            "dropout": lora.dropout,
-            "targets": str(lora.targets),
-        }
-    metrics = {name: value for name, value in result.items() if name.startswith(("val/", "test/"))}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(params, {f"final/{k}": v for k, v in metrics.items()})
-            logger.save()
-
-
-def _print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:
-    rows = len(data.encoded["test"]) if data.has("test") else 0
-    lines = []
-    for name in sorted(name for name in result if name.startswith("test/")):
-        short = name.removeprefix("test/")
-        was = result["before"].get(name)
-        start = f"{was:.4f} -> " if was is not None else ""
-        beside = ""
-        if name in result["baseline"]:
-            beside = f"   ({result['baseline']['name']}: {result['baseline'][name]:.4f})"
-        lines.append(f"  {short:<14} {start}{result[name]:.4f}{beside}")
-    if lines:
-        lines.insert(
-            0,
-            f"On the {rows} test rows"
-            + (", before -> after training:" if result["before"] else ":"),
-        )
-    share = 100 * result["trainable_parameters"] / result["total_parameters"]
-    lines += [
-        f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
-        f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
-        f"{result['tokens_per_second']:,.0f} tokens/s.",
-        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
-        f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',
-        f"Curves:  tensorboard --logdir {run_dir}",
-    ]
-    print("\n" + "\n".join(lines), flush=True)

@@ -19,7 +19,9 @@ from lora_lightning.config import compose_config
 from lora_lightning.launch.packed import PackedLauncher
 from lora_lightning.launch.queue import Job
 from lora_lightning.lora import UserError
-from lora_lightning.packed import SLOT_BYTES, Pack, main, slots_at_a_time
+from lora_lightning.packed.__main__ import main
+from lora_lightning.packed.pack import Pack
+from lora_lightning.packed.room import SLOT_BYTES, slots_at_a_time
 from lora_lightning.storage import peak_memory_mib
 from lora_lightning.train import train
 

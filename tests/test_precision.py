@@ -15,7 +15,7 @@ from lora_lightning import precision
 from lora_lightning.config import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.modeling import load_generator, load_tokenizer
-from lora_lightning.precision import settle_precision
+from lora_lightning.precision import chosen_for_the_user, settle_precision, with_precision
 from lora_lightning.settings import ModelConfig
 from lora_lightning.storage import read_sidecar
 from lora_lightning.train import train
@@ -121,8 +121,6 @@ def test_bf16_true_holds_the_base_in_bf16(runs):
 
 
 def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
-    from lora_lightning.train import with_precision
-
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: False)
     config = compose_config([])
     assert with_precision(config).trainer.precision == "32-true"
@@ -140,12 +138,11 @@ def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
         (True, ["trainer.precision=bf16-true"], False),
     ],
 )
-def test_what_was_chosen_for_the_user_is_said(monkeypatch, capsys, fast, overrides, said):
-    from lora_lightning.train import with_precision
-
+def test_what_was_chosen_for_the_user_is_said(monkeypatch, fast, overrides, said):
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
-    with_precision(compose_config(overrides))
-    assert ("trainer.precision=32-true" in capsys.readouterr().err) == said
+    config = compose_config(overrides)
+    told = chosen_for_the_user(config, with_precision(config))
+    assert ("trainer.precision=32-true" in str(told)) == said
 
 
 def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):

@@ -33,16 +33,17 @@ ALLOWED = {
     "module": MODEL_SIDE,
     "callbacks": MODEL_SIDE | {"module"},
     "storage": MODEL_SIDE | {"module"},
-    "train": RUN_SIDE | {"precision"},
+    "outcome": RUN_SIDE,
+    "train": RUN_SIDE | {"precision", "outcome"},
     "memory": RUN_SIDE,
-    "packed": RUN_SIDE | {"train", "launch", "memory"},
+    "packed": RUN_SIDE | {"train", "launch", "memory", "precision"},
     "lock": {"lora"},
     "report": {"lora", "config", "lock"},
     "launch": {"lora", "config", "settings", "report", "lock"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
-    "check": RUN_SIDE | {"train", "memory"},
-    "evaluate": RUN_SIDE | {"train", "inference"},
+    "check": RUN_SIDE | {"train", "memory", "precision"},
+    "evaluate": RUN_SIDE | {"train", "inference", "precision"},
     "cli": RUN_SIDE
     | {"train", "inference", "check", "chat", "evaluate", "usage", "launch", "report", "__init__"},
     "__main__": {"cli"},
@@ -50,7 +51,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "hydra": {"config", "cli", "launch", "report/sweep"},
-    "lightning": {"module", "data/datamodule", "callbacks", "parallel", "train", "packed"},
+    "lightning": {"module", "data/datamodule", "callbacks", "outcome", "train", "packed"},
     "peft": set(),
 }
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from .queue import Job
 
 SHOWN = 20
-"""Rows of the table: running jobs first, then the last to end."""
+"""Rows of the table: running jobs first, then the last to end, then what is paused."""
 COLOURS = {
     "running": "cyan",
     "completed": "green",
@@ -68,17 +68,18 @@ class JobTable:
                 self.console.print(f"job {job.number} {job.state}{after}  ({job.name})")
 
     def _table(self, jobs: list[Job]) -> Table:
-        table = Table(title=str(self.sweep_dir), title_justify="left")
+        table = Table()
         for column in ("job", "overrides", "state", "step", "latest", "time"):
             table.add_column(column)
         running = [job for job in jobs if job.state == "running"]
+        paused = [job for job in jobs if job.state == "paused"]
         ended = [job for job in jobs if job.state not in ("running", "waiting", "paused")]
         other = [
             f"{count} {state}"
             for state in ("paused", "waiting")
             if (count := sum(job.state == state for job in jobs))
         ]
-        shown = (running + ended[::-1])[:SHOWN]
+        shown = (running + ended[::-1] + paused)[:SHOWN]
         for job in sorted(shown, key=lambda job: job.number):
             colour = COLOURS.get(job.state, "default")
             step, latest = self._progress(job)

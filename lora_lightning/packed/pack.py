@@ -1,52 +1,31 @@
-"""Runs of a sweep that train together in one process, on one frozen base.
-
-Each run is the ordinary `train` of one config, with a Trainer, callbacks, loggers and a folder of
-its own, in a thread of its own; but only one thread works at a time. They meet where the frozen
-base is: a run that calls its model's backbone hands in its inputs and waits. When all wait, inputs
-of one shape are stacked and go through the base once, with each run's adapter on its own rows; each
-run gets its rows of the output and goes on with its own head and loss. After its backward pass it
-waits again, until the gradients of all have gone back through the base, once.
-
-A run is thereby what it is alone: the same batches, the same random numbers (each thread has its
-own generators), the same products for all that is its own. On a CPU it ends with the same bits.
-"""
+"""A pack: its runs' threads, and the frozen base where they meet."""
 
 from __future__ import annotations
 
-import argparse
-import random
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .config import read_config, settings_of
-from .lora import UserError
-from .lora.stacked import Stack, stacked_model
-from .memory import Memory
-from .module import LoraModule
-from .quiet import quiet_libraries
-from .storage import peak_memory_mib
-from .tasks import build_task
-from .train import build, train, with_precision
+from ..config import read_config
+from ..lora import UserError
+from ..lora.stacked import Stack, stacked_model
+from ..module import LoraModule
+from ..train import train
+from .randomness import SlotwiseRandomness, random_state, set_random_state
 
 LOG = "log.txt"
-SLOT_BYTES = 50 * 2**20
-"""What a run takes on a CPU beside its tensors: its Trainer, its loggers, its view of the data."""
 
 
 @dataclass
@@ -178,14 +157,14 @@ class Pack:
         self.stopping = False
         self.stack = Stack(randomness=self._randomness)
         self.stacked: nn.Module | None = None
-        self.device = _device(self.slots[0].config)
+        self.device = device_of(self.slots[0].config)
 
     # The threads -------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Trains all runs to their end; what went wrong in one stands in its `error`."""
         for slot in self.slots:
-            slot.random = _random_state()
+            slot.random = random_state()
             slot.thread = threading.Thread(target=self._body, args=[slot], daemon=True)
             slot.thread.start()
         try:
@@ -215,7 +194,7 @@ class Pack:
         """Lets a run work until it waits again, or ends."""
         outside = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = slot.out
-        _set_random_state(slot.random)
+        set_random_state(slot.random)
         interrupted = False
         slot.go.release()
         while True:
@@ -224,7 +203,7 @@ class Pack:
                 break
             except KeyboardInterrupt:  # not before the run has come to rest
                 interrupted = True
-        slot.random = _random_state()
+        slot.random = random_state()
         sys.stdout, sys.stderr = outside
         if interrupted:
             raise KeyboardInterrupt
@@ -418,59 +397,11 @@ class Pack:
     def _randomness(self, number: int) -> Iterator[None]:
         """A slot's own generators, for what is drawn in a stacked pass."""
         slot = self.slots[number]
-        _set_random_state(slot.random)
+        set_random_state(slot.random)
         try:
             yield
         finally:
-            slot.random = _random_state()
-
-
-class SlotwiseRandomness(TorchFunctionMode):
-    """Draws what dropout draws slot by slot, each from its own generators."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__()
-        self.stack = stack
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not _draws(func, args, kwargs):
-            return func(*args, **kwargs)
-        first = args[0] if args else next(iter(kwargs.values()))
-        rows = first.shape[0]
-        slots = [slot for slot, _ in self.stack.parts(rows)]
-
-        def shares(value: Any) -> Sequence[Any]:
-            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-            # Not by slices, each of which would cost a pass over all rows in the backward pass.
-            return value.chunk(len(slots)) if whole else [value] * len(slots)
-
-        own = [shares(value) for value in args]
-        named = {name: shares(value) for name, value in kwargs.items()}
-        found = []
-        for place, slot in enumerate(slots):
-            with self.stack.randomness(slot):
-                found.append(
-                    func(
-                        *(value[place] for value in own),
-                        **{name: value[place] for name, value in named.items()},
-                    )
-                )
-        return torch.cat(found)
-
-
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function of torch is dropout, or attention with dropout, that draws something."""
-    name = getattr(func, "__name__", "")
-    if name == "dropout":
-        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-        return bool(training) and p > 0.0
-    if name == "scaled_dot_product_attention":
-        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0.0)
-    return False
+            slot.random = random_state()
 
 
 def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
@@ -509,88 +440,8 @@ def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     return found
 
 
-def _device(config: DictConfig) -> torch.device:
+def device_of(config: DictConfig) -> torch.device:
+    """Where the runs of a pack train."""
     accelerator = str(config.trainer.get("accelerator", "auto"))
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.device("cuda", 0) if gpu else torch.device("cpu")
-
-
-def _random_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    cpu, cuda, python, numpy = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
-    """How many of these runs can train together; the one of the highest rank stands for all.
-
-    Args:
-        folders: the runs' folders.
-        gib: memory that they may take; None: 90 % of a GPU, on a CPU without limit.
-    """
-    configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
-    device = _device(configs[0])
-    if gib is None and device.type == "cuda":
-        gib = 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**30
-    if gib is None or len(folders) == 1:
-        return len(folders)
-    quiet_libraries()
-    config = with_precision(max(configs, key=lambda config: int(config.lora.rank)))
-    settings = settings_of(config)
-    module, data = build(settings, build_task(settings.task), seed=config.seed)
-    data.setup("fit")
-    module.configure_model()
-    memory = Memory(module.to(device), data, settings, device)
-    outside = 0
-    if device.type == "cpu":  # where libraries and the data take memory too
-        outside = int(peak_memory_mib(device) * 2**20) - memory.frozen
-    room = gib * 2**30 - outside
-
-    def need(count: int) -> int:
-        own = count * SLOT_BYTES if device.type == "cpu" else 0
-        return sum(memory.parts(count).values()) + own
-
-    fit = next((count for count in range(len(folders), 0, -1) if need(count) <= room), 0)
-    print(f"{max(fit, 1)} of {len(folders)} runs at a time: they may take {gib:.1f} GiB.")
-    if fit == 0:
-        print(f"WARNING one alone needs about {(outside + need(1)) / 2**30:.1f} GiB.")
-    return max(fit, 1)
-
-
-def main(folders: list[Path], gib: float | None = None) -> int:
-    """Trains the runs of these folders together. Returns the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    errors: list[BaseException] = []
-    try:
-        try:
-            count = slots_at_a_time(folders, gib)
-        except UserError:
-            count = len(folders)  # each run tells it for itself
-        for start in range(0, len(folders), count):
-            pack = Pack(folders[start : start + count])
-            pack.run()
-            errors += [slot.error for slot in pack.slots if slot.error is not None]
-    except KeyboardInterrupt:
-        return 130
-    if not errors:
-        return 0
-    return 2 if all(isinstance(error, UserError) for error in errors) else 1
-
-
-if __name__ == "__main__":
-    from .launch.queue import end_with_parent
-
-    end_with_parent()
-    parser = argparse.ArgumentParser(description="Trains the runs of some folders together.")
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--memory", type=float, help="GiB that they may take")
-    arguments = parser.parse_args()
-    sys.exit(main(arguments.folders, arguments.memory))

@@ -1,0 +1,123 @@
+"""What came out of a run: its numbers, in result.json, in TensorBoard and on the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+
+from .callbacks import RunClock
+from .config import Settings
+from .data.datamodule import LoraDataModule
+from .module import LoraModule
+from .storage import ADAPTER, folder_bytes, peak_memory_mib
+from .tasks import Task
+
+
+def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
+    """What a rule without learning reaches on the test rows that text is generated for.
+
+    Every rank goes through all of them: the metrics gather from all ranks, and means stay the same.
+    """
+    if not (data.has("test") and task.generate_rows):
+        return {}
+    generated = data.encoded["test"]["generate"][:]
+    rows = data.raw["test"].select([i for i, chosen in enumerate(generated) if chosen])
+    found = task.baseline(list(rows))
+    if found is None:
+        return {}
+    name, metrics = found
+    return {"name": name, **{f"test/{metric}": value for metric, value in metrics.items()}}
+
+
+def measured(
+    config: DictConfig,
+    module: LoraModule,
+    trainer: L.Trainer,
+    clock: RunClock,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Numbers of a run that has ended: those of its metrics, its size, time and memory."""
+    assert module.model is not None
+    parameters = list(module.model.parameters())
+    adapter = Path(config.output_dir) / ADAPTER
+    return {
+        **metrics,
+        "objective": metrics.get(config.task.monitor),
+        "monitor": config.task.monitor,
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in parameters),
+        "adapter_bytes": folder_bytes(adapter) if adapter.is_dir() else 0,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": round(clock.seconds, 3),
+        "tokens": clock.tokens,
+        "tokens_per_second": round(clock.tokens / max(clock.seconds, 1e-9), 1),
+        "peak_memory_mib": round(peak_memory_mib(module.device), 1),
+        "device": str(module.device),
+        "world_size": trainer.world_size,
+        "seed": config.seed,
+        "tags": list(config.tags),
+    }
+
+
+def log_hparams(
+    trainer: L.Trainer, settings: Settings, config: DictConfig, result: dict[str, Any]
+) -> None:
+    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out."""
+    lora = settings.lora
+    params: dict[str, Any] = {
+        "method": config.lora.method,
+        "lr": settings.optim.lr,
+        "weight_decay": settings.optim.weight_decay,
+        "batch_size": settings.data.batch_size,
+        "seed": config.seed,
+        "model": settings.model.name_or_path,
+        "task": settings.task["name"],
+    }
+    if lora is not None:
+        params |= {
+            "rank": lora.rank,
+            "alpha": lora.alpha_of(""),
+            "scaling": lora.scaling_of(""),
+            "dropout": lora.dropout,
+            "targets": str(lora.targets),
+        }
+    metrics = {name: value for name, value in result.items() if name.startswith(("val/", "test/"))}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(params, {f"final/{k}": v for k, v in metrics.items()})
+            logger.save()
+
+
+def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:
+    """Prints what a user wants to know at the end, and what he can do next."""
+    rows = len(data.encoded["test"]) if data.has("test") else 0
+    lines = []
+    for name in sorted(name for name in result if name.startswith("test/")):
+        short = name.removeprefix("test/")
+        was = result["before"].get(name)
+        start = f"{was:.4f} -> " if was is not None else ""
+        beside = ""
+        if name in result["baseline"]:
+            beside = f"   ({result['baseline']['name']}: {result['baseline'][name]:.4f})"
+        lines.append(f"  {short:<14} {start}{result[name]:.4f}{beside}")
+    if lines:
+        lines.insert(
+            0,
+            f"On the {rows} test rows"
+            + (", before -> after training:" if result["before"] else ":"),
+        )
+    share = 100 * result["trainable_parameters"] / result["total_parameters"]
+    lines += [
+        f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
+        f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s.",
+        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
+        f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',
+        f"Curves:  tensorboard --logdir {run_dir}",
+    ]
+    print("\n" + "\n".join(lines), flush=True)
