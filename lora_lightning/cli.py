@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -180,6 +181,7 @@ def _run_hydra(arguments: list[str]) -> None:
 
     register_schemas()
     register()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which lists its plugins
     whole = list(sys.argv)
     composed = False
     mistakes: list[UserError] = []

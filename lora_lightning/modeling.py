@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.util
 import inspect
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
 from .settings import ModelConfig
@@ -339,57 +338,11 @@ def _from_pretrained(
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
     if not torch.cuda.is_available():
-        _attend_in_fp32()
-        if config.gradient_checkpointing:
-            _give_memory_back()
+        prepare_for_cpu(model, checkpoints=config.gradient_checkpointing)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
     return model, missing
-
-
-def _attend_in_fp32() -> None:
-    """Has attention of bf16 training steps on a CPU computed in fp32, for every model from here on.
-
-    The CPU's kernel takes twice as long in bf16 as in fp32, forward and backward.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        dtype = query.dtype
-        trains = module.training and query.requires_grad and query.device.type == "cpu"
-        if dtype != torch.bfloat16 or dropout > 0.0 or not trains:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, **options
-            )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        wide = (query.float(), key.float(), value.float())
-        with torch.autocast("cpu", enabled=False):
-            output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
-        return output.to(dtype), None
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-
-
-def _give_memory_back() -> None:
-    """Has glibc return large blocks to the system when they are freed.
-
-    It would keep them, and what a checkpointed layer frees would lie in holes that the next one
-    does not fit: at 3,216 tokens of a model of 135 M parameters that was 2 GB of 3.4.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no such setting
-            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:

@@ -179,7 +179,8 @@ def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(tiny_llama, aut
 
     def run(function, dtype, trains=True):
         inputs = [t.to(dtype, copy=True).requires_grad_(trains) for t in (query, key, value)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64):
+        lower = torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype != torch.float64)
+        with lower, torch.set_grad_enabled(trains):
             output, _ = function(module, *inputs, mask, scaling=0.25)
         if trains:
             (output * weights.to(dtype)).sum().backward()

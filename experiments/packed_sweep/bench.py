@@ -1,11 +1,13 @@
-r"""Time and memory of eight jobs: packed, one after another in a warm process, and as processes.
+r"""Time and memory of eight jobs, packed and not: as commands, and in a warm process.
 
     python experiments/packed_sweep/bench.py --rounds 3 --out experiments/packed_sweep/cpu.csv
 
 Each way runs the same eight configs (ranks 1 to 32, two learning rates) in fresh folders, in turn.
-Memory is the proportional set size of the whole process tree, sampled: pages that processes share
-are counted once. `together` is eight processes at once, for their memory. The final losses of all
-ways are compared.
+`packed` and `process` are the two launchers' commands, from start to end. `warm-packed` and `warm`
+are the same jobs within a process that has everything imported, as one pack and one after another;
+its imports are not counted. Memory is the proportional set size of the whole process tree, sampled:
+pages that processes share are counted once. `together` is eight processes at once, for their
+memory. The final losses of all ways are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from pathlib import Path
 
 JOBS = ["lora.rank=1,4,8,32", "optim.lr=1e-3,3e-3"]
 COMMON = ["test_before=false", "trainer.max_epochs=1", "trainer.precision=32-true"]
-WAYS = ("packed", "warm", "process", "together")
+WAYS = ("packed", "process", "warm-packed", "warm", "together")
+AGAINST = {"process": "packed", "together": "packed", "warm": "warm-packed"}
+"""What each way is compared with."""
+WARM = str(Path(__file__).with_name("warm.py"))
 
 
 def main() -> None:
@@ -70,7 +75,8 @@ def measured(way: str, overrides: list[str], sweep: Path) -> dict[str, object]:
         "packed": [*train, "hydra/launcher=packed"],
         "process": train,
         "together": [*train, "launcher.jobs=8"],
-        "warm": [sys.executable, __file__.replace("bench.py", "warm.py"), *JOBS, *overrides],
+        "warm": [sys.executable, WARM, *JOBS, *overrides],
+        "warm-packed": [sys.executable, WARM, "--packed", *JOBS, *overrides],
     }[way]
     command.append(f"hydra.sweep.dir={sweep}")
     started = time.monotonic()
@@ -79,6 +85,8 @@ def measured(way: str, overrides: list[str], sweep: Path) -> dict[str, object]:
     if process.wait():
         raise SystemExit(f"{way} failed: {' '.join(command)}")
     seconds = time.monotonic() - started
+    if way.startswith("warm"):
+        seconds = float((sweep / "seconds").read_text())
     results = [json.loads((sweep / str(job) / "result.json").read_text()) for job in range(8)]
     return {
         "seconds": round(seconds, 2),
@@ -134,15 +142,15 @@ def table(runs: list[dict[str, object]], gap: float) -> None:
     ways = list(dict.fromkeys(str(run["way"]) for run in runs))
     times = {way: [float(r["seconds"]) for r in runs if r["way"] == way] for way in ways}
     memory = {way: max(int(r["peak_mib"]) for r in runs if r["way"] == way) for way in ways}
-    packed = times.get("packed", [])
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"largest difference of a final test loss between the ways: {gap:.2g}\n")
-    print("| way | seconds, median | packed takes | peak MiB | packed needs |")
+    print("| way | seconds, median | packed takes | peak MiB | packed takes |")
     print("|---|---|---|---|---|")
     for way in ways:
-        ratios = [ours / other for ours, other in zip(packed, times[way], strict=False)]
+        packed = AGAINST.get(way, "")
+        ratios = [a / b for a, b in zip(times.get(packed, ()), times[way], strict=False)]
         ratio = f"{statistics.median(ratios):.2f}x" if ratios else ""
-        need = f"{memory['packed'] / memory[way]:.2f}x" if packed else ""
+        need = f"{memory[packed] / memory[way]:.2f}x" if ratios else ""
         seconds = statistics.median(times[way])
         print(f"| {way} | {seconds:.1f} | {ratio} | {memory[way]} | {need} |")
 

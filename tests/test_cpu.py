@@ -1,0 +1,109 @@
+"""The CPU's faster ways compute what torch and transformers do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_lightning.cpu import FastDropout, dropout, prepare_for_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 403, dtype=dtype, requires_grad=True)
+    out = dropout(x, p)
+    kept = out != 0
+    share = round(p * 2**16) / 2**16
+    sigma = (share * (1 - share) / x.numel()) ** 0.5
+    assert kept.float().mean().item() == pytest.approx(1 - share, abs=4 * sigma)
+    # Four elements come of one draw of 64 bits: each of the four is dropped as often, and the
+    # share of neighbours that are both dropped is that of independent ones.
+    dropped = ~kept.flatten()
+    for lane in range(4):
+        found = dropped[lane::4].float().mean().item()
+        assert found == pytest.approx(share, abs=4 * 2 * sigma)
+    both = (dropped[1:] & dropped[:-1]).float().mean().item()
+    assert both == pytest.approx(share**2, abs=5 * (share**2 / x.numel()) ** 0.5)
+    scale = torch.tensor(1 / (1 - share), dtype=dtype)
+    torch.testing.assert_close(out[kept].unique(), scale.view(1))
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())  # x is one: both are the mask
+
+
+def test_dropout_follows_the_seed_and_is_off_where_torch_has_it_off():
+    x = torch.randn(64, 65)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(dropout(x, 0.3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert dropout(x, 0.3, training=False) is x
+    assert torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(dropout(x, 1.0), torch.zeros_like(x))
+    assert dropout(torch.empty(0, 3), 0.3).shape == (0, 3)
+
+
+def masks(rows: int, positions: int) -> list[torch.Tensor | None]:
+    seen = torch.ones(rows, 1, positions, positions, dtype=torch.bool)
+    seen[0, :, :, -2:] = False
+    return [None, seen, torch.zeros(seen.shape).masked_fill(~seen, -1e9)]
+
+
+@pytest.mark.parametrize("which", range(3), ids=["no mask", "boolean", "added"])
+def test_attention_with_dropout_is_attention(which):
+    """What nothing is dropped of equals transformers'; what is dropped of has that as its mean."""
+    prepare_for_cpu(nn.Module(), checkpoints=False)
+    module = nn.Module().train()
+    module.is_causal = False
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = masks(2, 7)[which]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.double()
+    truth, _ = sdpa_attention_forward(module, *inputs, mask, dropout=0.0, scaling=0.3)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert attend is not sdpa_attention_forward
+    found, _ = attend(module, *inputs, mask, dropout=1e-12, scaling=0.3)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sin().sum(), inputs),
+        torch.autograd.grad(truth.sin().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    draws = torch.stack(
+        [attend(module, *inputs, mask, dropout=0.2, scaling=0.3)[0].detach() for _ in range(2000)]
+    )
+    error = (draws.mean(0) - truth).abs() / (draws.std(0) / 2000**0.5)
+    assert error.max() < 5
+    assert draws.std(0).min() > 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_other_kinds_is_left_to_transformers(causal):
+    """Causal without a mask, or with fewer keys than queries: the same draws as transformers'."""
+    prepare_for_cpu(nn.Module(), checkpoints=False)
+    module = nn.Module().train()
+    module.is_causal, module.num_key_value_groups = causal, 1 if causal else 2
+    heads = 4 if causal else 2
+    query = torch.randn(2, 4, 5, 8, requires_grad=True)
+    key, value = torch.randn(2, heads, 5, 8), torch.randn(2, heads, 5, 8)
+    outputs = []
+    for attend in (ALL_ATTENTION_FUNCTIONS["sdpa"], sdpa_attention_forward):
+        torch.manual_seed(3)
+        outputs.append(attend(module, query, key, value, None, dropout=0.4)[0])
+    assert torch.equal(*outputs)
+
+
+def test_a_model_gets_the_faster_dropout():
+    model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    count = sum(type(module) is nn.Dropout for module in model.modules())
+    prepare_for_cpu(model, checkpoints=False)
+    assert sum(isinstance(module, FastDropout) for module in model.modules()) == count > 2
