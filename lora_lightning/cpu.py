@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+PRIMITIVES = "256"
+"""Compiled products that oneDNN keeps; its own 1,024, one for each length of a batch that comes by,
+took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks needs 70."""
+
 
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
-    """Has a model's dropout and attention go the faster way, and freed memory go back.
+    """Has a model's dropout and attention go the faster way, and less memory be kept.
 
     Args:
         model: a model of transformers.
@@ -23,6 +28,7 @@ def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
     _register_attention()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at its first use
     if checkpoints:
         _give_memory_back()
 
