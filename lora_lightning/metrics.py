@@ -15,6 +15,10 @@ from torchmetrics.text import BLEUScore, CHRFScore
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
+SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64
+"""Type of sums over many tokens; Apple's GPUs have no float64."""
+
+
 class MeanLoss(Metric):
     """The mean loss per target, of sums that are added without waiting for their device."""
 
@@ -24,7 +28,7 @@ class MeanLoss(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=SUMS), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
@@ -89,7 +93,7 @@ class Rouge(Metric):
         handler.python_handler.stream = sys.__stderr__
         absl_logging.set_verbosity(absl_logging.WARNING)  # else it tells of its tokenizer
         self._scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-        self.add_state("sums", torch.zeros(len(ROUGE), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(ROUGE), dtype=SUMS), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: list[str], references: list[str]) -> None:
