@@ -53,17 +53,25 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         p: probability of dropping an element.
         training: whether to drop at all.
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(dropout, (input,), input, p=p, training=training)
-    cut = round(p * 2**16)
-    plain = input.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < cut < 2**16
-    if not training or plain:
+    plain = input.device.type != "cpu" or torch.compiler.is_compiling()
+    if not training or plain or not 0 < round(p * 2**16) < 2**16:
         return nn.functional.dropout(input, p, training)
-    count = input.numel()
+    return input * kept(input, p)
+
+
+def kept(input: Tensor, p: float) -> Tensor:
+    """What dropout multiplies an input by: 0 where it drops, else 1 / (1 - p).
+
+    A mode of torch sees this call like one of torch's own functions, so that the rows of several
+    runs can each be drawn for by generators of their own.
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(kept, (input,), input, p)
+    cut, count = round(p * 2**16), input.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = torch.empty(count, dtype=input.dtype)
-    torch.ge(words.view(torch.int16)[:count], cut - 2**15, out=kept)
-    return input * kept.mul_(2**16 / (2**16 - cut)).view(input.shape)
+    mask = torch.empty(count, dtype=input.dtype)
+    torch.ge(words.view(torch.int16)[:count], cut - 2**15, out=mask)
+    return mask.mul_(2**16 / (2**16 - cut)).view(input.shape)
 
 
 def _register_attention() -> None:

@@ -37,7 +37,7 @@ ALLOWED = {
     "outcome": RUN_SIDE,
     "train": RUN_SIDE | {"precision", "outcome"},
     "memory": RUN_SIDE,
-    "packed": RUN_SIDE | {"train", "launch", "memory", "precision"},
+    "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
     "report": {"lora", "config", "lock"},
     "launch": {"lora", "config", "settings", "report", "lock"},

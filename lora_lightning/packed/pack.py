@@ -23,7 +23,13 @@ from ..lora import UserError
 from ..lora.stacked import Stack, stacked_model
 from ..module import LoraModule
 from ..train import train
-from .randomness import SlotwiseRandomness, random_state, set_random_state
+from .randomness import (
+    SlotwiseRandomness,
+    random_state,
+    set_random_state,
+    set_torch_state,
+    torch_state,
+)
 
 LOG = "log.txt"
 
@@ -397,11 +403,12 @@ class Pack:
     def _randomness(self, number: int) -> Iterator[None]:
         """A slot's own generators, for what is drawn in a stacked pass."""
         slot = self.slots[number]
-        set_random_state(slot.random)
+        cpu, cuda, *others = slot.random
+        set_torch_state(cpu, cuda)
         try:
             yield
         finally:
-            slot.random = random_state()
+            slot.random = (*torch_state(), *others)
 
 
 def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..cpu import kept
 from ..lora.stacked import Stack
 
 
@@ -51,7 +52,9 @@ class SlotwiseRandomness(TorchFunctionMode):
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function of torch is dropout, or attention with dropout, that draws something."""
+    """Whether a function is dropout, its mask, or attention with dropout, that draws something."""
+    if func is kept:
+        return True
     name = getattr(func, "__name__", "")
     if name == "dropout":
         p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
@@ -64,15 +67,25 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def random_state() -> tuple[Any, ...]:
     """State of all generators."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+    return *torch_state(), random.getstate(), np.random.get_state()
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
     """Puts all generators into a state that `random_state` gave."""
-    cpu, cuda, python, numpy = state
+    *of_torch, python, numpy = state
+    set_torch_state(*of_torch)
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def torch_state() -> tuple[Tensor, Tensor | None]:
+    """State of torch's generators, of the CPU and the GPU: what a forward pass draws from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda
+
+
+def set_torch_state(cpu: Tensor, cuda: Tensor | None) -> None:
+    """Puts torch's generators into a state that `torch_state` gave."""
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)
-    random.setstate(python)
-    np.random.set_state(numpy)
