@@ -275,7 +275,7 @@ class Throughput(Callback):
     """Logs rows and tokens (without padding) trained on per second, over all ranks.
 
     What is counted stays on the device between two loggings, every `log_every_n_steps` of the
-    Trainer. The time of validations is left out.
+    Trainer and at the end. The time of validations is left out.
     """
 
     def __init__(self) -> None:
@@ -300,8 +300,15 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         self._counted += _batch_counts(batch)
-        if trainer.global_step - self._step < trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
+        if trainer.global_step - self._step >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._log(trainer)
+            self._begin(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._step:
+            self._log(trainer)
+
+    def _log(self, trainer: L.Trainer) -> None:
         rows, tokens = (self._counted * trainer.world_size).tolist()  # waits for the device
         seconds = time.monotonic() - self._since
         rates = {
@@ -310,7 +317,6 @@ class Throughput(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(rates, step=trainer.global_step)
-        self._begin(trainer, pl_module)
 
 
 def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:

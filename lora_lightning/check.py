@@ -172,7 +172,12 @@ def _memory(
     parts = Memory(module, data, settings, device).parts()
     total = sum(parts.values())
     shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
-    line = f"Memory: about {total / 2**20:,.1f} MiB at the longest batch ({shown})."
+    line = (
+        f"Memory: about {total / 2**20:,.1f} MiB of tensors at the longest micro-batch ({shown}); "
+        "libraries and the data come on top."
+    )
+    if settings.model.offload_activations and device.type == "cpu":
+        line += "\nmodel.offload_activations does nothing here: activations are on the CPU already."
     if device.type == "cuda":
         free = torch.cuda.get_device_properties(device).total_memory
         if total > free:

@@ -66,8 +66,9 @@ def settle_precision(
             "model.dtype=float32 with trainer.precision=bf16-mixed."
         )
     if "16-mixed" in (name, OF_DTYPE.get(dtype)) and not _on_gpu(accelerator):
+        given = f"trainer.precision={asked}" if name == "16-mixed" else f"model.dtype={dtype}"
         raise UserError(
-            "model.dtype=float16 and trainer.precision=16-mixed need a GPU: use bf16-mixed or "
+            f"{given} needs a GPU, and none is used here: take trainer.precision=bf16-mixed or "
             "32-true."
         )
     if name == "auto":

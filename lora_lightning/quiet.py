@@ -18,6 +18,8 @@ def quiet_libraries() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*The dirpath has changed.*",
         ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
+        ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
+        ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)

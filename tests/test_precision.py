@@ -50,7 +50,7 @@ def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
         ("16-true", "auto", False, "must stay fp32"),
         ("bf17", "auto", False, "no such precision"),
         ("bf16-true", "float32", False, "contradicts"),
-        ("auto", "float16", False, "need a GPU"),
+        ("auto", "float16", False, "model.dtype=float16 needs a GPU"),
         ("auto", "bfloat16", True, "round away"),
         ("bf16-true", "auto", True, "round away"),
     ],
