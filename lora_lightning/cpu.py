@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 PRIMITIVES = "256"
 """Compiled products that oneDNN keeps; its own 1,024, one for each length of a batch that comes by,
-took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks needs 70."""
+took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks uses some 70."""
 
 
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:

@@ -144,7 +144,7 @@ def table(runs: list[dict[str, object]], gap: float) -> None:
     memory = {way: max(int(r["peak_mib"]) for r in runs if r["way"] == way) for way in ways}
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"largest difference of a final test loss between the ways: {gap:.2g}\n")
-    print("| way | seconds, median | packed takes | peak MiB | packed takes |")
+    print("| way | seconds, median | packed takes | peak MiB | packed needs |")
     print("|---|---|---|---|---|")
     for way in ways:
         packed = AGAINST.get(way, "")

@@ -41,9 +41,12 @@ def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
 def plain(overrides: list[str]) -> list[str]:
     """Overrides less those that say where and how, not what: two sweeps with the same are one."""
     how = ("hydra.sweep.", "hydra.launcher.", "hydra/launcher=", "hydra.mode=")
-    found = [item for item in overrides if not item.lstrip("+").startswith(how)]
-    halving = [item for item in overrides if item.lstrip("+").startswith("hydra.launcher.halving")]
-    return sorted([*found, *halving])
+    keys = {item: item.lstrip("+") for item in overrides}
+    return sorted(
+        item
+        for item in overrides
+        if keys[item].startswith("hydra.launcher.halving") or not keys[item].startswith(how)
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

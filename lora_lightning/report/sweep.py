@@ -43,9 +43,7 @@ class Run:
     @property
     def status(self) -> str:
         """completed, running, failed, interrupted, paused, stopped (by halving), or waiting."""
-        status = str(self.result.get("status", "waiting"))
-        killed = status == "running" and is_abandoned(self.folder.parent)
-        return "interrupted" if killed else status
+        return str(self.result.get("status", "waiting"))
 
     @property
     def objective(self) -> float | None:
@@ -207,7 +205,12 @@ def read_sweep(folder: Path) -> Sweep:
     found = sorted(folder.glob("*/.hydra/config.yaml"), key=lambda path: _natural(path.parts[-3]))
     if not found:
         raise UserError(f"{folder} holds no run. {_where(folder)}")
-    return Sweep(folder, [_read_run(path.parent.parent) for path in found])
+    runs = [_read_run(path.parent.parent) for path in found]
+    if is_abandoned(folder):  # killed: no job has been able to say so
+        for run in runs:
+            if run.status == "running":
+                run.result["status"] = "interrupted"
+    return Sweep(folder, runs)
 
 
 def _where(folder: Path) -> str:
