@@ -114,6 +114,39 @@ def test_classification(common, tmp_path):
         assert getattr(query, "base_layer", query).weight is weight
 
 
+def test_what_is_not_trained_yet_is_computed_once(common, tmp_path, monkeypatch):
+    """The test before training: one pass for all whose backbone is the base, none for others."""
+    common = [*common, "test_before=true", "data.eval_batch_size=4", "trainer.max_epochs=1"]
+    start = alone(tmp_path / "start", [*common, "lora.rank=4"])
+    slots = [
+        ["lora.rank=4"],
+        ["lora.rank=8", "seed=3"],
+        ["lora.rank=2", "lora.bias=lora_only", "lora.targets=[query,value]"],
+        ["lora.rank=4", f"adapter={start / 'adapter'}"],
+    ]
+    passes: list[list[int]] = []
+    forward = Pack._forward
+
+    def counted(pack: Pack, served: list) -> None:
+        if served[0].request.order == (0, 0):
+            passes.append([slot.number for slot in served])
+        forward(pack, served)
+
+    monkeypatch.setattr(Pack, "_forward", counted)
+    pack = run_pack(tmp_path, common, slots)
+    assert [slot.error for slot in pack.slots] == [None] * len(slots)
+    batches = sum(3 in served for served in passes)
+    assert batches >= 2
+    assert passes.count([0]) == batches
+    assert len(passes) == 2 * batches
+    for number, own in enumerate(slots):
+        solo = alone(tmp_path / f"alone{number}", [*common, *own])
+        before = result_of(tmp_path / f"packed{number}")["before"]
+        assert before == result_of(solo)["before"]
+        assert before.keys() == {"test/loss", "test/accuracy", "test/f1", "test/auroc"}
+        assert_same(tmp_path / f"packed{number}", solo)
+
+
 def test_causal_model_with_accumulation_and_another_seed(fast, tiny_llama, tmp_path):
     rows = [
         {"document": "good film " * (1 + i % 7), "summary": "good " * (1 + i % 3)}

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 JOBS = ["lora.rank=1,4,8,32", "optim.lr=1e-3,3e-3"]
-COMMON = ["test_before=false", "trainer.max_epochs=1", "trainer.precision=32-true"]
+COMMON = ["trainer.max_epochs=1", "trainer.precision=32-true"]
 WAYS = ("packed", "process", "warm-packed", "warm", "together")
 AGAINST = {"process": "packed", "together": "packed", "warm": "warm-packed"}
 """What each way is compared with."""

@@ -296,7 +296,7 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
     """
     first = next(iter(models.values()))
     tensors = [*first.parameters(), *first.buffers()]
-    own = {name for model in models.values() for name in _own_layers(model)}
+    own = {name for model in models.values() for name in own_layers(model)}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     stacked = copy.deepcopy(first, memo)
     for name in own:
@@ -306,7 +306,7 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
     return stacked
 
 
-def _own_layers(model: nn.Module) -> list[str]:
+def own_layers(model: nn.Module) -> list[str]:
     """Modules that a slot cannot share: LoRA layers, and those with parameters that are trained."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):

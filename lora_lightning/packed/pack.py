@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..config import read_config
 from ..lora import UserError
-from ..lora.stacked import Stack, stacked_model
+from ..lora.layer import LoraLayer
+from ..lora.stacked import Stack, own_layers, stacked_model
 from ..module import LoraModule
 from ..train import train
 from .randomness import (
@@ -56,6 +57,11 @@ class Forward:
             for leaf in self.leaves
         )
         return self.order, leaves, str(self.shape), self.training, self.grad, self.autocast
+
+    def asks_the_same(self, other: Forward) -> bool:
+        """Whether the inputs are equal too, of two calls that can be stacked."""
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
     @property
     def tokens(self) -> int:
@@ -99,6 +105,8 @@ class Slot:
     module: LoraModule | None = None
     trainer: L.Trainer | None = None
     has_fit: bool = False
+    is_base: bool = False
+    """Whether the backbone gives what the bare base gives, as before training: each B is zero."""
     passed: Pass | None = None
     """The pass whose backward is still to come."""
     ended: bool = False
@@ -123,6 +131,10 @@ class SlotStrategy(SingleDeviceStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         self.slot.trainer = trainer
         self.slot.has_fit |= trainer.state.fn == "fit"
+        module = self.lightning_module
+        assert isinstance(module, LoraModule)
+        fresh = not self.slot.has_fit and module.start_from is None
+        self.slot.is_base = fresh and _adds_nothing(module.model.base_model)  # type: ignore
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -308,8 +320,12 @@ class Pack:
             return
         calls = [(slot, slot.request) for slot in waiting if isinstance(slot.request, Forward)]
         first = min(calls, key=lambda call: call[1].order)[1]
-        same = [slot for slot, request in calls if request.key == first.key]
-        served = same[: self._at_a_time(first)]
+        same = [(slot, request) for slot, request in calls if request.key == first.key]
+        bare = [slot for slot, request in same if slot.is_base and request.asks_the_same(first)]
+        if not first.grad and len(bare) > 1:
+            self._answer(bare, lambda: self._forward_once(bare))
+            return
+        served = [slot for slot, _ in same][: self._at_a_time(first)]
         self._answer(served, lambda: self._forward(served))
 
     @staticmethod
@@ -363,6 +379,17 @@ class Pack:
         ):
             output = model(*args, **kwargs)
             self._hand_out(slots, output)
+
+    def _forward_once(self, slots: list[Slot]) -> None:
+        """One pass for all: what has not been trained computes the same of the same rows."""
+        first, *others = slots
+        self._forward([first])
+        assert isinstance(first.request, Forward)
+        found, shape = tree_flatten(first.request.answer)
+        for slot in others:
+            own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in found]
+            assert slot.request is not None
+            slot.request.answer = tree_unflatten(own, shape)
 
     def _hand_out(self, slots: list[Slot], output: Any) -> None:
         """Gives each slot its rows of the output."""
@@ -419,6 +446,12 @@ def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
     rows = {tensor.shape[0] if tensor.dim() > 1 else None for tensor in tensors}
     plain = all(leaf is None or isinstance(leaf, (Tensor, bool, int, str)) for leaf in leaves)
     return plain and len(rows) == 1 and None not in rows
+
+
+def _adds_nothing(backbone: nn.Module) -> bool:
+    """Whether all that is trained of a backbone are LoRA layers whose update is still zero."""
+    layers = [backbone.get_submodule(name) for name in own_layers(backbone)]
+    return all(isinstance(layer, LoraLayer) and not layer.lora_B.any() for layer in layers)
 
 
 def _share_frozen(model: nn.Module, first: nn.Module) -> None:
