@@ -54,12 +54,12 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
-        """Share of all steps, and a metric: after the first validation there, the run pauses."""
+        """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
         self._rung: dict[str, Any] | None = None
-        self._saved_at = 0
+        self._saved_at = self._validated_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_at = trainer.global_step
+        self._saved_at = self._validated_at = trainer.global_step
         if self.pause_at is None:
             return
         share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
@@ -74,7 +74,10 @@ class LastCheckpoint(Checkpoint):
             return
         share, metric = self.pause_at
         planned = int(trainer.estimated_stepping_batches)
-        if trainer.global_step >= share * planned and metric in trainer.callback_metrics:
+        interval = trainer.global_step - self._validated_at
+        self._validated_at = trainer.global_step
+        near = trainer.global_step >= share * planned - interval / 2
+        if near and metric in trainer.callback_metrics:
             self._rung = {
                 "share": share,
                 "step": trainer.global_step,
