@@ -21,8 +21,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
+from .checkpoint import check_written
 from .lora import UserError
 from .module import LoraModule
+from .signals import Stopped, StopSignals
 
 
 class Paused(Exception):
@@ -55,6 +57,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
         """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
+        self.signals: StopSignals | None = None
+        """Tells when the run is to save and end."""
         self._rung: dict[str, Any] | None = None
         self._saved_at = self._validated_at = 0
 
@@ -90,14 +94,17 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
+        told = 0 if self.signals is None else self.signals.agreed()
         due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
-        if not due or loop._should_accumulate():
+        if not (due or told) or loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
         if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
             return
         self._save(trainer)
+        if told:
+            raise Stopped(told)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under max_steps Lightning would run an epoch's end a second time, and it does not store
@@ -111,9 +118,17 @@ class LastCheckpoint(Checkpoint):
             logger.save()
         # Lightning writes through the folder for temporary files, from which a move may be a copy.
         beside = self.path.with_name(f".{self.path.name}")
-        trainer.save_checkpoint(beside, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(beside, self.path)
+        try:
+            trainer.save_checkpoint(beside, weights_only=False)
+            if trainer.is_global_zero:
+                check_written(beside, trainer.lightning_module.state_dict())
+                os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {self.path}: {error}. The checkpoint before it is whole: free some "
+                "space and go on with resume=."
+            ) from None
         if self._rung is not None:
             raise Paused(self._rung)
 
@@ -197,11 +212,14 @@ class SamplePredictions(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-        if trainer.sanity_checking or not trainer.is_global_zero or not (loggers or self.file):
+        assert isinstance(pl_module, LoraModule)
+        idle = not trainer.is_global_zero and pl_module.shards is None
+        if trainer.sanity_checking or idle or not (loggers or self.file):
             return
         rows = _spread(len(data.encoded["val"]), self.count)
-        assert isinstance(pl_module, LoraModule)
-        predictions = _predict(pl_module, data, rows)
+        predictions = _predict(pl_module, data, rows)  # of a base in shares, by all processes
+        if not trainer.is_global_zero:
+            return
         samples = [
             {
                 **data.task.describe(data.raw["val"][row]),
@@ -247,7 +265,7 @@ class RunClock(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         self._counted = self._counted.to(pl_module.device)
-        self._ranks = trainer.world_size
+        self._ranks = _data_ranks(trainer)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -261,7 +279,8 @@ class RunClock(Callback):
             return
         self.seconds += time.monotonic() - self._started
         self._started = None
-        self.tokens += int(trainer.strategy.reduce(self._counted, reduce_op="sum"))
+        counted = int(trainer.strategy.reduce(self._counted, reduce_op="sum"))
+        self.tokens += counted * self._ranks // trainer.world_size
         self._counted = torch.zeros_like(self._counted)
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,7 +331,7 @@ class Throughput(Callback):
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
-        rows, tokens = (self._counted * trainer.world_size).tolist()  # waits for the device
+        rows, tokens = (self._counted * _data_ranks(trainer)).tolist()  # waits for the device
         seconds = time.monotonic() - self._since
         rates = {
             "throughput/rows_per_second": rows / seconds,
@@ -320,6 +339,12 @@ class Throughput(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(rates, step=trainer.global_step)
+
+
+def _data_ranks(trainer: L.Trainer) -> int:
+    """Processes that see different rows; in tensor parallelism fewer than all."""
+    ranks = trainer.distributed_sampler_kwargs
+    return 1 if ranks is None else int(ranks["num_replicas"])
 
 
 def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:

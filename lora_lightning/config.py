@@ -22,12 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
-from .settings import TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
+from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 
 CONFIG_MODULE = "lora_lightning.conf"
 CONFIG_NAME = "train"
 METHODS = ("lora", "full")
-OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 
 
 @dataclass
@@ -252,26 +251,30 @@ def instantiate_all(nodes: DictConfig) -> list[Any]:
     """The objects that a group such as `callbacks` names; entries set to null are skipped.
 
     Raises:
-        UserError: an entry has no `_target_`, or its arguments do not fit.
+        UserError: see `instantiate_one`.
+    """
+    return [instantiate_one(nodes, name) for name, node in nodes.items() if node is not None]
+
+
+def instantiate_one(nodes: DictConfig, name: Any) -> Any:
+    """The object that an entry of a group names.
+
+    Raises:
+        UserError: it has no `_target_`, or its arguments do not fit.
     """
     from hydra.utils import instantiate
 
-    objects = []
-    for name, node in nodes.items():
-        if node is None:
-            continue
-        key = nodes._get_full_key(name)
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
-        try:
-            objects.append(instantiate(node))
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise UserError(
-                f"cannot build {key} from its _target_ {node._target_}: "
-                f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
-            ) from error
-    return objects
+    node, key = nodes[name], nodes._get_full_key(name)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
+    try:
+        return instantiate(node)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(
+            f"cannot build {key} from its _target_ {node._target_}: "
+            f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
+        ) from error
 
 
 def read_config(path: Path) -> DictConfig:

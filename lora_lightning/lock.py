@@ -11,12 +11,13 @@ from .lora.errors import UserError
 LOCK = ".lock"
 
 
-def lock(folder: Path, *, patience: float = 10.0) -> IO[bytes]:
+def lock(folder: Path, *, setting: str, patience: float = 10.0) -> IO[bytes]:
     """Takes a folder's lock, and gives the file that holds it until all who have it open end.
 
     Args:
         folder: an existing folder.
-        patience: seconds; the jobs of a sweep that was killed take a moment to end.
+        setting: what names another folder, for the message.
+        patience: seconds; processes that were killed take a moment to end.
 
     Raises:
         UserError: another process keeps it.
@@ -27,8 +28,8 @@ def lock(folder: Path, *, patience: float = 10.0) -> IO[bytes]:
         if time.monotonic() > until:
             handle.close()
             raise UserError(
-                f"{folder} is in use by another process that runs this sweep. Wait for it, or give "
-                "another folder: hydra.sweep.dir=DIR."
+                f"{folder} is in use by another process that runs here. Wait for it, or give "
+                f"another folder: {setting}=DIR."
             )
         time.sleep(0.2)
     return handle

@@ -15,29 +15,40 @@ from typing import Any
 
 import torch
 
+from .lock import LOCK
 from .lora import UserError, save_adapter
 from .lora.state import replaced_folder
 from .modeling import fingerprint
-from .module import LoraModule
+from .module import BAD_STEP, LoraModule
+from .settings import OWN_GROUPS
 
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
 ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
-RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv", "samples.jsonl")
+RUN_ENTRIES = (
+    *(".hydra", RESULT, BAD_STEP, LOCK),
+    *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
+)
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
-def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any]) -> None:
+def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, base: str) -> None:
     """Writes what a run has trained, with the tokenizer and the settings to use it again.
 
     A LoRA run gives a PEFT folder; full fine-tuning gives a plain Hugging Face folder.
+
+    Args:
+        module: the trained module.
+        folder: where.
+        settings: the run's.
+        base: `base_fingerprint` of the module.
     """
     content = {
         "format": 1,
         "task_state": module.task.state(),
-        "base_fingerprint": base_fingerprint(module),
+        "base_fingerprint": base,
         "settings": settings,
         "versions": versions(),
     }
@@ -101,9 +112,24 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         groups = [content["settings"][group] for group in ("model", "task", "lora", "data")]
         if not all(isinstance(part, dict) for part in (*groups, content["task_state"])):
             raise TypeError("settings and task_state must be objects")
+        content["settings"] = _harmless(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from None
     return dict(content)
+
+
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that came with an adapter, without what its maker must not decide for its user.
+
+    That is what would run code or write files: classes to build, a model's own code, interpolations
+    (which read the environment), the place of the cache.
+    """
+    kept = {group: dict(settings[group]) for group in OWN_GROUPS if group in settings}
+    if "${" in json.dumps(kept):
+        raise TypeError("settings must be plain values")
+    for group, key in (("model", "trust_remote_code"), ("data", "cache_dir")):
+        kept[group].pop(key, None)
+    return kept
 
 
 @contextmanager

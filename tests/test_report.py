@@ -130,7 +130,7 @@ def test_what_is_written(sweep_dir, capsys):
 
 
 def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
-    with lock(sweep_dir):
+    with lock(sweep_dir, setting="hydra.sweep.dir"):
         assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 running, 1 waiting"
     assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 interrupted, 1 waiting"
 

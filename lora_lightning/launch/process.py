@@ -81,7 +81,7 @@ class ProcessLauncher(Launcher):
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        with lock(sweep_dir) as held:
+        with lock(sweep_dir, setting="hydra.sweep.dir") as held:
             planned = [
                 self._plan(sweep_dir, number, list(overrides))
                 for number, overrides in enumerate(job_overrides, initial_job_idx)

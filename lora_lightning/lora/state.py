@@ -86,9 +86,19 @@ def save_adapter(
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # save_file lets none but the owner read, whatever the user's own permissions are.
         shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
+        _check_written(staging / WEIGHTS_NAME, tensors)
         if also is not None:
             also(staging)
     return Path(folder)
+
+
+def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Makes sure that a file holds these tensors, before an older one makes way for it."""
+    found = load_file(path)
+    if found.keys() != tensors.keys() or not all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    ):
+        raise OSError("what was written reads otherwise, its disk or file system is at fault")
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
