@@ -259,13 +259,13 @@ class RunClock(Callback):
         self.seconds = 0.0
         self.tokens = 0
         self._counted = torch.zeros((), dtype=torch.long)  # on this rank, not yet in `tokens`
-        self._ranks = 1
+        self._trainer: L.Trainer | None = None
         self._started: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         self._counted = self._counted.to(pl_module.device)
-        self._ranks = _data_ranks(trainer)
+        self._trainer = trainer
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -279,15 +279,20 @@ class RunClock(Callback):
             return
         self.seconds += time.monotonic() - self._started
         self._started = None
-        counted = int(trainer.strategy.reduce(self._counted, reduce_op="sum"))
-        self.tokens += counted * self._ranks // trainer.world_size
+        self.tokens += self._over_ranks(trainer)
         self._counted = torch.zeros_like(self._counted)
+        self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._started is None else time.monotonic() - self._started
-        # Only rank 0's state is stored; the other ranks have seen about as many tokens.
-        tokens = self.tokens + int(self._counted) * self._ranks
-        return {"seconds": self.seconds + running, "tokens": tokens}
+        # Lightning asks all ranks, and stores what rank 0 says.
+        counted = 0 if self._trainer is None else self._over_ranks(self._trainer)
+        return {"seconds": self.seconds + running, "tokens": self.tokens + counted}
+
+    def _over_ranks(self, trainer: L.Trainer) -> int:
+        """Tokens not yet in `tokens`; every rank has to ask."""
+        counted = int(trainer.strategy.reduce(self._counted.clone(), reduce_op="sum"))  # in place
+        return counted * _data_ranks(trainer) // trainer.world_size
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read without running what they hold, and compared with what was to be kept."""
+"""Checkpoints on disk: read without running what they hold, compared with what was to be kept."""
 
 from __future__ import annotations
 
