@@ -113,6 +113,29 @@ def settings_of(config: DictConfig) -> Settings:
     )
 
 
+def settings_saved(saved: dict[str, Any]) -> Settings:
+    """The typed settings that were saved with an adapter.
+
+    Raises:
+        UserError: a value has the wrong type, or is out of range.
+    """
+    task = TASK_CONFIGS.get(str(saved["task"].get("name")))
+    if task is None:
+        raise UserError(f"the adapter's saved settings name no known task: {saved['task']!r:.100}.")
+    schemas = {
+        **{"model": ModelConfig, "task": task, "data": DataConfig},
+        **{"lora": LoraSchema, "optim": OptimConfig},
+    }
+    try:
+        groups = {
+            group: OmegaConf.merge(OmegaConf.structured(schema), saved.get(group) or {})
+            for group, schema in schemas.items()
+        }
+        return settings_of(OmegaConf.create({**groups, "adapter": None}))
+    except OmegaConfBaseException as error:
+        raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
+
+
 def compose_config(overrides: list[str]) -> DictConfig:
     """Composes conf/train.yaml with overrides, without running anything.
 

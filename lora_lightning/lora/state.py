@@ -149,6 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """
     raw, tensors = read_adapter(folder)
     config = from_peft_config(raw)
+    _refuse_absent_rank(config, tensors, folder)
     config.modules_to_save = _whole_modules(model, config.modules_to_save, tensors)
     adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
     source = f"adapter {folder}"
@@ -158,6 +159,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         adapter.remove()
         raise
     return adapter
+
+
+def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Raises UserError for a rank that no tensor of the file can have, before it takes memory."""
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    rank = max([config.rank, *config.rank_pattern.values()])
+    if rank > widest:
+        raise UserError(
+            f"{folder}: {CONFIG_NAME} says rank {rank}, and no tensor of {WEIGHTS_NAME} is as wide."
+        )
 
 
 def to_peft_config(
