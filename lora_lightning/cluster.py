@@ -7,6 +7,7 @@ from outside begin alone, each with the same command line.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,10 +87,10 @@ def requeue_if_warned(signum: int) -> None:
 
 
 def common_folder(make: Callable[[], str]) -> str:
-    """One folder for all processes, where the user named none.
+    """One folder for all processes of this job, where the user named none.
 
-    A SLURM job's number stays with it when it is requeued. Processes of torchrun take the one that
-    rank 0 makes up, and keep it when torchrun starts them again.
+    It goes by the job's number, or torchrun's --rdzv-id, which stay when the job is started again.
+    Where torchrun has no id, rank 0 makes up a folder.
 
     Args:
         make: makes up a folder.
@@ -100,11 +101,15 @@ def common_folder(make: Callable[[], str]) -> str:
     if slurm():
         job = os.environ.get("SLURM_ARRAY_JOB_ID")
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        return (
-            f"outputs/slurm-{job}_{task}" if job else f"outputs/slurm-{os.environ['SLURM_JOB_ID']}"
-        )
+        return f"outputs/slurm-{f'{job}_{task}' if job else os.environ['SLURM_JOB_ID']}"
+    run_id = re.sub(r"[^\w.-]", "_", os.environ["TORCHELASTIC_RUN_ID"])
+    if run_id != "none":
+        return f"outputs/torchrun-{run_id}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise UserError("name the folder of this run, the same for all processes: output_dir=DIR.")
+        raise UserError(
+            "these processes have no folder in common: give torchrun --rdzv-id=NAME, or this "
+            "command output_dir=DIR."
+        )
     import torch.distributed as dist
 
     store = dist.TCPStore(  # type: ignore[attr-defined]

@@ -110,23 +110,24 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
     outside = cluster.from_outside()
     if outside and not any(override.startswith("output_dir=") for override in overrides):
         config.output_dir = cluster.common_folder(lambda: str(config.output_dir))
+        goes_on = True  # what is there, this job has made before it was started again
     run_dir = Path(config.output_dir)
     overrides = [*overrides, f"output_dir={_quoted(run_dir)}"]
+    if cluster.rank() > 0:  # rank 0 sees to it that a checkpoint there is this run's
+        if not _is_complete(run_dir):
+            run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
+        return
     goes_on |= outside and cluster.started_again()
     if goes_on and _is_complete(run_dir):
         return
-    if cluster.rank() > 0:
-        run_hydra([*overrides, "hydra.output_subdir=null"], resume=goes_on)
-        return
     from .storage import undone_on_mistake
-    from .train import refuse_other_run, refuse_used_folder, writable
+    from .train import refuse_other_run, refuse_used_folder
 
-    if goes_on:
-        refuse_other_run(run_dir, config)
-    else:
-        refuse_used_folder(run_dir)
     with undone_on_mistake(run_dir):
-        writable(run_dir)
+        if goes_on:
+            refuse_other_run(run_dir, config)
+        else:
+            refuse_used_folder(run_dir)
         run_hydra(overrides, resume=goes_on)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .lock import LOCK
+from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.state import replaced_folder
 from .modeling import fingerprint
@@ -28,7 +28,7 @@ ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
 RUN_ENTRIES = (
-    *(".hydra", RESULT, BAD_STEP, LOCK),
+    *(".hydra", RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
@@ -134,19 +134,26 @@ def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
-    """Takes away what the block has put into a run's folder if it ends in a mistake of the user.
+    """Takes a run's folder, and clears it again if the block ends in a mistake of the user.
 
     What was there before stays, and so does a run that has come as far as a checkpoint.
 
     Args:
         run_dir: the run's folder; it and its parents are removed again where the block made them.
         always: take it away however the block ends.
+
+    Raises:
+        UserError: it cannot be written, or another process works in it.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    new = [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+    new: list[Path] = []
     undo = always
     try:
-        yield
+        new += [run_dir / LOCK] if not (run_dir / LOCK).exists() else []
+        writable(run_dir)
+        with locked(run_dir, setting="output_dir"):
+            new += [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+            yield
     except UserError:
         undo = always or not any((run_dir / "checkpoints").glob("*"))
         raise
@@ -157,6 +164,27 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
             for folder in made:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def writable(run_dir: Path) -> None:
+    """Makes the folder and makes sure that a checkpoint will fit.
+
+    Raises:
+        UserError: it cannot be written, or the disk is nearly full.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None
+    if free < 2**26:
+        raise UserError(
+            f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
+            "for checkpoints. Free some space or give another output_dir."
+        )
 
 
 def base_fingerprint(module: LoraModule) -> str:

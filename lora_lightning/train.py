@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from .config import (
     settings_of,
 )
 from .data.datamodule import LoraDataModule
-from .lock import lock
+from .lock import locked
 from .lora import UserError
 from .lora.errors import did_you_mean
+from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
@@ -38,7 +39,15 @@ from .precision import chosen_for_the_user, for_lightning, with_precision
 from .quiet import quiet_libraries
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
-from .storage import ADAPTER, RESULT, base_fingerprint, save_trained, versions, write_json
+from .storage import (
+    ADAPTER,
+    RESULT,
+    base_fingerprint,
+    save_trained,
+    versions,
+    writable,
+    write_json,
+)
 from .tasks import Task, build_task
 
 CHECKPOINTS = "checkpoints"
@@ -84,17 +93,36 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     result["rungs"] = earlier.get("rungs", [])
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    held = None
-    if rank_zero:
-        if not resume:
-            refuse_used_folder(run_dir)
-        writable(run_dir)
-        held = lock(run_dir, setting="output_dir")
+    with ExitStack() as stack:
+        if rank_zero:
+            writable(run_dir)
+            stack.enter_context(locked(run_dir, setting="output_dir"))
+            if not resume:
+                refuse_used_folder(run_dir)
+            write_json(run_dir / RESULT, result)
+            if told := chosen_for_the_user(asked, config):
+                print(told, file=sys.stderr)
+            stack.callback(_record, run_dir, result)
+        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes)
+    return result
+
+
+def _record(run_dir: Path, result: dict[str, Any]) -> None:
+    if run_dir.is_dir():
         write_json(run_dir / RESULT, result)
-        if told := chosen_for_the_user(asked, config):
-            print(told, file=sys.stderr)
+
+
+def _run_to_its_end(
+    config: DictConfig,
+    settings: Settings,
+    run_dir: Path,
+    checkpoint: Path | None,
+    result: dict[str, Any],
+    changes: dict[str, Any],
+) -> None:
+    """The run, and in `result` how it ended."""
     try:
-        with StopSignals() as signals:
+        with StopSignals() as signals, memory_advice(config):
             _run(config, settings, run_dir, checkpoint, result, signals, changes)
         result["status"] = "completed"
     except Paused as pause:
@@ -112,12 +140,6 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         raise
-    finally:
-        if rank_zero and run_dir.is_dir():
-            write_json(run_dir / RESULT, result)
-        if held is not None:
-            held.close()
-    return result
 
 
 def _run(
@@ -274,27 +296,6 @@ def refuse_used_folder(run_dir: Path) -> None:
         raise UserError(
             f"{run_dir} holds a run already. To go on with it: lora-lightning train "
             f"resume={run_dir}. For a new run give another output_dir."
-        )
-
-
-def writable(run_dir: Path) -> None:
-    """Makes the folder and makes sure that a checkpoint will fit.
-
-    Raises:
-        UserError: it cannot be written, or the disk is nearly full.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-        free = shutil.disk_usage(run_dir).free
-    except OSError as error:
-        raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None
-    if free < 2**26:
-        raise UserError(
-            f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
-            "for checkpoints. Free some space or give another output_dir."
         )
 
 

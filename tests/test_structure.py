@@ -41,7 +41,7 @@ ALLOWED = {
     "callbacks": MODEL_SIDE | {"module", "signals"},
     "storage": MODEL_SIDE | {"module", "lock"},
     "outcome": RUN_SIDE,
-    "train": RUN_SIDE | {"precision", "outcome", "signals", "lock", "__init__"},
+    "train": RUN_SIDE | {"precision", "outcome", "signals", "lock", "memory", "__init__"},
     "memory": RUN_SIDE,
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
