@@ -177,8 +177,8 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
         chosen: overrides that decide which keys there are, such as task=lm.
     """
     chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # it may be a ring
+        chain.append(cause)  # type: ignore[arg-type]
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     told = next((str(item) for item in chain if isinstance(item, UserError)), None)

@@ -22,7 +22,7 @@ from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_a
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, average_gradients, place_adapter
 from .settings import ModelConfig, OptimConfig
-from .strategies import ShardedStrategy
+from .strategies import ShardedStrategy, refuse_strategy
 from .tasks import Task, build_task
 
 BAD_STEP = "bad_step.json"
@@ -144,6 +144,8 @@ class LoraModule(L.LightningModule):
 
     def _find_shards(self) -> Shards | None:
         """The processes of a ShardedStrategy."""
+        if self._trainer is not None:
+            refuse_strategy(type(self.trainer.strategy).__name__)
         if self.device_mesh is None:
             return None
         if not isinstance(self.trainer.strategy, ShardedStrategy):

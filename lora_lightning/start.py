@@ -61,7 +61,7 @@ def start(arguments: list[str]) -> None:
     sweeps = _look_at_flags(flags, overrides)
     if sweeps and goes_on:
         raise UserError("a sweep goes on by the same command: leave out resume=auto.")
-    if child or (flags and not sweeps):
+    if not sweeps and (child or flags):
         run_hydra(arguments, resume=goes_on)
         return
     if any(override.startswith("hydra.run.dir=") for override in overrides):

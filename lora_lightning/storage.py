@@ -113,6 +113,10 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         if not all(isinstance(part, dict) for part in (*groups, content["task_state"])):
             raise TypeError("settings and task_state must be objects")
         content["settings"] = _harmless(content["settings"])
+        for key, value in content["task_state"].items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+                raise TypeError(f"task_state.{key} must be plain")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from None
     return dict(content)

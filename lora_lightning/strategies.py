@@ -55,6 +55,24 @@ class ShardedStrategy(ModelParallelStrategy):
     load_checkpoint: Any = Strategy.load_checkpoint
 
 
+def refuse_strategy(name: str) -> None:
+    """Refuses strategies under which a run would train something else than it says.
+
+    Args:
+        name: of the strategy, or of its class.
+
+    Raises:
+        UserError: DeepSpeed scales gradients out of sight, where the mean over a step's targets
+            cannot be taken; FSDP in its first version gathers frozen weights to checkpoints and
+            cannot clip by norm.
+    """
+    kind = name.lower()
+    if kind.startswith("deepspeed") or kind.startswith("fsdp"):
+        raise UserError(
+            f"trainer.strategy={name} is not supported: trainer=fsdp2 shards the base the same way."
+        )
+
+
 def in_step(strategy: Strategy) -> bool:
     """Whether processes that see different rows have to make equally many forward passes."""
     return (

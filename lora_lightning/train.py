@@ -48,6 +48,7 @@ from .storage import (
     writable,
     write_json,
 )
+from .strategies import refuse_strategy
 from .tasks import Task, build_task
 
 CHECKPOINTS = "checkpoints"
@@ -222,6 +223,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     assert isinstance(arguments, dict)
     if isinstance(arguments.get("strategy"), dict):
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
+    refuse_strategy(str(arguments.get("strategy")))
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters

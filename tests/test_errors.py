@@ -67,6 +67,9 @@ class Place:
         return ["predict", f"adapter={self.run / 'adapter'}", *overrides]
 
 
+ONE_CPU = ("trainer.accelerator=cpu", "trainer.devices=1")
+
+
 class Case(NamedTuple):
     name: str
     arguments: Callable[[Place], list[str]]
@@ -431,6 +434,20 @@ MODEL = [
     Case("dtype", lambda p: p.train("model.dtype=bfloat"), "model.dtype", "'bfloat16'"),
     Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
     Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
+    Case("deepspeed", lambda p: p.train("trainer=deepspeed"), "deepspeed_stage_2", "trainer=fsdp2"),
+    Case("fsdp 1", lambda p: p.train("trainer.strategy=fsdp"), "strategy=fsdp", "trainer=fsdp2"),
+    Case(
+        "tensor parallel size",
+        lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
+        "tensor_parallel_size=2 does not divide",
+        "1 processes",
+    ),
+    Case(
+        "full in shares",
+        lambda p: p.train("trainer=fsdp2", *ONE_CPU, "lora=full"),
+        "lora=full",
+        "trainer=ddp",
+    ),
     Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
     Case("no precision", lambda p: p.train("trainer.precision=bf17"), "bf17", "bf16-mixed"),
     Case(

@@ -255,7 +255,10 @@ class SentimentTask(Task):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.labels = list(state["labels"])
+        labels = state["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels must be a list of names, not {labels!r}")
+        self.labels = labels
         self._ids = {value: index for index, value in enumerate(state.get("raw_labels", []))}
         self.text_column = state["text_column"]
         self.pair_column = state.get("text_pair_column")

@@ -56,6 +56,10 @@ WAYS = {
     "ddp": (2, ["trainer.strategy=ddp", "data.batch_size=4", PARTS]),
     "fsdp2": (2, ["trainer=fsdp2", "data.batch_size=4"]),
     "tp": (2, ["trainer=tp", "data.batch_size=8", PARTS]),
+    "fsdp2-checkpointing": (
+        2,
+        ["trainer=fsdp2", "data.batch_size=4", "model.gradient_checkpointing=true"],
+    ),
     "fsdp2-tp": (4, ["trainer=tp", "trainer.strategy.tensor_parallel_size=2", "data.batch_size=4"]),
 }
 
@@ -106,7 +110,7 @@ def one(request, tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[*list(WAYS)[:3], pytest.param("fsdp2-tp", marks=pytest.mark.slow)],
+    params=[*list(WAYS)[:3], *(pytest.param(w, marks=pytest.mark.slow) for w in list(WAYS)[3:])],
 )
 def runs(request, one):
     """Folders of that run and of the same by several processes, and what these said."""
@@ -181,3 +185,32 @@ def test_nothing_is_said_that_no_user_can_act_on(runs):
     said = runs[2].stdout + runs[2].stderr
     for noise in ("sync_dist", "weights_only", "Traceback", "Warning"):
         assert noise not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp2", "tp"])
+def test_an_fp32_adapter_on_a_bf16_base_in_shares(way, one):
+    """What is trained is fp32, and close to that of one process on the same bf16 base."""
+    folder, common = one
+    count, (trainer, *others) = WAYS[way]
+    precision = ["trainer.precision=bf16-true"]
+    shared = [trainer, "trainer.accelerator=cpu", f"trainer.devices={count}", *others]
+    alone = ["trainer=cpu", "data.batch_size=8", "data.max_tokens=null"]
+    losses = []
+    for name, settings in (("bf16-alone", alone), (f"bf16-{way}", shared)):
+        run = folder / name
+        if not run.exists():
+            command = [sys.executable, "-m", "lora_lightning", "train", *settings, *common]
+            done = subprocess.run(
+                [*command, *precision, f"output_dir={run}"],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+        losses.append(logged(run, "train/loss"))
+        tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[0] != logged(folder / "one", "train/loss")
