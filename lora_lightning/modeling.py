@@ -327,7 +327,12 @@ def _from_pretrained(
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
-        sharding = loading_options(auto_class, load_model_config(config), shards)
+        sharding = loading_options(
+            auto_class,
+            load_model_config(config),
+            shards,
+            trust_remote_code=config.trust_remote_code,
+        )
         model, info = auto_class.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,

@@ -20,9 +20,9 @@ from .lora.state import read_adapter
 from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
 from .optim import build_optimizer, build_scheduler
-from .parallel import Shards, average_gradients, place_adapter
+from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig
-from .strategies import ShardedStrategy, refuse_strategy
+from .strategies import ShardedStrategy, refuse_full, refuse_strategy
 from .tasks import Task, build_task
 
 BAD_STEP = "bad_step.json"
@@ -153,10 +153,7 @@ class LoraModule(L.LightningModule):
                 f"a {type(self.trainer.strategy).__name__} would not know which gradients to "
                 "average: use lora_lightning.strategies.ShardedStrategy, or trainer=fsdp2."
             )
-        if self.lora_config is None:
-            raise UserError(
-                "lora=full trains the base itself, which is sharded here: use trainer=ddp."
-            )
+        refuse_full(self.trainer.strategy, full=self.lora_config is None)
         return Shards(self.device_mesh)
 
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
@@ -185,6 +182,8 @@ class LoraModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._check_packing()
         self._check_types()
+        if self.shards is not None:
+            broadcast(self.trainable_tensors().values())
 
     def _check_types(self) -> None:
         for name, tensor in self.trainable_tensors().items():

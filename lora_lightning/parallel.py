@@ -83,7 +83,9 @@ class Shards:
         return self.mesh[TENSOR].get_local_rank()
 
 
-def loading_options(auto_class: Any, model_config: Any, shards: Shards | None) -> dict[str, Any]:
+def loading_options(
+    auto_class: Any, model_config: Any, shards: Shards | None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Arguments of from_pretrained with which a base is sharded while it loads.
 
     Raises:
@@ -100,7 +102,7 @@ def loading_options(auto_class: Any, model_config: Any, shards: Shards | None) -
             "a sharded base needs a newer transformers: pip install 'transformers>=5.23'."
         ) from None
     with torch.device("meta"):
-        skeleton = auto_class.from_config(model_config)
+        skeleton = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
     plans: dict[str, Any] = {}
     if shards.data > 1:
         plans["fsdp_plan"] = dict.fromkeys(_repeated_layers(skeleton), "free_full_weight")
@@ -133,6 +135,8 @@ def _with_wildcards(name: str) -> str:
 def take_whole(model: nn.Module, name: str, *, draw_anew: bool) -> None:
     """Puts a module with plain tensors, the same in every process, in the place of a sharded one.
 
+    They are drawn on the CPU, as those of one process are.
+
     Args:
         model: the sharded model.
         name: the module's.
@@ -151,7 +155,7 @@ def take_whole(model: nn.Module, name: str, *, draw_anew: bool) -> None:
         )
     tensors = [*module.parameters(), *module.buffers()]
     memo = {
-        id(tensor): _same_kind(tensor, whole(tensor).detach().clone())
+        id(tensor): _same_kind(tensor, whole(tensor).detach().cpu().clone())
         for tensor in tensors
         if isinstance(tensor, DTensor)
     }
@@ -281,6 +285,13 @@ class _SummedBackward(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every process rank 0's values: those drawn on different GPUs may differ."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)
 
 
 @torch.no_grad()

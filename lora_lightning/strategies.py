@@ -73,6 +73,14 @@ def refuse_strategy(name: str) -> None:
         )
 
 
+def refuse_full(strategy: object, *, full: bool) -> None:
+    """Raises UserError where the base itself is to be trained and is in shares."""
+    if full and isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "lora=full trains the base itself, which is in shares here: use trainer=ddp."
+        )
+
+
 def in_step(strategy: Strategy) -> bool:
     """Whether processes that see different rows have to make equally many forward passes."""
     return (

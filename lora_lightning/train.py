@@ -48,7 +48,7 @@ from .storage import (
     writable,
     write_json,
 )
-from .strategies import refuse_strategy
+from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
 
 CHECKPOINTS = "checkpoints"
@@ -224,6 +224,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     if isinstance(arguments.get("strategy"), dict):
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
     refuse_strategy(str(arguments.get("strategy")))
+    refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters
