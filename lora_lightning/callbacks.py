@@ -21,8 +21,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
+from .checkpoint import check_written
 from .lora import UserError
 from .module import LoraModule
+from .signals import Stopped, StopSignals
 
 
 class Paused(Exception):
@@ -54,12 +56,14 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(folder) / "last.ckpt"
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
-        """Share of all steps, and a metric: after the first validation there, the run pauses."""
+        """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
+        self.signals: StopSignals | None = None
+        """Tells when the run is to save and end."""
         self._rung: dict[str, Any] | None = None
-        self._saved_at = 0
+        self._saved_at = self._validated_at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_at = trainer.global_step
+        self._saved_at = self._validated_at = trainer.global_step
         if self.pause_at is None:
             return
         share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
@@ -74,7 +78,10 @@ class LastCheckpoint(Checkpoint):
             return
         share, metric = self.pause_at
         planned = int(trainer.estimated_stepping_batches)
-        if trainer.global_step >= share * planned and metric in trainer.callback_metrics:
+        interval = trainer.global_step - self._validated_at
+        self._validated_at = trainer.global_step
+        near = trainer.global_step >= share * planned - interval / 2
+        if near and metric in trainer.callback_metrics:
             self._rung = {
                 "share": share,
                 "step": trainer.global_step,
@@ -87,14 +94,17 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
+        told = 0 if self.signals is None else self.signals.agreed()
         due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
-        if not due or loop._should_accumulate():
+        if not (due or told) or loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
         if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
             return
         self._save(trainer)
+        if told:
+            raise Stopped(told)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under max_steps Lightning would run an epoch's end a second time, and it does not store
@@ -108,9 +118,17 @@ class LastCheckpoint(Checkpoint):
             logger.save()
         # Lightning writes through the folder for temporary files, from which a move may be a copy.
         beside = self.path.with_name(f".{self.path.name}")
-        trainer.save_checkpoint(beside, weights_only=False)
-        if trainer.is_global_zero:
-            os.replace(beside, self.path)
+        try:
+            trainer.save_checkpoint(beside, weights_only=False)
+            if trainer.is_global_zero:
+                check_written(beside, trainer.lightning_module.state_dict())
+                os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {self.path}: {error}. The checkpoint before it is whole: free some "
+                "space and go on with resume=."
+            ) from None
         if self._rung is not None:
             raise Paused(self._rung)
 
@@ -194,11 +212,14 @@ class SamplePredictions(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
-        if trainer.sanity_checking or not trainer.is_global_zero or not (loggers or self.file):
+        assert isinstance(pl_module, LoraModule)
+        idle = not trainer.is_global_zero and pl_module.shards is None
+        if trainer.sanity_checking or idle or not (loggers or self.file):
             return
         rows = _spread(len(data.encoded["val"]), self.count)
-        assert isinstance(pl_module, LoraModule)
-        predictions = _predict(pl_module, data, rows)
+        predictions = _predict(pl_module, data, rows)  # of a base in shares, by all processes
+        if not trainer.is_global_zero:
+            return
         samples = [
             {
                 **data.task.describe(data.raw["val"][row]),
@@ -238,13 +259,13 @@ class RunClock(Callback):
         self.seconds = 0.0
         self.tokens = 0
         self._counted = torch.zeros((), dtype=torch.long)  # on this rank, not yet in `tokens`
-        self._ranks = 1
+        self._trainer: L.Trainer | None = None
         self._started: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         self._counted = self._counted.to(pl_module.device)
-        self._ranks = trainer.world_size
+        self._trainer = trainer
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -258,14 +279,20 @@ class RunClock(Callback):
             return
         self.seconds += time.monotonic() - self._started
         self._started = None
-        self.tokens += int(trainer.strategy.reduce(self._counted, reduce_op="sum"))
+        self.tokens += self._over_ranks(trainer)
         self._counted = torch.zeros_like(self._counted)
+        self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._started is None else time.monotonic() - self._started
-        # Only rank 0's state is stored; the other ranks have seen about as many tokens.
-        tokens = self.tokens + int(self._counted) * self._ranks
-        return {"seconds": self.seconds + running, "tokens": tokens}
+        # Lightning asks all ranks, and stores what rank 0 says.
+        counted = 0 if self._trainer is None else self._over_ranks(self._trainer)
+        return {"seconds": self.seconds + running, "tokens": self.tokens + counted}
+
+    def _over_ranks(self, trainer: L.Trainer) -> int:
+        """Tokens not yet in `tokens`; every rank has to ask."""
+        counted = int(trainer.strategy.reduce(self._counted.clone(), reduce_op="sum"))  # in place
+        return counted * _data_ranks(trainer) // trainer.world_size
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
@@ -309,7 +336,7 @@ class Throughput(Callback):
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
-        rows, tokens = (self._counted * trainer.world_size).tolist()  # waits for the device
+        rows, tokens = (self._counted * _data_ranks(trainer)).tolist()  # waits for the device
         seconds = time.monotonic() - self._since
         rates = {
             "throughput/rows_per_second": rows / seconds,
@@ -317,6 +344,12 @@ class Throughput(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(rates, step=trainer.global_step)
+
+
+def _data_ranks(trainer: L.Trainer) -> int:
+    """Processes that see different rows; in tensor parallelism fewer than all."""
+    ranks = trainer.distributed_sampler_kwargs
+    return 1 if ranks is None else int(ranks["num_replicas"])
 
 
 def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:

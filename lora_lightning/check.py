@@ -26,7 +26,6 @@ from .train import (
     build_trainer,
     check_windows,
     refuse_used_folder,
-    writable,
 )
 
 FEW_ROWS = 8
@@ -49,7 +48,6 @@ def check(config: DictConfig) -> str:
     output = Path(config.output_dir)
     refuse_used_folder(output)
     with undone_on_mistake(output, always=True):
-        writable(output)
         task = build_task(settings.task)
         module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
         check_windows(build_trainer(config))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import cluster
 from .launch.queue import end_with_parent
 from .usage import HELP
 
@@ -22,19 +21,17 @@ PLAIN_KEYS = {
     "chat": ("adapter",),
     "merge": ("adapter", "output"),
 }
-MULTIRUN_FLAGS = ("-m", "--multirun")
-HYDRA_FLAGS = (
-    *MULTIRUN_FLAGS,
-    *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
-    *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
-)
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_BY_SIGNAL = 128
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:
-    """Entry point. Exit status: 0, 2 for a mistake of the user, 130 if interrupted, else 1."""
+    """Entry point.
+
+    Exit status: 0, 2 for a mistake of the user, 130, 143 or 138 where Ctrl-C, SIGTERM or SIGUSR1
+    has stopped a run, else 1.
+    """
     arguments = sys.argv[1:]
     end_with_parent()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -62,7 +59,9 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         print(HELP, end="")
         return
     if verb == "train":
-        _train(arguments)
+        from .start import start
+
+        start(arguments)
     elif verb == "check":
         _check(arguments)
     elif verb == "report":
@@ -90,182 +89,11 @@ def _guarded(action: Callable[[], Any]) -> Any:
             raise
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
         print(said or "interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        signum = getattr(error, "signum", signal.SIGINT)
+        cluster.requeue_if_warned(signum)
+        sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# train ---------------------------------------------------------------------------------------
-
-
-def _train(arguments: list[str]) -> None:
-    from .config import compose_config, settings_of, sweep_choices
-    from .lora.errors import UserError
-
-    resume = [argument for argument in arguments if argument.startswith("resume=")]
-    if resume:
-        _resume(resume[0].removeprefix("resume="), [a for a in arguments if a != resume[0]])
-        return
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    overrides = [re.sub(r"^(\+*)launcher\.", r"\1hydra.launcher.", item) for item in overrides]
-    for flag in flags:
-        _known_flag(flag)
-    sweeps = bool(flags) and not set(flags) - set(MULTIRUN_FLAGS)
-    if set(flags) & set(MULTIRUN_FLAGS) and not sweeps:
-        others = " ".join(flag for flag in flags if flag not in MULTIRUN_FLAGS)
-        raise UserError(f"-m does not go together with {others}: leave out one of them.")
-    asked = [item for item in overrides if re.match(r"\+?sweep=(?!null$)", item)]
-    if asked and not flags:
-        print(
-            f"{asked[0]} without -m: this is one run, not a sweep. For the sweep add -m.",
-            file=sys.stderr,
-        )
-    if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "a sweep starts the processes of its jobs itself: run it once, without torchrun, and "
-            "give each job its devices with trainer.devices."
-        )
-    if not sweeps and (flags or "LOCAL_RANK" in os.environ):
-        _run_hydra(arguments)
-        return
-    if any(override.startswith("hydra.run.dir=") for override in overrides):
-        raise UserError("the run's folder is set by output_dir=DIR: leave out hydra.run.dir.")
-    # Everything is composed before Hydra makes a folder, so that mistakes leave none behind.
-    for choice in sweep_choices(overrides) if flags else [overrides]:
-        config = compose_config(choice)
-        settings_of(config)
-    if flags:
-        from .launch.folder import sweep_folder
-
-        overrides += sweep_folder(overrides)
-        _run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
-        return
-    run_dir = Path(config.output_dir)
-    from .storage import undone_on_mistake
-    from .train import refuse_used_folder, writable
-
-    refuse_used_folder(run_dir)
-    with undone_on_mistake(run_dir):
-        writable(run_dir)
-        _run_hydra([*arguments, f"output_dir={_quoted(run_dir)}"])
-
-
-def _known_flag(flag: str) -> None:
-    from .lora.errors import UserError, did_you_mean
-
-    if flag.partition("=")[0] not in HYDRA_FLAGS:
-        raise UserError(
-            f"there is no flag {flag}.{did_you_mean(flag, HYDRA_FLAGS)} Settings have no dashes: "
-            "KEY=VALUE. `lora-lightning --help` shows both."
-        )
-
-
-def _quoted(value: object) -> str:
-    """A value in quotes of Hydra's grammar."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _run_hydra(arguments: list[str]) -> None:
-    """Hands over to Hydra, which makes the run's folder and calls back with the config."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
-    from omegaconf.errors import OmegaConfBaseException
-
-    from .config import CONFIG_MODULE, CONFIG_NAME, explain, register_schemas
-    from .launch import register
-    from .launch.process import SweepError
-    from .lora.errors import UserError
-
-    register_schemas()
-    register()
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which lists its plugins
-    whole = list(sys.argv)
-    composed = False
-    mistakes: list[UserError] = []
-
-    @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
-    def task(config: Any) -> float | None:
-        nonlocal composed
-        composed = True
-        sys.argv = whole  # Lightning starts its other ranks with this command line
-        from .train import train
-
-        config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
-        try:
-            with _environment(FULL_ERROR, full_error):
-                result = train(config)
-        except UserError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # another launcher names the job, and goes on with the others first
-            mistakes.append(error)
-            return None
-        objective = result["objective"]
-        return None if objective is None else float(objective)
-
-    sys.argv = [whole[0], *arguments]
-    full_error = os.environ.get(FULL_ERROR)
-    try:
-        with _environment(FULL_ERROR, "1"):  # Hydra then raises instead of printing and exiting
-            task()
-    except (HydraException, OmegaConfBaseException) as error:
-        if composed:
-            raise
-        raise UserError(explain(error)) from None
-    except SweepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        sys.argv = whole
-    if mistakes:
-        raise mistakes[0]
-
-
-@contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Sets an environment variable for the time of the block; None unsets it."""
-    before = os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
-
-
-def _resume(folder: str, others: list[str]) -> None:
-    from .config import read_config
-    from .lora.errors import UserError
-
-    run_dir = Path(folder).expanduser().resolve()
-    if others:
-        raise UserError(
-            f"resume={folder} goes on with the run's own config and takes no other settings: "
-            f"leave out {' '.join(others)}."
-        )
-    if not run_dir.is_dir():
-        raise UserError(
-            f"resume={folder}: there is no such folder. Give the output_dir of a run that stopped."
-        )
-    saved = run_dir / ".hydra" / "config.yaml"
-    if not saved.is_file():
-        raise UserError(
-            f"resume={folder} is not the folder of a run: it holds no .hydra/config.yaml. Give the "
-            "output_dir of a run that stopped."
-        )
-    config = read_config(saved)
-    from .train import train
-
-    result_file = run_dir / "result.json"
-    if result_file.is_file() and '"status": "completed"' in result_file.read_text():
-        print(f"{run_dir} is complete: nothing to resume.")
-        return
-    config.output_dir = str(run_dir)
-    train(config, resume=True)
 
 
 # The other verbs -----------------------------------------------------------------------------
@@ -412,8 +240,10 @@ def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str],
 
 def _complete(arguments: list[str]) -> None:
     """Hydra's tab completion, with the verb taken out of the line that it completes."""
+    from .start import environment, run_hydra
+
     if not any(argument.startswith("query") for argument in arguments):
-        _run_hydra(arguments)
+        run_hydra(arguments)
         return
     line = os.environ.get("COMP_LINE", "")
     words = [*line.split(), ""] if line.endswith(" ") else line.split()
@@ -424,5 +254,5 @@ def _complete(arguments: list[str]) -> None:
     keys = [f"{key}=" for key in PLAIN_KEYS.get(verb, ()) if key.startswith(last)]
     if keys:
         print(" ".join(keys))
-    with _environment("COMP_LINE", line.replace(f" {verb}", "", 1)):
-        _run_hydra(arguments)
+    with environment("COMP_LINE", line.replace(f" {verb}", "", 1)):
+        run_hydra(arguments)

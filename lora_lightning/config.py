@@ -22,12 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
-from .settings import TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
+from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 
 CONFIG_MODULE = "lora_lightning.conf"
 CONFIG_NAME = "train"
 METHODS = ("lora", "full")
-OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 
 
 @dataclass
@@ -114,6 +113,29 @@ def settings_of(config: DictConfig) -> Settings:
     )
 
 
+def settings_saved(saved: dict[str, Any]) -> Settings:
+    """The typed settings that were saved with an adapter.
+
+    Raises:
+        UserError: a value has the wrong type, or is out of range.
+    """
+    task = TASK_CONFIGS.get(str(saved["task"].get("name")))
+    if task is None:
+        raise UserError(f"the adapter's saved settings name no known task: {saved['task']!r:.100}.")
+    schemas = {
+        **{"model": ModelConfig, "task": task, "data": DataConfig},
+        **{"lora": LoraSchema, "optim": OptimConfig},
+    }
+    try:
+        groups = {
+            group: OmegaConf.merge(OmegaConf.structured(schema), saved.get(group) or {})
+            for group, schema in schemas.items()
+        }
+        return settings_of(OmegaConf.create({**groups, "adapter": None}))
+    except OmegaConfBaseException as error:
+        raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
+
+
 def compose_config(overrides: list[str]) -> DictConfig:
     """Composes conf/train.yaml with overrides, without running anything.
 
@@ -155,8 +177,8 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
         chosen: overrides that decide which keys there are, such as task=lm.
     """
     chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)  # type: ignore[arg-type]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # it may be a ring
+        chain.append(cause)  # type: ignore[arg-type]
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     told = next((str(item) for item in chain if isinstance(item, UserError)), None)
@@ -252,26 +274,30 @@ def instantiate_all(nodes: DictConfig) -> list[Any]:
     """The objects that a group such as `callbacks` names; entries set to null are skipped.
 
     Raises:
-        UserError: an entry has no `_target_`, or its arguments do not fit.
+        UserError: see `instantiate_one`.
+    """
+    return [instantiate_one(nodes, name) for name, node in nodes.items() if node is not None]
+
+
+def instantiate_one(nodes: DictConfig, name: Any) -> Any:
+    """The object that an entry of a group names.
+
+    Raises:
+        UserError: it has no `_target_`, or its arguments do not fit.
     """
     from hydra.utils import instantiate
 
-    objects = []
-    for name, node in nodes.items():
-        if node is None:
-            continue
-        key = nodes._get_full_key(name)
-        if not isinstance(node, DictConfig) or "_target_" not in node:
-            raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
-        try:
-            objects.append(instantiate(node))
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise UserError(
-                f"cannot build {key} from its _target_ {node._target_}: "
-                f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
-            ) from error
-    return objects
+    node, key = nodes[name], nodes._get_full_key(name)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
+    try:
+        return instantiate(node)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(
+            f"cannot build {key} from its _target_ {node._target_}: "
+            f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
+        ) from error
 
 
 def read_config(path: Path) -> DictConfig:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .parallel import gathers_layers
+
 CHUNK = 2**25
 """Logits that exist at a time: rows x vocabulary."""
 Inputs = dict[str, Tensor]
@@ -57,7 +59,8 @@ def loss_at(
     """
     head = _head_of(model)
     rows = max(1, CHUNK // _vocabulary(model))
-    if head is None or len(targets) <= rows or not _REPLAYED.get(model, True):
+    whole = len(targets) <= rows or gathers_layers(model)  # a head in shares is no module to call
+    if head is None or whole or not _REPLAYED.get(model, True):
         return _cross_entropy(logits_at(model, inputs, places), targets)
     found: list[Tensor] = []
 

@@ -13,9 +13,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from .config import settings_saved
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
-from .lora import LoraConfig, UserError, load_adapter
+from .lora import UserError, load_adapter
 from .lora.state import replaced_folder
 from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
@@ -40,22 +41,20 @@ def load_trained(
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
-    settings = sidecar["settings"]
-    task = build_task(settings["task"])
+    settings = settings_saved(sidecar["settings"])
+    task = build_task(settings.task)
     try:
         task.restore(sidecar["task_state"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(folder, error) from None
-    full = settings["lora"].get("method") == "full"
-    model_settings = {**settings["model"], **(model or {})}
-    if full:
+    model_settings = {**asdict(settings.model), **(model or {})}
+    if settings.lora is None:
         model_settings["name_or_path"] = str(folder)
     config = ModelConfig(**model_settings)
     tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), "tokenizer": str(folder)}))
-    lora = {key: value for key, value in settings["lora"].items() if key != "method"}
-    module = LoraModule(task, config, None if full else LoraConfig(**lora), tokenizer=tokenizer)
+    module = LoraModule(task, config, settings.lora, tokenizer=tokenizer)
     base, _ = task.build_model(config, tokenizer)
-    module.adopt(base, None if full else load_adapter(base, folder))
+    module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module.to(device).eval()

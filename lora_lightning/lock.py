@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -11,27 +13,46 @@ from .lora.errors import UserError
 LOCK = ".lock"
 
 
-def lock(folder: Path, *, patience: float = 10.0) -> IO[bytes]:
-    """Takes a folder's lock, and gives the file that holds it until all who have it open end.
+_HELD: dict[Path, IO[bytes]] = {}
+"""Locks that this process holds."""
+
+
+@contextmanager
+def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO[bytes]]:
+    """Holds a folder's lock for the time of the block; within another such block, that one's.
+
+    Processes that are given the file keep the lock until they end.
 
     Args:
         folder: an existing folder.
-        patience: seconds; the jobs of a sweep that was killed take a moment to end.
+        setting: what names another folder, for the message.
+        patience: seconds; processes that were killed take a moment to end.
 
     Raises:
         UserError: another process keeps it.
     """
-    handle = (folder / LOCK).open("wb")
-    until = time.monotonic() + patience
-    while not _take(handle):
-        if time.monotonic() > until:
-            handle.close()
-            raise UserError(
-                f"{folder} is in use by another process that runs this sweep. Wait for it, or give "
-                "another folder: hydra.sweep.dir=DIR."
-            )
-        time.sleep(0.2)
-    return handle
+    folder = folder.resolve()
+    if folder in _HELD:
+        yield _HELD[folder]
+        return
+    try:
+        handle = (folder / LOCK).open("wb")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from None
+    with handle:
+        until = time.monotonic() + patience
+        while not _take(handle):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{folder} is in use by another process, which runs or trains in it. Wait for "
+                    f"it, or give another folder: {setting}=DIR."
+                )
+            time.sleep(0.2)
+        _HELD[folder] = handle
+        try:
+            yield handle
+        finally:
+            del _HELD[folder]
 
 
 def is_abandoned(folder: Path) -> bool:

@@ -1,14 +1,18 @@
-"""How much memory training takes, by part, before it is begun."""
+"""How much memory training takes, by part, before it is begun; and what to do where it runs out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from .config import Settings
 from .data.datamodule import LoraDataModule
+from .lora import UserError
 from .module import LoraModule
 
 PROBE_ROWS = 4
@@ -76,3 +80,34 @@ def saved_bytes(module: LoraModule, batch: dict[str, Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module.task.loss(module.model, batch)
     return sum(sizes.values())
+
+
+@contextmanager
+def memory_advice(config: DictConfig) -> Iterator[None]:
+    """Turns a lack of memory into a UserError that says which settings help.
+
+    Raises:
+        UserError: memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        cpu = "DefaultCPUAllocator" in said
+        if not (cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+            raise
+        helps = {
+            "data.max_tokens=512 (fewer tokens at a time)": True,
+            "data.batch_size (fewer rows at a time)": config.data.max_tokens is None,
+            "model.gradient_checkpointing=true": not config.model.gradient_checkpointing,
+            "trainer.precision=bf16-true": config.trainer.precision != "bf16-true",
+            "model.offload_activations=true": not (cpu or config.model.offload_activations),
+            "data.max_length (shorter rows)": True,
+            "trainer=fsdp2 (the base in shares, on several GPUs)": not cpu,
+        }
+        first = said.splitlines()[0][:200] if said else "MemoryError"
+        raise UserError(
+            f"out of memory: {first} What helps, the cheapest first: "
+            f"{', '.join(name for name, fits in helps.items() if fits)}. What a setting needs: "
+            "lora-lightning check with the same arguments."
+        ) from error

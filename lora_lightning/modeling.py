@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
+from .parallel import Shards, loading_options, take_whole, whole
 from .settings import ModelConfig
 
 PACKAGE_SCHEME = "pkg://"
@@ -107,7 +108,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_classifier(
-    config: ModelConfig, tokenizer: Any, labels: list[str]
+    config: ModelConfig, tokenizer: Any, labels: list[str], shards: Shards | None = None
 ) -> tuple[nn.Module, list[str]]:
     """A base model with a classification head of one output per label.
 
@@ -115,6 +116,7 @@ def load_classifier(
         config: the base model.
         tokenizer: its tokenizer, whose padding token the model's config is told.
         labels: class names, in the order of their ids.
+        shards: processes over which the base is spread.
 
     Returns:
         The model in train mode, and the names of the modules to train whole: the head and
@@ -123,9 +125,11 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     id2label = dict(enumerate(labels))
+    random = torch.get_rng_state()
     model, missing = _from_pretrained(
         AutoModelForSequenceClassification,
         config,
+        shards,
         num_labels=len(labels),
         id2label=id2label,
         label2id={label: index for index, label in id2label.items()},
@@ -134,11 +138,16 @@ def load_classifier(
     settings: Any = model.config
     settings.pad_token_id = tokenizer.pad_token_id
     settings.problem_type = "single_label_classification"
-    whole = list(dict.fromkeys([*head_modules(model), *_new_modules(model, missing)]))
-    return model, whole
+    new = _new_modules(model, missing)
+    trained = list(dict.fromkeys([*head_modules(model), *new]))
+    if shards is not None:
+        torch.set_rng_state(random)  # of the head, whose first values are those of one process
+        for name in trained:
+            take_whole(model, name, draw_anew=name in new)
+    return model, trained
 
 
-def load_generator(config: ModelConfig, tokenizer: Any) -> nn.Module:
+def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = None) -> nn.Module:
     """A causal or encoder-decoder language model, in train mode.
 
     Raises:
@@ -148,7 +157,7 @@ def load_generator(config: ModelConfig, tokenizer: Any) -> nn.Module:
 
     seq2seq = getattr(load_model_config(config), "is_encoder_decoder", False)
     model, missing = _from_pretrained(
-        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config
+        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, shards
     )
     if missing:
         raise UserError(
@@ -303,7 +312,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = tensor.detach().reshape(-1)
+        flat = whole(tensor.detach()).reshape(-1)
         if not flat.is_floating_point() or flat.is_meta or not flat.numel():
             continue
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).cpu()
@@ -313,11 +322,17 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _from_pretrained(
-    auto_class: Any, config: ModelConfig, **kwargs: Any
+    auto_class: Any, config: ModelConfig, shards: Shards | None, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
+        sharding = loading_options(
+            auto_class,
+            load_model_config(config),
+            shards,
+            trust_remote_code=config.trust_remote_code,
+        )
         model, info = auto_class.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,
@@ -326,6 +341,7 @@ def _from_pretrained(
             use_safetensors=None if config.trust_remote_code else True,
             output_loading_info=True,
             **{key: value for key, value in options.items() if value is not None},
+            **sharding,
             **kwargs,
         )
     absent = set(info["missing_keys"]) | {entry[0] for entry in info.get("mismatched_keys", ())}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,15 +13,20 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from .checkpoint import read_checkpoint
 from .lora import Adapter, LoraConfig, UserError
 from .lora.adapter import check_tensors
 from .lora.state import read_adapter
 from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
 from .optim import build_optimizer, build_scheduler
+from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig
+from .strategies import ShardedStrategy, refuse_full, refuse_strategy
 from .tasks import Task, build_task
 
+BAD_STEP = "bad_step.json"
+"""In a run's folder: the rows of a step whose loss was not a number."""
 Batch = dict[str, Tensor] | list[dict[str, Tensor]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
 
@@ -43,7 +50,8 @@ class LoraModule(L.LightningModule):
         optim: optimizer and schedule.
         seed: seed of the initialisation and of dropout.
         tokenizer: the base model's; None: loaded with it.
-        start_from: folder of an adapter of the same shape whose values training starts with.
+        start_from: folder of an adapter, or a checkpoint of a run (a .ckpt), of the same shape,
+            whose values training starts with.
         task_state: what the task learned from its data, as checkpoints hold it; None: the data
             module has the task learn it.
     """
@@ -92,9 +100,14 @@ class LoraModule(L.LightningModule):
         self.test_metrics: MetricCollection | None = None
         self.val_loss = MeanLoss()
         self.test_loss = MeanLoss()
+        self.shards: Shards | None = None
+        """The processes over which the base is spread, where it is."""
+        self._shares: set[nn.Parameter] = set()
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
-        self._mean_loss = torch.zeros(())
+        self._batch = 0
+        self._recent: list[tuple[int, int, int, Tensor]] = []
+        """Step, epoch, last batch and loss of the steps since a loss was last looked at."""
 
     # Building --------------------------------------------------------------------------------
 
@@ -104,16 +117,19 @@ class LoraModule(L.LightningModule):
             return
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
+        self.shards = self._find_shards()
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            model, whole = self.task.build_model(self.model_config, self.tokenizer)
+            model, whole = self.task.build_model(self.model_config, self.tokenizer, self.shards)
             adapter = None
             if self.lora_config is not None:
                 settings = asdict(self.lora_config)
                 extra = [*settings["modules_to_save"], *whole]
                 settings["modules_to_save"] = list(dict.fromkeys(extra))
                 adapter = Adapter(model, LoraConfig(**settings))
-                if self.start_from is not None:
+                if self.shards is not None:
+                    self._shares = place_adapter(adapter, self.shards)
+                if self.start_from is not None and not self.start_from.endswith(".ckpt"):
                     _, tensors = read_adapter(self.start_from)
                     adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
         if self.model_config.gradient_checkpointing:
@@ -122,7 +138,23 @@ class LoraModule(L.LightningModule):
         if self.model_config.compile is not None:
             compile_layers(model)
         self.adopt(model, adapter)
+        if self.start_from is not None and self.start_from.endswith(".ckpt"):
+            self.load_state_dict(read_checkpoint(self.start_from)["state_dict"])
         self._check_monitor()
+
+    def _find_shards(self) -> Shards | None:
+        """The processes of a ShardedStrategy."""
+        if self._trainer is not None:
+            refuse_strategy(type(self.trainer.strategy).__name__)
+        if self.device_mesh is None:
+            return None
+        if not isinstance(self.trainer.strategy, ShardedStrategy):
+            raise UserError(
+                f"a {type(self.trainer.strategy).__name__} would not know which gradients to "
+                "average: use lora_lightning.strategies.ShardedStrategy, or trainer=fsdp2."
+            )
+        refuse_full(self.trainer.strategy, full=self.lora_config is None)
+        return Shards(self.device_mesh)
 
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
         """Takes over a model that is ready, and the adapter on it."""
@@ -150,6 +182,8 @@ class LoraModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._check_packing()
         self._check_types()
+        if self.shards is not None:
+            broadcast(self.trainable_tensors().values())
 
     def _check_types(self) -> None:
         for name, tensor in self.trainable_tensors().items():
@@ -175,8 +209,10 @@ class LoraModule(L.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._batch = batch_idx
         index = self.current_epoch * 1_000_000_007 + batch_idx
-        torch.manual_seed((self.seed * 1_000_003 + index) * 4096 + self.global_rank)
+        rank = self.global_rank if self.shards is None else self.shards.data_rank
+        torch.manual_seed((self.seed * 1_000_003 + index) * 4096 + rank)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if isinstance(batch, list):
@@ -212,6 +248,9 @@ class LoraModule(L.LightningModule):
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.shards is not None:
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            average_gradients(trained, self._shares, self.shards)
         totals = torch.stack([self._step_loss, self._step_count])
         loss, count = self.trainer.strategy.reduce(totals, reduce_op="sum")
         self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
@@ -223,17 +262,43 @@ class LoraModule(L.LightningModule):
                     parameter.grad.mul_(factor)
         mean = loss / count
         self.log("train/loss", mean, prog_bar=True)
-        self._mean_loss = mean
+        self._recent.append((self.global_step, self.current_epoch, self._batch, mean))
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_loss()
 
     def _check_loss(self) -> None:
-        """Makes sure that the loss is a number. This waits for the device: not at every step."""
-        if not torch.isfinite(self._mean_loss):
-            raise UserError(
-                f"the training loss is {self._mean_loss.item()} by step {self.global_step}: lower "
-                "optim.lr, or use model.dtype=bfloat16 instead of float16."
-            )
+        """Makes sure that losses are numbers. This waits for the device: not at every step.
+
+        Raises:
+            UserError: one is not. The rows of its step are in the run's folder then.
+        """
+        recent, self._recent = self._recent, []
+        if not recent:
+            return
+        finite = torch.stack([loss for *_, loss in recent]).isfinite().tolist()
+        if all(finite):
+            return
+        step, epoch, batch, loss = recent[finite.index(False)]
+        data = getattr(self.trainer, "datamodule", None)
+        told = ""
+        if isinstance(getattr(data, "encoded", None), dict):
+            count = self.trainer.accumulate_grad_batches
+            batches = range(batch - batch % count, batch + 1)
+            path = Path(self.trainer.default_root_dir) / BAD_STEP
+            if self.trainer.is_global_zero:
+                content = {
+                    "step": step,
+                    "epoch": epoch,
+                    "batches": list(batches),
+                    "loss": str(loss.item()),
+                    "rows": data.rows_trained_on(epoch, batches),  # type: ignore[union-attr]
+                }
+                path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            told = f" The rows of that step are in {path}."
+        raise UserError(
+            f"the training loss is {loss.item()} at step {step}: lower optim.lr, or use "
+            f"model.dtype=bfloat16 instead of float16.{told}"
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, self.val_loss)

@@ -20,6 +20,7 @@ def quiet_libraries() -> None:
         ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
         ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
+        ".*DTensor random operators may not have complete support.*",  # heads are drawn anew
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)

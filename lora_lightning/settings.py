@@ -12,6 +12,8 @@ from .lora.errors import UserError, did_you_mean
 
 PAUSE = "pause.json"
 """In the folder of a sweep's job: the share of its steps at which it pauses (halving)."""
+OWN_GROUPS = ("model", "task", "data", "lora", "optim")
+"""Groups of the config that are ours, of plain values; they are kept with an adapter."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_METRICS = ("rouge", "bleu", "chrf")
 MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")

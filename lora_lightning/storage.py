@@ -15,29 +15,40 @@ from typing import Any
 
 import torch
 
+from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.state import replaced_folder
 from .modeling import fingerprint
-from .module import LoraModule
+from .module import BAD_STEP, LoraModule
+from .settings import OWN_GROUPS
 
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
 ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
-RUN_ENTRIES = (".hydra", RESULT, "checkpoints", "tensorboard", "csv", "samples.jsonl")
+RUN_ENTRIES = (
+    *(".hydra", RESULT, BAD_STEP),
+    *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
+)
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
-def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any]) -> None:
+def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, base: str) -> None:
     """Writes what a run has trained, with the tokenizer and the settings to use it again.
 
     A LoRA run gives a PEFT folder; full fine-tuning gives a plain Hugging Face folder.
+
+    Args:
+        module: the trained module.
+        folder: where.
+        settings: the run's.
+        base: `base_fingerprint` of the module.
     """
     content = {
         "format": 1,
         "task_state": module.task.state(),
-        "base_fingerprint": base_fingerprint(module),
+        "base_fingerprint": base,
         "settings": settings,
         "versions": versions(),
     }
@@ -101,26 +112,52 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         groups = [content["settings"][group] for group in ("model", "task", "lora", "data")]
         if not all(isinstance(part, dict) for part in (*groups, content["task_state"])):
             raise TypeError("settings and task_state must be objects")
+        content["settings"] = _harmless(content["settings"])
+        for key, value in content["task_state"].items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+                raise TypeError(f"task_state.{key} must be plain")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from None
     return dict(content)
 
 
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that came with an adapter, without what its maker must not decide for its user.
+
+    That is what would run code or write files: classes to build, a model's own code, interpolations
+    (which read the environment), the place of the cache.
+    """
+    kept = {group: dict(settings[group]) for group in OWN_GROUPS if group in settings}
+    if "${" in json.dumps(kept):
+        raise TypeError("settings must be plain values")
+    for group, key in (("model", "trust_remote_code"), ("data", "cache_dir")):
+        kept[group].pop(key, None)
+    return kept
+
+
 @contextmanager
 def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
-    """Takes away what the block has put into a run's folder if it ends in a mistake of the user.
+    """Takes a run's folder, and clears it again if the block ends in a mistake of the user.
 
     What was there before stays, and so does a run that has come as far as a checkpoint.
 
     Args:
         run_dir: the run's folder; it and its parents are removed again where the block made them.
         always: take it away however the block ends.
+
+    Raises:
+        UserError: it cannot be written, or another process works in it.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    new = [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+    new: list[Path] = []
     undo = always
     try:
-        yield
+        new += [run_dir / LOCK] if not (run_dir / LOCK).exists() else []
+        writable(run_dir)
+        with locked(run_dir, setting="output_dir"):
+            new += [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+            yield
     except UserError:
         undo = always or not any((run_dir / "checkpoints").glob("*"))
         raise
@@ -131,6 +168,27 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
             for folder in made:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
+
+
+def writable(run_dir: Path) -> None:
+    """Makes the folder and makes sure that a checkpoint will fit.
+
+    Raises:
+        UserError: it cannot be written, or the disk is nearly full.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(run_dir).free
+    except OSError as error:
+        raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None
+    if free < 2**26:
+        raise UserError(
+            f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
+            "for checkpoints. Free some space or give another output_dir."
+        )
 
 
 def base_fingerprint(module: LoraModule) -> str:

@@ -5,33 +5,66 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-import shutil
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import LastCheckpoint, Paused, RunClock
-from .config import Settings, config_hash, instantiate_all, saved_settings, settings_of
+from .checkpoint import read_checkpoint
+from .config import (
+    Settings,
+    config_hash,
+    instantiate_all,
+    instantiate_one,
+    saved_settings,
+    settings_of,
+)
 from .data.datamodule import LoraDataModule
+from .lock import locked
 from .lora import UserError
 from .lora.errors import did_you_mean
+from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
 from .precision import chosen_for_the_user, for_lightning, with_precision
 from .quiet import quiet_libraries
 from .settings import PAUSE
-from .storage import ADAPTER, RESULT, save_trained, versions, write_json
+from .signals import Stopped, StopSignals
+from .storage import (
+    ADAPTER,
+    RESULT,
+    base_fingerprint,
+    save_trained,
+    versions,
+    writable,
+    write_json,
+)
+from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
 
 CHECKPOINTS = "checkpoints"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped from outside, and can be gone on with.
+
+    Args:
+        run_dir: its folder.
+        signum: number of the signal.
+    """
+
+    def __init__(self, run_dir: Path, signum: int) -> None:
+        super().__init__(f"interrupted. To go on: lora-lightning train resume={run_dir}")
+        self.signum = signum
 
 
 def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
@@ -61,33 +94,53 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     result["rungs"] = earlier.get("rungs", [])
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if rank_zero:
-        if not resume:
-            refuse_used_folder(run_dir)
-        writable(run_dir)
+    with ExitStack() as stack:
+        if rank_zero:
+            writable(run_dir)
+            stack.enter_context(locked(run_dir, setting="output_dir"))
+            if not resume:
+                refuse_used_folder(run_dir)
+            write_json(run_dir / RESULT, result)
+            if told := chosen_for_the_user(asked, config):
+                print(told, file=sys.stderr)
+            stack.callback(_record, run_dir, result)
+        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes)
+    return result
+
+
+def _record(run_dir: Path, result: dict[str, Any]) -> None:
+    if run_dir.is_dir():
         write_json(run_dir / RESULT, result)
-        if told := chosen_for_the_user(asked, config):
-            print(told, file=sys.stderr)
+
+
+def _run_to_its_end(
+    config: DictConfig,
+    settings: Settings,
+    run_dir: Path,
+    checkpoint: Path | None,
+    result: dict[str, Any],
+    changes: dict[str, Any],
+) -> None:
+    """The run, and in `result` how it ended."""
     try:
-        _run(config, settings, run_dir, checkpoint, result, changes)
+        with StopSignals() as signals, memory_advice(config):
+            _run(config, settings, run_dir, checkpoint, result, signals, changes)
         result["status"] = "completed"
     except Paused as pause:
         result["status"] = "paused"
         result["rungs"] = [*result["rungs"], pause.rung]
         result["steps"] = pause.rung["step"]
         result["objective"] = None
+    except Stopped as stop:
+        result["status"] = "interrupted"
+        raise Interrupted(run_dir, stop.signum) from None
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
-        again = f"lora-lightning train resume={run_dir}"
-        raise KeyboardInterrupt(f"interrupted. To go on: {again}") from None
+        raise Interrupted(run_dir, signal.SIGINT) from None
     except BaseException as error:
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         raise
-    finally:
-        if rank_zero and run_dir.is_dir():
-            write_json(run_dir / RESULT, result)
-    return result
 
 
 def _run(
@@ -96,6 +149,7 @@ def _run(
     run_dir: Path,
     checkpoint: Path | None,
     result: dict[str, Any],
+    signals: StopSignals,
     changes: dict[str, Any],
 ) -> None:
     """The run itself; what comes out is added to `result`."""
@@ -104,7 +158,11 @@ def _run(
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = build_trainer(config, **changes)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    _pause_where_told(callbacks, config)
+    last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
+    _pause_where_told(last, config)
+    if last is not None:
+        last.signals = signals
+    callbacks.insert(0, signals)
     if not any(isinstance(callback, RunClock) for callback in callbacks):
         callbacks.insert(0, RunClock())
     check_windows(trainer)
@@ -112,8 +170,7 @@ def _run(
 
     if config.test_before and checkpoint is None:
         result["before"] = _evaluate(trainer.test, module, data)
-        if trainer.received_sigterm:  # the next call to the trainer would forget it
-            raise KeyboardInterrupt
+        signals.raise_if_told()
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
@@ -121,9 +178,11 @@ def _run(
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    signals.raise_if_told()
     _restore_best(trainer, module)
+    base = base_fingerprint(module)  # of a base in shares, by all processes
     if trainer.is_global_zero:
-        save_trained(module, run_dir / ADAPTER, saved_settings(config))
+        save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base)
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))
@@ -162,6 +221,10 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
+    if isinstance(arguments.get("strategy"), dict):
+        arguments["strategy"] = instantiate_one(config.trainer, "strategy")
+    refuse_strategy(str(arguments.get("strategy")))
+    refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters
@@ -220,6 +283,16 @@ def _earlier_result(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
+def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
+    """Raises UserError if the folder holds a run of other settings."""
+    recorded = _earlier_result(run_dir).get("config_hash", config_hash(config))
+    if recorded != config_hash(config):
+        raise UserError(
+            f"{run_dir} holds a run of other settings, which cannot be gone on with by these. Give "
+            f"another output_dir, or go on with that run: lora-lightning train resume={run_dir}."
+        )
+
+
 def refuse_used_folder(run_dir: Path) -> None:
     """Raises UserError if the folder holds a run already."""
     if (run_dir / RESULT).exists() or (run_dir / CHECKPOINTS).exists():
@@ -229,33 +302,11 @@ def refuse_used_folder(run_dir: Path) -> None:
         )
 
 
-def writable(run_dir: Path) -> None:
-    """Makes the folder and makes sure that a checkpoint will fit.
-
-    Raises:
-        UserError: it cannot be written, or the disk is nearly full.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-        free = shutil.disk_usage(run_dir).free
-    except OSError as error:
-        raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None
-    if free < 2**26:
-        raise UserError(
-            f"output_dir={run_dir}: only {free / 2**20:.0f} MiB are free on its disk, too little "
-            "for checkpoints. Free some space or give another output_dir."
-        )
-
-
-def _pause_where_told(callbacks: list[L.Callback], config: DictConfig) -> None:
+def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
     """Has the run pause at a rung, where the sweep that it is a job of says so."""
     path = Path(config.output_dir) / PAUSE
     if not path.is_file():
         return
-    last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     if last is None:
         raise UserError("launcher.halving needs checkpoints: leave callbacks.last as it is.")
     last.pause_at = float(json.loads(path.read_text())["at"]), str(config.task.monitor)
@@ -263,7 +314,7 @@ def _pause_where_told(callbacks: list[L.Callback], config: DictConfig) -> None:
 
 def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:
     """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file."""
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]
+    step = read_checkpoint(checkpoint)["global_step"]
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
@@ -297,5 +348,4 @@ def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
         "",
     )
     if best:
-        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(read_checkpoint(best)["state_dict"])

@@ -67,6 +67,11 @@ class Place:
         return ["predict", f"adapter={self.run / 'adapter'}", *overrides]
 
 
+ONE_CPU = ("trainer.accelerator=cpu", "trainer.devices=1")
+IN_SHARES = ("tensor parallel size",)
+"""Cases that leave behind what Lightning tells the processes that it starts."""
+
+
 class Case(NamedTuple):
     name: str
     arguments: Callable[[Place], list[str]]
@@ -431,6 +436,20 @@ MODEL = [
     Case("dtype", lambda p: p.train("model.dtype=bfloat"), "model.dtype", "'bfloat16'"),
     Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
     Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
+    Case("deepspeed", lambda p: p.train("trainer=deepspeed"), "deepspeed_stage_2", "trainer=fsdp2"),
+    Case("fsdp 1", lambda p: p.train("trainer.strategy=fsdp"), "strategy=fsdp", "trainer=fsdp2"),
+    Case(
+        "tensor parallel size",
+        lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
+        "tensor_parallel_size=2 does not divide",
+        "1 processes",
+    ),
+    Case(
+        "full in shares",
+        lambda p: p.train("trainer=fsdp2", *ONE_CPU, "lora=full"),
+        "lora=full",
+        "trainer=ddp",
+    ),
     Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
     Case("no precision", lambda p: p.train("trainer.precision=bf17"), "bf17", "bf16-mixed"),
     Case(
@@ -783,7 +802,9 @@ def assert_clear(status: int, err: str, case: Case) -> None:
     assert case.fix in err, err
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name not in IN_SHARES], ids=lambda case: case.name
+)
 def test_mistake_is_told_and_leaves_nothing(case, place, run_cli):
     arguments = case.arguments(place)
     before = contents(place.root)
@@ -794,7 +815,7 @@ def test_mistake_is_told_and_leaves_nothing(case, place, run_cli):
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in ("unknown key", "missing file")],
+    [case for case in CASES if case.name in ("unknown key", "missing file", *IN_SHARES)],
     ids=lambda case: case.name,
 )
 def test_mistake_in_a_process_of_its_own(case, place):
@@ -806,7 +827,7 @@ def test_mistake_in_a_process_of_its_own(case, place):
     assert contents(place.root) == before
 
 
-NOT_IN_CHECK = ("verb", "flag", "sweep", "beside", "Hydra", "resume", "check")
+NOT_IN_CHECK = (*IN_SHARES, "verb", "flag", "sweep", "beside", "Hydra", "resume", "check")
 SAME_IN_CHECK = [
     case
     for case in (*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS)

@@ -334,3 +334,24 @@ def test_a_sweep_whose_jobs_are_sampled(sweep, tmp_path, launcher):
     before = [(tmp_path / name).stat().st_mtime_ns for name in folders]
     assert run(*sampled).count("complete already") == 2
     assert [(tmp_path / name).stat().st_mtime_ns for name in folders] == before
+
+
+@pytest.mark.slow
+def test_a_sweep_by_submitit(run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
+    """Hydra's launcher for SLURM, with its executor of this machine: a folder for each job."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    status, _, err = run_cli(
+        *("train", "-m", *where, "lora.rank=1,4", "hydra/launcher=submitit_local"),
+        "hydra.sweep.dir=sweep",
+    )
+    assert status == 0, err
+    ranks = [
+        json.loads((Path("sweep") / job / "adapter/adapter_config.json").read_text())["r"]
+        for job in "01"
+    ]
+    assert ranks == [1, 4]
+    status, out, err = run_cli("report", "sweep")
+    assert status == 0, err
+    assert "rank" in out

@@ -251,6 +251,7 @@ def test_who_shares_a_pack():
         ["lora.rank=8"],
         ["lora.rank=8", "data.batch_size=4"],
         ["lora.rank=16"],
+        ["trainer=fsdp2"],
     ]
     planned = [
         (Job(number, own, Path(str(number))), compose_config([*base, *own]))
@@ -264,6 +265,7 @@ def test_who_shares_a_pack():
         [3],
         [4],
         [6],
+        [8],
     ]
 
 

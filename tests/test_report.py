@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lora_lightning.config import compose_config
 from lora_lightning.launch.folder import note
-from lora_lightning.lock import lock
+from lora_lightning.lock import locked
 from lora_lightning.lora import UserError
 from lora_lightning.report import read_sweep, report
 from lora_lightning.report.plots import pareto_front
@@ -130,7 +130,7 @@ def test_what_is_written(sweep_dir, capsys):
 
 
 def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
-    with lock(sweep_dir):
+    with locked(sweep_dir, setting="hydra.sweep.dir"):
         assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 running, 1 waiting"
     assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 interrupted, 1 waiting"
 

@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
-MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics"}
+MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
+MODEL_SIDE |= {"checkpoint"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -24,18 +25,23 @@ ALLOWED = {
     "usage": set(),
     "config": FOUNDATION,
     "cpu": set(),
-    "modeling": FOUNDATION | {"cpu"},
+    "parallel": {"lora"},
+    "strategies": {"lora"},
+    "signals": set(),
+    "checkpoint": {"lora"},
+    "cluster": {"lora"},
+    "modeling": FOUNDATION | {"cpu", "parallel"},
     "optim": FOUNDATION,
     "metrics": set(),
-    "head": set(),
+    "head": {"parallel"},
     "precision": {"lora"},
-    "tasks": FOUNDATION | {"modeling", "metrics", "head"},
-    "data": FOUNDATION | {"tasks"},
+    "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel"},
+    "data": FOUNDATION | {"tasks", "strategies"},
     "module": MODEL_SIDE,
-    "callbacks": MODEL_SIDE | {"module"},
-    "storage": MODEL_SIDE | {"module"},
+    "callbacks": MODEL_SIDE | {"module", "signals"},
+    "storage": MODEL_SIDE | {"module", "lock"},
     "outcome": RUN_SIDE,
-    "train": RUN_SIDE | {"precision", "outcome"},
+    "train": RUN_SIDE | {"precision", "outcome", "signals", "lock", "memory", "__init__"},
     "memory": RUN_SIDE,
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
@@ -46,13 +52,35 @@ ALLOWED = {
     "check": RUN_SIDE | {"train", "memory", "precision"},
     "evaluate": RUN_SIDE | {"train", "inference", "precision"},
     "cli": RUN_SIDE
-    | {"train", "inference", "check", "chat", "evaluate", "usage", "launch", "report", "__init__"},
+    | {
+        "cluster",
+        "start",
+        "train",
+        "inference",
+        "check",
+        "chat",
+        "evaluate",
+        "usage",
+        "launch",
+        "report",
+        "__init__",
+    },
+    "start": RUN_SIDE | {"cluster", "launch", "train"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }
 ONLY_IN = {
-    "hydra": {"config", "cli", "launch", "report/sweep"},
-    "lightning": {"module", "data/datamodule", "callbacks", "outcome", "train", "packed"},
+    "hydra": {"config", "start", "launch", "report/sweep"},
+    "lightning": {
+        "strategies",
+        "signals",
+        "module",
+        "data/datamodule",
+        "callbacks",
+        "outcome",
+        "train",
+        "packed",
+    },
     "peft": set(),
 }
 

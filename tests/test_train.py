@@ -152,6 +152,7 @@ def test_layout_of_the_folder(run):
         "csv",
         "tensorboard",
         "result.json",
+        ".lock",
         "samples.jsonl",
     }
     assert {path.name for path in (run.dir / "adapter").iterdir()} == {

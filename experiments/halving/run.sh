@@ -4,9 +4,11 @@
 set -euo pipefail
 folder=$1
 shift
+rows=$(python -c "import lora_lightning; print(lora_lightning.__path__[0])")/data/embedded/reviews
 for seed in 0 1 2; do
   run() {
     lora-lightning train -m sweep=halving hydra/launcher=packed seed=$seed test_before=false \
+      data.train="$rows/train.jsonl" data.val="$rows/test.jsonl" data.test="$rows/val.jsonl" \
       hydra.sweep.dir="$folder/$1-$seed" "${@:2}"
   }
   run halving "$@"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..lora.errors import UserError
 from ..settings import DataConfig
+from ..strategies import in_step
 from ..tasks import IGNORE, Task
 from .collate import MicroBatches, PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
@@ -108,12 +109,11 @@ class LoraDataModule(L.LightningDataModule):
                     "LoraDataModule spreads the rows over the ranks itself: "
                     "give the Trainer use_distributed_sampler=False."
                 )
-            even = isinstance(trainer.strategy, ModelParallelStrategy)
-            if even and isinstance(self.config.max_tokens, int):
+            if in_step(trainer.strategy) and isinstance(self.config.max_tokens, int):
                 raise UserError(
-                    f"data.max_tokens={self.config.max_tokens}: under ModelParallelStrategy all "
-                    "processes must make equally many forward passes. Leave it out, and lower "
-                    "data.batch_size."
+                    f"data.max_tokens={self.config.max_tokens}: where the base's layers are spread "
+                    "over processes (trainer=fsdp2), all must make equally many forward passes. "
+                    "Leave it out, and lower data.batch_size."
                 )
             for split in ("val", "test"):
                 rows = len(self.encoded[split]) if self.has(split) else trainer.world_size
@@ -209,29 +209,39 @@ class LoraDataModule(L.LightningDataModule):
 
     # Batches ---------------------------------------------------------------------------------
 
-    def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
-        rows = self.encoded[split]
+    def _batches(self, split: str, *, shuffle: bool) -> LengthBucketBatchSampler:
         config = self.config
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         batch_size = config.batch_size
         if not shuffle:
             batch_size = config.eval_batch_size or 2 * config.batch_size
-        sampler = LengthBucketBatchSampler(
-            rows["length"][:],
+        # Processes that share the matrices of a layer see the same rows.
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return LengthBucketBatchSampler(
+            self.encoded[split]["length"][:],
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            num_replicas=world,
-            rank=rank,
+            **ranks,
         )
-        collate: Any = self.collate(packing=self.task.joins_rows or (shuffle and config.packing))
+
+    def rows_trained_on(self, epoch: int, batches: Iterable[int]) -> list[dict[str, Any]]:
+        """The raw rows of some batches of an epoch, over all ranks; long values cut."""
+        sampler = self._batches("train", shuffle=True)
+        sampler.set_epoch(epoch)
+        order = sampler.global_batches()
+        rows = [self.raw["train"][row] for batch in batches for row in order[batch]]
+        return [{name: str(value)[:500] for name, value in row.items()} for row in rows]
+
+    def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
+        collate: Any = self.collate(
+            packing=self.task.joins_rows or (shuffle and self.config.packing)
+        )
         max_tokens = self.max_tokens
         return ResumableDataLoader(
-            Examples(rows),
-            batch_sampler=sampler,
+            Examples(self.encoded[split]),
+            batch_sampler=self._batches(split, shuffle=shuffle),
             collate_fn=collate if max_tokens is None else MicroBatches(collate, max_tokens),
-            num_workers=config.num_workers,
+            num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -244,7 +254,7 @@ class LoraDataModule(L.LightningDataModule):
     def max_tokens(self) -> int | None:
         """Tokens that are computed at a time, None where batches stay whole."""
         strategy = self.trainer.strategy if self.trainer is not None else None
-        if strategy is None or isinstance(strategy, ModelParallelStrategy):
+        if strategy is None or in_step(strategy):
             return self.tokens_on("other")
         return self.tokens_on(strategy.root_device.type)
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ..lora.errors import UserError
+
 FILLER = -1
 """Stands in a batch for "no row": it keeps the ranks in step where rows run out."""
 
@@ -62,11 +64,12 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self._global_batches():
+        for rows in self.global_batches():
             mine = rows[self.rank :: self.num_replicas]
             yield mine or [FILLER]
 
-    def _global_batches(self) -> list[list[int]]:
+    def global_batches(self) -> list[list[int]]:
+        """The epoch's batches of all ranks together."""
         size = self.batch_size * self.num_replicas
         count = len(self.lengths)
         if not self.shuffle:
@@ -94,11 +97,27 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         self._resume: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of its batches given so far."""
-        return {"epoch": self._batches().epoch, "batches": self._given}
+        """The epoch, the number of its batches given so far, and of ranks that share its rows."""
+        sampler = self._batches()
+        return {
+            "epoch": sampler.epoch,
+            "batches": self._given,
+            "ranks": sampler.num_replicas,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration, if it is of the same epoch, start after those batches."""
+        """Makes the next iteration, if it is of the same epoch, start after those batches.
+
+        Raises:
+            UserError: there were more ranks or fewer, so that the batches were others.
+        """
+        ranks = self._batches().num_replicas
+        if state.get("ranks", ranks) != ranks:
+            raise UserError(
+                f"this run was trained by {state['ranks']} processes that see different rows, and "
+                f"here are {ranks}: its batches would be others. Go on with as many, or begin a "
+                "new run with what it has learned: adapter=RUN_DIR/checkpoints/last.ckpt."
+            )
         self._resume = state
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

@@ -77,6 +77,8 @@ def cannot_share(config: DictConfig) -> str | None:
     devices = str(config.trainer.get("devices", "auto"))
     if devices not in ("auto", "1") or int(config.trainer.get("num_nodes", 1)) > 1:
         return f"trainer.devices={devices}: a pack has one device"
+    if not isinstance(config.trainer.get("strategy", "auto"), str):
+        return "trainer.strategy: a pack has one device, which holds all of the base"
     for key in ("compile", "gradient_checkpointing", "offload_activations"):
         if config.model.get(key):
             return f"model.{key}"

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..config import config_hash, read_config
-from ..lock import lock
+from ..lock import locked
 from ..lora.errors import UserError
 from ..report import report
 from ..settings import PAUSE
@@ -81,7 +81,7 @@ class ProcessLauncher(Launcher):
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        with lock(sweep_dir) as held:
+        with locked(sweep_dir, setting="hydra.sweep.dir") as held:
             planned = [
                 self._plan(sweep_dir, number, list(overrides))
                 for number, overrides in enumerate(job_overrides, initial_job_idx)

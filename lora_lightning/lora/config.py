@@ -66,6 +66,8 @@ class LoraConfig:
             raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
         _choice("lora.bias", self.bias, BIAS_MODES)
         _choice("lora.init", self.init, INITS)
+        for name in ("modules_to_save", "layers_pattern", "layers"):
+            _list_of(f"lora.{name}", getattr(self, name), int if name == "layers" else str)
         self.targets = _patterns("lora.targets", self.targets)
         self.exclude = _patterns("lora.exclude", self.exclude)
         if not self.targets:
@@ -145,6 +147,17 @@ def _patterns(where: str, value: Any) -> str | list[str]:
     if isinstance(value, Sequence) and all(isinstance(item, str) and item for item in value):
         return list(value)
     raise UserError(f"{where} must be a string or a list of names, got {value!r}.")
+
+
+def _list_of(where: str, value: Any, kind: type) -> None:
+    if value is None or (kind is str and isinstance(value, str) and value):
+        return
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [None]
+    if not all(
+        isinstance(item, kind) and not isinstance(item, bool) and item != "" for item in items
+    ):
+        what = "names" if kind is str else "numbers"
+        raise UserError(f"{where} must be a list of {what}, got {value!r}.")
 
 
 def _compiles(where: str, pattern: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ class LoraLayer(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    add_update: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = staticmethod(
+        add_low_rank
+    )
+    """Adds the update to the output of a base layer that has to be called."""
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class LoraLayer(nn.Module):
                 dropout=self._dropout_now(),
             )
         output: Tensor = self.base_layer(x, *args, **kwargs)
-        return add_low_rank(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+        return self.add_update(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def _plain_weight(self) -> Tensor | None:
         """The frozen weight as (out, in), where its layer does no more than multiply by it.

@@ -86,9 +86,19 @@ def save_adapter(
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         # save_file lets none but the owner read, whatever the user's own permissions are.
         shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
+        _check_written(staging / WEIGHTS_NAME, tensors)
         if also is not None:
             also(staging)
     return Path(folder)
+
+
+def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Makes sure that a file holds these tensors, before an older one makes way for it."""
+    found = load_file(path)
+    if found.keys() != tensors.keys() or not all(
+        torch.equal(found[name], tensor) for name, tensor in tensors.items()
+    ):
+        raise OSError("what was written reads otherwise, its disk or file system is at fault")
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,6 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """
     raw, tensors = read_adapter(folder)
     config = from_peft_config(raw)
+    _refuse_absent_rank(config, tensors, folder)
     config.modules_to_save = _whole_modules(model, config.modules_to_save, tensors)
     adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
     source = f"adapter {folder}"
@@ -148,6 +159,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         adapter.remove()
         raise
     return adapter
+
+
+def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Raises UserError for a rank that no tensor of the file can have, before it takes memory."""
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    rank = max([config.rank, *config.rank_pattern.values()])
+    if rank > widest:
+        raise UserError(
+            f"{folder}: {CONFIG_NAME} says rank {rank}, and no tensor of {WEIGHTS_NAME} is as wide."
+        )
 
 
 def to_peft_config(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from ..lora.errors import UserError, did_you_mean
+from ..parallel import Shards
 from ..settings import ModelConfig
 
 IGNORE = -100
@@ -97,8 +98,16 @@ class Task(ABC):
         """A key for each row of which every made split gets its share, or None."""
 
     @abstractmethod
-    def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
-        """The base model in train mode, and the names of the modules to train whole."""
+    def build_model(
+        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """The base model in train mode, and the names of the modules to train whole.
+
+        Args:
+            config: the base model.
+            tokenizer: its tokenizer.
+            shards: processes over which the base is spread.
+        """
 
     def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds to a batch what `loss` would otherwise have to wait for its device to know.

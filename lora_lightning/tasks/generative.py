@@ -13,6 +13,7 @@ from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
 from ..modeling import load_generator, uncompiled
+from ..parallel import Shards, any_rank
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
@@ -134,9 +135,11 @@ class GenerativeTask(Task):
 
     # Model and loss --------------------------------------------------------------------------
 
-    def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
+    def build_model(
+        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+    ) -> tuple[nn.Module, list[str]]:
         self.tokenizer = tokenizer
-        return load_generator(config, tokenizer), []
+        return load_generator(config, tokenizer, shards), []
 
     def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds `places`: where the logits are that predict the batch's targets.
@@ -234,9 +237,13 @@ class GenerativeTask(Task):
         metrics["perplexity"].update(output.total, output.count)
         metrics["token_accuracy"].update(output.outputs, output.count)
         chosen = batch.get("generate")
-        if chosen is None or not chosen.any():
+        if chosen is None or not any_rank(model, bool(chosen.any())):
             return
-        part = {name: tensor[chosen] for name, tensor in batch.items() if name != "places"}
+        rows = {name: tensor for name, tensor in batch.items() if name != "places"}
+        if not chosen.any():  # another process needs this one's share of the base
+            self.predict(model, {name: tensor[:1] for name, tensor in rows.items()})
+            return
+        part = {name: tensor[chosen] for name, tensor in rows.items()}
         predictions = [row["generated"] for row in self.predict(model, part)]
         references = [self.decode(ids) for ids in self._answers(part)]
         self._compare(metrics, predictions, references)

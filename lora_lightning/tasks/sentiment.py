@@ -12,6 +12,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 
 from ..lora.errors import UserError, did_you_mean
 from ..modeling import classification_logits, load_classifier
+from ..parallel import Shards
 from ..settings import ModelConfig, SentimentConfig
 from .base import IGNORE, LossOutput, Task, need_columns, pick_column
 
@@ -163,8 +164,10 @@ class SentimentTask(Task):
 
     # Model, loss, metrics --------------------------------------------------------------------
 
-    def build_model(self, config: ModelConfig, tokenizer: Any) -> tuple[nn.Module, list[str]]:
-        return load_classifier(config, tokenizer, self.labels)
+    def build_model(
+        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        return load_classifier(config, tokenizer, self.labels, shards)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
         logits, labels = self.logits(model, batch), batch["labels"]
@@ -252,7 +255,10 @@ class SentimentTask(Task):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.labels = list(state["labels"])
+        labels = state["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"labels must be a list of names, not {labels!r}")
+        self.labels = labels
         self._ids = {value: index for index, value in enumerate(state.get("raw_labels", []))}
         self.text_column = state["text_column"]
         self.pair_column = state.get("text_pair_column")

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
 from lora_lightning.data.datamodule import LoraDataModule, make_splits
 from lora_lightning.data.sampler import FILLER
 from lora_lightning.lora.errors import UserError
 from lora_lightning.settings import DataConfig, SentimentConfig
+from lora_lightning.strategies import ShardedStrategy
 from lora_lightning.tasks import IGNORE, SentimentTask
 
 
@@ -317,10 +318,12 @@ def test_fewer_rows_than_processes_are_refused(build, rows_jsonl):
 def test_a_budget_is_refused_where_all_must_keep_step(build, rows_jsonl):
     data = build(rows_jsonl, max_tokens=30)
     connector = SimpleNamespace(use_distributed_sampler=False)
+    strategy = ShardedStrategy()
+    strategy._device_mesh = {"data_parallel": SimpleNamespace(size=lambda: 2)}
     data.trainer = SimpleNamespace(
-        world_size=2, _accelerator_connector=connector, strategy=ModelParallelStrategy()
+        world_size=2, _accelerator_connector=connector, strategy=strategy
     )
-    with pytest.raises(UserError, match="data.max_tokens=30: under ModelParallelStrategy"):
+    with pytest.raises(UserError, match="data.max_tokens=30: where the base's layers are spread"):
         data.setup("fit")
 
 

@@ -127,7 +127,7 @@ def test_loader_goes_on_after_the_batches_given(done, workers):
     resumed.load_state_dict(state)
     resumed.batch_sampler.set_epoch(2)
     assert list(resumed) == expected[done:]
-    assert resumed.state_dict() == {"epoch": 2, "batches": 12}
+    assert resumed.state_dict() == {"epoch": 2, "batches": 12, "ranks": 1}
     resumed.batch_sampler.set_epoch(3)
     whole.batch_sampler.set_epoch(3)
     assert list(resumed) == list(whole), "the epoch after is whole again"

@@ -1,0 +1,259 @@
+"""From a command line to a run or a sweep: flags, folders, and the hand-over to Hydra."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from . import cluster
+from .config import (
+    CONFIG_MODULE,
+    CONFIG_NAME,
+    compose_config,
+    explain,
+    read_config,
+    register_schemas,
+    settings_of,
+    sweep_choices,
+)
+from .lora.errors import UserError, did_you_mean
+
+MULTIRUN_FLAGS = ("-m", "--multirun")
+HYDRA_FLAGS = (
+    *MULTIRUN_FLAGS,
+    *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
+    *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
+)
+FULL_ERROR = "HYDRA_FULL_ERROR"
+RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b"
+"""Settings that a run can be gone on with: they do not change what it computes."""
+AUTO = "resume=auto"
+"""Go on with the run in output_dir where there is one, else begin it."""
+
+
+def start(arguments: list[str]) -> None:
+    """The verb `train`: a run, a sweep, a run that goes on, or one of Hydra's own outputs.
+
+    Raises:
+        UserError: the arguments are wrong.
+    """
+    goes_on = AUTO in arguments
+    arguments = [argument for argument in arguments if argument != AUTO]
+    resume = [argument for argument in arguments if argument.startswith("resume=")]
+    # Lightning's rank 0 starts the others with this command line and their rank.
+    child = "LOCAL_RANK" in os.environ and not cluster.from_outside()
+    if child:
+        cluster.end_with_starter()
+    if resume:
+        _resume(resume[0].removeprefix("resume="), [a for a in arguments if a != resume[0]])
+        return
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = [re.sub(r"^(\+*)launcher\.", r"\1hydra.launcher.", item) for item in overrides]
+    sweeps = _look_at_flags(flags, overrides)
+    if sweeps and goes_on:
+        raise UserError("a sweep goes on by the same command: leave out resume=auto.")
+    if not sweeps and (child or flags):
+        run_hydra(arguments, resume=goes_on)
+        return
+    if any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("the run's folder is set by output_dir=DIR: leave out hydra.run.dir.")
+    # Everything is composed before Hydra makes a folder, so that mistakes leave none behind.
+    for choice in sweep_choices(overrides) if sweeps else [overrides]:
+        config = compose_config(choice)
+        settings_of(config)
+    if sweeps:
+        from .launch.folder import sweep_folder
+
+        overrides += sweep_folder(overrides)
+        run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
+    else:
+        _run(overrides, config, goes_on=goes_on)
+
+
+def _look_at_flags(flags: list[str], overrides: list[str]) -> bool:
+    """Whether a sweep is asked for.
+
+    Raises:
+        UserError: a flag is unknown, or out of place.
+    """
+    for flag in flags:
+        _known_flag(flag)
+    sweeps = bool(flags) and not set(flags) - set(MULTIRUN_FLAGS)
+    if set(flags) & set(MULTIRUN_FLAGS) and not sweeps:
+        others = " ".join(flag for flag in flags if flag not in MULTIRUN_FLAGS)
+        raise UserError(f"-m does not go together with {others}: leave out one of them.")
+    asked = [item for item in overrides if re.match(r"\+?sweep=(?!null$)", item)]
+    if asked and not flags:
+        print(
+            f"{asked[0]} without -m: this is one run, not a sweep. For the sweep add -m.",
+            file=sys.stderr,
+        )
+    if sweeps and cluster.one_of_many():
+        raise UserError(
+            "a sweep starts the processes of its jobs itself: run it once, without torchrun or "
+            "srun, and give each job its devices with trainer.devices."
+        )
+    return sweeps
+
+
+def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
+    """One run, in this process and those that Lightning, torchrun or srun start beside it."""
+    outside = cluster.from_outside()
+    if outside and not any(override.startswith("output_dir=") for override in overrides):
+        config.output_dir = cluster.common_folder(lambda: str(config.output_dir))
+        goes_on = True  # what is there, this job has made before it was started again
+    run_dir = Path(config.output_dir)
+    overrides = [*overrides, f"output_dir={_quoted(run_dir)}"]
+    if cluster.rank() > 0:  # rank 0 sees to it that a checkpoint there is this run's
+        if not _is_complete(run_dir):
+            run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
+        return
+    goes_on |= outside and cluster.started_again()
+    if goes_on and _is_complete(run_dir):
+        return
+    from .storage import undone_on_mistake
+    from .train import refuse_other_run, refuse_used_folder
+
+    with undone_on_mistake(run_dir):
+        if goes_on:
+            refuse_other_run(run_dir, config)
+        else:
+            refuse_used_folder(run_dir)
+        run_hydra(overrides, resume=goes_on)
+
+
+def _known_flag(flag: str) -> None:
+    if flag.partition("=")[0] not in HYDRA_FLAGS:
+        raise UserError(
+            f"there is no flag {flag}.{did_you_mean(flag, HYDRA_FLAGS)} Settings have no dashes: "
+            "KEY=VALUE. `lora-lightning --help` shows both."
+        )
+
+
+def _quoted(value: object) -> str:
+    """A value in quotes of Hydra's grammar."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
+    """Hands over to Hydra, which makes the run's folder and calls back with the config.
+
+    Args:
+        arguments: flags and overrides.
+        resume: go on with the run that the folder holds, if it holds one.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from .launch import register
+    from .launch.process import SweepError
+
+    register_schemas()
+    register()
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which lists its plugins
+    whole = list(sys.argv)
+    composed = False
+    mistakes: list[UserError] = []
+
+    @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+    def task(config: Any) -> float | None:
+        nonlocal composed
+        composed = True
+        sys.argv = whole  # Lightning starts its other ranks with this command line
+        from .train import train
+
+        config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
+        try:
+            with environment(FULL_ERROR, full_error):
+                result = train(config, resume=resume)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # another launcher names the job, and goes on with the others first
+            mistakes.append(error)
+            return None
+        objective = result["objective"]
+        return None if objective is None else float(objective)
+
+    sys.argv = [whole[0], *arguments]
+    full_error = os.environ.get(FULL_ERROR)
+    try:
+        with environment(FULL_ERROR, "1"):  # Hydra then raises instead of printing and exiting
+            task()
+    except (HydraException, OmegaConfBaseException) as error:
+        if composed:
+            raise
+        raise UserError(explain(error)) from None
+    except SweepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        sys.argv = whole
+    if mistakes:
+        raise mistakes[0]
+
+
+@contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """Sets an environment variable for the time of the block; None unsets it."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _resume(folder: str, others: list[str]) -> None:
+    run_dir = Path(folder).expanduser().resolve()
+    refused = [other for other in others if not re.match(RESUMES_WITH, other)]
+    if refused:
+        raise UserError(
+            f"resume={folder} goes on with the run's own config and takes no other settings than "
+            f"where it trains (trainer=, trainer.devices= and the like): leave out "
+            f"{' '.join(refused)}."
+        )
+    if not run_dir.is_dir():
+        raise UserError(
+            f"resume={folder}: there is no such folder. Give the output_dir of a run that stopped."
+        )
+    saved = run_dir / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise UserError(
+            f"resume={folder} is not the folder of a run: it holds no .hydra/config.yaml. Give the "
+            "output_dir of a run that stopped."
+        )
+    config = read_config(saved)
+    from .train import train
+
+    if _is_complete(run_dir):
+        return
+    config.output_dir = str(run_dir)
+    if others:
+        asked = compose_config(others)
+        for key in ("accelerator", "devices", "num_nodes", "strategy"):
+            config.trainer[key] = asked.trainer[key]
+    train(config, resume=True)
+
+
+def _is_complete(run_dir: Path) -> bool:
+    """Whether the folder's run has come to its end, which is said then."""
+    result_file = run_dir / "result.json"
+    complete = result_file.is_file() and '"status": "completed"' in result_file.read_text()
+    if complete:
+        print(f"{run_dir} is complete: nothing to resume.")
+    return complete

@@ -1,0 +1,88 @@
+"""Lightning's strategy for a base in shares: see `parallel`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.constants import default_pg_timeout
+
+from .lora import UserError
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Several processes, each with a share of the frozen base and all of the adapter.
+
+    Args:
+        tensor_parallel_size: processes that share the matrices of a layer; None: all of a machine.
+            The base's layers are spread over the others (FSDP2), which see different rows.
+        process_group_backend: of torch.distributed; None: the one that suits the device.
+        timeout: of a collective.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int | None = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.asked = tensor_parallel_size
+
+    def setup_environment(self) -> None:
+        total = self.num_nodes * self.num_processes
+        tensor = self.num_processes if self.asked is None else self.asked
+        if tensor < 1 or total % tensor:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size={tensor} does not divide the "
+                f"{total} processes of this run."
+            )
+        self._data_parallel_size, self._tensor_parallel_size = total // tensor, tensor
+        super().setup_environment()
+
+    # What is trained is whole in every process: its checkpoint is that of any other strategy.
+    lightning_restore_optimizer: Any = True
+    lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
+    load_model_state_dict: Any = Strategy.load_model_state_dict
+    optimizer_state: Any = Strategy.optimizer_state
+    load_optimizer_state_dict: Any = Strategy.load_optimizer_state_dict
+    save_checkpoint: Any = Strategy.save_checkpoint
+    load_checkpoint: Any = Strategy.load_checkpoint
+
+
+def refuse_strategy(name: str) -> None:
+    """Refuses strategies under which a run would train something else than it says.
+
+    Args:
+        name: of the strategy, or of its class.
+
+    Raises:
+        UserError: DeepSpeed scales gradients out of sight, where the mean over a step's targets
+            cannot be taken; FSDP in its first version gathers frozen weights to checkpoints and
+            cannot clip by norm.
+    """
+    kind = name.lower()
+    if kind.startswith("deepspeed") or kind.startswith("fsdp"):
+        raise UserError(
+            f"trainer.strategy={name} is not supported: trainer=fsdp2 shards the base the same way."
+        )
+
+
+def refuse_full(strategy: object, *, full: bool) -> None:
+    """Raises UserError where the base itself is to be trained and is in shares."""
+    if full and isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "lora=full trains the base itself, which is in shares here: use trainer=ddp."
+        )
+
+
+def in_step(strategy: Strategy) -> bool:
+    """Whether processes that see different rows have to make equally many forward passes."""
+    return (
+        isinstance(strategy, ShardedStrategy) and strategy.device_mesh["data_parallel"].size() > 1
+    )

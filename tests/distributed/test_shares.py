@@ -1,0 +1,57 @@
+"""A base that is read in shares: no process ever holds all of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("load_in_shares.py")
+
+
+@pytest.fixture(scope="module")
+def large(tiny_llama, tmp_path_factory) -> tuple[Path, float]:
+    """Folder of a Llama, and the MiB of its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    config = LlamaConfig.from_pretrained(
+        tiny_llama,
+        **{"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048},
+        **{"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8},
+        head_dim=64,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="40MB")
+    return folder, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+
+
+def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={processes}", str(SCRIPT), str(folder), str(tensor)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("MiB ")]
+    return [float(value) for value in line.split()[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2], ids=["fsdp2", "tp"])
+def test_no_process_holds_the_whole_base(tensor, large):
+    folder, whole = large
+    assert whole > 150
+    found = peaks(folder, 2, tensor)
+    assert len(found) == 2
+    assert max(found) < 0.75 * whole
+    assert sum(found) > 0.9 * whole

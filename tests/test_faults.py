@@ -1,0 +1,274 @@
+"""What goes wrong on long nights: full disks, damaged files, losses that are no numbers, no memory.
+
+What was whole before stays whole, and the message says how to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_lightning.config import compose_config
+from lora_lightning.lock import locked
+from lora_lightning.module import LoraModule
+from lora_lightning.train import train
+
+TRAIN = [sys.executable, "-m", "lora_lightning", "train"]
+LAST = "checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
+    cache = tmp_path_factory.mktemp("cache")
+    return [
+        *fast,
+        *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
+        *(f"data.cache_dir={cache}", "callbacks.early_stopping=null", "lora.rank=2"),
+        *("trainer.max_epochs=40", "callbacks.last.every_n_steps=2"),
+    ]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def stopped(settings, tmp_path_factory) -> Path:
+    """A run that SIGUSR1 has stopped in mid-training; its exit status says so."""
+    folder = tmp_path_factory.mktemp("stopped")
+    process = subprocess.Popen(
+        [*TRAIN, *settings, "output_dir=run"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(folder / "run" / LAST, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1, err
+    assert "interrupted. To go on: lora-lightning train resume=" in err
+    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert not list((folder / "run" / "checkpoints").glob(".*")), "nothing half written is left"
+    return folder / "run"
+
+
+def resumed(run: Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TRAIN, f"resume={run}"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        **options,
+    )
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
+    """A process that may write no file as large as a checkpoint, as on a disk that is full."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    before = (run / LAST).read_bytes()
+    limit = len(before) // 2
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = resumed(run, preexec_fn=limited)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "The checkpoint before it is whole" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / LAST).read_bytes() == before
+    assert not list((run / "checkpoints").glob(".last*"))
+    whole = resumed(run)
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.parametrize("damage", ["cut", "turned", "empty", "other"])
+def test_a_damaged_checkpoint_is_told(damage, stopped, tmp_path, run_cli):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    content = bytearray((run / LAST).read_bytes())
+    if damage == "cut":
+        del content[len(content) // 2 :]
+    elif damage == "turned":
+        content[0] ^= 255
+    elif damage == "empty":
+        content.clear()
+    (run / LAST).write_bytes(content)
+    if damage == "other":
+        torch.save({"weights": torch.ones(3)}, run / LAST)
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2
+    assert str(run / LAST) in err
+    assert "Traceback" not in err
+
+
+def test_a_checkpoint_with_a_turned_weight_is_not_taken_for_whole(stopped, tmp_path, run_cli):
+    """Its container tells, or the strict look at names, shapes and values."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    state = torch.load(run / LAST, weights_only=True)
+    name = next(iter(state["state_dict"]))
+    state["state_dict"][name][0] = float("nan")
+    torch.save(state, run / LAST)
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2
+    assert "not finite" in err
+
+
+def test_two_runs_in_one_folder(stopped, tmp_path):
+    """The second waits a moment for the first, and says so when it gives up; nothing is lost."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with locked(run, setting="output_dir"):
+        done = resumed(run)
+    assert done.returncode == 2
+    assert "is in use by another process" in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_two_that_start_at_once_into_one_folder(settings, tmp_path):
+    """One trains, the other is refused and takes nothing of the first one's away."""
+    command = [*TRAIN, *settings, "trainer.max_epochs=2", "output_dir=run"]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    assert any("in use by another process" in err or "holds a run already" in err for err in said)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own():
+    folders = [str(compose_config([]).output_dir) for _ in range(20)]
+    assert len(set(folders)) == 20
+
+
+def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatch):
+    """Times are taken from a clock that only goes forward."""
+    start = time.time()
+    monkeypatch.setattr(time, "time", lambda: start - 3600 * (1 + time.monotonic() % 7))
+    run = tmp_path / "run"
+    result = train(compose_config([*settings, "trainer.max_epochs=1", f"output_dir={run}"]))
+    assert result["status"] == "completed"
+    assert 0 < result["seconds"] < 120
+    assert result["tokens_per_second"] > 0
+
+
+def test_the_rows_of_a_step_whose_loss_is_no_number(settings, tmp_path, monkeypatch):
+    """The file names the rows that were in the batch, not those of a later look at the loss."""
+    seen = []
+    whole = LoraModule.training_step
+
+    def watched(self, batch, index):
+        loss = whole(self, batch, index)
+        parts = batch if isinstance(batch, list) else [batch]
+        seen.append(sorted(len(row) for part in parts for row in part["input_ids"]))
+        ids = [row[row != 0].tolist() for part in parts for row in part["input_ids"]]
+        texts.append(sorted(self.tokenizer.decode(row[1:-1]) for row in ids))
+        if len(seen) == 4:
+            self._step_loss = self._step_loss * float("nan")
+        return loss
+
+    texts: list[list[str]] = []
+    monkeypatch.setattr(LoraModule, "training_step", watched)
+    run = tmp_path / "run"
+    with pytest.raises(Exception, match="the training loss is nan at step 3") as caught:
+        train(
+            compose_config(
+                [
+                    *(*settings, "trainer.log_every_n_steps=7", "callbacks.last.every_n_steps=100"),
+                    *(f"output_dir={run}", "seed=5"),
+                ]
+            )
+        )
+    assert str(run / "bad_step.json") in str(caught.value)
+    told = json.loads((run / "bad_step.json").read_text())
+    assert (told["step"], told["epoch"], told["batches"], told["loss"]) == (3, 0, [3], "nan")
+    assert sorted(row["text"].lower() for row in told["rows"]) == texts[3]
+    assert texts[3] not in texts[:3]
+    assert not (run / LAST).exists(), "the weights of that step are not kept"
+
+
+def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypatch):
+    monkeypatch.setattr(
+        LoraModule, "on_train_batch_start", lambda *_: torch.empty(2**50), raising=True
+    )
+    status, _, err = run_cli("train", *settings, f"output_dir={tmp_path / 'run'}")
+    assert status == 2
+    said = " ".join(err.split())
+    assert "out of memory:" in said
+    for knob in (
+        "data.max_tokens=512",
+        "model.gradient_checkpointing=true",
+        "lora-lightning check",
+    ):
+        assert knob in said
+    assert "trainer=fsdp2" not in said, "which is of no use on a CPU"
+
+
+def test_the_same_command_goes_on_or_begins(settings, stopped, tmp_path):
+    """resume=auto: what a cluster runs again after it has stopped a job."""
+    command = [*TRAIN, *settings, "output_dir=run", "resume=auto"]
+    shutil.copytree(stopped, tmp_path / "run")
+
+    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            arguments, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    other = run([*command, "lora.rank=3"])
+    assert other.returncode == 2
+    assert "holds a run of other settings" in other.stderr
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(stopped, tmp_path / "plain")
+    assert resumed(tmp_path / "plain").returncode == 0
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("run", "plain")
+    ]
+    assert adapters[0] == adapters[1]
+    again = run(command)
+    assert again.returncode == 0
+    assert "is complete: nothing to resume" in again.stdout
+    fresh = run([*TRAIN, *settings, "trainer.max_epochs=1", "output_dir=fresh", "resume=auto"])
+    assert fresh.returncode == 0, fresh.stderr
+
+
+def test_lightning_still_has_what_is_replaced():
+    """Its handler of SIGTERM broadcasts within the handler, and at every step: see signals.py."""
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+
+
+def test_a_lock_is_free_when_its_process_is_gone(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from lora_lightning.lock import locked\n"
+        "with locked(Path(sys.argv[1]), setting='x'):\n    print('held', flush=True); time.sleep(9)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.5, lambda: os.kill(holder.pid, signal.SIGKILL)).start()
+    with locked(tmp_path, setting="output_dir"):
+        assert holder.wait(timeout=10) == -signal.SIGKILL

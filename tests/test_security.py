@@ -1,0 +1,258 @@
+"""What comes with an adapter or a checkpoint cannot run code, write files or read secrets.
+
+Files are damaged and forged in many ways; nothing but our own error ever comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from lora_lightning.checkpoint import read_checkpoint
+from lora_lightning.config import compose_config
+from lora_lightning.evaluate import evaluate
+from lora_lightning.inference import load_trained
+from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
+from lora_lightning.storage import SIDECAR, read_sidecar
+from lora_lightning.train import train
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["query", "(a+", "*", "../../etc/passwd", "all-linear", "${oc.env:HOME}"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert):
+    return AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("security") / "adapter"
+    made = Adapter(model, LoraConfig(rank=4, modules_to_save=["classifier"]))
+    save_adapter(made, folder)
+    made.remove()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    train(compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"]))
+    return folder
+
+
+def loads_or_tells(model: torch.nn.Module, folder: Path) -> None:
+    """Loads what is there, or raises UserError; the model is as before then."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with suppress(UserError):
+        load_adapter(model, folder).remove()
+    assert model.state_dict().keys() == before.keys()
+
+
+@FUZZ
+@given(
+    changes=st.dictionaries(st.nothing() | st.text(max_size=12), JSON, max_size=2), data=st.data()
+)
+def test_a_forged_adapter_config(changes, data, model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged", dirs_exist_ok=True))
+    config = json.loads((adapter / CONFIG).read_text())
+    for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
+        changes[key] = data.draw(JSON)
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    loads_or_tells(model, folder)
+
+
+@FUZZ
+@given(content=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_as_adapter_config(content, model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged", dirs_exist_ok=True))
+    (folder / CONFIG).write_bytes(content)
+    loads_or_tells(model, folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_damaged_weights(data, model, adapter, tmp_path):
+    """Bytes turned, cut off or put in, most of them in the header of the safetensors file."""
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged", dirs_exist_ok=True))
+    content = bytearray((adapter / WEIGHTS).read_bytes())
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for _ in range(data.draw(st.integers(1, 4))):
+        end = header if data.draw(st.integers(0, 3)) else len(content)
+        content[data.draw(st.integers(0, min(end, len(content)) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(1, len(content) - 1)) :]
+    (folder / WEIGHTS).write_bytes(content)
+    loads_or_tells(model, folder)
+
+
+@FUZZ
+@given(header=JSON, length=st.integers(0, 2**64 - 1) | st.none(), body=st.binary(max_size=64))
+def test_a_forged_safetensors_header(header, length, body, model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged", dirs_exist_ok=True))
+    text = json.dumps(header).encode()
+    size = struct.pack("<Q", len(text) if length is None else length)
+    (folder / WEIGHTS).write_bytes(size + text + body)
+    loads_or_tells(model, folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_forged_settings_beside_an_adapter(data, run, tmp_path):
+    """lora_lightning.json: read whole and harmless, or refused."""
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged", dirs_exist_ok=True))
+    content = json.loads((folder / SIDECAR).read_text())
+    part = content
+    while isinstance(part, dict) and part and data.draw(st.integers(0, 3)):
+        key = data.draw(st.sampled_from(sorted(part)))
+        if not isinstance(part[key], dict) or data.draw(st.booleans()):
+            part[key] = data.draw(JSON)
+            break
+        part = part[key]
+    (folder / SIDECAR).write_text(json.dumps(content))
+    try:
+        found = load_trained(folder)
+    except UserError:
+        return
+    assert not found.model_config.trust_remote_code
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_checkpoint(data, run, tmp_path):
+    content = bytearray((run / "checkpoints" / "last.ckpt").read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with suppress(UserError):
+        assert isinstance(read_checkpoint(path)["state_dict"], dict)
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"state_dict": Payload(tmp_path / "owned")}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="holds more than values and tensors"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_pickled_adapter_is_not_read(model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "pickled"))
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(UserError, match="a pickle, which can run code and is never read"):
+        load_adapter(model, folder)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("group", ["callbacks", "logger", "trainer", "hydra", "model", "data"])
+def test_classes_that_come_with_an_adapter_are_not_built(group, run, rows_jsonl, tmp_path):
+    """A _target_ in any group of the settings beside an adapter."""
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    node = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": []}}
+    node["self"]["_args_"] = [str(tmp_path / "owned")]
+    content["settings"].setdefault(group, {})["evil"] = node
+    (folder / SIDECAR).write_text(json.dumps(content))
+    try:
+        settings = read_sidecar(folder)["settings"]
+        assert set(settings) <= {"model", "task", "data", "lora", "optim"}
+        from lora_lightning.config import over_saved
+
+        config = over_saved(settings, [f"data.test={rows_jsonl}", "trainer=cpu"])
+        evaluate(folder, config)
+    except UserError:
+        assert group in ("model", "data")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_adapter_cannot_allow_remote_code_or_say_where_to_write(run, tmp_path):
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    content["settings"]["model"]["trust_remote_code"] = True
+    content["settings"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
+    (folder / SIDECAR).write_text(json.dumps(content))
+    settings = read_sidecar(folder)["settings"]
+    assert "trust_remote_code" not in settings["model"]
+    assert "cache_dir" not in settings["data"]
+    assert load_trained(folder).model_config.trust_remote_code is False
+
+
+def test_an_adapter_cannot_read_the_environment(run, tmp_path):
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    content["settings"]["model"]["name_or_path"] = "${oc.env:HOME}"
+    (folder / SIDECAR).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="settings must be plain values"):
+        read_sidecar(folder)
+
+
+def test_a_rank_that_the_file_does_not_have_takes_no_memory(model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "r": 10**9}))
+    with pytest.raises(UserError, match="rank"):
+        load_adapter(model, folder)
+
+
+def test_values_that_are_not_numbers_are_refused(model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UserError, match="not finite"):
+        load_adapter(model, folder)
+
+
+def test_a_token_of_the_environment_is_written_nowhere(
+    fast, tiny_bert, rows_jsonl, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefSECRET")
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    run = tmp_path / "run"
+    train(compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={run}"]))
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not [path for path in files if b"SECRET" in path.read_bytes()]
