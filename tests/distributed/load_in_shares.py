@@ -29,7 +29,7 @@ def main(folder: str, tensor: int) -> None:
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=(DATA, TENSOR))
-    config = ModelConfig(name_or_path=folder, dtype="float32")
+    config = ModelConfig(name_or_path=folder, dtype="bfloat16")  # a copy: not the file's own pages
     tokenizer = load_tokenizer(config)
     shards = Shards(mesh) if world > 1 else None
     before = peak = anonymous()
@@ -41,7 +41,7 @@ def main(folder: str, tensor: int) -> None:
             peak = max(peak, anonymous())
             time.sleep(0.001)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     model = load_generator(config, tokenizer, shards)
     done = True

@@ -14,20 +14,21 @@ SCRIPT = Path(__file__).with_name("load_in_shares.py")
 
 @pytest.fixture(scope="module")
 def large(tiny_llama, tmp_path_factory) -> tuple[Path, float]:
-    """Folder of a Llama, and the MiB of its weights."""
+    """Folder of a Llama stored in fp32, and the MiB of its weights in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("large")
-    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+    own_weights = shutil.ignore_patterns("*.safetensors")  # they would be taken before the shards
+    shutil.copytree(tiny_llama, folder, dirs_exist_ok=True, ignore=own_weights)
     config = LlamaConfig.from_pretrained(
         tiny_llama,
-        **{"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048},
+        **{"vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 4096},
         **{"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8},
-        head_dim=64,
+        head_dim=128,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="40MB")
-    return folder, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    return folder, sum(2 * p.numel() for p in model.parameters()) / 2**20
 
 
 def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
@@ -50,7 +51,9 @@ def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
 @pytest.mark.parametrize("tensor", [1, 2], ids=["fsdp2", "tp"])
 def test_no_process_holds_the_whole_base(tensor, large):
     folder, whole = large
-    assert whole > 150
+    assert whole > 250  # beside which what libraries take does not count
+    (alone,) = peaks(folder, 1, 1)
+    assert alone > 0.9 * whole
     found = peaks(folder, 2, tensor)
     assert len(found) == 2
     assert max(found) < 0.75 * whole
