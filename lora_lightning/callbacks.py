@@ -59,6 +59,7 @@ class LastCheckpoint(Checkpoint):
         """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
         self.signals: StopSignals | None = None
         """Tells when the run is to save and end."""
+        self._told = 0
         self._rung: dict[str, Any] | None = None
         self._saved_at = self._validated_at = 0
 
@@ -94,17 +95,15 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        told = 0 if self.signals is None else self.signals.agreed()
+        self._told = 0 if self.signals is None else self.signals.agreed()
         due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
-        if not (due or told) or loop._should_accumulate():
+        if not (due or self._told) or loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
         if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
             return
         self._save(trainer)
-        if told:
-            raise Stopped(told)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under max_steps Lightning would run an epoch's end a second time, and it does not store
@@ -131,6 +130,8 @@ class LastCheckpoint(Checkpoint):
             ) from None
         if self._rung is not None:
             raise Paused(self._rung)
+        if self._told:
+            raise Stopped(self._told)
 
 
 class ProgressBar(RichProgressBar):

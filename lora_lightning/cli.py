@@ -12,7 +12,7 @@ from typing import Any
 
 from . import cluster
 from .launch.queue import end_with_parent
-from .usage import HELP
+from .usage import FULL_ERROR, HELP
 
 VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "report")
 PLAIN_KEYS = {
@@ -23,7 +23,6 @@ PLAIN_KEYS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_BY_SIGNAL = 128
-FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def main() -> None:

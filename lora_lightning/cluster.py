@@ -72,9 +72,7 @@ def requeue_if_warned(signum: int) -> None:
     """Where SLURM has warned of its time limit, asks it to start this job again."""
     if not slurm() or rank() > 0 or signum != WARNING:
         return
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job = _slurm_job()
     try:
         done = subprocess.run(["scontrol", "requeue", job], check=False)
         failed = f"status {done.returncode}" if done.returncode else ""
@@ -84,6 +82,13 @@ def requeue_if_warned(signum: int) -> None:
         print(f"scontrol requeue {job} failed: {failed}. Submit the job again.", file=sys.stderr)
     else:
         print(f"requeued: the job {job} goes on when it is started again.", file=sys.stderr)
+
+
+def _slurm_job() -> str:
+    """The job's number, of an array with the task's."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def common_folder(make: Callable[[], str]) -> str:
@@ -99,9 +104,7 @@ def common_folder(make: Callable[[], str]) -> str:
         UserError: the processes have no way to agree.
     """
     if slurm():
-        job = os.environ.get("SLURM_ARRAY_JOB_ID")
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        return f"outputs/slurm-{f'{job}_{task}' if job else os.environ['SLURM_JOB_ID']}"
+        return f"outputs/slurm-{_slurm_job()}"
     run_id = re.sub(r"[^\w.-]", "_", os.environ["TORCHELASTIC_RUN_ID"])
     if run_id != "none":
         return f"outputs/torchrun-{run_id}"

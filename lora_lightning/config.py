@@ -122,16 +122,11 @@ def settings_saved(saved: dict[str, Any]) -> Settings:
     task = TASK_CONFIGS.get(str(saved["task"].get("name")))
     if task is None:
         raise UserError(f"the adapter's saved settings name no known task: {saved['task']!r:.100}.")
-    schemas = {
-        **{"model": ModelConfig, "task": task, "data": DataConfig},
-        **{"lora": LoraSchema, "optim": OptimConfig},
-    }
+    schema = OmegaConf.structured(Schema)
+    schema.task = OmegaConf.structured(task)
+    groups = {group: saved[group] for group in OWN_GROUPS if saved.get(group)}
     try:
-        groups = {
-            group: OmegaConf.merge(OmegaConf.structured(schema), saved.get(group) or {})
-            for group, schema in schemas.items()
-        }
-        return settings_of(OmegaConf.create({**groups, "adapter": None}))
+        return settings_of(OmegaConf.merge(schema, groups))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
 

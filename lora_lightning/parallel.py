@@ -42,6 +42,8 @@ _BERT = {
 }
 TENSOR_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
 """By model_type: how each layer's matrices are cut."""
+_SHARED: dict[str | None, str] = {"colwise": "lora_B", "rowwise": "lora_A"}
+"""By the style of a base layer: the matrix of which each process uses a share."""
 _WHOLE = {None, "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
 _WHOLE |= {"embedding_rowwise", "embedding_colwise", "replicate"}
 """Styles of layers whose inputs and outputs are whole in every process."""
@@ -57,27 +59,27 @@ class Shards:
 
     mesh: DeviceMesh
 
-    @property
+    @functools.cached_property
     def data(self) -> int:
         """Processes that see different rows; the base's layers are spread over them."""
         return self.mesh[DATA].size()
 
-    @property
+    @functools.cached_property
     def tensor(self) -> int:
         """Processes that share the matrices of a layer, and see the same rows."""
         return self.mesh[TENSOR].size()
 
-    @property
+    @functools.cached_property
     def data_rank(self) -> int:
         """This process's place among those that see different rows."""
         return self.mesh[DATA].get_local_rank()
 
-    @property
+    @functools.cached_property
     def tensor_group(self) -> dist.ProcessGroup:
         """The processes that share this one's matrices."""
         return self.mesh[TENSOR].get_group()
 
-    @property
+    @functools.cached_property
     def tensor_rank(self) -> int:
         """This process's place among them."""
         return self.mesh[TENSOR].get_local_rank()
@@ -200,62 +202,51 @@ def place_adapter(adapter: Adapter, shards: Shards) -> set[nn.Parameter]:
         )
     if shards.tensor == 1:
         return set()
-    group, rank = shards.tensor_group, shards.tensor_rank
     plan: dict[str, str] = adapter.model.tp_plan  # type: ignore[assignment]
-    shared: set[nn.Parameter] = set()
+    shares: set[nn.Parameter] = set()
     for name, layer in adapter.layers.items():
         style = plan.get(_with_wildcards(name))
-        if style == "colwise":
-            layer.add_update = functools.partial(_add_by_columns, group=group, rank=rank)
-            shared.add(layer.lora_B)
-        elif style == "rowwise":
-            layer.add_update = functools.partial(_add_by_rows, group=group, rank=rank)
-            shared.add(layer.lora_A)
+        shared = _SHARED.get(style)
+        if shared is not None:
+            layer.add_update = functools.partial(_add_by_shares, shards=shards, shared=shared)
+            shares.add(getattr(layer, shared))
         elif style not in _WHOLE:
             raise UserError(
                 f"lora.targets: {name} is cut as {style} in tensor parallelism, which an adapter "
                 "cannot follow. Leave it out, or use trainer=fsdp2."
             )
-    return shared
+    return shares
 
 
-def _add_by_columns(
+def _add_by_shares(
     output: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     *,
-    group: dist.ProcessGroup,
-    rank: int,
+    shards: Shards,
+    shared: str,
 ) -> Tensor:
-    """`add_low_rank` where output holds this process's share of the columns."""
-    down = F.linear(x, lora_A.to(x.dtype)) * scaling
-    own = _share(lora_B, 0, output.shape[-1], group, rank)
-    up = F.linear(_SummedBackward.apply(down, group), own.to(down.dtype))
+    """`add_low_rank` where output (B shared) or x (A shared) is this process's share of the whole.
+
+    In both the narrow product in the middle is whole: of a share of x its parts are summed, of
+    shares of the output its gradients are.
+    """
+    if shared == "lora_A":
+        lora_A = _share(lora_A, 1, x.shape[-1], shards)
+        down = _SummedForward.apply(F.linear(x, lora_A.to(x.dtype)), shards.tensor_group)
+    else:
+        lora_B = _share(lora_B, 0, output.shape[-1], shards)
+        down = _SummedBackward.apply(F.linear(x, lora_A.to(x.dtype)), shards.tensor_group)
+    up = F.linear(down * scaling, lora_B.to(down.dtype))
     return output + up.to(output.dtype)
 
 
-def _add_by_rows(
-    output: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    group: dist.ProcessGroup,
-    rank: int,
-) -> Tensor:
-    """`add_low_rank` where x holds this process's share of the inputs."""
-    own = _share(lora_A, 1, x.shape[-1], group, rank)
-    down = _SummedForward.apply(F.linear(x, own.to(x.dtype)), group) * scaling
-    return output + F.linear(down, lora_B.to(down.dtype)).to(output.dtype)
-
-
-def _share(matrix: Tensor, dim: int, size: int, group: dist.ProcessGroup, rank: int) -> Tensor:
+def _share(matrix: Tensor, dim: int, size: int, shards: Shards) -> Tensor:
     """This process's rows (dim 0) or columns (1): the cut of torch.chunk, the last may be short."""
-    each = -(-matrix.shape[dim] // group.size())
-    return matrix.narrow(dim, rank * each, size)
+    each = -(-matrix.shape[dim] // shards.tensor)
+    return matrix.narrow(dim, shards.tensor_rank * each, size)
 
 
 class _SummedForward(torch.autograd.Function):

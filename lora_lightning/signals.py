@@ -39,6 +39,8 @@ class StopSignals(Callback):
 
     def __init__(self) -> None:
         self.received = 0
+        self.saves = False
+        """Whether another callback asks `agreed`, and saves before it ends the run."""
         self._group: Any = None
         self._before: dict[int, Any] = {}
 
@@ -79,6 +81,10 @@ class StopSignals(Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # of CPU tensors: no GPU is waited for
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        if not self.saves and (told := self.agreed()):
+            raise Stopped(told)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()

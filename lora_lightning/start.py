@@ -25,6 +25,7 @@ from .config import (
     sweep_choices,
 )
 from .lora.errors import UserError, did_you_mean
+from .usage import FULL_ERROR
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
 HYDRA_FLAGS = (
@@ -32,7 +33,6 @@ HYDRA_FLAGS = (
     *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
     *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
 )
-FULL_ERROR = "HYDRA_FULL_ERROR"
 RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b"
 """Settings that a run can be gone on with: they do not change what it computes."""
 AUTO = "resume=auto"

@@ -153,10 +153,11 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
     new: list[Path] = []
     undo = always
     try:
-        new += [run_dir / LOCK] if not (run_dir / LOCK).exists() else []
         writable(run_dir)
+        first = not (run_dir / LOCK).exists()
         with locked(run_dir, setting="output_dir"):
             new += [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+            new += [run_dir / LOCK] if first else []  # not one that another process holds
             yield
     except UserError:
         undo = always or not any((run_dir / "checkpoints").glob("*"))

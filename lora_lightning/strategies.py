@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.constants import default_pg_timeout
 
 from .lora import UserError
+from .parallel import Shards
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -83,6 +84,4 @@ def refuse_full(strategy: object, *, full: bool) -> None:
 
 def in_step(strategy: Strategy) -> bool:
     """Whether processes that see different rows have to make equally many forward passes."""
-    return (
-        isinstance(strategy, ShardedStrategy) and strategy.device_mesh["data_parallel"].size() > 1
-    )
+    return isinstance(strategy, ShardedStrategy) and Shards(strategy.device_mesh).data > 1

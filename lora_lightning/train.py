@@ -161,7 +161,7 @@ def _run(
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)
     if last is not None:
-        last.signals = signals
+        last.signals, signals.saves = signals, True
     callbacks.insert(0, signals)
     if not any(isinstance(callback, RunClock) for callback in callbacks):
         callbacks.insert(0, RunClock())

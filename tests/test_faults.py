@@ -223,6 +223,21 @@ def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypat
     assert "trainer=fsdp2" not in said, "which is of no use on a CPU"
 
 
+@pytest.mark.parametrize(
+    "change", ["callbacks.last=null", "trainer.limit_train_batches=1"], ids=["unsaved", "epochs"]
+)
+def test_a_run_ends_that_has_no_step_to_save_at(change, settings, tmp_path):
+    """Without the callback that saves, or with epochs of one step, each with a validation."""
+    long = ["trainer.max_epochs=100000", "callbacks.best=null", "callbacks.samples=null"]
+    command = [*TRAIN, *settings, *long, change, "trainer.log_every_n_steps=1", "output_dir=run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "csv" / "metrics.csv", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+
+
 def test_the_same_command_goes_on_or_begins(settings, stopped, tmp_path):
     """resume=auto: what a cluster runs again after it has stopped a job."""
     command = [*TRAIN, *settings, "output_dir=run", "resume=auto"]

@@ -26,7 +26,7 @@ ALLOWED = {
     "config": FOUNDATION,
     "cpu": set(),
     "parallel": {"lora"},
-    "strategies": {"lora"},
+    "strategies": {"lora", "parallel"},
     "signals": set(),
     "checkpoint": {"lora"},
     "cluster": {"lora"},
@@ -65,7 +65,7 @@ ALLOWED = {
         "report",
         "__init__",
     },
-    "start": RUN_SIDE | {"cluster", "launch", "train"},
+    "start": RUN_SIDE | {"cluster", "launch", "train", "usage"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }
