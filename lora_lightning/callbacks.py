@@ -25,6 +25,7 @@ from .checkpoint import check_written
 from .lora import UserError
 from .module import LoraModule
 from .signals import Stopped, StopSignals
+from .strategies import data_ranks
 
 
 class Paused(Exception):
@@ -293,7 +294,7 @@ class RunClock(Callback):
     def _over_ranks(self, trainer: L.Trainer) -> int:
         """Tokens not yet in `tokens`; every rank has to ask."""
         counted = int(trainer.strategy.reduce(self._counted.clone(), reduce_op="sum"))  # in place
-        return counted * _data_ranks(trainer) // trainer.world_size
+        return counted * data_ranks(trainer) // trainer.world_size
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
@@ -337,7 +338,7 @@ class Throughput(Callback):
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
-        rows, tokens = (self._counted * _data_ranks(trainer)).tolist()  # waits for the device
+        rows, tokens = (self._counted * data_ranks(trainer)).tolist()  # waits for the device
         seconds = time.monotonic() - self._since
         rates = {
             "throughput/rows_per_second": rows / seconds,
@@ -345,12 +346,6 @@ class Throughput(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(rates, step=trainer.global_step)
-
-
-def _data_ranks(trainer: L.Trainer) -> int:
-    """Processes that see different rows; in tensor parallelism fewer than all."""
-    ranks = trainer.distributed_sampler_kwargs
-    return 1 if ranks is None else int(ranks["num_replicas"])
 
 
 def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:

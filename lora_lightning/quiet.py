@@ -21,6 +21,7 @@ def quiet_libraries() -> None:
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
         ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
         ".*DTensor random operators may not have complete support.*",  # heads are drawn anew
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # which nothing changes in place
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.constants import default_pg_timeout
 
@@ -80,6 +81,14 @@ def refuse_full(strategy: object, *, full: bool) -> None:
         raise UserError(
             "lora=full trains the base itself, which is in shares here: use trainer=ddp."
         )
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Processes that see different rows; in tensor parallelism fewer than all."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        return Shards(strategy.device_mesh).data
+    return trainer.world_size
 
 
 def in_step(strategy: Strategy) -> bool:

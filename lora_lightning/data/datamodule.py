@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..lora.errors import UserError
 from ..settings import DataConfig
-from ..strategies import in_step
+from ..strategies import data_ranks, in_step
 from ..tasks import IGNORE, Task
 from .collate import MicroBatches, PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
@@ -115,11 +115,12 @@ class LoraDataModule(L.LightningDataModule):
                     "over processes (trainer=fsdp2), all must make equally many forward passes. "
                     "Leave it out, and lower data.batch_size."
                 )
+            ranks = data_ranks(trainer)
             for split in ("val", "test"):
-                rows = len(self.encoded[split]) if self.has(split) else trainer.world_size
-                if rows < trainer.world_size:  # torchmetrics cannot gather from a rank without any
+                rows = len(self.encoded[split]) if self.has(split) else ranks
+                if rows < ranks:  # torchmetrics cannot gather from a rank without any
                     raise UserError(
-                        f"there are {rows} {split} rows for {trainer.world_size} processes: give "
+                        f"there are {rows} {split} rows for {ranks} processes: give "
                         "more rows, or fewer trainer.devices."
                     )
 
