@@ -81,7 +81,10 @@ def still_bert(tiny_bert, tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("llama-sentiment", marks=pytest.mark.slow), *list(TASKS)[1:]],
+    params=[
+        "llama-summarization",
+        *(pytest.param(t, marks=pytest.mark.slow) for t in ("llama-sentiment", "bert-sentiment")),
+    ],
 )
 def one(request, tmp_path_factory):
     """Settings, and the folder of a run of one process with all rows of a step in one batch.

@@ -161,7 +161,8 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
             assert (tensor - learned[key]).abs().max() <= 6.1e-3
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_killed_takes_the_others_along(victim, common, tmp_path):
     process = start([*TRAIN, *common, *pair("ddp"), "output_dir=run"], tmp_path)
     wait_for((tmp_path / "run" / LAST).is_file, process)
