@@ -335,6 +335,8 @@ def _no_such_launcher_setting(name: str) -> str:
         "launcher.memory": "belongs to hydra/launcher=packed: add that.",
         "launcher.halving.eta": "is given with the rest: 'launcher.halving={eta: 2, rungs: 3}'.",
         "launcher.halving.rungs": "is given with the rest: 'launcher.halving={eta: 2, rungs: 3}'.",
+        "launcher.halving.min_resource": "is given with the rest: "
+        "'launcher.halving={eta: 2, rungs: 2, min_resource: 0.125}'.",
     }
     if name in own:
         return f"{name} {own[name]}"

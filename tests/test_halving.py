@@ -83,8 +83,24 @@ def test_fewer_jobs_than_eta_still_have_a_winner(tmp_path):
     assert [job.state for job in jobs] == ["stopped", "completed", "stopped"]
 
 
+def test_min_resource_is_where_the_first_rung_is(tmp_path):
+    """Two rungs from an eighth on, not from a quarter: a quarter of the jobs go from 1/4 to 1."""
+    halving = Halving.of({"eta": 2, "rungs": 2, "min_resource": 0.125}, "max")
+    assert halving is not None
+    values = [[float(number), -float(number)] for number in range(16)]
+    jobs = simulated(tmp_path, values, 1, halving)
+    ended = [job.number for job in jobs if job.state == "completed"]
+    assert ended == [8, 9, 10, 11]
+    steps = [job.result()["steps"] for job in jobs]
+    assert sum(steps) == 8 * 10 + 4 * 20 + 4 * 80  # 37.5 % of 16 x 80
+
+
 @pytest.mark.parametrize(
-    "settings", [{"eta": 1}, {"rungs": 0}, {"eta": 2.5}, {"factor": 2}, 3, {"eta": "two"}]
+    "settings",
+    [
+        *({"eta": 1}, {"rungs": 0}, {"eta": 2.5}, {"factor": 2}, 3, {"eta": "two"}),
+        *({"min_resource": 0}, {"rungs": 2, "min_resource": 0.5}, {"min_resource": "1/8"}),
+    ],
 )
 def test_wrong_settings_are_told(settings):
     with pytest.raises(UserError, match=r"launcher\.halving"):

@@ -85,7 +85,7 @@ def test_wrong_settings_are_told(settings):
     ("arguments", "said"),
     [
         (["launcher.jobs=0"], "launcher.jobs must be a whole number, 1 or more, or auto, got 0."),
-        (["launcher.halving=3"], "launcher.halving takes eta and rungs"),
+        (["launcher.halving=3"], "launcher.halving takes eta, rungs and min_resource"),
         (["launcher.halving.eta=2"], "'launcher.halving={eta: 2, rungs: 3}'"),
         (["launcher.max_slots=4"], "belongs to hydra/launcher=packed"),
         (["launcher.job=4"], "Did you mean 'launcher.jobs'?"),

@@ -27,14 +27,17 @@ class Halving:
 
     Args:
         eta: of the jobs that reach a rung, one in eta goes on.
-        rungs: number of rungs; the first is at eta ** -rungs of all steps, the next at eta times
-            that, and so on.
+        rungs: number of rungs.
         sign: 1 where more of the metric is better, else -1.
+        min_resource: share of all steps at which the first rung is, the next at eta times that,
+            and so on; None: eta ** -rungs, so that the steps after the last rung are eta times
+            those before it.
     """
 
     eta: int
     rungs: int
     sign: int
+    min_resource: float | None = None
 
     @classmethod
     def of(cls, settings: Any, mode: str) -> Halving | None:
@@ -46,18 +49,25 @@ class Halving:
         if settings is None:
             return None
         known = {"eta": 2, "rungs": 1}
-        if not isinstance(settings, Mapping) or set(settings) - set(known):
+        if not isinstance(settings, Mapping) or set(settings) - {*known, "min_resource"}:
             raise UserError(
-                f"launcher.halving takes eta and rungs, such as {{eta: 2, rungs: 3}}, got "
-                f"{settings!r}."
+                f"launcher.halving takes eta, rungs and min_resource, such as "
+                f"{{eta: 2, rungs: 3}}, got {settings!r}."
             )
-        values = {"eta": 2, "rungs": 3, **settings}
+        values = {"eta": 2, "rungs": 3, "min_resource": None, **settings}
         for name, least in known.items():
             if not isinstance(values[name], int) or values[name] < least:
                 raise UserError(
                     f"launcher.halving.{name} must be a number from {least}, got {values[name]!r}."
                 )
-        return cls(int(values["eta"]), int(values["rungs"]), -1 if mode == "min" else 1)
+        eta, rungs, first = values["eta"], values["rungs"], values["min_resource"]
+        most = float(eta) ** (1 - rungs)  # the last rung is before the end
+        if first is not None and not (isinstance(first, (int, float)) and 0 < first < most):
+            raise UserError(
+                f"launcher.halving.min_resource is the share of all steps at which the first rung "
+                f"is: above 0 and, for {rungs} rungs of eta={eta}, below {most:.3g}, got {first!r}."
+            )
+        return cls(eta, rungs, -1 if mode == "min" else 1, first)
 
     def check(self, jobs: list[Job]) -> None:
         """Makes sure that jobs which have paused did so where these settings say.
@@ -67,7 +77,7 @@ class Halving:
         """
         for job in jobs:
             for rung, found in enumerate(job.rungs()):
-                if found.get("share") not in (None, self.eta ** (rung - self.rungs)):
+                if found.get("share") not in (None, self.share(rung)):
                     raise UserError(
                         f"{job.folder} paused at {found['share']:.3g} of its steps, by another "
                         "launcher.halving. Give that one, launcher.halving=null to train all jobs "
@@ -77,7 +87,12 @@ class Halving:
     def pause_at(self, job: Job) -> float | None:
         """Share of all steps at which the job is to pause next; None: it goes to its end."""
         rung = len(job.rungs())
-        return self.eta ** (rung - self.rungs) if rung < self.rungs else None
+        return self.share(rung) if rung < self.rungs else None
+
+    def share(self, rung: int) -> float:
+        """Share of all steps at which a rung is."""
+        first = self.eta**-self.rungs if self.min_resource is None else self.min_resource
+        return float(first * self.eta**rung)
 
     def choose(self, jobs: list[Job], *, idle: bool) -> list[Job]:
         """Jobs to train on now: those that have not begun, else the best of the highest rung.

@@ -17,6 +17,8 @@ import torch
 from conftest import make_rows
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = "adapter/adapter_model.safetensors"
 LAST = "checkpoints/last.ckpt"
 TRAIN = [sys.executable, "-m", "lora_lightning", "train"]
@@ -96,10 +98,7 @@ def assert_same(run: Path, truth: Path, *, error: float = 0.0) -> None:
         assert results[0] == results[1]
 
 
-@pytest.fixture(
-    scope="module",
-    params=["ddp", *(pytest.param(way, marks=pytest.mark.slow) for way in ("fsdp2", "tp"))],
-)
+@pytest.fixture(scope="module", params=list(WAYS))
 def stopped(request, common, tmp_path_factory):
     """A run of two processes of which the second was told to end, and what was printed."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -129,7 +128,6 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
     assert_same(folder / "same", whole)
 
 
-@pytest.mark.slow
 def test_it_goes_on_by_another_strategy(stopped, whole):
     """As many rows at a time give the same run, whoever holds the base; dropout is drawn anew."""
     way, folder = stopped
@@ -161,7 +159,6 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
             assert (tensor - learned[key]).abs().max() <= 6.1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_killed_takes_the_others_along(victim, common, tmp_path):
     process = start([*TRAIN, *common, *pair("ddp"), "output_dir=run"], tmp_path)
@@ -192,7 +189,6 @@ FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Without it torch 2.13 finds the addresses of processes that are gone."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_two_agents_of_torchrun_have_one_folder(named, common, tmp_path):
     """Two machines on loopback, a process each. With an id, one of them is killed on the way."""
@@ -217,7 +213,6 @@ def test_two_agents_of_torchrun_have_one_folder(named, common, tmp_path):
     assert_same(run, tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_what_torchrun_starts_again_goes_on(common, tmp_path):
     """One of two processes is killed; torchrun starts both again, in the folder that was named."""
     command = [
@@ -232,7 +227,6 @@ def test_what_torchrun_starts_again_goes_on(common, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(common, tmp_path):
     """Two tasks with SLURM's environment, and a scontrol that notes what it is asked."""
     tools = tmp_path / "bin"
