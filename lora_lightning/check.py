@@ -16,7 +16,7 @@ from .lora import UserError
 from .memory import PROBE_ROWS, Memory
 from .modeling import check_packing
 from .module import LoraModule
-from .optim import build_optimizer, build_scheduler
+from .optim import build_scheduler
 from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .storage import undone_on_mistake
@@ -53,8 +53,7 @@ def check(config: DictConfig) -> str:
         check_windows(build_trainer(config))
         data.setup("fit")
         module.configure_model()
-        optimizer = build_optimizer(module.named_parameters(), settings.optim)
-        build_scheduler(optimizer, settings.optim, total_steps=1)
+        build_scheduler(module.build_optimizer(), settings.optim, total_steps=1)
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
@@ -135,7 +134,7 @@ def _sample(data: LoraDataModule) -> str:
 
 def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -> str:
     """One backward pass with B away from zero, where A would get no gradient by construction."""
-    trained = {n: t for n, t in module.trainable_tensors().items() if isinstance(t, nn.Parameter)}
+    trained = {n: t for n, t in module.trainable_tensors().items() if t.requires_grad}
     layers = module.adapter.layers.values() if module.adapter is not None else ()
     for layer in layers:
         for matrix in (layer.lora_A, layer.lora_B):

@@ -118,6 +118,8 @@ class LoraModule(L.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
         self.shards = self._find_shards()
+        if self.lora_config is not None:
+            self._check_variant(self.lora_config)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model, whole = self.task.build_model(self.model_config, self.tokenizer, self.shards)
@@ -141,6 +143,22 @@ class LoraModule(L.LightningModule):
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(read_checkpoint(self.start_from)["state_dict"])
         self._check_monitor()
+
+    def _check_variant(self, config: LoraConfig) -> None:
+        if self.shards is not None and (config.use_dora or config.starts_from_weight):
+            name = "use_dora=true" if config.use_dora else f"init={config.init}"
+            raise UserError(
+                f"lora.{name} reads whole weights, and here each process has a share of them: use "
+                "trainer=ddp, or plain LoRA."
+            )
+        stored = self.start_from is not None and not self.start_from.endswith(".ckpt")
+        if config.starts_from_weight and stored:
+            raise UserError(
+                f"adapter={self.start_from} has values of its own to start from, and "
+                f"lora.init={config.init} others. To go on with an adapter that began so, which is "
+                "stored as plain LoRA of twice the rank, give lora.init=kaiming "
+                f"lora.rank={2 * config.rank}."
+            )
 
     def _find_shards(self) -> Shards | None:
         """The processes of a ShardedStrategy."""
@@ -341,8 +359,13 @@ class LoraModule(L.LightningModule):
 
     # Optimizer -------------------------------------------------------------------------------
 
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over all that is trained."""
+        from_zero = [] if self.adapter is None else self.adapter.from_zero()
+        return build_optimizer(self.named_parameters(), self.optim_config, from_zero=from_zero)
+
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.named_parameters(), self.optim_config)
+        optimizer = self.build_optimizer()
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = build_scheduler(optimizer, self.optim_config, max(steps, 1))
         return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +13,38 @@ from .settings import OptimConfig
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    *,
+    from_zero: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that require a gradient, and no others."""
+    """The optimizer over the parameters that require a gradient, and no others.
+
+    Args:
+        named_parameters: of the model.
+        config: which optimizer.
+        from_zero: those of LoRA's matrices that start at zero, whose rate is
+            `config.loraplus_lr_ratio` times that of the rest (LoRA+).
+    """
+    faster = set(from_zero) if config.loraplus_lr_ratio is not None else set()
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in named_parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in faster:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if config.loraplus_lr_ratio is not None:
+        if not faster:
+            raise UserError(
+                "optim.loraplus_lr_ratio gives the adapter's B a rate of its own, and there is "
+                "none to train: leave it out."
+            )
+        rate = config.lr * config.loraplus_lr_ratio
+        trained = [parameter for parameter in from_zero if parameter.requires_grad]
+        groups.append({"params": trained, "weight_decay": config.weight_decay, "lr": rate})
     known = _optimizers()
     if config.name not in known:
         raise UserError(

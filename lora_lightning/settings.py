@@ -287,7 +287,10 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate. LoRA's best is near ten times that of full fine-tuning."""
     weight_decay: float = 0.01
-    """Decay of matrices; biases and norms are never decayed."""
+    """Decay of matrices; biases, norms and the magnitudes of DoRA are never decayed."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the rate of B over that of A. The paper takes 16
+    and a lower `lr`. None: the same rate."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {betas: [0.9, 0.98]}."""
     scheduler: str = "linear"
@@ -302,5 +305,9 @@ class OptimConfig:
             raise UserError(f"optim.lr must be positive, got {self.lr}.")
         if self.weight_decay < 0:
             raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}.")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
+            raise UserError(
+                f"optim.loraplus_lr_ratio must be positive, got {self.loraplus_lr_ratio}."
+            )
         if self.warmup < 0:
             raise UserError(f"optim.warmup must not be negative, got {self.warmup}.")

@@ -30,6 +30,11 @@ def test_matrices_decay_and_vectors_do_not():
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
 
 
+def test_loraplus_without_an_adapter_is_told():
+    with pytest.raises(UserError, match="there is none to train"):
+        build_optimizer(_model().named_parameters(), OptimConfig(loraplus_lr_ratio=16))
+
+
 def test_any_optimizer_of_torch_with_its_options():
     config = OptimConfig(name="SGD", lr=0.5, options={"momentum": 0.9, "nesterov": True})
     optimizer = build_optimizer(_model().named_parameters(), config)

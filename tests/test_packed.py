@@ -114,6 +114,24 @@ def test_classification(common, tmp_path):
         assert getattr(query, "base_layer", query).weight is weight
 
 
+def test_the_family(common, tmp_path):
+    """DoRA, PiSSA, OLoRA, LoRA-FA and LoRA+ on one base, which none of them changes."""
+    common = [*common, "trainer.max_epochs=2", "optim.lr=1e-3"]
+    slots = [
+        ["lora.use_dora=true", "lora.dropout=0.1"],
+        ["lora.init=pissa", "lora.rank=4"],
+        ["lora.init=olora", "lora.rank=2", "lora.use_dora=true", "optim.lr=1e-4"],
+        ["lora.freeze_A=true", "lora.dropout=0.1"],
+        ["lora.freeze_A=true", "lora.rank=3"],
+        ["optim.loraplus_lr_ratio=16"],
+    ]
+    pack = run_pack(tmp_path, common, slots)
+    assert [slot.error for slot in pack.slots] == [None] * len(slots)
+    for number, own in enumerate(slots):
+        solo = alone(tmp_path / f"alone{number}", [*common, *own])
+        assert_same(tmp_path / f"packed{number}", solo)
+
+
 def test_what_is_not_trained_yet_is_computed_once(common, tmp_path, monkeypatch):
     """The test before training: one pass for all whose backbone is the base, none for others."""
     common = [*common, "test_before=true", "data.eval_batch_size=4", "trainer.max_epochs=1"]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
+from .dora import dora_class_for
 from .errors import UserError
-from .layer import LoraEmbedding, LoraLayer, lora_class_for
+from .layer import LoraLayer, lora_class_for
 from .match import Match, match_targets, modules_to_save
 from .summary import Summary, SummaryRow
 
@@ -53,8 +54,9 @@ class Adapter:
 
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        class_for = dora_class_for if config.use_dora else lora_class_for
         for match in matches:
-            layer_class = lora_class_for(match.module)
+            layer_class = class_for(match.module)
             assert layer_class is not None
             layer = layer_class(
                 match.module,
@@ -62,6 +64,7 @@ class Adapter:
                 scaling=match.scaling,
                 dropout=config.dropout,
                 init=config.init,
+                freeze_A=config.freeze_A,
             )
             self.layers[match.name] = layer
             self._replace(match.name, layer)
@@ -134,14 +137,36 @@ class Adapter:
 
         This is the one place that says what an adapter consists of; the tensors are live.
         """
+        return {
+            **{
+                f"{name}.{leaf}": tensor
+                for name, layer in self.layers.items()
+                for leaf, tensor in layer.named_tensors().items()
+            },
+            **self._extras(),
+        }
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a file: an adapter that started from the weights as plain LoRA."""
+        return {
+            **{
+                f"{name}.{leaf}": tensor
+                for name, layer in self.layers.items()
+                for leaf, tensor in layer.exported_tensors().items()
+            },
+            **self._extras(),
+        }
+
+    def from_zero(self) -> list[nn.Parameter]:
+        """Of each layer's two matrices the one that starts at zero: B, in an embedding A."""
+        return [
+            layer.lora_A if layer.random_matrix == "lora_B" else layer.lora_B
+            for layer in self.layers.values()
+        ]
+
+    def _extras(self) -> dict[str, Tensor]:
+        """What is trained besides the layers' matrices: whole modules and biases."""
         tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            if isinstance(layer, LoraEmbedding):
-                tensors[f"{name}.lora_embedding_A"] = layer.lora_A
-                tensors[f"{name}.lora_embedding_B"] = layer.lora_B
-            else:
-                tensors[f"{name}.lora_A.weight"] = layer.lora_A
-                tensors[f"{name}.lora_B.weight"] = layer.lora_B
         for name in self.saved_modules:
             state = self.model.get_submodule(name).state_dict(keep_vars=True)
             tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in state.items()})
@@ -284,7 +309,11 @@ class Adapter:
                     rank=layer.rank,
                     alpha=self._alphas[name],
                     scaling=layer.scaling,
-                    parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+                    parameters=sum(
+                        tensor.numel()
+                        for tensor in layer.named_tensors().values()
+                        if tensor.requires_grad
+                    ),
                 )
                 for name, layer in self.layers.items()
             ],

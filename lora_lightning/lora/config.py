@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import UserError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
-INITS = ("kaiming", "gaussian")
+PISSA = re.compile(r"pissa_niter_[1-9]\d*")
+INITS = ("kaiming", "gaussian", "pissa", "olora")
 
 
 @dataclass
@@ -55,7 +56,14 @@ class LoraConfig:
     modules_to_save: list[str] = field(default_factory=list)
     """Further modules, by name suffix, trained whole and stored with the adapter."""
     init: str = "kaiming"
-    """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r). B starts at zero."""
+    """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
+    from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `start.py`; such an adapter
+    is stored as plain LoRA of twice the rank."""
+    use_dora: bool = False
+    """Train the weights' magnitudes too (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    freeze_A: bool = False
+    """Train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): A stays as it was drawn, and no
+    layer has to keep its input. In an embedding, where B is drawn, A is trained instead."""
 
     def __post_init__(self) -> None:
         _positive_int("lora.rank", self.rank)
@@ -65,7 +73,13 @@ class LoraConfig:
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
         _choice("lora.bias", self.bias, BIAS_MODES)
-        _choice("lora.init", self.init, INITS)
+        if not PISSA.fullmatch(str(self.init)):
+            _choice("lora.init", self.init, INITS)
+        if self.freeze_A and self.starts_from_weight:
+            raise UserError(
+                f"lora.freeze_A trains B from zero on a random A, which lora.init={self.init} does "
+                "not have: use lora.init=kaiming, or lora.freeze_A=false."
+            )
         for name in ("modules_to_save", "layers_pattern", "layers"):
             _list_of(f"lora.{name}", getattr(self, name), int if name == "layers" else str)
         self.targets = _patterns("lora.targets", self.targets)
@@ -84,6 +98,26 @@ class LoraConfig:
             raise UserError(
                 "lora.layers_pattern says where lora.layers counts: give lora.layers too."
             )
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether A and B begin as parts of the base weight."""
+        return self.init not in ("kaiming", "gaussian")
+
+    def exported(self) -> LoraConfig:
+        """The settings of the plain LoRA adapter that such a one is stored as."""
+        if not self.starts_from_weight:
+            return self
+        factor = math.sqrt(2) if self.use_rslora else 2.0  # of alpha: the scaling stays
+        return replace(
+            self,
+            init="kaiming",
+            rank=2 * self.rank,
+            alpha=None if self.alpha is None else factor * self.alpha,
+            alpha_ratio=self.alpha_ratio * factor / 2,
+            rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
+            alpha_pattern={name: factor * alpha for name, alpha in self.alpha_pattern.items()},
+        )
 
     def _check_scaling(self) -> None:
         if self.alpha is not None:

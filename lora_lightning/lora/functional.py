@@ -47,9 +47,10 @@ def fused_linear(
 
     The same mathematics as calling the layer and `add_low_rank`, in fewer passes over memory: the
     low-rank product is accumulated into the base product in place, forward and backward; x is kept
-    once; A and B are cast to the type of x once; the gradient of x is left out where nobody needs
-    it. The narrow products come first, so that no (out, in) matrix is ever formed. Gradients are
-    those of x, A and B; W and bias are frozen. Cannot be differentiated twice.
+    once, and not at all where A is frozen; A and B are cast to the type of x once; the gradient of
+    x is left out where nobody needs it. The narrow products come first, so that no (out, in) matrix
+    is ever formed. Gradients are those of x, A and B; W and bias are frozen. Cannot be
+    differentiated twice.
 
     Args:
         x: (..., in), of the type of weight.
@@ -85,7 +86,8 @@ class _FusedLinear(torch.autograd.Function):
         down, mask = _down(rows, a, scaling, dropout)
         output = F.linear(rows, weight, bias)
         output.addmm_(down, b.t())
-        ctx.save_for_backward(rows, mask, weight, a, b, down)
+        wants_a = ctx.needs_input_grad[3]
+        ctx.save_for_backward(rows if wants_a else None, mask, weight, a, b, down)
         ctx.scaling, ctx.dropout = scaling, dropout
         ctx.types = lora_A.dtype, lora_B.dtype
         return output
@@ -124,7 +126,7 @@ def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tens
 
 def _low_rank_backward(
     grad_rows: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     mask: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -143,6 +145,7 @@ def _low_rank_backward(
         grad_b = torch.mm(down.t(), grad_rows).t()
     up = _narrow(grad_rows, b).mul_(scaling)  # (N, r)
     if wants_a:
+        assert rows is not None
         dropped = rows if mask is None else _dropped(rows, mask, dropout)
         grad_a = torch.mm(up.t(), dropped)
     if add_to is not None:

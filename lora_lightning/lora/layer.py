@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .functional import add_low_rank, add_low_rank_embedding, fused_linear, low_rank_norm
+from .start import first_matrices
 
 
 class LoraLayer(nn.Module):
@@ -20,16 +21,25 @@ class LoraLayer(nn.Module):
     layer is called, never copied; attributes that this class lacks (`weight`, `in_features`, ...)
     are the base layer's, because model code reads them.
 
+    Where A and B start from parts of W0 (`start.py`), their first values A0 and B0 are kept, and
+    h = W0 x + s (B A - B0 A0) x: what their papers get by changing the base to W0 - s B0 A0, which
+    here stays as it is.
+
     Args:
         base_layer: the layer to adapt; its parameters stay as they are.
         rank: r.
         scaling: s.
         dropout: probability of dropping an input of A during training.
-        init: "kaiming" or "gaussian", the first values of A. B starts at zero.
+        init: the first values of A and B, see `LoraConfig.init`.
+        freeze_A: whether only B is trained (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    first_A: Tensor | None
+    first_B: Tensor | None
+    random_matrix = "lora_A"
+    """The one that is drawn; the other starts at zero."""
     add_update: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = staticmethod(
         add_low_rank
     )
@@ -43,6 +53,7 @@ class LoraLayer(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         init: str = "kaiming",
+        freeze_A: bool = False,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -56,7 +67,10 @@ class LoraLayer(nn.Module):
         device = _device_of(base_layer)
         self.lora_A = nn.Parameter(torch.empty(rank, fan_in, device=device))
         self.lora_B = nn.Parameter(torch.empty(fan_out, rank, device=device))
+        self.register_buffer("first_A", None)
+        self.register_buffer("first_B", None)
         self.reset_parameters(init)
+        getattr(self, self.random_matrix).requires_grad_(not freeze_A)
         self.train(base_layer.training)
 
     @staticmethod
@@ -64,18 +78,60 @@ class LoraLayer(nn.Module):
         return int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
 
     def reset_parameters(self, init: str = "kaiming") -> None:
-        """Draws A anew and sets B to zero: the layer then equals its base."""
+        """Gives A and B their first values: the layer then equals its base.
+
+        Raises:
+            UserError: `init` takes them from the base weight, which is too small for the rank.
+        """
         if init == "gaussian":
             nn.init.normal_(self.lora_A, std=1.0 / self.rank)
-        else:
+        elif init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            a, b = first_matrices(init, self.dense_weight(), self.rank, scaling=self.scaling)
+            with torch.no_grad():
+                self.lora_A.copy_(a)
+                self.lora_B.copy_(b)
+            self.first_A, self.first_B = a, b
+            return
         nn.init.zeros_(self.lora_B)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(r, in) and (out, r) whose product is the whole update: with A0, [A; A0] and [B, -B0]."""
+        if self.first_A is None or self.first_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What belongs to the adapter, by the names of PEFT's files where they have it."""
+        own = self._in_file(self.lora_A, self.lora_B)
+        if self.first_A is not None and self.first_B is not None:
+            own |= {"first_A": self.first_A, "first_B": self.first_B}
+        return own
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the same layer as plain LoRA, by the names of PEFT's files."""
+        return self._in_file(*self.matrices())
+
+    def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+    def dense_weight(self) -> Tensor:
+        """The frozen weight as (out, in)."""
+        weight = self._pristine_weight[0] if self._pristine_weight else self.base_layer.weight
+        return self._turned(weight.detach())  # type: ignore[operator]
+
+    @staticmethod
+    def _turned(matrix: Tensor) -> Tensor:
+        """(out, in) as the base weight lies, and the reverse."""
+        return matrix
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.enabled or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         weight = None if args or kwargs else self._plain_weight()
         autocast = torch.is_autocast_enabled(x.device.type)
+        lora_A, lora_B = self.matrices()
         if weight is not None and (autocast or weight.dtype == x.dtype):
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
             bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
@@ -83,13 +139,13 @@ class LoraLayer(nn.Module):
                 x.to(dtype),
                 weight.to(dtype),
                 None if bias is None else bias.to(dtype),
-                self.lora_A,
-                self.lora_B,
+                lora_A,
+                lora_B,
                 scaling=self.scaling,
                 dropout=self._dropout_now(),
             )
         output: Tensor = self.base_layer(x, *args, **kwargs)
-        return self.add_update(output, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+        return self.add_update(output, self.dropout(x), lora_A, lora_B, self.scaling)
 
     def _plain_weight(self) -> Tensor | None:
         """The frozen weight as (out, in), where its layer does no more than multiply by it.
@@ -103,13 +159,18 @@ class LoraLayer(nn.Module):
         training = self.training and isinstance(self.dropout, nn.Dropout)
         return self.dropout.p if training else 0.0  # type: ignore[return-value]
 
+    def update(self) -> Tensor:
+        """The update s B A as (out, in)."""
+        lora_A, lora_B = self.matrices()
+        return (lora_B.detach() @ lora_A.detach()) * self.scaling
+
     def delta_weight(self) -> Tensor:
-        """The update s B A, in the layout of the base weight."""
-        return (self.lora_B.detach() @ self.lora_A.detach()) * self.scaling
+        """The update in the layout of the base weight."""
+        return self._turned(self.update())
 
     def update_norm(self) -> Tensor:
-        """Frobenius norm of s B A, a scalar."""
-        return low_rank_norm(self.lora_A, self.lora_B, self.scaling)
+        """Frobenius norm of the update, a scalar."""
+        return low_rank_norm(*self.matrices(), self.scaling)
 
     @property
     def merged(self) -> bool:
@@ -183,8 +244,9 @@ class LoraConv1D(LoraLayer):
         base = self.base_layer
         return base.weight.t() if _is_plain(base, type(base)) else None  # type: ignore[operator]
 
-    def delta_weight(self) -> Tensor:
-        return super().delta_weight().t()
+    @staticmethod
+    def _turned(matrix: Tensor) -> Tensor:
+        return matrix.t()
 
 
 class LoraEmbedding(LoraLayer):
@@ -194,11 +256,18 @@ class LoraEmbedding(LoraLayer):
     one token alone, so a random A would be noise that other tokens never average out.
     """
 
+    random_matrix = "lora_B"
+
     @staticmethod
     def _features(base_layer: nn.Module) -> tuple[int, int]:
         return int(base_layer.num_embeddings), int(base_layer.embedding_dim)  # type: ignore[arg-type]
 
     def reset_parameters(self, init: str = "kaiming") -> None:
+        if init not in ("kaiming", "gaussian"):
+            raise UserError(
+                f"lora.init={init} is for linear layers, and an embedding is among lora.targets: "
+                "leave it out, or use lora.init=kaiming."
+            )
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
@@ -213,12 +282,16 @@ class LoraEmbedding(LoraLayer):
             scaling = self.scaling * scale
         return add_low_rank_embedding(output, x, self.lora_A, self.lora_B, scaling)
 
-    def delta_weight(self) -> Tensor:
-        return super().delta_weight().t()
+    def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
+
+    @staticmethod
+    def _turned(matrix: Tensor) -> Tensor:
+        return matrix.t()
 
 
 def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
-    """The LoRA layer that can wrap `module`, or None."""
+    """The layer of plain LoRA that can wrap `module`, or None."""
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .functional import _down, _low_rank_backward
-from .layer import LoraLayer
+from .layer import LoraConv1D, LoraLayer, LoraLinear
 
 GROUPED_ON = ("cuda",)
 """Devices on which starting a product costs more than padding it: one takes all slots there."""
@@ -92,7 +92,7 @@ class StackedLayer(nn.Module):
         bias: Tensor | None = layers[0].base_layer.bias  # type: ignore[assignment, union-attr]
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         parts = list(self._stack.parts(rows.shape[0]))
-        matrices = [getattr(layer, name) for layer in layers for name in ("lora_A", "lora_B")]
+        matrices = [matrix for layer in layers for matrix in layer.matrices()]  # type: ignore[operator]
         linear = _GroupedLinear if x.device.type in GROUPED_ON else _StackedLinear
         output: Tensor = linear.apply(
             rows,
@@ -116,8 +116,9 @@ class StackedLayer(nn.Module):
 def _common_weight(layers: list[nn.Module]) -> Tensor | None:
     """The plain frozen weight on which all layers are adapters; None if they are not."""
     first = layers[0]
-    if not isinstance(first, LoraLayer):
+    if type(first) not in (LoraLinear, LoraConv1D):  # DoRA does more than add
         return None
+    assert isinstance(first, LoraLayer)
     for layer in layers:
         if type(layer) is not type(first) or layer.merged or not layer.enabled:
             return None

@@ -33,7 +33,6 @@ PREFIX = "base_model.model."
 # Settings of PEFT that change what an adapter computes and that are not implemented here. A file
 # that uses one is refused: ignoring it would give other outputs without a word.
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "alora_invocation_tokens",
     "arrow_config",
@@ -78,7 +77,7 @@ def save_adapter(
     """
     tensors = {
         PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
-        for name, tensor in sorted(adapter.named_tensors().items())
+        for name, tensor in sorted(adapter.exported_tensors().items())
     }
     config = to_peft_config(adapter, base_model=base_model, revision=revision, task_type=task_type)
     with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
@@ -183,10 +182,10 @@ def to_peft_config(
     Targets are written as the shortest name suffixes that match just what was adapted, so that
     every engine adapts the same modules, whatever regex or shorthand chose them.
     """
-    config, layers = adapter.config, adapter.layers
+    config, layers = adapter.config.exported(), adapter.layers
     targets = _target_suffixes(adapter)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: adapter._alphas[name] for name in layers}
+    ranks = {name: layer.matrices()[0].shape[0] for name, layer in layers.items()}
+    alphas = {name: config.alpha_of(name) for name in layers}
     rank, rank_pattern = _common(ranks, config.rank)
     alpha, alpha_pattern = _common(alphas, config.default_alpha(rank))
     return {
@@ -209,7 +208,7 @@ def to_peft_config(
         "revision": revision,
         "target_modules": targets,
         "task_type": task_type,
-        "use_dora": False,
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
 
@@ -247,6 +246,7 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             use_rslora=bool(raw.get("use_rslora", False)),
+            use_dora=bool(raw.get("use_dora", False)),
             bias=raw.get("bias", "none"),
             modules_to_save=list(raw.get("modules_to_save") or []),
         )

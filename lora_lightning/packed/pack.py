@@ -470,9 +470,11 @@ def _share_frozen(model: nn.Module, first: nn.Module) -> None:
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Frozen parameters and buffers by their names in the bare model."""
+    """Frozen parameters and buffers of the base by their names in the bare model."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoraLayer):
+            continue  # its own may be frozen too
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not tensor.requires_grad:
                 name = f"{path}.{leaf}".replace(".base_layer.", ".")
