@@ -14,12 +14,13 @@ from . import cluster
 from .launch.queue import end_with_parent
 from .usage import FULL_ERROR, HELP
 
-VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "report")
+VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "combine", "report")
 PLAIN_KEYS = {
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
     "chat": ("adapter",),
     "merge": ("adapter", "output"),
+    "combine": ("adapter", "output", "weights", "method", "rank", "density", "whole", "seed"),
 }
 EXIT_USER_ERROR = 2
 EXIT_BY_SIGNAL = 128
@@ -67,7 +68,13 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         _report(arguments)
     else:
         plain, overrides = _split(arguments, PLAIN_KEYS[verb])
-        actions = {"evaluate": _evaluate, "predict": _predict, "chat": _chat, "merge": _merge}
+        actions = {
+            "evaluate": _evaluate,
+            "predict": _predict,
+            "chat": _chat,
+            "merge": _merge,
+            "combine": _combine,
+        }
         actions[verb](plain, overrides)
 
 
@@ -196,6 +203,55 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     gap = merge(folder, plain["output"], model=changes)
     print(f"merged model: {plain['output']}")
     print(f"largest logit gap between adapter and merged model: {gap:.3g}")
+
+
+def _combine(plain: dict[str, str], others: list[str]) -> None:
+    from .lora.errors import UserError, did_you_mean
+
+    for other in others:
+        key = other.partition("=")[0]
+        known = PLAIN_KEYS["combine"]
+        raise UserError(
+            f"combine knows no {key}.{did_you_mean(key, known)} It takes {', '.join(known)}."
+        )
+    _need(plain, "adapter", "combine")
+    if "output" not in plain:
+        raise UserError("combine needs output=DIR: where the new adapter goes.")
+    numbers: dict[str, Any] = {}
+    for key, kind in (("rank", int), ("density", float), ("seed", int)):
+        if key in plain:
+            numbers[key] = _number(plain[key], kind, key)
+    weights = None
+    if "weights" in plain:
+        weights = [_number(part, float, "weights") for part in _listed(plain["weights"])]
+    from .combine import combine_adapters
+
+    folders = [Path(folder).expanduser() for folder in _listed(plain["adapter"])]
+    method = plain.get("method", "cat")
+    gap = combine_adapters(
+        folders,
+        plain["output"],
+        weights=weights,
+        method=method,
+        whole=plain.get("whole", "same"),
+        **numbers,
+    )
+    print(f"new adapter: {plain['output']}")
+    print(f"off the weighted sum of the updates by {gap:.3g} of its norm")
+
+
+def _listed(value: str) -> list[str]:
+    return [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+
+
+def _number(value: str, kind: type, key: str) -> Any:
+    from .lora.errors import UserError
+
+    try:
+        return kind(value)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{key}: {value!r} is not {what}.") from None
 
 
 def _need(plain: dict[str, str], key: str, verb: str) -> Path:

@@ -49,6 +49,7 @@ ALLOWED = {
     "launch": {"lora", "config", "settings", "report", "lock"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
+    "combine": RUN_SIDE,
     "check": RUN_SIDE | {"train", "memory", "precision"},
     "evaluate": RUN_SIDE | {"train", "inference", "precision"},
     "cli": RUN_SIDE
@@ -59,6 +60,7 @@ ALLOWED = {
         "inference",
         "check",
         "chat",
+        "combine",
         "evaluate",
         "usage",
         "launch",

@@ -1,0 +1,264 @@
+"""Adapters of one base combined to a new one: `lora-lightning combine`."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .lora import LoraConfig, UserError, read_adapter
+from .lora.combine import METHODS, Update, combine
+from .lora.errors import did_you_mean
+from .lora.state import CONFIG_NAME, PREFIX, WEIGHTS_NAME, from_peft_config, replaced_folder
+from .storage import SIDECAR
+
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+WHOLE = ("same", "first", "mean")
+
+
+@dataclass
+class _Stored:
+    """An adapter folder, taken apart."""
+
+    folder: Path
+    raw: dict[str, Any]
+    config: LoraConfig
+    updates: dict[str, tuple[Update, tuple[str, str]]]
+    """Update and the leaves of its tensors, by module."""
+    rest: dict[str, Tensor]
+    """Whole modules and biases."""
+
+    @classmethod
+    def read(cls, folder: Path) -> _Stored:
+        raw, tensors = read_adapter(folder)
+        config = from_peft_config(raw)
+        if config.use_dora:
+            raise UserError(
+                f"{folder} is a DoRA adapter, whose update is no sum: merge it into its base "
+                "(lora-lightning merge), or train with lora.use_dora=false."
+            )
+        updates, rest = {}, dict(tensors)
+        for name in tensors:
+            for a, b in PAIRS:
+                if name.endswith(f".{a}"):
+                    module = name.removesuffix(f".{a}")
+                    if f"{module}.{b}" not in rest:
+                        raise UserError(f"{folder}: {WEIGHTS_NAME} holds no {module}.{b}.")
+                    pair = rest.pop(name), rest.pop(f"{module}.{b}")
+                    _check_pair(folder, module, pair)
+                    updates[module] = Update(*pair, config.scaling_of(module)), (a, b)
+        return cls(folder, raw, config, updates, rest)
+
+
+def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:
+    a, b = pair
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{folder}: A and B of {module} are {tuple(a.shape)} and {tuple(b.shape)}, which do "
+            "not fit together."
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise UserError(f"{folder} holds values that are not finite in {module}.")
+
+
+def combine_adapters(
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "cat",
+    rank: int | None = None,
+    density: float = 0.5,
+    whole: str = "same",
+    seed: int = 0,
+) -> float:
+    """Writes a new adapter that combines others of the same base model.
+
+    What else is in the first folder (tokenizer, settings of the task) is in the new one too.
+
+    Args:
+        folders: adapter folders; one alone is scaled.
+        output: the new folder.
+        weights: of each; below zero to subtract. None: their mean.
+        method: see `lora.combine.combine`.
+        rank: of the new adapter where the method takes one; None: the highest of theirs.
+        density: share of entries that ties and dare keep, in (0, 1].
+        whole: modules trained whole (a classifier's head) and biases: "same", they must be equal;
+            "first", those of the first; "mean", their mean by the weights.
+        seed: of what dare drops.
+
+    Returns:
+        How far the new adapter is from the weighted sum of the updates: the Frobenius norm of the
+        difference over that of the sum, over all layers together. 0 for "cat".
+
+    Raises:
+        UserError: an adapter or a value cannot be used; nothing is written then.
+    """
+    if method not in METHODS:
+        raise UserError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}."
+            f"{did_you_mean(method, METHODS)}"
+        )
+    if whole not in WHOLE:
+        raise UserError(f"whole must be one of {', '.join(WHOLE)}, got {whole!r}.")
+    if not 0.0 < density <= 1.0:
+        raise UserError(f"density is the share of entries kept, in (0, 1], got {density}.")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank must be at least 1, got {rank}.")
+    stored = [_Stored.read(Path(folder)) for folder in folders]
+    if weights is None:  # ties takes a mean by itself
+        weights = [1.0 if "ties" in method else 1.0 / len(stored)] * len(stored)
+    if len(weights) != len(stored) or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights: give a number for each of the {len(stored)} adapters.")
+    _check_same_base(stored)
+    ranks = [update.lora_A.shape[0] for one in stored for update, _ in one.updates.values()]
+    if method == "linear" and len(set(ranks)) > 1:
+        raise UserError(
+            f"method=linear sums A with A and B with B, which needs one rank, and theirs are "
+            f"{', '.join(map(str, sorted(set(ranks))))}: use method=svd or method=cat."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    tensors = _whole_modules(stored, weights, whole)
+    new_ranks: dict[str, int] = {}
+    missed, total = 0.0, 0.0
+    for module in sorted({name for one in stored for name in one.updates}):
+        own = [(one, w) for one, w in zip(stored, weights, strict=True) if module in one.updates]
+        updates = [one.updates[module][0] for one, _ in own]
+        own_weights = [w for _, w in own]
+        _check_shapes(module, own)
+        new = combine(
+            updates,
+            own_weights,
+            method=method,
+            rank=rank or max(ranks),
+            density=density,
+            generator=generator,
+        )
+        exact = combine(updates, own_weights, method="cat", rank=0)
+        gap = combine([exact, new], [1.0, -1.0], method="cat", rank=0)
+        missed += _squares(gap)
+        total += _squares(exact)
+        a, b = own[0][0].updates[module][1]
+        tensors[f"{module}.{a}"], tensors[f"{module}.{b}"] = new.lora_A, new.lora_B
+        new_ranks[module] = new.lora_A.shape[0]
+    _write(stored[0].folder, Path(output), tensors, _config(stored, new_ranks))
+    return math.sqrt(missed / total) if total else 0.0
+
+
+def _squares(update: Update) -> float:
+    """Squared Frobenius norm of B A, from Gram matrices, in float64."""
+    a, b = update.lora_A.double(), update.lora_B.double()
+    return max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0) * update.scaling**2
+
+
+def _check_shapes(module: str, own: list[tuple[_Stored, float]]) -> None:
+    shapes = {
+        (update.lora_B.shape[0], update.lora_A.shape[1])
+        for update in (one.updates[module][0] for one, _ in own)
+    }
+    if len(shapes) > 1:
+        raise UserError(f"{module} has different shapes in these adapters: {sorted(shapes)}.")
+
+
+def _check_same_base(stored: list[_Stored]) -> None:
+    """Raises UserError unless the adapters belong to one base, as far as their files tell."""
+    first = stored[0]
+    for other in stored[1:]:
+        one, two = (_base_of(item) for item in (first, other))
+        known = [key for key in one if one[key] and two[key]]
+        for key in known[:1]:  # the fingerprint where both have it, else the name
+            if one[key] != two[key]:
+                raise UserError(
+                    f"{first.folder} and {other.folder} belong to different base models "
+                    f"({key} {one[key]} and {two[key]}): their sum would mean nothing."
+                )
+
+
+def _base_of(stored: _Stored) -> dict[str, Any]:
+    try:
+        sidecar = json.loads((stored.folder / SIDECAR).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sidecar = {}
+    fingerprint = sidecar.get("base_fingerprint") if isinstance(sidecar, dict) else None
+    return {"fingerprint": fingerprint, "name": stored.raw.get("base_model_name_or_path")}
+
+
+def _whole_modules(
+    stored: list[_Stored], weights: Sequence[float], whole: str
+) -> dict[str, Tensor]:
+    first = stored[0].rest
+    for other in stored[1:]:
+        if other.rest.keys() != first.keys() or any(
+            tensor.shape != other.rest[name].shape for name, tensor in first.items()
+        ):
+            if whole != "first":
+                raise UserError(
+                    f"{stored[0].folder} and {other.folder} do not train the same modules whole: "
+                    "whole=first takes those of the first."
+                )
+        elif whole == "same" and any(
+            not torch.equal(tensor, other.rest[name]) for name, tensor in first.items()
+        ):
+            raise UserError(
+                f"{stored[0].folder} and {other.folder} each have modules of their own that were "
+                f"trained whole ({next(iter(first))}): whole=first takes those of the first, "
+                "whole=mean their mean by the weights."
+            )
+    if whole != "mean":
+        return dict(first)
+    total = sum(weights)
+    if total == 0.0:
+        raise UserError("whole=mean: the weights add up to zero, use whole=first.")
+    return {
+        name: torch.stack([w * one.rest[name] for one, w in zip(stored, weights, strict=True)]).sum(
+            0
+        )
+        / total
+        for name in first
+    }
+
+
+def _config(stored: list[_Stored], ranks: dict[str, int]) -> dict[str, Any]:
+    """The new adapter_config.json: alpha is the rank, so that the scaling is 1 everywhere."""
+    targets = [one.raw["target_modules"] for one in stored]
+    lists = all(isinstance(names, list) for names in targets)
+    common = max(ranks.values())
+    pattern = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
+    return {
+        **stored[0].raw,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_modules": sorted({name for names in targets for name in names})
+        if lists
+        else sorted(ranks),
+        "modules_to_save": sorted(
+            {name for one in stored for name in one.raw.get("modules_to_save") or []}
+        )
+        or None,
+    }
+
+
+def _write(first: Path, output: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    with replaced_folder(output, marker=CONFIG_NAME) as staging:
+        for path in first.iterdir():
+            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+                shutil.copyfile(path, staging / path.name)
+        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        prefixed = {PREFIX + name: tensors[name].contiguous() for name in sorted(tensors)}
+        save_file(prefixed, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)

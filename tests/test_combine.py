@@ -1,0 +1,250 @@
+"""Adapter arithmetic: against definitions in float64, and against PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_lightning.combine import combine_adapters
+from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
+from lora_lightning.lora.combine import Update, combine, dare, reduced, ties, trimmed
+
+SIZE = 24
+
+
+def drawn(rank: int, seed: int, *, out: int = SIZE, fan_in: int = 20) -> Update:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, fan_in, generator=generator)
+    b = torch.randn(out, rank, generator=generator)
+    return Update(a, b, 0.5 + 0.25 * seed)
+
+
+def truth(updates: list[Update], weights: list[float]) -> torch.Tensor:
+    dense = [u.scaling * u.lora_B.double() @ u.lora_A.double() for u in updates]
+    return torch.stack([w * d for w, d in zip(weights, dense, strict=True)]).sum(0)
+
+
+def test_cat_is_the_weighted_sum():
+    updates, weights = [drawn(3, 0), drawn(5, 1), drawn(1, 2)], [0.7, -1.0, 2.0]
+    new = combine(updates, weights, method="cat", rank=0)
+    assert new.lora_A.shape[0] == 9
+    torch.testing.assert_close(new.dense().double(), truth(updates, weights), rtol=1e-5, atol=1e-5)
+    gone = combine([new, new], [1.0, -1.0], method="cat", rank=0)  # subtracted from itself
+    assert gone.dense().abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 4, 7, 30])
+def test_svd_is_the_nearest_of_its_rank(rank):
+    """The error is what Eckart and Young say: the singular values that are left out."""
+    updates, weights = [drawn(3, 0), drawn(5, 1)], [0.7, -1.3]
+    expected = truth(updates, weights)
+    new = combine(updates, weights, method="svd", rank=rank)
+    assert new.lora_A.shape[0] == min(rank, 8)
+    left = torch.linalg.svdvals(expected)[rank:].square().sum().sqrt()
+    error = (new.dense().double() - expected).norm()
+    assert error == pytest.approx(left.item(), rel=1e-4, abs=1e-4)
+    again = reduced(new, 30)
+    torch.testing.assert_close(again.dense(), new.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_ties_by_its_three_steps():
+    """The paper's: trim, elect, merge disjointly; by hand on four entries."""
+    one = torch.tensor([[4.0, -3.0, 0.5, 2.0]])
+    two = torch.tensor([[-1.0, -2.0, 5.0, 0.1]])
+    assert trimmed(one, 0.75).tolist() == [[4.0, -3.0, 0.0, 2.0]]
+    assert trimmed(two, 0.75).tolist() == [[-1.0, -2.0, 5.0, 0.0]]
+    merged = ties([trimmed(one, 0.75), trimmed(two, 0.75)], [1.0, 1.0])
+    assert merged.tolist() == [[4.0, -2.5, 5.0, 2.0]]
+
+
+def test_dare_drops_and_rescales():
+    delta = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) + 3
+    dropped = dare(delta, 0.25, generator=torch.Generator().manual_seed(1))
+    kept = dropped != 0
+    assert kept.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(dropped[kept], 4 * delta[kept])
+    assert dropped.mean().item() == pytest.approx(delta.mean().item(), rel=0.02)
+
+
+# Whole adapters ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+@pytest.fixture
+def folders(base, tmp_path) -> list[Path]:
+    """Two adapters of one rank and other scalings, and one of another rank with other targets."""
+    made = []
+    for seed, settings in enumerate(
+        [
+            {"rank": 4, "alpha": 8},
+            {"rank": 4, "alpha": 4},
+            {"rank": 2, "alpha": 6, "targets": ["q_proj", "down_proj"], "use_rslora": True},
+        ]
+    ):
+        adapter = Adapter(base(), LoraConfig(**settings))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in adapter.named_tensors().values():
+                tensor.normal_(std=0.2)
+        made.append(save_adapter(adapter, tmp_path / str(seed), base_model="tiny"))
+    return made
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def dense_sum(base, folders, weights):
+    """The base with every update added to its weights: what a sum of adapters means."""
+    model = base()
+    with torch.no_grad():
+        for folder, weight in zip(folders, weights, strict=True):
+            adapter = load_adapter(base(), folder)
+            for name, layer in adapter.layers.items():
+                model.get_submodule(name).weight += weight * layer.delta_weight()
+    return logits(model)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, -1.0, 2.0]])
+def test_the_sum_of_three(weights, base, folders, tmp_path):
+    """Equal to the base with the dense updates added, in ours and in PEFT; svd at full rank too."""
+    expected = dense_sum(base, folders, weights)
+    for method, rank in (("cat", None), ("svd", 10)):
+        output = tmp_path / method
+        gap = combine_adapters(folders, output, weights=weights, method=method, rank=rank)
+        assert gap < 1e-5
+        torch.testing.assert_close(
+            logits(load_adapter(base(), output).model), expected, rtol=1e-3, atol=1e-3
+        )
+        theirs = peft.PeftModel.from_pretrained(base(), output)
+        torch.testing.assert_close(logits(theirs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_is_scaled(base, folders, tmp_path):
+    combine_adapters(folders[:1], tmp_path / "half", weights=[0.5])
+    expected = dense_sum(base, folders[:1], [0.5])
+    found = logits(load_adapter(base(), tmp_path / "half").model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("cat", "cat"), ("linear", "linear"), ("svd", "svd"), ("ties", "ties_svd")],
+)
+def test_peft_makes_the_same_of_two(ours, theirs, base, folders, tmp_path):
+    weights = [0.7, 0.4]
+    combine_adapters(folders[:2], tmp_path / "new", weights=weights, method=ours, rank=3)
+    model = peft.PeftModel.from_pretrained(base(), folders[0], adapter_name="a")
+    model.load_adapter(folders[1], "b")
+    options = {"svd_rank": 3, "density": 0.5} if "svd" in theirs else {}
+    model.add_weighted_adapter(["a", "b"], weights, "new", combination_type=theirs, **options)
+    model.set_adapter("new")
+    found = logits(load_adapter(base(), tmp_path / "new").model)
+    torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "dare_linear", "dare_ties"])
+def test_the_distance_that_is_told(method, base, folders, tmp_path):
+    gap = combine_adapters(folders[:2], tmp_path / "new", method=method, rank=3)
+    new = load_adapter(base(), tmp_path / "new")
+    first, second = (load_adapter(base(), folder) for folder in folders[:2])
+    weight = 1.0 if "ties" in method else 0.5
+    missed = total = 0.0
+    for name, layer in new.layers.items():
+        assert layer.rank == 3
+        expected = weight * (first.layers[name].update() + second.layers[name].update())
+        missed += (layer.update() - expected).square().sum().item()
+        total += expected.square().sum().item()
+    assert gap == pytest.approx((missed / total) ** 0.5, rel=1e-3)
+
+
+def test_dare_of_a_seed_is_the_same_again(folders, tmp_path):
+    options = {"method": "dare_linear", "rank": 3}
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        combine_adapters(folders[:2], tmp_path / name, seed=seed, **options)
+    read = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc"]
+    assert read[0] == read[1] != read[2]
+
+
+# Heads and mistakes ------------------------------------------------------------------------------
+
+
+def changed(folder: Path, to: Path, *, config: dict | None = None, **tensors) -> Path:
+    """A copy of an adapter folder with other settings or further tensors."""
+    to.mkdir()
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**raw, **(config or {})}))
+    own = load_file(folder / "adapter_model.safetensors")
+    save_file({**own, **tensors}, to / "adapter_model.safetensors")
+    return to
+
+
+def test_heads(folders, tmp_path):
+    head = "base_model.model.score.weight"
+    heads = [torch.ones(2, 3), torch.full((2, 3), 4.0)]
+    pair = [
+        changed(folders[0], tmp_path / f"h{i}", config={"modules_to_save": ["score"]}, **{head: h})
+        for i, h in enumerate(heads)
+    ]
+    with pytest.raises(UserError, match=r"trained whole \(score.weight\): whole=first takes"):
+        combine_adapters(pair, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    for whole, value in (("first", 1.0), ("mean", 2.5)):
+        combine_adapters(pair, tmp_path / whole, whole=whole, weights=[2.0, 2.0])
+        stored = load_file(tmp_path / whole / "adapter_model.safetensors")[head]
+        assert torch.equal(stored, torch.full((2, 3), value))
+    with pytest.raises(UserError, match="weights add up to zero"):
+        combine_adapters(pair, tmp_path / "new", whole="mean", weights=[1.0, -1.0])
+
+
+def test_mistakes_are_told_and_nothing_is_written(folders, tmp_path):
+    dora = changed(folders[0], tmp_path / "dora", config={"use_dora": True})
+    other = changed(folders[0], tmp_path / "other", config={"base_model_name_or_path": "large"})
+    for chosen, options, message in (
+        (folders, {"method": "tis"}, "Did you mean 'ties'"),
+        (folders, {"method": "linear"}, "needs one rank, and theirs are 2, 4"),
+        (folders, {"weights": [1.0]}, "a number for each of the 3 adapters"),
+        (folders, {"weights": [1.0, 1.0, float("nan")]}, "a number for each"),
+        (folders, {"density": 0.0}, "in .0, 1., got 0.0"),
+        (folders, {"rank": 0}, "rank must be at least 1"),
+        (folders, {"whole": "last"}, "whole must be one of same, first, mean"),
+        ([folders[0], dora], {}, "is a DoRA adapter, whose update is no sum"),
+        ([folders[0], other], {}, "belong to different base models .name tiny and large"),
+        ([folders[0], tmp_path / "none"], {}, "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            combine_adapters(chosen, tmp_path / "new", **options)
+        assert not (tmp_path / "new").exists()
+
+
+def test_the_command(folders, tmp_path, run_cli):
+    both = f"adapter={folders[0]},{folders[1]}"
+    output = tmp_path / "new"
+    status, out, err = run_cli(
+        *("combine", both, "weights=0.5,0.5", "method=svd", "rank=2", f"output={output}")
+    )
+    assert status == 0, err
+    assert f"new adapter: {output}" in out
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    for arguments, message in (
+        ([both], "combine needs output=DIR"),
+        ([f"output={output}"], "combine needs adapter=DIR"),
+        ([both, f"output={output}", "weights=a,b"], "weights: 'a' is not a number"),
+        ([both, f"output={output}", "wieghts=1,1"], "Did you mean 'weights'"),
+    ):
+        status, _, err = run_cli("combine", *arguments)
+        assert status == 2
+        assert message in " ".join(err.split())
