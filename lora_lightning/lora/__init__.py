@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from .config import LoraConfig
     from .errors import UserError
     from .layer import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
+    from .several import AdapterSet
     from .state import load_adapter, read_adapter, save_adapter
     from .summary import Summary
 
 _HOME = {
     "Adapter": "adapter",
+    "AdapterSet": "several",
     "LoraConfig": "config",
     "LoraConv1D": "layer",
     "LoraEmbedding": "layer",
@@ -29,6 +31,7 @@ _HOME = {
 
 __all__ = [
     "Adapter",
+    "AdapterSet",
     "LoraConfig",
     "LoraConv1D",
     "LoraEmbedding",

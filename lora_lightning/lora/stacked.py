@@ -1,8 +1,8 @@
 """Adapters side by side on one frozen model: a batch of which each adapter has a share of the rows.
 
-The rows of a stacked batch belong to slots, equally many to each and in their order. A frozen layer
-is computed once for all of them; what belongs to a slot, its A and B above all, sees the rows of
-that slot alone, through the same products as if it were by itself.
+The rows of a stacked batch belong to slots, in their order; equally many to each, or as is said. A
+frozen layer is computed once for all of them; what belongs to a slot, its A and B above all, sees
+the rows of that slot alone, through the same products as if it were by itself.
 """
 
 from __future__ import annotations
@@ -32,33 +32,42 @@ class Stack:
 
     slots: list[int] = field(default_factory=list)
     """Numbers of the slots, in the order of their rows."""
+    counts: list[int] = field(default_factory=list)
+    """Rows of each; empty: equally many."""
     randomness: Callable[[int], AbstractContextManager[Any]] = lambda slot: nullcontext()
     """Enters a slot's own random state; what is drawn within is the slot's."""
 
     @contextmanager
-    def of(self, slots: list[int]) -> Iterator[None]:
+    def of(self, slots: list[int], counts: list[int] | None = None) -> Iterator[None]:
         """Says whose rows the batch of the block holds."""
-        self.slots = slots
+        self.slots, self.counts = slots, counts or []
         try:
             yield
         finally:
-            self.slots = []
+            self.slots, self.counts = [], []
 
-    def parts(self, rows: int) -> Iterator[tuple[int, slice]]:
-        """Each slot, and its share of so many rows.
+    def parts(self, rows: int, *, inner: int = 1) -> Iterator[tuple[int, slice]]:
+        """Each slot, and its share of so many rows, of which each counts `inner` times.
 
         Raises:
             UserError: the rows cannot be shared out: the model has changed their order or number.
         """
-        each, rest = divmod(rows, len(self.slots))
+        if len(self.slots) == 1:
+            yield self.slots[0], slice(0, rows * inner)
+            return
+        counts = self.counts or [1] * len(self.slots)
+        each, rest = divmod(rows, sum(counts))
         if rest:
             raise UserError(
-                f"a layer of this model sees {rows} rows of {len(self.slots)} stacked adapters, so "
-                "it mixes rows, and its adapters cannot be trained together. Use the process "
-                "launcher: hydra/launcher=process."
+                f"a layer of this model sees {rows} rows of {sum(counts)} that stacked adapters "
+                "share, so it mixes rows, and they cannot go through it together: one adapter at a "
+                "time, in a sweep with hydra/launcher=process."
             )
-        for index, slot in enumerate(self.slots):
-            yield slot, slice(index * each, (index + 1) * each)
+        start = 0
+        for slot, count in zip(self.slots, counts, strict=True):
+            stop = start + count * each * inner
+            yield slot, slice(start, stop)
+            start = stop
 
 
 class StackedLayer(nn.Module):
@@ -83,17 +92,19 @@ class StackedLayer(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         if weight is None or not (autocast or weight.dtype == x.dtype):
             outputs = []
-            slots = [slot for slot, _ in self._stack.parts(x.shape[0])]
-            for slot, own in zip(slots, x.chunk(len(slots)), strict=True):
+            for slot, part in self._stack.parts(x.shape[0]):
                 with self._stack.randomness(slot):
-                    outputs.append(self._layers[slot](own, *args, **kwargs))
+                    outputs.append(self._layers[slot](x[part], *args, **kwargs))
             return torch.cat(outputs)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         bias: Tensor | None = layers[0].base_layer.bias  # type: ignore[assignment, union-attr]
         rows = x.to(dtype).reshape(-1, x.shape[-1])
-        parts = list(self._stack.parts(rows.shape[0]))
+        # By the first dimension: what has one row for all, such as positions, belongs to no slot.
+        inner = rows.shape[0] // max(x.shape[0], 1)
+        parts = list(self._stack.parts(x.shape[0], inner=inner))
         matrices = [matrix for layer in layers for matrix in layer.matrices()]  # type: ignore[operator]
-        linear = _GroupedLinear if x.device.type in GROUPED_ON else _StackedLinear
+        grouped = x.device.type in GROUPED_ON and not self._stack.counts
+        linear = _GroupedLinear if grouped else _StackedLinear
         output: Tensor = linear.apply(
             rows,
             weight.to(dtype),

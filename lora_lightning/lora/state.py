@@ -147,9 +147,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         UserError: see `read_adapter` and `Adapter.load_tensors`.
     """
     raw, tensors = read_adapter(folder)
-    config = from_peft_config(raw)
+    return adapter_from(model, from_peft_config(raw), tensors, folder)
+
+
+def adapter_from(
+    model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path
+) -> Adapter:
+    """Puts an adapter on `model` whose files in `folder` have been read."""
     _refuse_absent_rank(config, tensors, folder)
-    config.modules_to_save = _whole_modules(model, config.modules_to_save, tensors)
+    config.modules_to_save = whole_modules(model, config.modules_to_save, tensors)
     adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
     source = f"adapter {folder}"
     try:
@@ -321,7 +327,7 @@ def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
     return common, dict(sorted(patterns.items()))
 
 
-def _whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:
+def whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:
     """The modules of `model` that a file stores whole, by PEFT's reading of modules_to_save.
 
     PEFT lists "classifier" and "score" for every sequence classifier, whether it has them or not,
