@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import LastCheckpoint, Paused, RunClock
+from .card import write_card
 from .checkpoint import read_checkpoint
 from .config import (
     Settings,
@@ -189,6 +190,7 @@ def _run(
     result["baseline"] = baseline(task, data)
     if trainer.is_global_zero:
         log_hparams(trainer, settings, config, result)
+        write_card(run_dir / ADAPTER, run_dir, settings, module, data, result)
         print_result(result, run_dir, data)
 
 

@@ -1,0 +1,147 @@
+"""The model card, README.md in the folder of an adapter: what it is, and how it was made."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .config import Settings
+from .data.datamodule import LoraDataModule
+from .module import LoraModule
+from .storage import versions
+
+CARD = "README.md"
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+PIPELINES = {"SEQ_CLS": "text-classification"}
+SPLITS = (("train", "training"), ("val", "validation"), ("test", "test"))
+
+
+def write_card(
+    folder: Path,
+    run_dir: Path,
+    settings: Settings,
+    module: LoraModule,
+    data: LoraDataModule,
+    result: dict[str, Any],
+) -> None:
+    """Writes the card of what a run has trained.
+
+    Args:
+        folder: of the adapter, or of the whole model.
+        run_dir: the run's, which knows the command.
+        settings: the run's.
+        module: the trained module.
+        data: what it was trained on.
+        result: the run's numbers.
+    """
+    parts = [
+        _front_matter(settings, module),
+        _title(settings, module),
+        _use(settings, module),
+        _data(settings, data),
+        _results(result),
+        _making(settings, module, result, run_dir),
+    ]
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(settings: Settings, module: LoraModule) -> str:
+    """What the hub reads; a base that is no hub name is left out, which the hub would refuse."""
+    lines = ["---"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model.name_or_path):
+        lines.append(f"base_model: {settings.model.name_or_path}")
+    if settings.data.path:
+        lines += ["datasets:", f"- {settings.data.path}"]
+    if settings.lora is not None:
+        lines.append("library_name: peft")
+    lines.append(f"pipeline_tag: {PIPELINES.get(module.task.peft_task_type, 'text-generation')}")
+    lines += ["tags:", *([] if settings.lora is None else ["- lora"]), "- lora_lightning", "---"]
+    return "\n".join(lines)
+
+
+def _title(settings: Settings, module: LoraModule) -> str:
+    task, base = settings.task["name"], settings.model.name_or_path
+    if settings.lora is None:
+        return f"# {task}: {base}, fine-tuned whole"
+    return f"# {task}: a LoRA adapter of {base}"
+
+
+def _use(settings: Settings, module: LoraModule) -> str:
+    predict = 'lora-lightning predict adapter=THIS_FOLDER text="..."'
+    lines = ["## Use", "", "```bash", predict, "```"]
+    kind, base = CLASSES.get(module.task.peft_task_type), settings.model.name_or_path
+    labels = module.task.state().get("labels")
+    if settings.lora is not None and kind is not None and "://" not in base:
+        count = f", num_labels={len(labels)}" if labels else ""
+        lines += ["", "```python", "from peft import PeftModel", f"from transformers import {kind}"]
+        lines += ["", f'base = {kind}.from_pretrained("{base}"{count})']
+        lines += ['model = PeftModel.from_pretrained(base, "THIS_FOLDER")', "```"]
+    if labels:
+        lines += ["", f"Labels, in order: {', '.join(map(str, labels))}."]
+    return "\n".join(lines)
+
+
+def _data(settings: Settings, data: LoraDataModule) -> str:
+    counts = [f"{len(data.encoded[key]):,} {name}" for key, name in SPLITS if data.has(key)]
+    named = {
+        key: Path(str(value)).name
+        for key in ("train", "val", "test")
+        if (value := getattr(settings.data, key))
+    }
+    source = settings.data.path or ", ".join(dict.fromkeys(named.values())) or "the package's own"
+    return f"## Data\n\n{source}: {', '.join(counts)} rows."
+
+
+def _results(result: dict[str, Any]) -> str:
+    """A table of the final metrics, with those before training where they were measured."""
+    before = result.get("before") or {}
+    names = sorted(name for name in result if name.startswith(("val/", "test/")))
+    lines = ["## Results", "", "| metric | before training | after |", "|---|---|---|"]
+    for name in names:
+        was = f"{before[name]:.4f}" if name in before else ""
+        lines.append(f"| {name} | {was} | {result[name]:.4f} |")
+    baseline = result.get("baseline") or {}
+    for name in sorted(baseline):
+        if name != "name":
+            lines.append(f"| {name}, {baseline['name']} | | {baseline[name]:.4f} |")
+    return "\n".join(lines)
+
+
+def _making(settings: Settings, module: LoraModule, result: dict[str, Any], run_dir: Path) -> str:
+    share = 100 * result["trainable_parameters"] / result["total_parameters"]
+    lines = ["## How it was made", ""]
+    if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():
+        typed = [str(item) for item in OmegaConf.load(overrides)]
+        kept = [item for item in typed if not item.lstrip("+").startswith(("output_dir=", "hydra"))]
+        lines += ["```bash", shlex.join(["lora-lightning", "train", *kept]), "```", ""]
+    values = {"learning rate": settings.optim.lr, "optimizer": settings.optim.name}
+    lora = settings.lora
+    if lora is not None:
+        values = {
+            "rank": lora.rank,
+            "alpha": lora.alpha_of(""),
+            "scaling": lora.scaling_of(""),
+            "targets": lora.targets,
+            "first values": lora.init,
+            "DoRA": lora.use_dora,
+            "dropout": lora.dropout,
+            **values,
+        }
+    values |= {
+        "steps": result["steps"],
+        "trained parameters": f"{result['trainable_parameters']:,} ({share:.2f} %)",
+        "seconds": round(result["seconds"]),
+        "peak memory, MiB": round(result["peak_memory_mib"]),
+        "seed": result["seed"],
+    }
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in values.items()), ""]
+    lines.append(", ".join(f"{name} {number}" for name, number in versions().items()) + ".")
+    return "\n".join(lines)
