@@ -202,6 +202,8 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
 
     gap = merge(folder, plain["output"], model=changes)
     print(f"merged model: {plain['output']}")
+    if kind := changes.get("quantization"):
+        print(f"trained on a base in {kind}; merged into the base as it was before")
     print(f"largest logit gap between adapter and merged model: {gap:.3g}")
 
 

@@ -227,7 +227,8 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         The largest difference of a logit between the adapter model and the merged model as it
         stands on disk, over a few texts.
     """
-    module = load_trained(folder, model=model, device="cpu")
+    # An adapter of a quantised base is merged into the base as it was before.
+    module = load_trained(folder, model={**(model or {}), "quantization": None}, device="cpu")
     if module.adapter is None:
         raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")
     assert module.model is not None

@@ -19,6 +19,7 @@ from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
 from .parallel import Shards, loading_options, take_whole, whole
+from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
 
 PACKAGE_SCHEME = "pkg://"
@@ -327,9 +328,11 @@ def _from_pretrained(
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
+        model_config = load_model_config(config)
+        options |= quantization_options(auto_class, model_config, config)
         sharding = loading_options(
             auto_class,
-            load_model_config(config),
+            model_config,
             shards,
             trust_remote_code=config.trust_remote_code,
         )
@@ -353,6 +356,7 @@ def _from_pretrained(
             f"{config.name_or_path} lacks most weights of a {type(model).__name__} "
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
+    train_in_one_format(model)
     if not torch.cuda.is_available():
         prepare_for_cpu(model, checkpoints=config.gradient_checkpointing)
     if config.gradient_checkpointing:

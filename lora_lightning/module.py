@@ -118,6 +118,7 @@ class LoraModule(L.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
         self.shards = self._find_shards()
+        self._check_quantization()
         if self.lora_config is not None:
             self._check_variant(self.lora_config)
         with torch.random.fork_rng():
@@ -143,6 +144,19 @@ class LoraModule(L.LightningModule):
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(read_checkpoint(self.start_from)["state_dict"])
         self._check_monitor()
+
+    def _check_quantization(self) -> None:
+        kind = self.model_config.quantization
+        if kind is not None and self.lora_config is None:
+            raise UserError(
+                f"model.quantization={kind} freezes the base, and lora=full trains it: leave out "
+                "one of them."
+            )
+        if kind is not None and self.shards is not None:
+            raise UserError(
+                f"model.quantization={kind} and a base in shares do not go together: use "
+                "trainer=ddp, or model.quantization=null."
+            )
 
     def _check_variant(self, config: LoraConfig) -> None:
         if self.shards is not None and (config.use_dora or config.starts_from_weight):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from .callbacks import RunClock
 from .config import Settings
 from .data.datamodule import LoraDataModule
+from .lora.summary import count
 from .module import LoraModule
 from .storage import ADAPTER, folder_bytes, peak_memory_mib
 from .tasks import Task
@@ -49,7 +50,7 @@ def measured(
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
+        "total_parameters": count(parameters),
         "adapter_bytes": folder_bytes(adapter) if adapter.is_dir() else 0,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

@@ -14,6 +14,7 @@ PAUSE = "pause.json"
 """In the folder of a sweep's job: the share of its steps at which it pauses (halving)."""
 OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 """Groups of the config that are ours, of plain values; they are kept with an adapter."""
+QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_METRICS = ("rouge", "bleu", "chrf")
 MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
@@ -32,6 +33,8 @@ class ModelConfig:
     dtype: str = "auto"
     """Type of the frozen weights: float32, bfloat16, float16, or auto: that of trainer.precision
     (32-true, bf16-true), and as stored where there is none to go by."""
+    quantization: str | None = None
+    """nf4 or int8: the frozen linear layers in 4 or 8 bits (extra [quant]). None: not so."""
     attn_implementation: str | None = None
     """Attention kernel: eager, sdpa, flash_attention_2 ... None: the library's choice."""
     gradient_checkpointing: bool = False
@@ -48,6 +51,15 @@ class ModelConfig:
             raise UserError(
                 f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
                 f"{did_you_mean(self.dtype, DTYPES)}"
+            )
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise UserError(
+                f"model.quantization must be one of {', '.join(QUANTIZATIONS)} or null, got "
+                f"{self.quantization!r}.{did_you_mean(str(self.quantization), QUANTIZATIONS)}"
+            )
+        if self.quantization and self.compile:
+            raise UserError(
+                "model.compile and model.quantization do not go together: leave out one of them."
             )
         if self.compile not in (None, "layer"):
             raise UserError(f"model.compile must be layer or null, got {self.compile!r}.")

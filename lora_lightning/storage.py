@@ -193,9 +193,12 @@ def writable(run_dir: Path) -> None:
 
 
 def base_fingerprint(module: LoraModule) -> str:
-    """Tells the frozen base apart from another of the same shape; "" where all is trained."""
+    """Tells the frozen base apart from another of the same shape.
+
+    It is "" where all is trained, and where the base is quantised, which changes its weights.
+    """
     assert module.model is not None
-    if module.adapter is None:
+    if module.adapter is None or module.model_config.quantization is not None:
         return ""
     trained = {id(tensor) for tensor in module.trainable_tensors().values()}
     return fingerprint(

@@ -79,7 +79,7 @@ def cannot_share(config: DictConfig) -> str | None:
         return f"trainer.devices={devices}: a pack has one device"
     if not isinstance(config.trainer.get("strategy", "auto"), str):
         return "trainer.strategy: a pack has one device, which holds all of the base"
-    for key in ("compile", "gradient_checkpointing", "offload_activations"):
+    for key in ("compile", "gradient_checkpointing", "offload_activations", "quantization"):
         if config.model.get(key):
             return f"model.{key}"
     return None

@@ -14,7 +14,7 @@ from .dora import dora_class_for
 from .errors import UserError
 from .layer import LoraLayer, lora_class_for
 from .match import Match, match_targets, modules_to_save
-from .summary import Summary, SummaryRow
+from .summary import Summary, SummaryRow, count
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -322,7 +322,7 @@ class Adapter:
                 for name in self.saved_modules
             },
             trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            total=sum(p.numel() for p in self.model.parameters()),
+            total=count(self.model.parameters()),
         )
 
 

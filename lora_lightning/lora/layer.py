@@ -117,9 +117,10 @@ class LoraLayer(nn.Module):
         return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
 
     def dense_weight(self) -> Tensor:
-        """The frozen weight as (out, in)."""
-        weight = self._pristine_weight[0] if self._pristine_weight else self.base_layer.weight
-        return self._turned(weight.detach())  # type: ignore[operator]
+        """The frozen weight as (out, in); of a quantised layer what it stands for."""
+        if self._pristine_weight:
+            return self._turned(self._pristine_weight[0].detach())
+        return self._turned(dequantized(self.base_layer))
 
     @staticmethod
     def _turned(matrix: Tensor) -> Tensor:
@@ -304,6 +305,22 @@ def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
         # nn.Bilinear has in1_features; only layers of the shape of nn.Linear pass.
         return LoraLinear
     return None
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """A layer's weight in floating point, whatever it is stored as."""
+    weight: Any = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        state: Any = layer.state  # where the first pass has moved them
+        scales = state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    return weight.detach()  # type: ignore[no-any-return]
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import nn
+
+
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers parameters stand for; 4-bit weights hold two in a byte."""
+    shapes = (getattr(p, "quant_state", p).shape for p in parameters)
+    return sum(shape.numel() for shape in shapes)
 
 
 @dataclass(frozen=True)

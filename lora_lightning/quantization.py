@@ -1,0 +1,69 @@
+"""Quantised bases: frozen weights in 4 or 8 bits, through transformers and bitsandbytes.
+
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the base's linear layers hold NF4 or int8, are taken
+apart for each product, and get no gradient; the adapter on them is LoRA as ever.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lora import UserError
+from .lora.match import head_modules
+from .settings import ModelConfig
+
+
+def quantization_options(
+    auto_class: Any, model_config: Any, config: ModelConfig, **settings: Any
+) -> dict[str, Any]:
+    """Arguments of from_pretrained that load a quantised base; none where it is not to be.
+
+    The heads stay as they are: they are trained whole, or give the logits.
+
+    Args:
+        auto_class: the class of transformers that loads.
+        model_config: the base's config.
+        config: our settings of it.
+        settings: further settings of the model's config, such as num_labels.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={config.quantization} needs bitsandbytes: "
+            'pip install "lora_lightning[quant]".'
+        )
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        bare = auto_class.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    four = config.quantization == "nf4"
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[name.rpartition(".")[2] for name in head_modules(bare)],
+        )
+    }
+
+
+def train_in_one_format(model: nn.Module) -> None:
+    """Keeps 4-bit layers from repacking their weights in evaluation.
+
+    Where a CPU multiplies bf16, bitsandbytes packs weights at the first pass without gradients to a
+    format of which it knows no backward pass; a validation would break the training after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,0 +1,181 @@
+"""Quantised bases: LoRA on them is LoRA on the dense weights that they stand for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from lora_lightning.inference import load_trained
+from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
+from lora_lightning.lora.layer import dequantized
+from lora_lightning.modeling import load_classifier, load_generator
+from lora_lightning.settings import ModelConfig
+
+KINDS = ("nf4", "int8")
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+def generator(folder, kind=None) -> nn.Module:
+    config = ModelConfig(str(folder), quantization=kind, dtype="float32")
+    return load_generator(config, AutoTokenizer.from_pretrained(folder)).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def dense_twin(model, folder) -> nn.Module:
+    """The unquantised model with the values that the quantised weights stand for."""
+    twin = generator(folder)
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(dequantized(model.get_submodule(name)))
+    return twin
+
+
+def adapted(model, **settings) -> Adapter:
+    adapter = Adapter(model, LoraConfig(rank=3, **settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapter.named_tensors().values():
+            if tensor.requires_grad and tensor.dim() == 2:
+                tensor.normal_(std=0.1)
+    return adapter
+
+
+def gradients(adapter) -> dict[str, torch.Tensor]:
+    adapter.model.zero_grad()
+    adapter.model.train()
+    adapter.model(input_ids=IDS).logits.square().mean().backward()
+    adapter.model.eval()
+    return {name: t.grad.clone() for name, t in adapter.named_tensors().items() if t.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_it_is_lora_on_what_the_weights_stand_for(kind, settings, tiny_llama):
+    """Logits and gradients; those after an evaluation too, in which nothing may be repacked."""
+    model = generator(tiny_llama, kind)
+    twin = dense_twin(model, tiny_llama)
+    assert not torch.equal(logits(twin), logits(generator(tiny_llama)))
+    ours, truth = (adapted(base, **settings) for base in (model, twin))
+    before = gradients(ours)
+    # int8 takes its inputs in 8 bits in evaluation, by the library's design
+    close = {"rtol": 1e-4, "atol": 1e-4} if kind == "nf4" else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(logits(model), logits(twin), **close)
+    expected = gradients(truth)
+    for found in (before, gradients(ours)):
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_from_the_weights(kind, tiny_llama):
+    """PiSSA's part is that of the dequantised weight, and the model is what it was."""
+    model = generator(tiny_llama, kind)
+    base = logits(model)
+    adapter = Adapter(model, LoraConfig(rank=3, init="pissa"))
+    torch.testing.assert_close(logits(model), base, rtol=1e-3, atol=1e-3)
+    layer = next(iter(adapter.layers.values()))
+    weight = dequantized(layer.base_layer).double()
+    u, s, vt = torch.linalg.svd(weight)
+    part = layer.scaling * layer.first_B.double() @ layer.first_A.double()
+    torch.testing.assert_close(part, u[:, :3] * s[:3] @ vt[:3], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_is_pefts_on_the_same_base(kind, tiny_llama, tmp_path):
+    model = generator(tiny_llama, kind)
+    adapter = adapted(model)
+    save_adapter(adapter, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(generator(tiny_llama, kind), tmp_path).eval()
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("nf4", 0.12, 0.16), ("int8", 0.24, 0.28)])
+def test_bytes(kind, least, most, tiny_llama):
+    """Of the linear layers: 4 bits or 8 of 32; heads as they were."""
+
+    def size(model) -> float:
+        return sum(
+            p.numel() * p.element_size()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "lm_head" not in name
+            for p in module.parameters()
+        )
+
+    model = generator(tiny_llama, kind)
+    assert least < size(model) / size(generator(tiny_llama)) < most
+    assert type(model.lm_head) is nn.Linear
+    whole = sum(p.numel() for p in generator(tiny_llama).parameters())
+    adapter = Adapter(model, LoraConfig(rank=1))
+    assert adapter.summary().total - adapter.summary().trainable == whole
+    with pytest.raises(UserError, match="its weight is quantised"):
+        adapter.merge()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_head_is_not_quantised(kind, tiny_bert):
+    config = ModelConfig(str(tiny_bert), quantization=kind)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    model, whole = load_classifier(config, tokenizer, ["a", "b"])
+    assert type(model.classifier) is nn.Linear
+    assert type(model.bert.encoder.layer[0].attention.self.query) is not nn.Linear
+    Adapter(model, LoraConfig(modules_to_save=whole))
+
+
+def test_a_run_with_all_that_follows(fast, tiny_bert, rows_jsonl, tmp_path, run_cli):
+    """Train, predict on the quantised base, go on exactly, and merge into the base as it was."""
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    where += ["model.quantization=nf4", "trainer.max_epochs=2", "optim.lr=1e-2"]
+    run = tmp_path / "run"
+    status, _, err = run_cli("train", *where, f"output_dir={run}")
+    assert status == 0, err
+    module = load_trained(run / "adapter")
+    assert type(module.model.bert.encoder.layer[0].attention.self.query.base_layer) is not nn.Linear
+    assert json.loads((run / "result.json").read_text())["total_parameters"] > 20_000
+
+    status, out, err = run_cli(
+        "merge", f"adapter={run / 'adapter'}", f"output={tmp_path / 'merged'}"
+    )
+    assert status == 0, err
+    assert "trained on a base in nf4; merged into the base as it was before" in out
+    plain = load_trained(run / "adapter", model={"quantization": None})
+    name = "bert.encoder.layer.0.attention.self.query"
+    layer = plain.adapter.layers[name]
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+    expected = layer.base_layer.weight + layer.delta_weight()
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.quantization=nf5"], "Did you mean 'nf4'"),
+        (["model.quantization=nf4", "lora=full"], "freezes the base, and lora=full trains it"),
+        (["model.quantization=int8", "model.compile=layer"], "do not go together"),
+    ],
+)
+def test_mistakes_are_told(settings, message, fast, tiny_bert, rows_jsonl, tmp_path, run_cli):
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    status, _, err = run_cli("train", *where, *settings, f"output_dir={tmp_path / 'run'}")
+    assert status == 2
+    assert message in " ".join(err.split())
+
+
+def test_the_library_that_is_missing_is_told(tiny_llama, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    with pytest.raises(UserError, match=r'pip install "lora_lightning\[quant\]"'):
+        generator(tiny_llama, "nf4")
