@@ -14,12 +14,13 @@ from . import cluster
 from .launch.queue import end_with_parent
 from .usage import FULL_ERROR, HELP
 
-VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "combine", "report")
+VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "combine", "export", "report")
 PLAIN_KEYS = {
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
     "chat": ("adapter",),
     "merge": ("adapter", "output"),
+    "export": ("adapter", "output", "format", "check"),
     "combine": ("adapter", "output", "weights", "method", "rank", "density", "whole", "seed"),
 }
 EXIT_USER_ERROR = 2
@@ -74,6 +75,7 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
             "chat": _chat,
             "merge": _merge,
             "combine": _combine,
+            "export": _export,
         }
         actions[verb](plain, overrides)
 
@@ -207,15 +209,55 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     print(f"largest logit gap between adapter and merged model: {gap:.3g}")
 
 
-def _combine(plain: dict[str, str], others: list[str]) -> None:
+def _export(plain: dict[str, str], others: list[str]) -> None:
     from .lora.errors import UserError, did_you_mean
 
+    _none_but_known("export", others)
+    source = _need(plain, "adapter", "export")
+    form, engines = plain.get("format", "peft"), _listed(plain.get("check", ""))
+    if form not in ("peft", "canonical"):
+        hint = did_you_mean(form, ("peft", "canonical"))
+        raise UserError(
+            f"format must be peft or canonical, got {form!r}.{hint} A merged model is written by "
+            "lora-lightning merge."
+        )
+    if "output" not in plain and not engines:
+        raise UserError("export needs output=DIR, or check=vllm,lorax, or both.")
+    from .portable import engine_problems, write_canonical
+
+    folder = source
+    if "output" in plain:
+        folder = Path(plain["output"]).expanduser()
+        if form == "canonical":
+            rank, rounding = write_canonical(source, folder)
+            print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
+        else:
+            from .stored import copy_adapter
+
+            copy_adapter(source, folder)
+            print(f"{folder}: the files of PEFT")
+    refused = {name: found for name in engines if (found := engine_problems(folder, name))}
+    for name in engines:
+        print(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
+    if refused:
+        raise UserError(f"{folder} is not for {', '.join(refused)}, for the reasons above.")
+
+
+def _none_but_known(verb: str, others: list[str]) -> None:
+    from .lora.errors import UserError, did_you_mean
+
+    known = PLAIN_KEYS[verb]
     for other in others:
         key = other.partition("=")[0]
-        known = PLAIN_KEYS["combine"]
         raise UserError(
-            f"combine knows no {key}.{did_you_mean(key, known)} It takes {', '.join(known)}."
+            f"{verb} knows no {key}.{did_you_mean(key, known)} It takes {', '.join(known)}."
         )
+
+
+def _combine(plain: dict[str, str], others: list[str]) -> None:
+    from .lora.errors import UserError
+
+    _none_but_known("combine", others)
     _need(plain, "adapter", "combine")
     if "output" not in plain:
         raise UserError("combine needs output=DIR: where the new adapter goes.")

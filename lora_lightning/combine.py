@@ -4,69 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .lora import LoraConfig, UserError, read_adapter
+from .lora import UserError
 from .lora.combine import METHODS, Update, combine
 from .lora.errors import did_you_mean
-from .lora.state import CONFIG_NAME, PREFIX, WEIGHTS_NAME, from_peft_config, replaced_folder
 from .storage import SIDECAR
+from .stored import Stored, write_like
 
-PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 WHOLE = ("same", "first", "mean")
-
-
-@dataclass
-class _Stored:
-    """An adapter folder, taken apart."""
-
-    folder: Path
-    raw: dict[str, Any]
-    config: LoraConfig
-    updates: dict[str, tuple[Update, tuple[str, str]]]
-    """Update and the leaves of its tensors, by module."""
-    rest: dict[str, Tensor]
-    """Whole modules and biases."""
-
-    @classmethod
-    def read(cls, folder: Path) -> _Stored:
-        raw, tensors = read_adapter(folder)
-        config = from_peft_config(raw)
-        if config.use_dora:
-            raise UserError(
-                f"{folder} is a DoRA adapter, whose update is no sum: merge it into its base "
-                "(lora-lightning merge), or train with lora.use_dora=false."
-            )
-        updates, rest = {}, dict(tensors)
-        for name in tensors:
-            for a, b in PAIRS:
-                if name.endswith(f".{a}"):
-                    module = name.removesuffix(f".{a}")
-                    if f"{module}.{b}" not in rest:
-                        raise UserError(f"{folder}: {WEIGHTS_NAME} holds no {module}.{b}.")
-                    pair = rest.pop(name), rest.pop(f"{module}.{b}")
-                    _check_pair(folder, module, pair)
-                    updates[module] = Update(*pair, config.scaling_of(module)), (a, b)
-        return cls(folder, raw, config, updates, rest)
-
-
-def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:
-    a, b = pair
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise UserError(
-            f"{folder}: A and B of {module} are {tuple(a.shape)} and {tuple(b.shape)}, which do "
-            "not fit together."
-        )
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise UserError(f"{folder} holds values that are not finite in {module}.")
 
 
 def combine_adapters(
@@ -113,7 +64,7 @@ def combine_adapters(
         raise UserError(f"density is the share of entries kept, in (0, 1], got {density}.")
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}.")
-    stored = [_Stored.read(Path(folder)) for folder in folders]
+    stored = [Stored.read(Path(folder)) for folder in folders]
     if weights is None:  # ties takes a mean by itself
         weights = [1.0 if "ties" in method else 1.0 / len(stored)] * len(stored)
     if len(weights) != len(stored) or not all(map(math.isfinite, weights)):
@@ -149,7 +100,7 @@ def combine_adapters(
         a, b = own[0][0].updates[module][1]
         tensors[f"{module}.{a}"], tensors[f"{module}.{b}"] = new.lora_A, new.lora_B
         new_ranks[module] = new.lora_A.shape[0]
-    _write(stored[0].folder, Path(output), tensors, _config(stored, new_ranks))
+    write_like(stored[0].folder, Path(output), tensors, _config(stored, new_ranks))
     return math.sqrt(missed / total) if total else 0.0
 
 
@@ -159,7 +110,7 @@ def _squares(update: Update) -> float:
     return max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0) * update.scaling**2
 
 
-def _check_shapes(module: str, own: list[tuple[_Stored, float]]) -> None:
+def _check_shapes(module: str, own: list[tuple[Stored, float]]) -> None:
     shapes = {
         (update.lora_B.shape[0], update.lora_A.shape[1])
         for update in (one.updates[module][0] for one, _ in own)
@@ -168,7 +119,7 @@ def _check_shapes(module: str, own: list[tuple[_Stored, float]]) -> None:
         raise UserError(f"{module} has different shapes in these adapters: {sorted(shapes)}.")
 
 
-def _check_same_base(stored: list[_Stored]) -> None:
+def _check_same_base(stored: list[Stored]) -> None:
     """Raises UserError unless the adapters belong to one base, as far as their files tell."""
     first = stored[0]
     for other in stored[1:]:
@@ -182,7 +133,7 @@ def _check_same_base(stored: list[_Stored]) -> None:
                 )
 
 
-def _base_of(stored: _Stored) -> dict[str, Any]:
+def _base_of(stored: Stored) -> dict[str, Any]:
     try:
         sidecar = json.loads((stored.folder / SIDECAR).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -191,9 +142,7 @@ def _base_of(stored: _Stored) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "name": stored.raw.get("base_model_name_or_path")}
 
 
-def _whole_modules(
-    stored: list[_Stored], weights: Sequence[float], whole: str
-) -> dict[str, Tensor]:
+def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -> dict[str, Tensor]:
     first = stored[0].rest
     for other in stored[1:]:
         if other.rest.keys() != first.keys() or any(
@@ -226,7 +175,7 @@ def _whole_modules(
     }
 
 
-def _config(stored: list[_Stored], ranks: dict[str, int]) -> dict[str, Any]:
+def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
     """The new adapter_config.json: alpha is the rank, so that the scaling is 1 everywhere."""
     targets = [one.raw["target_modules"] for one in stored]
     lists = all(isinstance(names, list) for names in targets)
@@ -251,14 +200,3 @@ def _config(stored: list[_Stored], ranks: dict[str, int]) -> dict[str, Any]:
         )
         or None,
     }
-
-
-def _write(first: Path, output: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    with replaced_folder(output, marker=CONFIG_NAME) as staging:
-        for path in first.iterdir():
-            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
-                shutil.copyfile(path, staging / path.name)
-        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        prefixed = {PREFIX + name: tensors[name].contiguous() for name in sorted(tensors)}
-        save_file(prefixed, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)

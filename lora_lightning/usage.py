@@ -15,6 +15,7 @@ Verbs
   chat      talk with a generative adapter               lora-lightning chat adapter=DIR
   report    compare the runs of a sweep                  lora-lightning report SWEEP_DIR
   merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
+  export    for other engines, and whether they take it  lora-lightning export adapter=D check=vllm
   combine   a new adapter from several, or one scaled    lora-lightning combine adapter=A,B output=C
 
 The settings used most (train, check)

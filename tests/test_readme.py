@@ -19,7 +19,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 OURS = [shlex.split(line) for line in COMMANDS if line.startswith("lora-lightning")]
 EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
 QUICK = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
-VERBS_RUN = ("predict", "evaluate", "merge", "combine", "chat")
+VERBS_RUN = ("predict", "evaluate", "merge", "combine", "export", "chat")
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
@@ -123,6 +123,9 @@ def test_python_examples_run(number, tmp_path, monkeypatch, run_cli):
     code = EXAMPLES[number]
     if "outputs/demo" in code:
         assert run_cli("train", "output_dir=outputs/demo", *QUICK)[0] == 0
+    if "outputs/half" in code:
+        half = ("adapter=outputs/demo/adapter", "weights=0.5", "output=outputs/half")
+        assert run_cli("combine", *half)[0] == 0
     exec(compile(code, f"README example {number}", "exec"), {})
 
 

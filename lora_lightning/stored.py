@@ -1,0 +1,99 @@
+"""Adapter folders as data, without their base model: taken apart, and written anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .lora import LoraConfig, UserError, read_adapter
+from .lora.combine import Update
+from .lora.state import CONFIG_NAME, PREFIX, WEIGHTS_NAME, from_peft_config, replaced_folder
+
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+@dataclass
+class Stored:
+    """An adapter folder, taken apart."""
+
+    folder: Path
+    raw: dict[str, Any]
+    config: LoraConfig
+    updates: dict[str, tuple[Update, tuple[str, str]]]
+    """Update and the leaves of its tensors, by module."""
+    rest: dict[str, Tensor]
+    """Whole modules and biases."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Stored:
+        """Reads a folder.
+
+        Raises:
+            UserError: it is no LoRA adapter, or one whose update is no product of A and B (DoRA).
+        """
+        raw, tensors = read_adapter(folder)
+        config = from_peft_config(raw)
+        if config.use_dora:
+            raise UserError(
+                f"{folder} is a DoRA adapter, whose update is no sum: merge it into its base "
+                "(lora-lightning merge), or train with lora.use_dora=false."
+            )
+        updates, rest = {}, dict(tensors)
+        for name in tensors:
+            for a, b in PAIRS:
+                if name.endswith(f".{a}"):
+                    module = name.removesuffix(f".{a}")
+                    if f"{module}.{b}" not in rest:
+                        raise UserError(f"{folder}: {WEIGHTS_NAME} holds no {module}.{b}.")
+                    pair = rest.pop(name), rest.pop(f"{module}.{b}")
+                    _check_pair(folder, module, pair)
+                    updates[module] = Update(*pair, config.scaling_of(module)), (a, b)
+        return cls(folder, raw, config, updates, rest)
+
+
+def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:
+    a, b = pair
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{folder}: A and B of {module} are {tuple(a.shape)} and {tuple(b.shape)}, which do "
+            "not fit together."
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise UserError(f"{folder} holds values that are not finite in {module}.")
+
+
+def write_like(
+    first: Path, output: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    """Writes an adapter folder with what else is in `first`: tokenizer, settings of the task."""
+    with replaced_folder(output, marker=CONFIG_NAME) as staging:
+        for path in first.iterdir():
+            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+                shutil.copyfile(path, staging / path.name)
+        _write_files(staging, config, tensors)
+
+
+def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    prefixed = {PREFIX + name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(prefixed, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+
+
+def copy_adapter(folder: Path, output: Path) -> None:
+    """Writes the two files of PEFT, read and checked, and nothing else.
+
+    Raises:
+        UserError: the folder holds no LoRA adapter, or one that is damaged.
+    """
+    raw, tensors = read_adapter(folder)
+    from_peft_config(raw)
+    with replaced_folder(output, marker=CONFIG_NAME) as staging:
+        _write_files(staging, raw, tensors)

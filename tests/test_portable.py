@@ -1,0 +1,136 @@
+"""Adapters for other engines: an engine that reads r and alpha alone computes what we compute."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
+from lora_lightning.portable import engine_problems, write_canonical
+
+IDS = torch.arange(12).view(2, 6)
+PATTERNS = {
+    "rank": 4,
+    "alpha": 6,
+    "rank_pattern": {"q_proj": 7, "down_proj": 1},
+    "alpha_pattern": {"v_proj": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama):
+    return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+
+
+def stored(base, folder, **settings):
+    adapter = Adapter(base(), LoraConfig(**settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapter.named_tensors().values():
+            tensor.normal_(std=0.2)
+    return save_adapter(adapter, folder)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def read_by_rule(base, folder) -> torch.Tensor:
+    """The outputs of an engine that reads r, lora_alpha and use_rslora, as vLLM and LoRAX do."""
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    root = math.sqrt(raw["r"]) if raw["use_rslora"] else raw["r"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    model = base()
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = tensors[name.replace("lora_A", "lora_B")]
+            with torch.no_grad():
+                model.get_submodule(module).weight += raw["lora_alpha"] / root * (b @ a)
+    return logits(model)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_canonical(rslora, base, tmp_path):
+    source = stored(base, tmp_path / "source", use_rslora=rslora, **PATTERNS)
+    expected = logits(load_adapter(base(), source).model)
+    assert not torch.allclose(read_by_rule(base, source), expected, atol=1e-2)
+
+    rank, rounding = write_canonical(source, tmp_path / "new")
+    assert rank == 7
+    assert rounding < 1e-7
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(read_by_rule(base, tmp_path / "new"), expected, **close)
+    ours = logits(load_adapter(base(), tmp_path / "new").model)
+    theirs = logits(peft.PeftModel.from_pretrained(base(), tmp_path / "new"))
+    torch.testing.assert_close(ours, expected, **close)
+    torch.testing.assert_close(theirs, expected, **close)
+
+
+def test_what_is_canonical_already_keeps_its_bytes(base, tmp_path):
+    source = stored(base, tmp_path / "source", rank=3, alpha=5)
+    assert write_canonical(source, tmp_path / "new") == (3, 0.0)
+    name = "adapter_model.safetensors"
+    assert (source / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "vllm", "lorax"),
+    [
+        ({"rank": 8}, "", ""),
+        ({"rank": 8, "use_rslora": True, "init": "pissa"}, "", ""),
+        (PATTERNS, "ranks or alphas of single modules", "ranks or alphas of single modules"),
+        ({"use_dora": True}, "DoRA", "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)", "trained whole (lm_head)"),
+        ({"rank": 600, "targets": ["q_proj"]}, "rank 600, above --max-lora-rank's most", ""),
+        ({"layers": [1]}, "", "only some layers of mlp.down_proj"),
+        ({"targets": ["embed_tokens", "q_proj"]}, "", "an adapter on an embedding"),
+    ],
+)
+def test_rules(settings, vllm, lorax, base, tmp_path):
+    folder = stored(base, tmp_path / "a", **settings)
+    for engine, expected in (("vllm", vllm), ("lorax", lorax)):
+        found = engine_problems(folder, engine)
+        assert len(found) == bool(expected), found
+        assert expected in "; ".join(found)
+
+
+def test_the_command(base, tmp_path, run_cli):
+    source = stored(base, tmp_path / "source", **PATTERNS)
+    where = f"adapter={source}"
+    status, out, err = run_cli("export", where, "check=vllm,lorax")
+    assert status == 2
+    assert "vllm: ranks or alphas of single modules, which it does not read" in out
+    assert "is not for vllm, lorax" in " ".join(err.split())
+    output = tmp_path / "new"
+    arguments = ("export", where, f"output={output}", "format=canonical", "check=vllm,lorax")
+    status, out, err = run_cli(*arguments)
+    assert status == 0, err
+    assert f"{output}: rank 7 and one alpha" in out
+    assert "vllm: takes it" in out
+    status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
+    assert status == 0
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    for arguments, message in (
+        ([where], "export needs output=DIR, or check="),
+        ([where, "check=vlm"], "Did you mean 'vllm'"),
+        ([where, "format=canon", f"output={output}"], "Did you mean 'canonical'"),
+        ([where, "fromat=peft"], "Did you mean 'format'"),
+    ):
+        status, _, err = run_cli("export", *arguments)
+        assert status == 2
+        assert message in " ".join(err.split())
+
+
+def test_dora_is_refused(base, tmp_path):
+    folder = stored(base, tmp_path / "a", use_dora=True)
+    with pytest.raises(UserError, match="is a DoRA adapter"):
+        write_canonical(folder, tmp_path / "new")
