@@ -41,6 +41,17 @@ class Paused(Exception):
         self.rung = rung
 
 
+def _steps_between_validations(trainer: L.Trainer) -> float:
+    """Optimizer steps from one validation to the next."""
+    count, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    between = float(trainer.val_check_batch or math.inf)
+    if trainer.check_val_every_n_epoch is None:  # counted over all epochs
+        return between / count
+    if between < batches:
+        return between / count
+    return math.ceil(batches / count) * trainer.check_val_every_n_epoch
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a killed run goes on exactly.
 
@@ -58,6 +69,8 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
         """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
+        self.rungs: list[float] = []
+        """Shares of all steps of all rungs, this one and others."""
         self.signals: StopSignals | None = None
         """Tells when the run is to save and end."""
         self._told = 0
@@ -72,7 +85,16 @@ class LastCheckpoint(Checkpoint):
         if share * planned < 1:
             raise UserError(
                 f"launcher.halving: a rung at {share:.3g} of {planned} optimizer steps is less "
-                "than one step. Give fewer rungs or a smaller eta."
+                "than one step. Give fewer rungs, a smaller eta, or a larger min_resource."
+            )
+        interval = _steps_between_validations(trainer)
+        at = [interval * max(1, math.ceil(rung * planned / interval - 0.5)) for rung in self.rungs]
+        if len({*at, planned}) <= len(at) or (at and max(at) >= planned):
+            raise UserError(
+                f"launcher.halving: rungs at {', '.join(f'{rung:.3g}' for rung in self.rungs)} of "
+                f"{planned} optimizer steps need a validation each, before the last step, and "
+                f"there is one every {interval:g} steps. Validate more often, "
+                "trainer.val_check_interval=0.5 or less, or give fewer rungs."
             )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,6 +112,7 @@ class LastCheckpoint(Checkpoint):
                 "planned": planned,
                 "monitor": metric,
                 "value": float(trainer.callback_metrics[metric]),
+                "loss": float(trainer.callback_metrics.get("val/loss", math.inf)),
             }
 
     def on_train_batch_end(

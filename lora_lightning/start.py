@@ -58,7 +58,13 @@ def start(arguments: list[str]) -> None:
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     overrides = [re.sub(r"^(\+*)launcher\.", r"\1hydra.launcher.", item) for item in overrides]
+    overrides = [_whole_halving(item) for item in overrides]
     sweeps = _look_at_flags(flags, overrides)
+    for item in overrides:
+        if not sweeps and item.lstrip("+").startswith("hydra.launcher."):
+            raise UserError(
+                f"{item.lstrip('+').removeprefix('hydra.')} is for the jobs of a sweep: add -m."
+            )
     if sweeps and goes_on:
         raise UserError("a sweep goes on by the same command: leave out resume=auto.")
     if not sweeps and (child or flags):
@@ -77,6 +83,19 @@ def start(arguments: list[str]) -> None:
         run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
     else:
         _run(overrides, config, goes_on=goes_on)
+
+
+def _whole_halving(override: str) -> str:
+    """Names all settings of halving, where some are given: those of a preset are not meant."""
+    key, equals, value = override.partition("=")
+    if key.lstrip("+") != "hydra.launcher.halving" or not value.startswith("{"):
+        return override
+    from .launch.halving import DEFAULTS
+
+    given = re.findall(r"(\w+)\s*:", value)
+    rest = [f"{k}: {'null' if v is None else v}" for k, v in DEFAULTS.items() if k not in given]
+    body = value.strip()[1:-1].strip()
+    return f"{key}{equals}{{{', '.join([*([body] if body else []), *rest])}}}"
 
 
 def _look_at_flags(flags: list[str], overrides: list[str]) -> bool:

@@ -311,7 +311,9 @@ def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
         return
     if last is None:
         raise UserError("launcher.halving needs checkpoints: leave callbacks.last as it is.")
-    last.pause_at = float(json.loads(path.read_text())["at"]), str(config.task.monitor)
+    told = json.loads(path.read_text())
+    last.pause_at = float(told["at"]), str(config.task.monitor)
+    last.rungs = [float(share) for share in told["rungs"]]
 
 
 def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from lora_lightning.launch.halving import Halving
 from lora_lightning.launch.queue import Job
 from lora_lightning.lora import UserError
 from lora_lightning.report import read_sweep
+from lora_lightning.start import _whole_halving
 
 
 def simulated(root: Path, values: list[list[float]], places: int, halving: Halving) -> list[Job]:
@@ -98,7 +99,7 @@ def test_min_resource_is_where_the_first_rung_is(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"eta": 1}, {"rungs": 0}, {"eta": 2.5}, {"factor": 2}, 3, {"eta": "two"}),
+        *({"eta": 1}, {"rungs": 0}, {"eta": 2.5}, {"factor": 2}, 3, {"eta": "two"}, {"rung": 2}),
         *({"min_resource": 0}, {"rungs": 2, "min_resource": 0.5}, {"min_resource": "1/8"}),
     ],
 )
@@ -116,6 +117,46 @@ def test_a_rung_below_one_step_is_told(run_cli, tmp_path, monkeypatch, tiny_bert
     )
     assert status == 2
     assert "is less than one step. Give fewer rungs" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("halving", "interval", "epochs"),
+    [("{eta: 2, rungs: 2}", 1.0, 2), ("{eta: 2, rungs: 1}", 1.0, 1), ("{eta: 2}", 0.5, 2)],
+    ids=["two rungs, one validation before the end", "none", "two for three"],
+)
+def test_rungs_without_a_validation_of_their_own_are_told(
+    halving, interval, epochs, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast
+):
+    """Else a job would pause at its end, when nothing is left to be saved."""
+    monkeypatch.chdir(tmp_path)
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    where += [f"trainer.val_check_interval={interval}", f"trainer.max_epochs={epochs}"]
+    status, _, err = run_cli(
+        *("train", "-m", *where, "lora.rank=1,2", "hydra/launcher=packed"),
+        *(f"launcher.halving={halving}", "callbacks.early_stopping=null"),
+    )
+    assert status == 2
+    assert "optimizer steps need a validation each, before the last step" in " ".join(err.split())
+
+
+def test_equals_go_by_their_loss(tmp_path):
+    jobs = [Job(number, [], tmp_path / str(number), state="paused") for number in range(3)]
+    for job, (value, loss) in zip(jobs, [(0.5, 0.9), (0.5, 0.7), (0.4, 0.1)], strict=True):
+        job.folder.mkdir()
+        rung = {"step": 1, "planned": 8, "monitor": "m", "value": value, "loss": loss}
+        (job.folder / "result.json").write_text(json.dumps({"rungs": [rung]}))
+    order = Halving(2, 1, 1).order(jobs, 0)
+    assert [job.number for job in order] == [1, 0, 2]
+
+
+def test_what_is_given_takes_the_place_of_a_preset():
+    assert _whole_halving("hydra.launcher.halving={eta: 3}") == (
+        "hydra.launcher.halving={eta: 3, rungs: 3, min_resource: null}"
+    )
+    whole = "+hydra.launcher.halving={eta: 2, rungs: 1, min_resource: 0.1}"
+    assert _whole_halving(whole) == whole
+    for other in ("hydra.launcher.halving=null", "hydra.launcher.jobs=2", "lora.rank=1"):
+        assert _whole_halving(other) == other
 
 
 @pytest.mark.slow

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..lora.errors import UserError
+from ..lora.errors import UserError, did_you_mean
 from ..settings import PAUSE
 from .queue import Job
+
+DEFAULTS: dict[str, Any] = {"eta": 2, "rungs": 3, "min_resource": None}
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,23 @@ class Halving:
         """
         if settings is None:
             return None
-        known = {"eta": 2, "rungs": 1}
-        if not isinstance(settings, Mapping) or set(settings) - {*known, "min_resource"}:
+        if not isinstance(settings, Mapping):
             raise UserError(
-                f"launcher.halving takes eta, rungs and min_resource, such as "
-                f"{{eta: 2, rungs: 3}}, got {settings!r}."
+                "launcher.halving takes eta, rungs and min_resource, such as "
+                f"'launcher.halving={{eta: 2, rungs: 3}}', got {settings!r}."
             )
-        values = {"eta": 2, "rungs": 3, "min_resource": None, **settings}
-        for name, least in known.items():
+        for name in settings:
+            if name not in DEFAULTS:
+                raise UserError(
+                    f"launcher.halving takes eta, rungs and min_resource, and no {name!r}."
+                    f"{did_you_mean(str(name), DEFAULTS)}"
+                )
+        values = {**DEFAULTS, **settings}
+        for name, least in (("eta", 2), ("rungs", 1)):
             if not isinstance(values[name], int) or values[name] < least:
                 raise UserError(
-                    f"launcher.halving.{name} must be a number from {least}, got {values[name]!r}."
+                    f"launcher.halving.{name} must be a whole number of at least {least}, got "
+                    f"{values[name]!r}."
                 )
         eta, rungs, first = values["eta"], values["rungs"], values["min_resource"]
         most = float(eta) ** (1 - rungs)  # the last rung is before the end
@@ -116,9 +124,15 @@ class Halving:
         return []
 
     def order(self, jobs: list[Job], rung: int) -> list[Job]:
-        """Jobs that have reached a rung, the best first."""
+        """Jobs that have reached a rung, the best first; of equals that of the lower loss."""
         reached = [job for job in jobs if len(job.rungs()) > rung]
-        return sorted(reached, key=lambda job: -self.sign * self._value(job, rung))
+        return sorted(
+            reached,
+            key=lambda job: (
+                -self.sign * self._value(job, rung),
+                float(job.rungs()[rung].get("loss", math.inf)),
+            ),
+        )
 
     def _value(self, job: Job, rung: int) -> float:
         value = float(job.rungs()[rung]["value"])
@@ -135,7 +149,7 @@ class Halving:
         if at is None:
             path.unlink(missing_ok=True)
         else:
-            _write(path, {"at": at})
+            _write(path, {"at": at, "rungs": [self.share(rung) for rung in range(self.rungs)]})
 
     def stop(self, jobs: list[Job]) -> None:
         """Marks the jobs that are left behind, with when and why."""

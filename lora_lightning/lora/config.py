@@ -114,7 +114,7 @@ class LoraConfig:
             init="kaiming",
             rank=2 * self.rank,
             alpha=None if self.alpha is None else factor * self.alpha,
-            alpha_ratio=self.alpha_ratio * factor / 2,
+            alpha_ratio=self.alpha_ratio * (factor / 2 if self.alpha is None else 1),
             rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
             alpha_pattern={name: factor * alpha for name, alpha in self.alpha_pattern.items()},
         )
@@ -123,6 +123,11 @@ class LoraConfig:
         if self.alpha is not None:
             _positive("lora.alpha", self.alpha)
         _positive("lora.alpha_ratio", self.alpha_ratio)
+        if self.alpha is not None and self.alpha_ratio != LoraConfig.alpha_ratio:
+            raise UserError(
+                f"lora.alpha={self.alpha:g} and lora.alpha_ratio={self.alpha_ratio:g} both say how "
+                "the update is scaled: leave out one of them."
+            )
         if self.scale is not None:
             _positive("lora.scale", self.scale)
             others = {"alpha": None, "alpha_ratio": LoraConfig.alpha_ratio}

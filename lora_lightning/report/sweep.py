@@ -78,6 +78,12 @@ class Run:
         return {"rank": lora.rank, "alpha": lora.alpha_of(""), "scale": lora.scaling_of("")}
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps made, as far as is known: of one that runs, to its last rung."""
+        rungs = self.result.get("rungs") or [{"step": 0}]
+        return max(int(self.result.get("steps") or 0), int(rungs[-1]["step"]))
+
+    @property
     def command(self) -> str:
         """What runs this alone."""
         items = [item for item in self.overrides if item.split("=")[0] not in PLACES]
@@ -185,7 +191,7 @@ class Sweep:
         if not rungs:
             return None
         planned = max(found[0]["planned"] for found in rungs)
-        made = sum(int(run.result.get("steps", 0)) for run in self.runs)
+        made = sum(run.steps for run in self.runs)
         return float(made / (planned * len(self.runs)))
 
     def counts(self) -> str:

@@ -81,7 +81,7 @@ def _objective(setting: Setting) -> str:
     rungs = [run.result["rungs"][-1] for run in setting.runs if run.result.get("rungs")]
     if setting.mean("objective") is not None or not rungs:
         return spread(setting, "objective")
-    return " ".join(f"{rung['value']:.4f} at step {rung['step']}" for rung in rungs)
+    return ", ".join(f"{rung['value']:.4f} at step {rung['step']}" for rung in rungs)
 
 
 def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
@@ -103,7 +103,8 @@ def made_with(sweep: Sweep) -> str:
 
 def stopped_lines(sweep: Sweep) -> list[str]:
     """What successive halving stopped, when and why, and what that saved."""
-    if sweep.share_of_steps is None:
+    ended = all(run.status in ("completed", "failed") for run in sweep.runs)
+    if sweep.share_of_steps is None or ended:
         return []
     saved = f"{sweep.share_of_steps:.0%} of the optimizer steps of all jobs to their end"
     if any(run.status not in ("completed", "stopped", "failed") for run in sweep.runs):
