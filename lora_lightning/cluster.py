@@ -45,6 +45,25 @@ def one_of_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def check_nodes(count: int) -> None:
+    """Makes sure that other machines can join, for which this one would wait half an hour.
+
+    Args:
+        count: trainer.num_nodes.
+
+    Raises:
+        UserError: there are to be several, and nothing says where they meet.
+    """
+    told = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
+    if count > 1 and not from_outside() and not any(name in os.environ for name in told):
+        raise UserError(
+            f"trainer.num_nodes={count}: nothing has told this process where the other machines "
+            "are. Start it by torchrun (trainer=torchrun) or srun (trainer=slurm), or set "
+            "MASTER_ADDR, MASTER_PORT and NODE_RANK on each machine. On this machine alone: "
+            "trainer.num_nodes=1."
+        )
+
+
 def rank() -> int:
     """This process's number among those of its run; 0 where there is no other."""
     return int(os.environ.get("SLURM_PROCID" if slurm() else "RANK", "0"))

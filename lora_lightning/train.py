@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import write_card
 from .checkpoint import read_checkpoint
+from .cluster import check_nodes
 from .config import (
     Settings,
     config_hash,
@@ -223,6 +224,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     """
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
+    check_nodes(int(arguments.get("num_nodes") or 1))
     if isinstance(arguments.get("strategy"), dict):
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
     refuse_strategy(str(arguments.get("strategy")))

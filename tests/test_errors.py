@@ -437,6 +437,18 @@ MODEL = [
     Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
     Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
     Case("deepspeed", lambda p: p.train("trainer=deepspeed"), "deepspeed_stage_2", "trainer=fsdp2"),
+    Case(
+        "nodes",
+        lambda p: p.train("trainer.num_nodes=2"),
+        "num_nodes=2: nothing has told this process where",
+        "MASTER_ADDR",
+    ),
+    Case(
+        "nodes, torchrun",
+        lambda p: p.train("trainer=torchrun", "trainer.num_nodes=2", *ONE_CPU),
+        "num_nodes=2: nothing has told",
+        "torchrun",
+    ),
     Case("fsdp 1", lambda p: p.train("trainer.strategy=fsdp"), "strategy=fsdp", "trainer=fsdp2"),
     Case(
         "tensor parallel size",

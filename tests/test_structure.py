@@ -43,7 +43,8 @@ ALLOWED = {
     "storage": MODEL_SIDE | {"module", "lock"},
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,
-    "train": RUN_SIDE | {"precision", "outcome", "card", "signals", "lock", "memory", "__init__"},
+    "train": RUN_SIDE
+    | {"cluster", "precision", "outcome", "card", "signals", "lock", "memory", "__init__"},
     "memory": RUN_SIDE,
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
