@@ -42,6 +42,7 @@ def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
             **{name: run.result.get(name) for name in (*sweep.metrics, *MEASURED)},
             "config_hash": run.result.get("config_hash"),
             "error": first_line(run.result.get("error")),
+            "value_at_last_rung": (run.result.get("rungs") or [{}])[-1].get("value"),
             "stopped": run.result.get("stopped"),
             "folder": str(run.folder),
         }
@@ -96,7 +97,9 @@ def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
 def made_with(sweep: Sweep) -> str:
     """Hardware, precision and versions that the runs tell of; "" where none does."""
     told = [run.result for run in sweep.runs if run.result.get("versions")]
-    kinds = {f"{one.get('device', '')} {one.get('precision', '')}".strip() for one in told}
+    kinds = {
+        f"{one['device']} {one.get('precision', '')}".strip() for one in told if "device" in one
+    }
     every = [f"{name} {number}" for one in told for name, number in one["versions"].items()]
     return ", ".join([*sorted(filter(None, kinds)), *dict.fromkeys(every)])
 
