@@ -23,6 +23,7 @@ def quiet_libraries() -> None:
         ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
         ".*DTensor random operators may not have complete support.*",  # heads are drawn anew
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # which nothing changes in place
+        ".*`torch.jit.script.*` is deprecated.*",  # bitsandbytes, which transformers imports
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)
