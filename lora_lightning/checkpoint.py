@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,38 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}.")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if (entry := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {entry} is wrong")
+    except Exception as error:
+        raise _damaged(path, error) from None
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of zip, pickle, or what a damaged pickle calls
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
-            "Move it away to begin the run anew, or copy it again from where it is whole."
-        ) from None
+        raise _damaged(path, error) from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path} is no checkpoint of lora_lightning.")
     return content
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = re.split(r"[.:;] ", " ".join(str(error).split()))[0][:200] or type(error).__name__
+    others = sorted(str(other) for other in path.parent.glob("best-*.ckpt") if other != path)
+    instead = (
+        f", or start from what it had learned at its best: adapter={others[0]} with another "
+        "output_dir"
+        if others
+        else ""
+    )
+    return UserError(
+        f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
+        "Copy it again from where it is whole, or move it away to begin the run anew"
+        f"{instead}."
+    )
 
 
 def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
@@ -40,7 +64,7 @@ def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: the file cannot be read, or its tensors are not those in memory.
     """
-    found = read_checkpoint(path)["state_dict"]
+    found = _read(path)["state_dict"]
     same = found.keys() == live.keys() and all(
         torch.equal(found[name], tensor.detach().cpu()) for name, tensor in live.items()
     )

@@ -21,7 +21,7 @@ from .lora.state import replaced_folder
 from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .settings import ModelConfig
-from .storage import base_fingerprint, damaged, read_sidecar, save_tokenizer
+from .storage import base_fingerprint, check_weights, damaged, read_sidecar, save_tokenizer
 from .tasks import build_task
 
 
@@ -41,6 +41,7 @@ def load_trained(
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
+    check_weights(folder, sidecar)
     settings = settings_saved(sidecar["settings"])
     task = build_task(settings.task)
     try:

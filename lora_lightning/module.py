@@ -22,9 +22,11 @@ from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_a
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig
-from .strategies import ShardedStrategy, refuse_full, refuse_strategy
+from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy
 from .tasks import Task, build_task
 
+RANKS = "data_ranks"
+"""In a checkpoint: how many processes saw different rows."""
 BAD_STEP = "bad_step.json"
 """In a run's folder: the rows of a step whose loss was not a number."""
 Batch = dict[str, Tensor] | list[dict[str, Tensor]]
@@ -419,11 +421,19 @@ class LoraModule(L.LightningModule):
         self._check_loss()  # before a good checkpoint is overwritten
         # Among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
+        checkpoint[RANKS] = data_ranks(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("task_state")
         if saved is None:
             raise UserError("this checkpoint was not written by lora_lightning.")
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits and checkpoint.get(RANKS, now := data_ranks(self.trainer)) != now:
+            raise UserError(
+                f"{checkpoint[RANKS]} processes saw different rows when this checkpoint was "
+                f"written, and {now} do now, so its steps would be of other batches. Go on with as "
+                "many, or start a new run from what it has learned: adapter=CHECKPOINT.ckpt."
+            )
         if saved != self.task.state():
             raise UserError(
                 "the data or its labels differ from those that the checkpoint was trained with: "

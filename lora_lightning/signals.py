@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,6 +16,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+UNHEARD = 30.0
+"""Seconds after which a signal ends a process that is waiting for others outside of Python."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
 
 
@@ -43,15 +49,45 @@ class StopSignals(Callback):
         """Whether another callback asks `agreed`, and saves before it ends the run."""
         self._group: Any = None
         self._before: dict[int, Any] = {}
+        self._heard = -math.inf
+        """When Python last came to handle a signal."""
 
     def __enter__(self) -> StopSignals:
         self._install()
+        if threading.current_thread() is threading.main_thread():
+            self._end_if_unheard()
         return self
 
     def __exit__(self, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            os.close(signal.set_wakeup_fd(-1))
+
+    def _end_if_unheard(self) -> None:
+        """Ends this process by a signal that Python does not get to handle.
+
+        It does so between two steps of its own, and there is none while the process waits in a
+        library for others to join, which may be half an hour.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def watch() -> None:
+            while number := os.read(reader, 1):
+                came = time.monotonic()
+                if number[0] not in self._before:
+                    continue
+                while self._heard < came - 1.0:  # Python may have been first
+                    if time.monotonic() - came > UNHEARD:
+                        name = signal.Signals(number[0]).name
+                        print(f"{name}: ended while waiting for other processes", file=sys.stderr)
+                        os._exit(128 + number[0])
+                    time.sleep(0.1)
+            os.close(reader)
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -59,9 +95,18 @@ class StopSignals(Callback):
         for number in SIGNALS:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if callable(interrupt) and interrupt != self._interrupt:
+            self._before.setdefault(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGINT, self._interrupt)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        self._heard = time.monotonic()
         self.received = self.received or number
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._heard = time.monotonic()
+        self._before[signal.SIGINT](number, frame)
 
     def raise_if_told(self) -> None:
         """Raises Stopped if a signal has come to this process."""

@@ -65,6 +65,12 @@ def start(arguments: list[str]) -> None:
             raise UserError(
                 f"{item.lstrip('+').removeprefix('hydra.')} is for the jobs of a sweep: add -m."
             )
+    named = any(item.lstrip("+").startswith("output_dir=") for item in overrides)
+    if goes_on and not (sweeps or named or cluster.from_outside()):
+        raise UserError(
+            f"{AUTO} goes on with the run in output_dir, and without output_dir=DIR each command "
+            "has a folder of its own: give it."
+        )
     if sweeps and goes_on:
         raise UserError("a sweep goes on by the same command: leave out resume=auto.")
     if not sweeps and (child or flags):
@@ -245,6 +251,11 @@ def _resume(folder: str, others: list[str]) -> None:
             f"resume={folder} goes on with the run's own config and takes no other settings than "
             f"where it trains (trainer=, trainer.devices= and the like): leave out "
             f"{' '.join(refused)}."
+        )
+    if run_dir.is_file():
+        raise UserError(
+            f"resume={folder} is a file: give the folder of the run, which knows its last "
+            "checkpoint. From what a checkpoint had learned a new run starts with adapter=."
         )
     if not run_dir.is_dir():
         raise UserError(

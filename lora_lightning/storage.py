@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import torch
 
 from .lock import LOCK, locked
 from .lora import UserError, save_adapter
-from .lora.state import replaced_folder
+from .lora.state import WEIGHTS_NAME, replaced_folder
 from .modeling import fingerprint
 from .module import BAD_STEP, LoraModule
 from .settings import OWN_GROUPS
@@ -55,6 +56,8 @@ def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, 
 
     def also(staging: Path) -> None:
         save_tokenizer(module.tokenizer, staging)
+        if module.adapter is not None:
+            content["weights_sha256"] = digest(staging / WEIGHTS_NAME)
         (staging / SIDECAR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     if module.adapter is not None:
@@ -81,6 +84,26 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(
             json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+        )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def check_weights(folder: Path, sidecar: dict[str, Any]) -> None:
+    """Raises UserError if an adapter's weights are not those that its run has written."""
+    recorded, path = sidecar.get("weights_sha256"), folder / WEIGHTS_NAME
+    if recorded and path.is_file() and digest(path) != recorded:
+        raise UserError(
+            f"{path} is damaged, or was changed by another tool: its checksum is not the one in "
+            f"{SIDECAR}. Copy it again from where it is whole. If the change was meant, take "
+            f"weights_sha256 out of {SIDECAR}."
         )
 
 

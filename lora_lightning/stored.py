@@ -15,6 +15,7 @@ from torch import Tensor
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.combine import Update
 from .lora.state import CONFIG_NAME, PREFIX, WEIGHTS_NAME, from_peft_config, replaced_folder
+from .storage import SIDECAR, digest
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -78,6 +79,10 @@ def write_like(
             if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
                 shutil.copyfile(path, staging / path.name)
         _write_files(staging, config, tensors)
+        if (staging / SIDECAR).is_file():
+            sidecar = json.loads((staging / SIDECAR).read_text(encoding="utf-8"))
+            sidecar["weights_sha256"] = digest(staging / WEIGHTS_NAME)
+            (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 
 
 def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -44,7 +44,10 @@ from .signals import Stopped, StopSignals
 from .storage import (
     ADAPTER,
     RESULT,
+    SIDECAR,
     base_fingerprint,
+    check_weights,
+    read_sidecar,
     save_trained,
     versions,
     writable,
@@ -176,7 +179,9 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        _continue_csv(trainer, checkpoint)
+        step = _continue_csv(trainer, checkpoint)
+        if trainer.is_global_zero:
+            print(f"goes on from step {step} ({checkpoint.name})", flush=True)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -199,6 +204,8 @@ def build(
     settings: Settings, task: Task, *, seed: int, adapter: str | None = None
 ) -> tuple[LoraModule, LoraDataModule]:
     """The LightningModule and the data module of a run, sharing task and tokenizer."""
+    if adapter is not None and (Path(adapter) / SIDECAR).is_file():
+        check_weights(Path(adapter), read_sidecar(Path(adapter)))
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)
     task.prepare(model_config)
@@ -252,13 +259,15 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 **{str(key): value for key, value in arguments.items()},
             }
         )
-    except (TypeError, ValueError, RuntimeError) as error:
-        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
-        raise UserError(f"trainer: {error}") from error
     except Exception as error:
-        if type(error).__name__ == "MisconfigurationException":
-            raise UserError(f"trainer: {error}") from error
-        raise
+        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
+        told = isinstance(error, (TypeError, ValueError, RuntimeError))
+        if not told and type(error).__name__ != "MisconfigurationException":
+            raise
+        said = str(error).rstrip(".")
+        if "gpu backend" in said:
+            said += ". On a CPU: trainer.accelerator=cpu, with trainer.devices=2 for two processes"
+        raise UserError(f"trainer: {said}.") from error
 
 
 def check_windows(trainer: L.Trainer) -> None:
@@ -318,9 +327,13 @@ def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
     last.rungs = [float(share) for share in told["rungs"]]
 
 
-def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:
-    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file."""
-    step = read_checkpoint(checkpoint)["global_step"]
+def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> int:
+    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file.
+
+    Returns:
+        The checkpoint's step.
+    """
+    step: int = read_checkpoint(checkpoint)["global_step"]
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
@@ -335,6 +348,7 @@ def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> None:
             if int(row["step"]) < step
         ]
         logger.save()
+    return step
 
 
 def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:

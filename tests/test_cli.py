@@ -386,3 +386,17 @@ def test_output_dir_with_blanks_and_quotes(run_cli, tiny_bert, rows_jsonl, fast)
     assert status == 0, err
     assert (folder / "result.json").is_file()
     assert os.listdir() == [str(folder)]
+
+
+def test_what_could_not_go_on_is_told(run_cli, tmp_path):
+    """resume=auto without a folder would begin in a new one each time; a file is no run."""
+    status, _, err = run_cli("train", "debug=limit", "resume=auto")
+    assert status == 2
+    assert "resume=auto goes on with the run in output_dir, and without" in " ".join(err.split())
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    status, _, err = run_cli("train", f"resume={tmp_path / 'last.ckpt'}")
+    assert status == 2
+    assert "is a file: give the folder of the run" in " ".join(err.split())
+    status, _, err = run_cli("train", "debug=limit", "launcher.jobs=2")
+    assert status == 2
+    assert "launcher.jobs=2 is for the jobs of a sweep: add -m" in " ".join(err.split())

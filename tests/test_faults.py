@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert json.loads((run / "result.json").read_text())["status"] == "completed"
 
 
-@pytest.mark.parametrize("damage", ["cut", "turned", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "turned", "turned inside", "empty", "other"])
 def test_a_damaged_checkpoint_is_told(damage, stopped, tmp_path, run_cli):
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
     content = bytearray((run / LAST).read_bytes())
@@ -107,6 +108,10 @@ def test_a_damaged_checkpoint_is_told(damage, stopped, tmp_path, run_cli):
         del content[len(content) // 2 :]
     elif damage == "turned":
         content[0] ^= 255
+    elif damage == "turned inside":  # a weight or a moment of Adam: only the checksum tells
+        with zipfile.ZipFile(run / LAST) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content[largest.header_offset + 256 + largest.file_size // 2] ^= 1
     elif damage == "empty":
         content.clear()
     (run / LAST).write_bytes(content)
@@ -116,6 +121,65 @@ def test_a_damaged_checkpoint_is_told(damage, stopped, tmp_path, run_cli):
     assert status == 2
     assert str(run / LAST) in err
     assert "Traceback" not in err
+
+
+def test_an_adapter_with_a_turned_bit_is_told(stopped, tmp_path, run_cli):
+    """Its values may be as good as any: the checksum beside it tells."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    assert resumed(run).returncode == 0
+    weights = run / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    for arguments in (
+        ["predict", f"adapter={run / 'adapter'}", "text=good"],
+        ["merge", f"adapter={run / 'adapter'}", f"output={tmp_path / 'merged'}"],
+    ):
+        status, _, err = run_cli(*arguments)
+        assert status == 2
+        assert f"{weights} is damaged, or was changed by another tool" in " ".join(err.split())
+
+
+def test_other_batches_are_told(stopped, tmp_path, run_cli):
+    """A checkpoint of as many processes as there are not: also where it was an epoch's last."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    state = torch.load(run / LAST, weights_only=True)
+    assert state["data_ranks"] == 1
+    torch.save({**state, "data_ranks": 2}, run / LAST)
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2
+    assert "2 processes saw different rows when this checkpoint was" in " ".join(err.split())
+
+
+WAITING = """
+import signal, torch.distributed as dist
+from lora_lightning import signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signals.UNHEARD = 2.0
+with signals.StopSignals():
+    print("waits", flush=True)
+    dist.TCPStore("127.0.0.1", 0, 2, True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_that_waits_for_others_can_be_ended(number):
+    """In a library that is waiting, where Python has no chance to handle a signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(1.0)
+    process.send_signal(number)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "ended while waiting for other processes" in said
 
 
 def test_a_checkpoint_with_a_turned_weight_is_not_taken_for_whole(stopped, tmp_path, run_cli):

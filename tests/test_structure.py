@@ -52,7 +52,7 @@ ALLOWED = {
     "launch": {"lora", "config", "settings", "report", "lock"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
-    "stored": {"lora"},
+    "stored": {"lora", "storage"},
     "combine": {"lora", "storage", "stored"},
     "portable": {"lora", "stored"},
     "check": RUN_SIDE | {"train", "memory", "precision"},
