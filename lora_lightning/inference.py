@@ -41,7 +41,6 @@ def load_trained(
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
-    check_weights(folder, sidecar)
     settings = settings_saved(sidecar["settings"])
     task = build_task(settings.task)
     try:
@@ -56,6 +55,7 @@ def load_trained(
     module = LoraModule(task, config, settings.lora, tokenizer=tokenizer)
     base, _ = task.build_model(config, tokenizer)
     module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
+    check_weights(folder, sidecar)  # after what tells more: names, shapes, values
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module.to(device).eval()

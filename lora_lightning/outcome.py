@@ -14,7 +14,7 @@ from .config import Settings
 from .data.datamodule import LoraDataModule
 from .lora.summary import count
 from .module import LoraModule
-from .storage import ADAPTER, folder_bytes, peak_memory_mib
+from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
 
 
@@ -44,14 +44,12 @@ def measured(
     """Numbers of a run that has ended: those of its metrics, its size, time and memory."""
     assert module.model is not None
     parameters = list(module.model.parameters())
-    adapter = Path(config.output_dir) / ADAPTER
     return {
         **metrics,
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": count(parameters),
-        "adapter_bytes": folder_bytes(adapter) if adapter.is_dir() else 0,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": round(clock.seconds, 3),

@@ -47,6 +47,7 @@ from .storage import (
     SIDECAR,
     base_fingerprint,
     check_weights,
+    folder_bytes,
     read_sidecar,
     save_trained,
     versions,
@@ -197,6 +198,7 @@ def _run(
     if trainer.is_global_zero:
         log_hparams(trainer, settings, config, result)
         write_card(run_dir / ADAPTER, run_dir, settings, module, data, result)
+        result["adapter_bytes"] = folder_bytes(run_dir / ADAPTER)
         print_result(result, run_dir, data)
 
 

@@ -302,6 +302,7 @@ def test_a_run_ends_that_has_no_step_to_save_at(change, settings, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_or_begins(settings, stopped, tmp_path):
     """resume=auto: what a cluster runs again after it has stopped a job."""
     command = [*TRAIN, *settings, "output_dir=run", "resume=auto"]

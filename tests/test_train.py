@@ -159,6 +159,7 @@ def test_layout_of_the_folder(run):
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_lightning.json",
+        "README.md",
         "tokenizer.json",
         "tokenizer_config.json",
     }
