@@ -60,19 +60,8 @@ def start(arguments: list[str]) -> None:
     overrides = [re.sub(r"^(\+*)launcher\.", r"\1hydra.launcher.", item) for item in overrides]
     overrides = [_whole_halving(item) for item in overrides]
     sweeps = _look_at_flags(flags, overrides)
-    for item in overrides:
-        if not sweeps and item.lstrip("+").startswith("hydra.launcher."):
-            raise UserError(
-                f"{item.lstrip('+').removeprefix('hydra.')} is for the jobs of a sweep: add -m."
-            )
-    named = any(item.lstrip("+").startswith("output_dir=") for item in overrides)
-    if goes_on and not (sweeps or named or cluster.from_outside()):
-        raise UserError(
-            f"{AUTO} goes on with the run in output_dir, and without output_dir=DIR each command "
-            "has a folder of its own: give it."
-        )
-    if sweeps and goes_on:
-        raise UserError("a sweep goes on by the same command: leave out resume=auto.")
+    if not child and not set(flags).difference(MULTIRUN_FLAGS):
+        _refuse_misplaced(overrides, sweeps=sweeps, goes_on=goes_on)
     if not sweeps and (child or flags):
         run_hydra(arguments, resume=goes_on)
         return
@@ -89,6 +78,35 @@ def start(arguments: list[str]) -> None:
         run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
     else:
         _run(overrides, config, goes_on=goes_on)
+
+
+def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> None:
+    """Raises UserError for settings that mean nothing where they are given."""
+    if goes_on:
+        named = any(item.lstrip("+").startswith("output_dir=") for item in overrides)
+        if sweeps:
+            raise UserError("a sweep goes on by the same command: leave out resume=auto.")
+        if not (named or cluster.from_outside()):
+            raise UserError(
+                f"{AUTO} goes on with the run in output_dir, and without output_dir=DIR each "
+                "command has a folder of its own: give it."
+            )
+    if sweeps:
+        return
+    for item in overrides:
+        if item.lstrip("+").startswith("hydra.launcher."):
+            raise UserError(
+                f"{item.lstrip('+').removeprefix('hydra.')} is for the jobs of a sweep: add -m."
+            )
+    for name, starter, sign in (
+        ("torchrun", "torchrun", "TORCHELASTIC_RUN_ID"),
+        ("slurm", "srun", "SLURM_NTASKS"),
+    ):
+        if f"trainer={name}" in overrides and sign not in os.environ:
+            raise UserError(
+                f"trainer={name} is for processes that {starter} has started, and it has not "
+                "started this one. On this machine alone: trainer=ddp, with trainer.devices=N."
+            )
 
 
 def _whole_halving(override: str) -> str:

@@ -443,12 +443,8 @@ MODEL = [
         "num_nodes=2: nothing has told this process where",
         "MASTER_ADDR",
     ),
-    Case(
-        "nodes, torchrun",
-        lambda p: p.train("trainer=torchrun", "trainer.num_nodes=2", *ONE_CPU),
-        "num_nodes=2: nothing has told",
-        "torchrun",
-    ),
+    Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),
+    Case("slurm", lambda p: p.train("trainer=slurm", *ONE_CPU), "srun has started", "trainer=ddp"),
     Case("fsdp 1", lambda p: p.train("trainer.strategy=fsdp"), "strategy=fsdp", "trainer=fsdp2"),
     Case(
         "tensor parallel size",

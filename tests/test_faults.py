@@ -80,6 +80,7 @@ def resumed(run: Path, **options) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     """A process that may write no file as large as a checkpoint, as on a disk that is full."""
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
@@ -194,6 +195,7 @@ def test_a_checkpoint_with_a_turned_weight_is_not_taken_for_whole(stopped, tmp_p
     assert "not finite" in err
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(stopped, tmp_path):
     """The second waits a moment for the first, and says so when it gives up; nothing is lost."""
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
