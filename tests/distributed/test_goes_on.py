@@ -148,7 +148,7 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
         pytest.skip("its two processes see the same rows, as one does")
     shutil.copytree(folder / "run", folder / "alone")
     said = finish(start([*TRAIN, "resume=alone", "trainer=cpu"], folder), 2)
-    assert "trained by 2 processes that see different rows, and here are 1" in said
+    assert "2 processes saw different rows when this checkpoint was written, and 1 do now" in said
     new = [*common, "trainer=cpu", "trainer.max_epochs=1", f"adapter=alone/{LAST}"]
     finish(start([*TRAIN, *new, "output_dir=begun"], folder))
     learned = torch.load(folder / "alone" / LAST, weights_only=True)["state_dict"]
