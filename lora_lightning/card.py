@@ -44,11 +44,11 @@ def write_card(
     """
     parts = [
         _front_matter(settings, module),
-        _title(settings, module),
+        _title(settings),
         _use(settings, module),
         _data(settings, data),
         _results(result),
-        _making(settings, module, result, run_dir),
+        _making(settings, result, run_dir),
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -67,7 +67,7 @@ def _front_matter(settings: Settings, module: LoraModule) -> str:
     return "\n".join(lines)
 
 
-def _title(settings: Settings, module: LoraModule) -> str:
+def _title(settings: Settings) -> str:
     task, base = settings.task["name"], settings.model.name_or_path
     if settings.lora is None:
         return f"# {task}: {base}, fine-tuned whole"
@@ -115,7 +115,7 @@ def _results(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _making(settings: Settings, module: LoraModule, result: dict[str, Any], run_dir: Path) -> str:
+def _making(settings: Settings, result: dict[str, Any], run_dir: Path) -> str:
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines = ["## How it was made", ""]
     if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():

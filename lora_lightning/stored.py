@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.combine import Update
-from .lora.state import CONFIG_NAME, PREFIX, WEIGHTS_NAME, from_peft_config, replaced_folder
+from .lora.state import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    from_peft_config,
+    replaced_folder,
+    write_files,
+)
 from .storage import SIDECAR, digest
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -78,18 +83,11 @@ def write_like(
         for path in first.iterdir():
             if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
                 shutil.copyfile(path, staging / path.name)
-        _write_files(staging, config, tensors)
+        write_files(staging, config, tensors)
         if (staging / SIDECAR).is_file():
             sidecar = json.loads((staging / SIDECAR).read_text(encoding="utf-8"))
             sidecar["weights_sha256"] = digest(staging / WEIGHTS_NAME)
             (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
-
-
-def _write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    prefixed = {PREFIX + name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(prefixed, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
 
 
 def copy_adapter(folder: Path, output: Path) -> None:
@@ -101,4 +99,4 @@ def copy_adapter(folder: Path, output: Path) -> None:
     raw, tensors = read_adapter(folder)
     from_peft_config(raw)
     with replaced_folder(output, marker=CONFIG_NAME) as staging:
-        _write_files(staging, raw, tensors)
+        write_files(staging, raw, tensors)

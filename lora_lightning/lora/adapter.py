@@ -44,7 +44,6 @@ class Adapter:
         self.saved_modules = modules_to_save(model, config.modules_to_save)
         self.layers: dict[str, LoraLayer] = {}
         self._aliases = {match.name: match.aliases for match in matches}
-        self._alphas = {match.name: match.alpha for match in matches}
         self._hooks: list[Any] = []
         every = model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: p.requires_grad for name, p in every}
@@ -137,25 +136,15 @@ class Adapter:
 
         This is the one place that says what an adapter consists of; the tensors are live.
         """
-        return {
-            **{
-                f"{name}.{leaf}": tensor
-                for name, layer in self.layers.items()
-                for leaf, tensor in layer.named_tensors().items()
-            },
-            **self._extras(),
-        }
+        return self._tensors_of({n: layer.named_tensors() for n, layer in self.layers.items()})
 
     def exported_tensors(self) -> dict[str, Tensor]:
         """The tensors of a file: an adapter that started from the weights as plain LoRA."""
-        return {
-            **{
-                f"{name}.{leaf}": tensor
-                for name, layer in self.layers.items()
-                for leaf, tensor in layer.exported_tensors().items()
-            },
-            **self._extras(),
-        }
+        return self._tensors_of({n: layer.exported_tensors() for n, layer in self.layers.items()})
+
+    def _tensors_of(self, layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        own = {f"{n}.{leaf}": t for n, tensors in layers.items() for leaf, t in tensors.items()}
+        return {**own, **self._extras()}
 
     def from_zero(self) -> list[nn.Parameter]:
         """Of each layer's two matrices the one that starts at zero: B, in an embedding A."""
@@ -307,7 +296,7 @@ class Adapter:
                     in_features=layer.lora_A.shape[1],
                     out_features=layer.lora_B.shape[0],
                     rank=layer.rank,
-                    alpha=self._alphas[name],
+                    alpha=self.config.alpha_of(name),
                     scaling=layer.scaling,
                     parameters=sum(
                         tensor.numel()

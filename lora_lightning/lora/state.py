@@ -75,20 +75,25 @@ def save_adapter(
     Raises:
         UserError: the folder cannot be written, or holds something that is no adapter.
     """
-    tensors = {
-        PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
-        for name, tensor in sorted(adapter.exported_tensors().items())
-    }
     config = to_peft_config(adapter, base_model=base_model, revision=revision, task_type=task_type)
     with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
-        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        # save_file lets none but the owner read, whatever the user's own permissions are.
-        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
-        _check_written(staging / WEIGHTS_NAME, tensors)
+        write_files(staging, config, adapter.exported_tensors())
         if also is not None:
             also(staging)
     return Path(folder)
+
+
+def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes the two files of PEFT into a folder, and makes sure that the weights are there."""
+    stored = {
+        PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
+        for name, tensor in sorted(tensors.items())
+    }
+    save_file(stored, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # save_file lets none but the owner read, whatever the user's own permissions are.
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    _check_written(folder / WEIGHTS_NAME, stored)
 
 
 def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
