@@ -14,15 +14,20 @@ from . import cluster
 from .launch.queue import end_with_parent
 from .usage import FULL_ERROR, HELP
 
-VERBS = ("train", "check", "evaluate", "predict", "chat", "merge", "combine", "export", "report")
+VERBS = (
+    *("train", "check", "evaluate", "predict", "chat"),
+    *("merge", "combine", "export", "import", "report"),
+)
 PLAIN_KEYS = {
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
     "chat": ("adapter",),
     "merge": ("adapter", "output"),
     "export": ("adapter", "output", "format", "check"),
+    "import": ("source", "output", "alpha", "parts"),
     "combine": ("adapter", "output", "weights", "method", "rank", "density", "whole", "seed"),
 }
+FORMATS = ("peft", "canonical", "merged")
 EXIT_USER_ERROR = 2
 EXIT_BY_SIGNAL = 128
 
@@ -76,6 +81,7 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
             "merge": _merge,
             "combine": _combine,
             "export": _export,
+            "import": _import,
         }
         actions[verb](plain, overrides)
 
@@ -212,15 +218,19 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
 def _export(plain: dict[str, str], others: list[str]) -> None:
     from .lora.errors import UserError, did_you_mean
 
-    _none_but_known("export", others)
     source = _need(plain, "adapter", "export")
     form, engines = plain.get("format", "peft"), _listed(plain.get("check", ""))
-    if form not in ("peft", "canonical"):
-        hint = did_you_mean(form, ("peft", "canonical"))
+    if form not in FORMATS:
         raise UserError(
-            f"format must be peft or canonical, got {form!r}.{hint} A merged model is written by "
-            "lora-lightning merge."
+            f"format must be one of {', '.join(FORMATS)}, got {form!r}."
+            f"{did_you_mean(form, FORMATS)}"
         )
+    if form == "merged":
+        if engines:
+            raise UserError("check is about adapters, and format=merged leaves none: drop one.")
+        _merge({key: plain[key] for key in ("adapter", "output") if key in plain}, others)
+        return
+    _none_but_known("export", others)
     if "output" not in plain and not engines:
         raise UserError("export needs output=DIR, or check=vllm,lorax, or both.")
     from .portable import engine_problems, write_canonical
@@ -241,6 +251,23 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
         print(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
     if refused:
         raise UserError(f"{folder} is not for {', '.join(refused)}, for the reasons above.")
+
+
+def _import(plain: dict[str, str], overrides: list[str]) -> None:
+    from .lora.errors import UserError
+
+    for key, what in (("source", "FILE or DIR: what to import"), ("output", "DIR: where to")):
+        if not plain.get(key):
+            raise UserError(f"import needs {key}={what}.")
+    alpha = _number(plain["alpha"], float, "alpha") if "alpha" in plain else None
+    parts = _listed(plain.get("parts", "q,k,v"))
+    from .imported import import_adapter
+
+    source, output = (Path(plain[key]).expanduser() for key in ("source", "output"))
+    module = import_adapter(source, output, overrides, alpha=alpha, parts=parts)
+    print(f"new adapter: {output}")
+    if module.adapter is not None:
+        print(module.adapter.summary())
 
 
 def _none_but_known(verb: str, others: list[str]) -> None:

@@ -16,6 +16,7 @@ Verbs
   report    compare the runs of a sweep                  lora-lightning report SWEEP_DIR
   merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
   export    for other engines, and whether they take it  lora-lightning export adapter=D check=vllm
+  import    from a checkpoint, PEFT, or another tool     lora-lightning import source=X output=DIR
   combine   a new adapter from several, or one scaled    lora-lightning combine adapter=A,B output=C
 
 The settings used most (train, check)

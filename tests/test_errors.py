@@ -126,6 +126,17 @@ def other_bert(place: Place, **sizes: int) -> Path:
     return copy
 
 
+def tensors_of(place: Place, *names: str) -> Path:
+    """A safetensors file with small matrices of these names."""
+    path = place.root / "other.safetensors"
+    save_file({name: torch.ones(2, 2) for name in names}, path)
+    return path
+
+
+def to_llama(place: Place) -> list[str]:
+    return ["output=new", "task=lm", f"model.name_or_path={place.llama}"]
+
+
 def run_folder(place: Place) -> Path:
     return Path(shutil.copytree(place.run, place.root / "run"))
 
@@ -762,6 +773,59 @@ ADAPTERS = [
         lambda p: ["merge", f"adapter={p.adapter()}", f"output={p.root / 'adapter'}"],
         "adapter",
         "another folder",
+    ),
+    Case("import of nothing", lambda p: ["import", "output=new"], "source=", "what to import"),
+    Case("import to nowhere", lambda p: ["import", f"source={p.run}"], "output=DIR", "where to"),
+    Case(
+        "import of what is not there",
+        lambda p: ["import", "source=no", "output=new"],
+        "source=no",
+        "no such file",
+    ),
+    Case(
+        "import of a pickle",
+        lambda p: ["import", f"source={p.write('lit_model.pth.lora', 'x')}", *to_llama(p)],
+        "is a pickle",
+        "Convert it once",
+    ),
+    Case(
+        "import of another layout",
+        lambda p: ["import", f"source={tensors_of(p, 'a.weight')}", *to_llama(p)],
+        "it holds a.weight",
+        "Known: PEFT",
+    ),
+    Case(
+        "import of another model",
+        lambda p: ["import", f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}", *to_llama(p)],
+        "no lora_te_x.lora_up.weight",
+        "holds",
+    ),
+    Case(
+        "import without alpha",
+        lambda p: [
+            "import",
+            f"source={tensors_of(p, 'lm_head.lora_A', 'lm_head.lora_B')}",
+            *to_llama(p),
+        ],
+        "holds no alpha",
+        "give alpha=A",
+    ),
+    Case(
+        "import of a classifier without its classes",
+        lambda p: [
+            "import",
+            f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}",
+            f"model.name_or_path={p.bert}",
+            "output=new",
+        ],
+        "name the classes",
+        "task.labels=[",
+    ),
+    Case(
+        "export merged and checked",
+        lambda p: ["export", "adapter=a", "output=m", "format=merged", "check=vllm"],
+        "check is about adapters",
+        "drop one",
     ),
 ]
 

@@ -19,7 +19,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.spl
 OURS = [shlex.split(line) for line in COMMANDS if line.startswith("lora-lightning")]
 EXAMPLES = [text for kind, text in BLOCKS if kind == "python"]
 QUICK = ["debug=limit", "callbacks.progress_bar=null", "callbacks.rich_summary=null"]
-VERBS_RUN = ("predict", "evaluate", "merge", "combine", "export", "chat")
+VERBS_RUN = ("predict", "evaluate", "merge", "combine", "export", "import", "chat")
 
 
 def test_every_command_is_of_a_kind_that_is_tested():

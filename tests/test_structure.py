@@ -55,6 +55,8 @@ ALLOWED = {
     "stored": {"lora", "storage"},
     "combine": {"lora", "storage", "stored"},
     "portable": {"lora", "stored"},
+    "layouts": {"lora"},
+    "imported": RUN_SIDE | {"checkpoint", "layouts"},
     "check": RUN_SIDE | {"train", "memory", "precision"},
     "evaluate": RUN_SIDE | {"train", "inference", "precision"},
     "cli": RUN_SIDE
@@ -67,6 +69,7 @@ ALLOWED = {
         "chat",
         "combine",
         "portable",
+        "imported",
         "stored",
         "evaluate",
         "usage",

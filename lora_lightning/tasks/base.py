@@ -79,6 +79,14 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def learn_nothing(self) -> None:
+        """Settles columns and labels by the settings alone: an adapter from elsewhere has no data.
+
+        Raises:
+            UserError: the settings do not say what cannot be guessed.
+        """
+
+    @abstractmethod
     def encode(
         self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
     ) -> dict[str, Any]:

@@ -43,6 +43,9 @@ class InstructTask(GenerativeTask):
             for number, row in enumerate(rows, 1):
                 self.conversation(row, where=f"the {split} data, row {number}")
 
+    def learn_nothing(self) -> None:
+        self.columns = [self.config.messages_column or MESSAGE_COLUMNS[0]]
+
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.columns[0], *MESSAGE_COLUMNS) if len(self.columns) == 1 else MESSAGE_COLUMNS
         messages = pick_column(self.config.messages_column, known, columns, "task.messages_column")

@@ -43,6 +43,9 @@ class LanguageModelTask(GenerativeTask):
             need_columns(split, rows, [self.text_column])
             check_texts(split, self.text_column, rows[self.text_column][:])
 
+    def learn_nothing(self) -> None:
+        self.text_column = self.config.text_column or TEXT_COLUMNS[0]
+
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.text_column, *TEXT_COLUMNS) if self.text_column else TEXT_COLUMNS
         self.text_column = pick_column(self.config.text_column, known, columns, "task.text_column")

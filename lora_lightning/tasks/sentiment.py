@@ -61,6 +61,14 @@ class SentimentTask(Task):
             need_columns(split, rows, [self.label_column])
             self._check_labels(split, rows[self.label_column][:])
 
+    def learn_nothing(self) -> None:
+        if not self.config.labels:
+            raise UserError("name the classes in the order of the head's rows: task.labels=[...].")
+        self.labels = [str(label) for label in self.config.labels]
+        self.text_column = self.config.text_column or TEXT_COLUMNS[0]
+        self.pair_column = self.config.text_pair_column
+        self.label_column = self.config.label_column or LABEL_COLUMNS[0]
+
     def _learn_columns(self, columns: list[str]) -> None:
         self.find_inputs(columns)
         self.label_column = pick_column(

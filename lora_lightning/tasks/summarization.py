@@ -52,6 +52,10 @@ class SummarizationTask(GenerativeTask):
             for column in needed:
                 check_texts(split, column, rows[column][:])
 
+    def learn_nothing(self) -> None:
+        self.source_column = self.config.source_column or SOURCE_COLUMNS[0]
+        self.target_column = self.config.target_column or TARGET_COLUMNS[0]
+
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.source_column, *SOURCE_COLUMNS) if self.source_column else SOURCE_COLUMNS
         self.source_column = pick_column(

@@ -1,0 +1,177 @@
+"""Adapters from elsewhere made adapters of ours: `lora-lightning import`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from .checkpoint import read_checkpoint
+from .config import compose_config, over_saved, read_config, saved_settings, settings_of
+from .layouts import PARTS, read_layout
+from .lora import LoraConfig, UserError, read_adapter
+from .lora.combine import Update
+from .lora.state import adapter_from, from_peft_config
+from .modeling import load_model_config, load_tokenizer
+from .module import LoraModule
+from .quiet import quiet_libraries
+from .settings import DataConfig
+from .storage import base_fingerprint, save_trained
+from .tasks import build_task
+
+TASKS = {"SEQ_CLS": "sentiment", "SEQ_2_SEQ_LM": "summarization"}
+"""Tasks by PEFT's types of them, where there is but one."""
+
+
+def import_adapter(
+    source: Path,
+    output: Path,
+    overrides: list[str],
+    *,
+    alpha: float | None = None,
+    parts: Sequence[str] = PARTS,
+) -> LoraModule:
+    """Writes an adapter folder of ours from a checkpoint of ours, a PEFT folder, or another tool's.
+
+    Args:
+        source: a .ckpt of a run, a PEFT folder, or a safetensors file (see `layouts`).
+        output: the new folder.
+        overrides: settings of the base model and the task, as for training.
+        alpha: of a layout that does not store it.
+        parts: of a layout that does not say which of q, k and v are adapted.
+
+    Returns:
+        The module with what was imported.
+
+    Raises:
+        UserError: the source cannot be used, or does not fit the base model or the task.
+    """
+    quiet_libraries()
+    if source.suffix == ".ckpt":
+        module, config = _from_checkpoint(source, overrides)
+    elif source.is_dir():
+        module, config = _from_peft(source, overrides)
+    elif source.is_file():
+        config = compose_config(overrides)
+        module, whole = _bare(config)
+        assert module.model is not None
+        updates = read_layout(source, module.model, alpha=alpha, parts=parts)
+        _put_on(module, whole, *_as_peft(updates), source)
+    else:
+        raise UserError(f"source={source}: there is no such file or folder.")
+    saved = saved_settings(config)
+    if module.adapter is not None:
+        saved["lora"] = {**asdict(module.adapter.config), "method": "lora"}
+    save_trained(module, output, saved, base=base_fingerprint(module))
+    return module
+
+
+def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
+    """What a run had learned at a checkpoint, with the settings that it holds."""
+    content = read_checkpoint(path)
+    own = content.get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not {"task", "model", "lora", "optim", "seed", "task_state"} <= own.keys():
+        raise UserError(f"{path} is no checkpoint of lora_lightning.")
+    run = path.parent.parent / ".hydra" / "config.yaml"
+    data = saved_settings(read_config(run))["data"] if run.is_file() else asdict(DataConfig())
+    lora = {"method": "full"} if own["lora"] is None else {**own["lora"], "method": "lora"}
+    groups = {"model": own["model"], "task": own["task"], "data": data, "lora": lora}
+    config = over_saved({**groups, "optim": own["optim"]}, overrides)
+    settings = settings_of(config)
+    module = LoraModule(
+        settings.task,
+        settings.model,
+        settings.lora,
+        settings.optim,
+        seed=own["seed"],
+        task_state=own["task_state"],
+    )
+    module.configure_model()
+    module.load_state_dict(content["state_dict"])
+    return module, config
+
+
+def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
+    """A PEFT adapter, on the base that its config names where the call names none."""
+    raw, tensors = read_adapter(folder)
+    lora = from_peft_config(raw)
+    chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
+    kind, base = raw.get("task_type"), raw.get("base_model_name_or_path")
+    told = [f"task={TASKS[kind]}"] if "task" not in chosen and kind in TASKS else []
+    config = compose_config([*told, *overrides])
+    if isinstance(base, str) and not chosen & {"model", "model.name_or_path"}:
+        config.model.name_or_path = base
+    with_tokenizer = (folder / "tokenizer_config.json").is_file()
+    module, whole = _bare(config, kind=kind, tokenizer=str(folder) if with_tokenizer else None)
+    _put_on(module, whole, lora, tensors, folder)
+    return module, config
+
+
+def _bare(
+    config: DictConfig, *, kind: str | None = None, tokenizer: str | None = None
+) -> tuple[LoraModule, list[str]]:
+    """The base model of a config, ready for its task, and the modules that are trained whole.
+
+    Args:
+        config: composed.
+        kind: PEFT's type of the task that the adapter was trained for, if that is known.
+        tokenizer: folder of one that is not the base's.
+    """
+    settings = settings_of(config)
+    task = build_task(settings.task)
+    if tokenizer is None:
+        loaded = load_tokenizer(settings.model)
+    else:
+        loaded = load_tokenizer(replace(settings.model, tokenizer=tokenizer))
+    task.prepare(load_model_config(settings.model))
+    if kind not in (None, task.peft_task_type):
+        raise UserError(
+            f"the adapter is for {kind}, and task={task.name} for {task.peft_task_type}: give the "
+            "task that it was trained for, task=NAME."
+        )
+    task.learn_nothing()
+    module = LoraModule(task, settings.model, None, settings.optim, tokenizer=loaded)
+    model, whole = task.build_model(settings.model, loaded)
+    module.adopt(model, None)
+    return module, whole
+
+
+def _put_on(
+    module: LoraModule,
+    whole: list[str],
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    source: Path,
+) -> None:
+    assert module.model is not None
+    adapter = adapter_from(module.model, config, tensors, source)
+    new = [name for name in whole if name not in adapter.saved_modules]
+    if new:
+        raise UserError(
+            f"{source} holds no {', '.join(new)}, which task={module.task.name} puts on "
+            f"{module.model_config.name_or_path} untrained. Was it trained for another task?"
+        )
+    module.adopt(module.model, adapter)
+
+
+def _as_peft(updates: dict[str, Update]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Updates as the settings and tensors of a plain adapter."""
+    ranks = {name: update.lora_A.shape[0] for name, update in updates.items()}
+    alphas = {name: update.scaling * ranks[name] for name, update in updates.items()}
+    rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
+    config = LoraConfig(
+        rank=int(rank),
+        alpha=alpha,
+        targets=list(updates),
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+    )
+    tensors = {}
+    for name, update in updates.items():
+        tensors[f"{name}.lora_A.weight"] = update.lora_A.float()
+        tensors[f"{name}.lora_B.weight"] = update.lora_B.float()
+    return config, tensors
