@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .several import AdapterSet
     from .state import load_adapter, read_adapter, save_adapter
     from .summary import Summary
+    from .vocabulary import grow
 
 _HOME = {
     "Adapter": "adapter",
@@ -24,6 +25,7 @@ _HOME = {
     "LoraLinear": "layer",
     "Summary": "summary",
     "UserError": "errors",
+    "grow": "vocabulary",
     "load_adapter": "state",
     "read_adapter": "state",
     "save_adapter": "state",
@@ -39,6 +41,7 @@ __all__ = [
     "LoraLinear",
     "Summary",
     "UserError",
+    "grow",
     "load_adapter",
     "read_adapter",
     "save_adapter",

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_tensors
 from .config import LoraConfig
 from .dora import dora_class_for
 from .errors import UserError
 from .layer import LoraLayer, lora_class_for
 from .match import Match, match_targets, modules_to_save
 from .summary import Summary, SummaryRow, count
+from .ties import can_untie, tied_pairs, untie_all
+from .tokens import ROWS, RowsMatch, TokenRows, match_rows
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -24,7 +27,8 @@ class Adapter:
 
     Constructing it freezes the model, wraps the matched modules and leaves trainable exactly what
     belongs to the adapter: A and B of every wrapped module, the modules in
-    `config.modules_to_save`, and the biases that `config.bias` names.
+    `config.modules_to_save`, the biases that `config.bias` names, and the rows of the tokens in
+    `config.trainable_token_indices`.
 
     Args:
         model: any torch model; changed in place.
@@ -43,13 +47,17 @@ class Adapter:
         self.config = config
         self.saved_modules = modules_to_save(model, config.modules_to_save)
         self.layers: dict[str, LoraLayer] = {}
+        self.token_rows: dict[str, TokenRows] = {}
+        """Layers with trained rows of a vocabulary, by name, tied ones too."""
+        self.rows = match_rows(model, config)
         self._aliases = {match.name: match.aliases for match in matches}
         self._hooks: list[Any] = []
         every = model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: p.requires_grad for name, p in every}
-        self._tied = _tied_pairs(model)
+        self._tied = tied_pairs(model)
         self._check_bias_precision(matches)
         self._check_whole_modules()
+        self._check_rows(matches)
 
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -67,6 +75,8 @@ class Adapter:
             )
             self.layers[match.name] = layer
             self._replace(match.name, layer)
+        for rows in self.rows:
+            self._wrap_rows(rows)
         self._pristine: dict[str, Tensor] = {}
         self._untied: dict[str, nn.Parameter] = {}
         self._train_extras()
@@ -86,6 +96,34 @@ class Adapter:
                     raise UserError(
                         f"lora.modules_to_save: {name}.{leaf} is quantised and cannot be trained."
                     )
+
+    def _check_rows(self, matches: list[Match]) -> None:
+        adapted = {alias for match in matches for alias in match.aliases}
+        for name in (name for rows in self.rows for name in (rows.name, *rows.tied)):
+            if name in adapted or name in self.saved_modules:
+                option = "targets" if name in adapted else "modules_to_save"
+                raise UserError(
+                    f"rows of new tokens are trained in {name}, which lora.{option} names too: "
+                    "leave out one of them."
+                )
+            bias = getattr(self.model.get_submodule(name), "bias", None)
+            if self.config.bias == "all" and bias is not None:
+                raise UserError(f"lora.bias=all: {name} has trained rows, not a trained bias.")
+
+    def _wrap_rows(self, rows: RowsMatch) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        first: TokenRows | None = None
+        for name in (rows.name, *rows.tied):
+            layer: Any = modules[name]
+            wrapped = TokenRows(layer, rows.indices, tied_to=first)
+            first = first or wrapped
+            self.token_rows[name] = wrapped
+            self._aliases[name] = tuple(n for n, module in modules.items() if module is layer)
+            self._replace(name, wrapped)
+
+    @property
+    def _wrappers(self) -> dict[str, LoraLayer | TokenRows]:
+        return {**self.layers, **self.token_rows}
 
     def _replace(self, name: str, module: nn.Module) -> None:
         for alias in self._aliases[name]:
@@ -154,8 +192,10 @@ class Adapter:
         ]
 
     def _extras(self) -> dict[str, Tensor]:
-        """What is trained besides the layers' matrices: whole modules and biases."""
-        tensors: dict[str, Tensor] = {}
+        """What is trained besides the layers' matrices: whole modules, biases, rows."""
+        tensors: dict[str, Tensor] = {
+            f"{rows.name}.{ROWS}": self.token_rows[rows.name].rows for rows in self.rows
+        }
         for name in self.saved_modules:
             state = self.model.get_submodule(name).state_dict(keep_vars=True)
             tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in state.items()})
@@ -179,27 +219,27 @@ class Adapter:
     # Switching -------------------------------------------------------------------------------
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches the low-rank updates on or off; whole modules and biases stay as trained.
+        """Switches low-rank updates and trained rows on or off; whole modules and biases stay.
 
         Switching off unmerges: the updates are no longer part of the weights.
         """
         if not enabled:
             self.unmerge()
-        for layer in self.layers.values():
+        for layer in self._wrappers.values():
             layer.enabled = enabled
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model exactly as it was before the adapter, for the time of the block."""
-        was = {name: layer.enabled for name, layer in self.layers.items()}
-        merged = any(layer.merged for layer in self.layers.values())
+        was = {name: layer.enabled for name, layer in self._wrappers.items()}
+        merged = any(layer.merged for layer in self._wrappers.values())
         self.set_enabled(False)
         trained = self._swap_extras(self._pristine)
         try:
             yield
         finally:
             self._swap_extras(trained)
-            for name, layer in self.layers.items():
+            for name, layer in self._wrappers.items():
                 layer.enabled = was[name]
             if merged:
                 self.merge()
@@ -214,13 +254,15 @@ class Adapter:
         return before
 
     def merge(self) -> None:
-        """Puts W + s B A in the place of every adapted weight; all layers or, on error, none.
+        """Puts W + s B A in the place of every adapted weight, and trained rows among the others.
+
+        All layers or, on error, none.
 
         Raises:
             UserError: a base weight is quantised, or a merged weight is not finite.
         """
         try:
-            for name, layer in self.layers.items():
+            for name, layer in self._wrappers.items():
                 try:
                     layer.merge()
                 except UserError as error:
@@ -231,7 +273,7 @@ class Adapter:
 
     def unmerge(self) -> None:
         """Puts the pristine weights back, exactly."""
-        for layer in self.layers.values():
+        for layer in self._wrappers.values():
             layer.unmerge()
 
     def remove(self) -> nn.Module:
@@ -257,21 +299,21 @@ class Adapter:
         """
         self.merge()
         config = getattr(self.model, "config", None)
-        if getattr(config, "tie_word_embeddings", False) and _tied_pairs(self.model) < self._tied:
-            if not _can_untie(config):
+        if getattr(config, "tie_word_embeddings", False) and tied_pairs(self.model) < self._tied:
+            if not can_untie(config):
                 self.unmerge()
                 raise UserError(
                     f"{type(self.model).__name__} always ties its embeddings, so that an adapter "
                     "on one of them cannot be merged for good. Use the adapter unmerged."
                 )
             config.tie_word_embeddings = False  # type: ignore[union-attr]
-            _untie_all(self.model)
-        for layer in self.layers.values():
+            untie_all(self.model)
+        for layer in self._wrappers.values():
             layer._pristine_weight = None
         return self._unwrap()
 
     def _unwrap(self) -> nn.Module:
-        for name, layer in self.layers.items():
+        for name, layer in self._wrappers.items():
             self._replace(name, layer.base_layer)
         for hook in self._hooks:
             hook.remove()
@@ -281,7 +323,7 @@ class Adapter:
                 parameter.data = parameter.data.to(self._pristine[f"{name}.{leaf}"].dtype)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, False))
-        self.layers = {}
+        self.layers, self.token_rows, self.rows = {}, {}, []
         return self.model
 
     # Telling ---------------------------------------------------------------------------------
@@ -310,47 +352,13 @@ class Adapter:
                 name: sum(p.numel() for p in self.model.get_submodule(name).parameters())
                 for name in self.saved_modules
             },
+            token_rows={
+                rows.name: (len(rows.indices), self.token_rows[rows.name].rows.shape[1])
+                for rows in self.rows
+            },
             trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             total=count(self.model.parameters()),
         )
-
-
-def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: str) -> None:
-    """Raises UserError unless `given` has the names and shapes of `own` and is finite."""
-    problems = []
-    for what, names in (
-        ("lacks", [name for name in own if name not in given]),
-        ("has unexpected", [name for name in given if name not in own]),
-    ):
-        if names:
-            problems.append(f"{what} {len(names)} tensors ({_some(names)})")
-    wrong = [
-        f"{name} is {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in given and given[name].shape != own[name].shape
-    ]
-    if wrong:
-        problems.append(f"{len(wrong)} tensors have the wrong shape ({_some(wrong)})")
-    if problems:
-        raise UserError(
-            f"{source} does not fit the model: it {'; '.join(problems)}. "
-            "Was it trained on another base model, or with other targets or rank?"
-        )
-    bad = [
-        name
-        for name, tensor in given.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    if bad:
-        raise UserError(
-            f"{source} holds values that are not finite in {_some(bad)}: "
-            "the run that wrote it diverged, or the file is damaged."
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _is_bias(name: str) -> bool:
@@ -360,28 +368,6 @@ def _is_bias(name: str) -> bool:
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, parameter)
-
-
-def _untie_all(model: nn.Module) -> None:
-    """Gives every module its own copy: a file said to be untied must hold a tensor for each."""
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:
-                setattr(module, leaf, nn.Parameter(parameter.detach().clone()))
-            seen.add(parameter)
-
-
-def _can_untie(config: Any) -> bool:
-    """Whether a stored config keeps `tie_word_embeddings=False`; T5's sets it back to True."""
-    stored = {**config.to_dict(), "tie_word_embeddings": False}
-    return not type(config).from_dict(stored).tie_word_embeddings
-
-
-def _tied_pairs(model: nn.Module) -> int:
-    """How many parameter names are second names of another parameter."""
-    every = sum(1 for _ in model.named_parameters(remove_duplicate=False))
-    return every - sum(1 for _ in model.named_parameters())
 
 
 def _cast_around(module: nn.Module, outside: torch.dtype) -> list[Any]:

@@ -55,6 +55,10 @@ class LoraConfig:
     """Train no bias ("none"), every bias ("all"), or those of adapted modules ("lora_only")."""
     modules_to_save: list[str] = field(default_factory=list)
     """Further modules, by name suffix, trained whole and stored with the adapter."""
+    trainable_token_indices: Any = None
+    """Tokens whose rows are trained, as PEFT takes them: a list of ids for the input embedding and
+    what is tied to it, or lists by name: {embed_tokens: [7], lm_head: [7]}. For new tokens see
+    `model.new_tokens`."""
     init: str = "kaiming"
     """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
     from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `start.py`; such an adapter
@@ -90,6 +94,7 @@ class LoraConfig:
             _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
         if self.layers is not None and not self.layers:
             raise UserError("lora.layers is empty: give layer indices, or null for all layers.")
+        _token_indices(self.trainable_token_indices)
         if isinstance(self.layers_pattern, str):
             self.layers_pattern = [self.layers_pattern]
         for pattern in self.layers_pattern or []:
@@ -197,6 +202,19 @@ def _list_of(where: str, value: Any, kind: type) -> None:
     ):
         what = "names" if kind is str else "numbers"
         raise UserError(f"{where} must be a list of {what}, got {value!r}.")
+
+
+def _token_indices(value: Any) -> None:
+    """Raises UserError unless it is None, a list of different ids, or such lists by name."""
+    if value is None:
+        return
+    for ids in value.values() if isinstance(value, dict) and value else [value]:
+        numbers = isinstance(ids, list) and all(type(item) is int and item >= 0 for item in ids)
+        if not (numbers and ids) or len(set(ids)) < len(ids):
+            raise UserError(
+                "lora.trainable_token_indices must be a list of token ids, each once, or lists "
+                f"by names of modules, got {value!r}."
+            )
 
 
 def _compiles(where: str, pattern: str) -> None:

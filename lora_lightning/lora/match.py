@@ -120,7 +120,7 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
     for pattern in patterns:
-        hits = [name for name in names if _ends_with(name, pattern)]
+        hits = [name for name in names if ends_with(name, pattern)]
         if not hits:
             raise UserError(
                 f"lora.modules_to_save: {pattern!r} matches no module."
@@ -136,7 +136,7 @@ def shortest_suffix(name: str, others: Iterable[str], *, minimum: int = 1) -> st
     others = list(others)
     for length in range(minimum, len(parts)):
         suffix = ".".join(parts[-length:])
-        if not any(_ends_with(other, suffix) for other in others):
+        if not any(ends_with(other, suffix) for other in others):
             return suffix
     return name
 
@@ -172,7 +172,7 @@ def _matches(name: str, patterns: str | list[str]) -> bool:
     """Whether one regex fits the whole of `name`, or one suffix in a list its end."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(_ends_with(name, pattern) for pattern in patterns)
+    return any(ends_with(name, pattern) for pattern in patterns)
 
 
 def _check_names(model: nn.Module, config: LoraConfig, candidates: dict[str, list[str]]) -> None:
@@ -234,7 +234,8 @@ def _subtree(model: nn.Module, name: str) -> list[str]:
     return [n for n, m in model.named_modules(remove_duplicate=False) if id(m) in inside]
 
 
-def _ends_with(name: str, suffix: str) -> bool:
+def ends_with(name: str, suffix: str) -> bool:
+    """Whether `name` is `suffix`, or ends with it after a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .errors import UserError, did_you_mean
 from .stacked import Stack, stacked_model
-from .state import adapter_from, from_peft_config, read_adapter, whole_modules
+from .state import (
+    adapter_from,
+    from_peft_config,
+    is_together,
+    read_adapter,
+    whole_modules,
+)
+from .vocabulary import rows_needed, vocabulary_rows
 
 
 class AdapterSet:
@@ -41,6 +48,13 @@ class AdapterSet:
         """
         raw, tensors = read_adapter(folder)
         config = from_peft_config(raw)
+        rows = rows_needed(config, tensors)
+        if rows and rows > vocabulary_rows(self.base):
+            raise UserError(
+                f"adapter {folder} has new tokens, up to row {rows}, and the base that all share "
+                f"has {vocabulary_rows(self.base)} rows: let it grow before it is shared, "
+                f"lora_lightning.lora.grow(model, {rows})."
+            )
         names = whole_modules(self.base, config.modules_to_save, tensors)
         own = tuple(f"{name}." for name in names)
         shared = {
@@ -49,7 +63,10 @@ class AdapterSet:
             if not leaf.startswith(own) and (config.bias == "none" or not leaf.endswith("bias"))
         }
         model = copy.deepcopy(self.base, shared)
-        self.adapters[name] = adapter_from(model, config, tensors, folder)
+        model.rows_before_growth = None  # type: ignore[assignment]  # what is shared stays as it is
+        self.adapters[name] = adapter_from(
+            model, config, tensors, folder, together=is_together(raw)
+        )
         model.eval()  # what is trained keeps its mark: by it `stacked_model` finds a slot's own
         self._stacked = None
         return model

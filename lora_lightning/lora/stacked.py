@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .functional import _down, _low_rank_backward
 from .layer import LoraConv1D, LoraLayer, LoraLinear
+from .tokens import TokenRows
 
 GROUPED_ON = ("cuda",)
 """Devices on which starting a product costs more than padding it: one takes all slots there."""
@@ -319,12 +320,12 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
 
 
 def own_layers(model: nn.Module) -> list[str]:
-    """Modules that a slot cannot share: LoRA layers, and those with parameters that are trained."""
+    """Modules that a slot cannot share: LoRA layers, and others with trained parameters."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{other}.") for other in found):
             continue
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, LoraLayer) or trained:
+        if isinstance(module, (LoraLayer, TokenRows)) or trained:
             found.append(name)
     return found

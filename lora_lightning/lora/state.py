@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .config import LoraConfig
+from .copies import without_copies
 from .errors import UserError
 from .layer import LoraConv1D
 from .match import shortest_suffix
+from .vocabulary import make_room
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -41,8 +44,6 @@ _UNSUPPORTED = (
     "layer_replication",
     "megatron_config",
     "target_parameters",
-    "trainable_token_indices",
-    "ensure_weight_tying",
     "velora_config",
     "monteclora_config",
     "kasa_config",
@@ -148,27 +149,62 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """Puts the adapter stored in `folder` onto `model`, strictly.
 
+    Where it has rows of new tokens, the model's vocabulary grows until it holds them.
+
     Raises:
         UserError: see `read_adapter` and `Adapter.load_tensors`.
     """
     raw, tensors = read_adapter(folder)
-    return adapter_from(model, from_peft_config(raw), tensors, folder)
+    config = from_peft_config(raw)
+    make_room(model, config, tensors, folder)
+    return adapter_from(model, config, tensors, folder, together=is_together(raw))
 
 
 def adapter_from(
-    model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path
+    model: nn.Module,
+    config: LoraConfig,
+    tensors: dict[str, Tensor],
+    folder: str | Path,
+    *,
+    together: bool = False,
 ) -> Adapter:
-    """Puts an adapter on `model` whose files in `folder` have been read."""
+    """Puts an adapter on `model` whose files in `folder` have been read.
+
+    Args:
+        model: the base, with room for the tokens that have rows of their own (`make_room`).
+        config: what the files say of it.
+        tensors: what they hold.
+        folder: what messages call it.
+        together: whether layers that are tied are to have one update (`is_together`).
+    """
     _refuse_absent_rank(config, tensors, folder)
     config.modules_to_save = whole_modules(model, config.modules_to_save, tensors)
     adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
     source = f"adapter {folder}"
     try:
-        adapter.load_tensors(_without_base_copies(adapter, tensors, source), source=source)
+        if together:
+            _refuse_tied_updates(adapter)
+        adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
     except UserError:
         adapter.remove()
         raise
     return adapter
+
+
+def is_together(raw: dict[str, Any]) -> bool:
+    """Whether an adapter_config.json asks for one update of tied layers."""
+    return bool(raw.get("ensure_weight_tying"))
+
+
+def _refuse_tied_updates(adapter: Adapter) -> None:
+    """Raises UserError for an adapter of PEFT that gives tied layers one update together."""
+    weights = [weight for layer in adapter.layers.values() for weight in layer.parameters()]
+    names = Counter(id(p) for _, p in adapter.model.named_parameters(remove_duplicate=False))
+    if adapter._untied or any(names[id(weight)] > 1 for weight in weights):
+        raise UserError(
+            f"{CONFIG_NAME} sets ensure_weight_tying, and adapts embeddings that are tied to the "
+            "output layer: one update for both is not supported, and two would give other outputs."
+        )
 
 
 def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
@@ -219,6 +255,7 @@ def to_peft_config(
         "revision": revision,
         "target_modules": targets,
         "task_type": task_type,
+        "trainable_token_indices": _token_indices(adapter),
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
@@ -260,6 +297,7 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             use_dora=bool(raw.get("use_dora", False)),
             bias=raw.get("bias", "none"),
             modules_to_save=list(raw.get("modules_to_save") or []),
+            trainable_token_indices=raw.get("trainable_token_indices") or None,
         )
     except (TypeError, AttributeError) as error:
         raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
@@ -311,6 +349,16 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
+def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
+    """Trained rows by the shortest suffix that names their layer alone; tied ones go with it."""
+    names = [name for name, _ in adapter.model.named_modules() if name]
+    found = {}
+    for rows in adapter.rows:
+        others = [name for name in names if name != rows.name]
+        found[shortest_suffix(rows.name, others)] = rows.indices
+    return found or None
+
+
 def _target_suffixes(adapter: Adapter) -> list[str]:
     inside = tuple(f"{name}." for name in adapter.layers)
     others = [
@@ -346,30 +394,6 @@ def whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tens
         if f".{name}".endswith(f".{pattern}")
         or (name.endswith(pattern) and any(key.startswith(f"{name}.") for key in tensors))
     ]
-
-
-def _without_base_copies(
-    adapter: Adapter, tensors: dict[str, Tensor], source: str
-) -> dict[str, Tensor]:
-    """Drops the copies of frozen base weights that PEFT stores when embeddings are adapted.
-
-    Raises:
-        UserError: such a copy differs from the model's own weight, so it was resized or trained.
-    """
-    own = adapter.named_tensors()
-    frozen = dict(adapter.model.named_parameters(remove_duplicate=False))
-    kept = dict(tensors)
-    for name in tensors:
-        if name in own or name not in frozen:
-            continue
-        stored, weight = kept.pop(name).float(), frozen[name].detach().cpu().float()
-        if stored.shape != weight.shape or not torch.allclose(stored, weight, atol=1e-3, rtol=1e-2):
-            raise UserError(
-                f"{source} brings its own {name}, which differs from the base model's: "
-                "it was trained on another base, with a resized vocabulary, or as a whole module "
-                f"that {CONFIG_NAME} does not list."
-            )
-    return kept
 
 
 def _as_list(value: Any) -> list[int] | None:

@@ -35,6 +35,8 @@ class Summary:
 
     rows: list[SummaryRow]
     whole_modules: dict[str, int]
+    token_rows: dict[str, tuple[int, int]]
+    """(rows, dim) of the trained rows of a vocabulary, by module."""
     trainable: int
     total: int
 
@@ -59,6 +61,9 @@ class Summary:
             )
         for name, number in self.whole_modules.items():
             lines.append(f"{name:<26} {'whole':>5} {'':>34} {number:>12,}")
+        for name, (rows, dim) in self.token_rows.items():
+            what = f"{rows} rows"
+            lines.append(f"{name:<26} {what:>13} {'':>26} {rows * dim:>12,}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         return "\n".join(lines)

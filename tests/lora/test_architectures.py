@@ -7,6 +7,7 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zoo import ARCHITECTURES, CLASSIFIER, case, randomise
 
@@ -198,6 +199,31 @@ def test_embeddings_both_directions(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_adapter(this.copy(), tmp_path / "theirs")
     assert_same(this.logits(loaded.model), ours)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama"])
+def test_both_ends_of_a_language_model(name, tmp_path):
+    """Embeddings and output layer each with an update of its own, tied (Qwen, GPT-2) or not."""
+    this = case(name)
+    targets = ["wte" if name == "gpt2" else "embed_tokens", "lm_head"]
+    adapter = adapter_on(this.copy(), this.task_type, targets=targets)
+    randomise(adapter.named_tensors())
+    ours = this.logits(adapter.model)
+    save_adapter(adapter, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path / "ours")
+    assert_same(this.logits(theirs), ours)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    copies = [key for key in stored if key.endswith("base_layer.weight")]
+    assert len(copies) == 2  # whole matrices, since lm_head is a name that PEFT knows
+    assert_same(this.logits(load_adapter(this.copy(), tmp_path / "theirs").model), ours)
+
+    merged = adapter.merge_and_unload()
+    assert_merged_equals(this.logits(merged), ours)
+    assert_merged_equals(this.logits(reload(this, merged, tmp_path / "merged")), ours)
+    off = (this.logits(theirs.merge_and_unload()) - ours).abs().max()
+    assert (off > 1e-2) == (name != "llama")  # PEFT adds both updates to the one tied matrix
 
 
 def test_copies_of_an_adapted_model_are_independent():
