@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from .config import Settings
 from .data.datamodule import LoraDataModule
+from .lora.vocabulary import vocabulary_rows
 from .module import LoraModule
 from .storage import versions
 
@@ -83,6 +84,8 @@ def _use(settings: Settings, module: LoraModule) -> str:
         count = f", num_labels={len(labels)}" if labels else ""
         lines += ["", "```python", "from peft import PeftModel", f"from transformers import {kind}"]
         lines += ["", f'base = {kind}.from_pretrained("{base}"{count})']
+        if module.model_config.new_tokens and module.model is not None:
+            lines.append(f"base.resize_token_embeddings({vocabulary_rows(module.model)})")
         lines += ['model = PeftModel.from_pretrained(base, "THIS_FOLDER")', "```"]
     if labels:
         lines += ["", f"Labels, in order: {', '.join(map(str, labels))}."]

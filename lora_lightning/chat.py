@@ -62,4 +62,5 @@ def _reply(predictor: Predictor, row: dict[str, Any]) -> str:
     prompt = task.encode(columns, module.tokenizer, predictor.max_length, targets=False)
     if not prompt["input_ids"][0]:
         raise UserError("the text is too long: shorten it, or raise data.max_length.")
+    predictor.refuse_unknown(prompt["input_ids"][0], where="the text")
     return str(task.stream(module.model, prompt["input_ids"][0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
 from .lora import UserError
+from .lora.vocabulary import vocabulary_rows
 from .memory import PROBE_ROWS, Memory
 from .modeling import check_packing
 from .module import LoraModule
@@ -27,6 +29,7 @@ from .train import (
     check_windows,
     refuse_used_folder,
 )
+from .vocabulary import token_ids
 
 FEW_ROWS = 8
 FEW_JUDGES = 50
@@ -64,6 +67,7 @@ def check(config: DictConfig) -> str:
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
             f"{next(module.model.parameters()).dtype}".replace("torch.", ""),
             _modules(module),
+            *_new_tokens(module, data),
             _data(data, settings),
             _sample(data),
             _gradients(module, data, device),
@@ -78,6 +82,32 @@ def _modules(module: LoraModule) -> str:
         return f"Adapter\n{module.adapter.summary()}"
     count = sum(p.numel() for p in module.model.parameters())
     return f"Full fine-tuning: all {count:,} parameters are trained."
+
+
+def _new_tokens(module: LoraModule, data: LoraDataModule) -> list[str]:
+    """Ids of new tokens, and how many training rows have them."""
+    assert module.model is not None
+    new = module.model_config.new_tokens
+    if not new:
+        return []
+    ids = token_ids(module.tokenizer, new)
+    train = data.encoded["train"]
+    columns = [train["input_ids"], *([train["labels"]] if module.task.generative else [])]
+    counts = Counter(n for row in zip(*columns, strict=True) for n in set().union(*row))
+    rows = vocabulary_rows(module.model)
+    before = getattr(module.model, "rows_before_growth", rows)
+    grown = f"grown from {before:,} rows to {rows:,}" if rows > before else f"{rows:,} rows"
+    lines = [f"New tokens, embeddings {grown}"]
+    lines += [
+        f"  {token!r}, id {number}, in {counts[number]:,} of {len(train):,} training rows"
+        for token, number in zip(new, ids, strict=True)
+    ]
+    lines += [
+        f"WARNING no training row has {token!r}: there is nothing to learn its row from"
+        for token, number in zip(new, ids, strict=True)
+        if not counts[number]
+    ]
+    return ["\n".join(lines)]
 
 
 def _data(data: LoraDataModule, settings: Settings) -> str:

@@ -134,17 +134,32 @@ def _check_same_base(stored: list[Stored]) -> None:
 
 
 def _base_of(stored: Stored) -> dict[str, Any]:
+    fingerprint = _sidecar(stored).get("base_fingerprint")
+    return {"fingerprint": fingerprint, "name": stored.raw.get("base_model_name_or_path")}
+
+
+def _sidecar(stored: Stored) -> dict[str, Any]:
     try:
         sidecar = json.loads((stored.folder / SIDECAR).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        sidecar = {}
-    fingerprint = sidecar.get("base_fingerprint") if isinstance(sidecar, dict) else None
-    return {"fingerprint": fingerprint, "name": stored.raw.get("base_model_name_or_path")}
+        return {}
+    return sidecar if isinstance(sidecar, dict) else {}
+
+
+def _tokens_of(stored: Stored) -> list[Any]:
+    """New tokens by name, where the folder tells, and the indices of trained rows."""
+    model = _sidecar(stored).get("settings", {}).get("model", {})
+    return [model.get("new_tokens") or [], stored.raw.get("trainable_token_indices")]
 
 
 def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -> dict[str, Tensor]:
     first = stored[0].rest
     for other in stored[1:]:
+        if _tokens_of(other) != _tokens_of(stored[0]):
+            raise UserError(
+                f"{stored[0].folder} and {other.folder} have trained rows of different tokens: "
+                f"{_tokens_of(stored[0])} and {_tokens_of(other)}. Merge one into the base first."
+            )
         if other.rest.keys() != first.keys() or any(
             tensor.shape != other.rest[name].shape for name, tensor in first.items()
         ):

@@ -13,6 +13,7 @@ from .config import over_saved, settings_of
 from .data.datamodule import LoraDataModule
 from .inference import Predictor, load_trained
 from .lora import UserError
+from .lora.vocabulary import vocabulary_rows
 from .modeling import load_model_config, max_positions
 from .precision import with_precision
 from .quiet import quiet_libraries
@@ -30,6 +31,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     config = with_precision(config, trains=False)
     settings = settings_of(config)
     module = load_trained(folder, model=_as_model_settings(config))
+    assert module.model is not None
     task = module.task
     task.config = type(task.config)(**settings.task)
     data = LoraDataModule(
@@ -37,6 +39,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         module.tokenizer,
         settings.data,
         length_limit=max_positions(load_model_config(module.model_config)),
+        rows=vocabulary_rows(module.model),
     )
     trainer = build_trainer(
         config,

@@ -15,7 +15,8 @@ from .config import compose_config, over_saved, read_config, saved_settings, set
 from .layouts import PARTS, read_layout
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.combine import Update
-from .lora.state import adapter_from, from_peft_config
+from .lora.state import adapter_from, from_peft_config, is_together
+from .lora.vocabulary import make_room
 from .modeling import load_model_config, load_tokenizer
 from .module import LoraModule
 from .quiet import quiet_libraries
@@ -107,7 +108,9 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
         config.model.name_or_path = base
     with_tokenizer = (folder / "tokenizer_config.json").is_file()
     module, whole = _bare(config, kind=kind, tokenizer=str(folder) if with_tokenizer else None)
-    _put_on(module, whole, lora, tensors, folder)
+    assert module.model is not None
+    make_room(module.model, lora, tensors, folder)
+    _put_on(module, whole, lora, tensors, folder, together=is_together(raw))
     return module, config
 
 
@@ -146,9 +149,11 @@ def _put_on(
     config: LoraConfig,
     tensors: dict[str, Tensor],
     source: Path,
+    *,
+    together: bool = False,
 ) -> None:
     assert module.model is not None
-    adapter = adapter_from(module.model, config, tensors, source)
+    adapter = adapter_from(module.model, config, tensors, source, together=together)
     new = [name for name in whole if name not in adapter.saved_modules]
     if new:
         raise UserError(

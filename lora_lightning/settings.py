@@ -30,6 +30,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     tokenizer: str | None = None
     """Tokenizer's hub name or folder. None: the model's own."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens to add, such as ["<think>", "</think>"]. Their rows of embeddings and output
+    layer are trained, and stored with the adapter; all other rows stay frozen."""
     dtype: str = "auto"
     """Type of the frozen weights: float32, bfloat16, float16, or auto: that of trainer.precision
     (32-true, bf16-true), and as stored where there is none to go by."""
@@ -52,6 +55,7 @@ class ModelConfig:
                 f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
                 f"{did_you_mean(self.dtype, DTYPES)}"
             )
+        self._check_new_tokens()
         if self.quantization not in (None, *QUANTIZATIONS):
             raise UserError(
                 f"model.quantization must be one of {', '.join(QUANTIZATIONS)} or null, got "
@@ -63,6 +67,19 @@ class ModelConfig:
             )
         if self.compile not in (None, "layer"):
             raise UserError(f"model.compile must be layer or null, got {self.compile!r}.")
+
+    def _check_new_tokens(self) -> None:
+        tokens = self.new_tokens
+        if not isinstance(tokens, list) or not all(
+            isinstance(t, str) and t.strip() for t in tokens
+        ):
+            raise UserError(
+                f"model.new_tokens must be a list of texts, none of them empty, got {tokens!r}: "
+                """'model.new_tokens=["<think>","</think>"]'."""
+            )
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            raise UserError(f"model.new_tokens names {', '.join(map(repr, twice))} more than once.")
 
 
 @dataclass

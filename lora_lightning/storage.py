@@ -19,6 +19,7 @@ import torch
 from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.state import WEIGHTS_NAME, replaced_folder
+from .lora.vocabulary import before_growth
 from .modeling import fingerprint
 from .module import BAD_STEP, LoraModule
 from .settings import OWN_GROUPS
@@ -216,7 +217,7 @@ def writable(run_dir: Path) -> None:
 
 
 def base_fingerprint(module: LoraModule) -> str:
-    """Tells the frozen base apart from another of the same shape.
+    """Tells the frozen base apart from another of the same shape, whatever rows it has grown by.
 
     It is "" where all is trained, and where the base is quantised, which changes its weights.
     """
@@ -224,8 +225,9 @@ def base_fingerprint(module: LoraModule) -> str:
     if module.adapter is None or module.model_config.quantization is not None:
         return ""
     trained = {id(tensor) for tensor in module.trainable_tensors().values()}
+    shorter = before_growth(module.model)
     return fingerprint(
-        (name.replace(".base_layer.", "."), parameter)
+        (name.replace(".base_layer.", "."), shorter.get(parameter, parameter))
         for name, parameter in module.model.named_parameters()
         if id(parameter) not in trained
     )

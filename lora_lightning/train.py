@@ -56,6 +56,8 @@ from .storage import (
 )
 from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
+from .vocabulary import rows_in
+from .warm_start import refuse_other_tokens
 
 CHECKPOINTS = "checkpoints"
 
@@ -207,12 +209,21 @@ def build(
 ) -> tuple[LoraModule, LoraDataModule]:
     """The LightningModule and the data module of a run, sharing task and tokenizer."""
     if adapter is not None and (Path(adapter) / SIDECAR).is_file():
-        check_weights(Path(adapter), read_sidecar(Path(adapter)))
+        sidecar = read_sidecar(Path(adapter))
+        check_weights(Path(adapter), sidecar)
+        refuse_other_tokens(adapter, sidecar["settings"]["model"], settings.model)
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)
     task.prepare(model_config)
     limit = max_positions(model_config)
-    data = LoraDataModule(task, tokenizer, settings.data, length_limit=limit, seed=seed)
+    data = LoraDataModule(
+        task,
+        tokenizer,
+        settings.data,
+        length_limit=limit,
+        rows=None if settings.model.new_tokens else rows_in(model_config),
+        seed=seed,
+    )
     module = LoraModule(
         task,
         settings.model,

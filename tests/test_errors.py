@@ -469,6 +469,36 @@ MODEL = [
         "lora=full",
         "trainer=ddp",
     ),
+    Case(
+        "new token that is known",
+        lambda p: p.train("model.new_tokens=[aa,good]"),
+        "the tokenizer has 'good' already",
+        "lora.trainable_token_indices=[",
+    ),
+    Case(
+        "new token twice",
+        lambda p: p.train("model.new_tokens=[aa,aa]"),
+        "model.new_tokens names 'aa'",
+        "more than once",
+    ),
+    Case(
+        "new token without text",
+        lambda p: p.train("model.new_tokens=['']"),
+        "none of them empty",
+        '["<think>","</think>"]',
+    ),
+    Case(
+        "one new token",
+        lambda p: p.train("model.new_tokens=aa"),
+        "model.new_tokens",
+        "list",
+    ),
+    Case(
+        "index of no token",
+        lambda p: p.train("lora.trainable_token_indices=[100000]"),
+        "none of index 100000",
+        "lora.trainable_token_indices",
+    ),
     Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
     Case("no precision", lambda p: p.train("trainer.precision=bf17"), "bf17", "bf16-mixed"),
     Case(

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint"}
+MODEL_SIDE |= {"checkpoint", "vocabulary", "warm_start"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -30,14 +30,16 @@ ALLOWED = {
     "signals": set(),
     "checkpoint": {"lora"},
     "cluster": {"lora"},
-    "modeling": FOUNDATION | {"cpu", "parallel", "quantization"},
+    "modeling": FOUNDATION | {"cpu", "parallel", "quantization", "vocabulary"},
+    "vocabulary": FOUNDATION,
+    "warm_start": FOUNDATION | {"checkpoint"},
     "quantization": FOUNDATION,
     "optim": FOUNDATION,
     "metrics": set(),
     "head": {"parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel"},
-    "data": FOUNDATION | {"tasks", "strategies"},
+    "data": FOUNDATION | {"tasks", "strategies", "vocabulary"},
     "module": MODEL_SIDE,
     "callbacks": MODEL_SIDE | {"module", "signals"},
     "storage": MODEL_SIDE | {"module", "lock"},

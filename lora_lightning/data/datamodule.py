@@ -19,6 +19,7 @@ from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..strategies import data_ranks, in_step
 from ..tasks import IGNORE, Task
+from ..vocabulary import refuse_unknown
 from .collate import MicroBatches, PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import SPLITS, cache_folder, load_splits, unwritable_cache
@@ -40,6 +41,7 @@ class LoraDataModule(L.LightningDataModule):
         tokenizer: the base model's.
         config: which rows, and how they are batched.
         length_limit: the longest input that the model takes, None if unlimited.
+        rows: of the model's embeddings, beyond which no token may be; None: as the tokenizer has.
         seed: seed of the order of the batches.
     """
 
@@ -50,12 +52,14 @@ class LoraDataModule(L.LightningDataModule):
         config: DataConfig,
         *,
         length_limit: int | None = None,
+        rows: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.task = task
         self.tokenizer = tokenizer
         self.config = config
+        self.rows = rows
         self.seed = seed
         if config.packing and not task.packs:
             raise UserError(
@@ -149,6 +153,9 @@ class LoraDataModule(L.LightningDataModule):
                 raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
         for split, rows in raw.items():
             encoded = self._encode(rows)
+            if self.rows is not None:
+                ids = _highest_ids(encoded)
+                refuse_unknown(ids, self.rows, self.tokenizer, where=f"the {split} data")
             kept = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
             self.dropped[split] = len(encoded) - len(kept)
             if not kept:
@@ -311,6 +318,16 @@ class Examples(Dataset[dict[str, Any]]):
         if "generate" in row:
             row["generate"] = False
         return row
+
+
+def _highest_ids(encoded: Any) -> list[int]:
+    """The highest token id among inputs, and among labels that are tokens."""
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    columns = [encoded.data.column(name) for name in ("input_ids", "labels")]
+    lists = [column for column in columns if hasattr(column.type, "value_type")]
+    found = [pc.max(pc.list_flatten(column)).as_py() for column in lists]
+    return [number for number in found if number is not None]
 
 
 def _choose(encoded: Any, count: int) -> Any:

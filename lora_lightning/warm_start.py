@@ -1,0 +1,48 @@
+"""Training that begins with the values of another run: an adapter's, or a checkpoint's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .checkpoint import read_checkpoint
+from .lora import Adapter, UserError
+from .lora.copies import without_copies
+from .lora.state import read_adapter
+from .settings import ModelConfig
+
+
+def load_values(adapter: Adapter, folder: str) -> None:
+    """Gives an adapter the values of one of the same shape that lies in a folder.
+
+    Raises:
+        UserError: it is of another shape, or its trained rows are of other tokens.
+    """
+    raw, tensors = read_adapter(folder)
+    asked = raw.get("trainable_token_indices") or {}
+    theirs = list(asked.values()) if isinstance(asked, dict) else [asked]
+    ours = [rows.indices for rows in adapter.rows]
+    if theirs and ours and not all(indices in ours for indices in theirs):
+        raise UserError(
+            f"adapter={folder} has trained the rows of the tokens {theirs[0]}, and this run is to "
+            f"train those of {ours[0]}."
+        )
+    source = f"adapter {folder}"
+    adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
+
+
+def values_of(checkpoint: str, model: ModelConfig) -> dict[str, Any]:
+    """The trained tensors in a checkpoint of a run with the same new tokens."""
+    content = read_checkpoint(checkpoint)
+    theirs = content.get("hyper_parameters", {}).get("model", {})
+    refuse_other_tokens(checkpoint, theirs, model)
+    return dict(content["state_dict"])
+
+
+def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig) -> None:
+    """Raises UserError unless a run's model settings have the same new tokens in the same order."""
+    tokens = theirs.get("new_tokens") or []
+    if tokens != model.new_tokens:
+        raise UserError(
+            f"adapter={source} was trained with model.new_tokens={tokens}, and this run has "
+            f"{model.new_tokens}: give the same tokens in the same order."
+        )
