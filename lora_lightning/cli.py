@@ -15,10 +15,11 @@ from .launch.queue import end_with_parent
 from .usage import FULL_ERROR, HELP
 
 VERBS = (
-    *("train", "check", "evaluate", "predict", "chat"),
+    *("train", "plan", "check", "evaluate", "predict", "chat"),
     *("merge", "combine", "export", "import", "report"),
 )
 PLAIN_KEYS = {
+    "plan": ("device_gib",),
     "evaluate": ("adapter", "output"),
     "predict": ("adapter", "text", "input", "output"),
     "chat": ("adapter",),
@@ -75,6 +76,7 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
     else:
         plain, overrides = _split(arguments, PLAIN_KEYS[verb])
         actions = {
+            "plan": _plan,
             "evaluate": _evaluate,
             "predict": _predict,
             "chat": _chat,
@@ -127,6 +129,20 @@ def _check(arguments: list[str]) -> None:
     from .check import check
 
     print(check(config))
+
+
+def _plan(plain: dict[str, str], overrides: list[str]) -> None:
+    from .lora.errors import UserError
+
+    size = _number(plain["device_gib"], float, "device_gib") if "device_gib" in plain else None
+    if size is not None and not size > 0:
+        raise UserError(f"device_gib must be a number of GiB above 0, got {plain['device_gib']}.")
+    from .config import compose_config
+
+    config = compose_config(overrides)
+    from .plan import plan
+
+    print(plan(config, size))
 
 
 def _report(arguments: list[str]) -> None:

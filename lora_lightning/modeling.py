@@ -21,6 +21,7 @@ from .lora.match import head_modules
 from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
+from .skeleton import build_skeleton, wants_skeletons
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -332,6 +333,9 @@ def _from_pretrained(
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
         model_config = load_model_config(config)
+        if wants_skeletons():
+            model = build_skeleton(auto_class, model_config, config, kwargs.get("id2label"))
+            return _ready_to_train(model, config), []
         options |= quantization_options(auto_class, model_config, config)
         sharding = loading_options(
             auto_class,
@@ -361,13 +365,17 @@ def _from_pretrained(
         )
     if config.new_tokens:
         make_room(model, tokenizer)
+    return _ready_to_train(model, config), missing
+
+
+def _ready_to_train(model: Any, config: ModelConfig) -> nn.Module:
     train_in_one_format(model)
     if not torch.cuda.is_available():
         prepare_for_cpu(model, checkpoints=config.gradient_checkpointing)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
-    return model, missing
+    return model  # type: ignore[no-any-return]
 
 
 def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:

@@ -280,12 +280,12 @@ class LoraModule(L.LightningModule):
         *before, last = _parts(batch)
         for part in before:
             # Within DDP's forward its hooks sleep: the last part's backward sends the whole sum.
-            self.trainer.strategy.backward(self._training_loss(part), None)
+            self.trainer.strategy.backward(self.training_loss(part), None)
         # Lightning divides by the number of batches of a step, DDP by the number of ranks; both are
         # undone here and in on_before_optimizer_step, where the true count is known.
-        return self._training_loss(last) * self.trainer.accumulate_grad_batches
+        return self.training_loss(last) * self.trainer.accumulate_grad_batches
 
-    def _training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations

@@ -9,6 +9,7 @@ lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.
 
 Verbs
   train     train an adapter, then test the best one     lora-lightning train
+  plan      memory and adapter sizes, without weights    lora-lightning plan model.name_or_path=X
   check     preflight: show what train would do          lora-lightning check data.train=my.csv
   evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
   predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text=...
@@ -19,7 +20,7 @@ Verbs
   import    from a checkpoint, PEFT, or another tool     lora-lightning import source=X output=DIR
   combine   a new adapter from several, or one scaled    lora-lightning combine adapter=A,B output=C
 
-The settings used most (train, check)
+The settings used most (train, plan, check)
   data.train=FILE          CSV, TSV, JSON, JSONL, Parquet, text file or folder; data.val, data.test
   data.path=ORG/NAME       a dataset of the Hugging Face hub
   task=NAME                sentiment; summarization, instruct, lm write text

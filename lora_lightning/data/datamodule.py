@@ -72,14 +72,9 @@ class LoraDataModule(L.LightningDataModule):
         self.dropped: dict[str, int] = {}
 
     def _max_length(self, length_limit: int | None) -> int:
-        limits = [length_limit or 10**9, self.tokenizer.model_max_length or 10**9]
-        limit, asked = min(limits), self.config.max_length
-        if asked is None:
-            return min(limit, 512)
-        if length_limit is not None and asked > length_limit:
-            raise UserError(
-                f"data.max_length={asked}: the model takes at most {length_limit} tokens."
-            )
+        asked = longest_input(self.config, length_limit, self.tokenizer.model_max_length)
+        if self.config.max_length is None:
+            return asked
         special = self.tokenizer.num_special_tokens_to_add()
         if asked <= special:
             raise UserError(
@@ -268,10 +263,7 @@ class LoraDataModule(L.LightningDataModule):
 
     def tokens_on(self, device_type: str) -> int | None:
         """Tokens that are computed at a time on such a device, as far as the config tells."""
-        asked: int | str | None = self.config.max_tokens
-        if asked != "auto":
-            return asked  # type: ignore[return-value]
-        return CPU_TOKENS if device_type == "cpu" else None
+        return tokens_at_a_time(self.config, device_type)
 
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
         """Makes a batch of rows of this data."""
@@ -285,6 +277,32 @@ class LoraDataModule(L.LightningDataModule):
         examples = Examples(self.encoded[split])
         collate = self.collate(packing=self.task.joins_rows)
         return collate([examples[row] for row in order])
+
+
+def longest_input(config: DataConfig, model: int | None, tokenizer: int | None = None) -> int:
+    """The longest example in tokens.
+
+    Args:
+        config: what is asked for.
+        model: the longest input that the model takes, None if unlimited.
+        tokenizer: likewise.
+
+    Raises:
+        UserError: more is asked for than the model takes.
+    """
+    asked = config.max_length
+    if asked is None:
+        return min(model or 512, tokenizer or 512, 512)
+    if model is not None and asked > model:
+        raise UserError(f"data.max_length={asked}: the model takes at most {model} tokens.")
+    return asked
+
+
+def tokens_at_a_time(config: DataConfig, device_type: str) -> int | None:
+    """Tokens that are computed at a time on a device, None where batches stay whole."""
+    if config.max_tokens != "auto":
+        return config.max_tokens  # type: ignore[no-any-return]
+    return CPU_TOKENS if device_type == "cpu" else None
 
 
 @rank_zero_only

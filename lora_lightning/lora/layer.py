@@ -320,6 +320,8 @@ def dequantized(layer: nn.Module) -> Tensor:
         state: Any = layer.state  # where the first pass has moved them
         scales = state.SCB if weight.SCB is None else weight.SCB
         return int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    if hasattr(layer, "dequantized"):
+        return layer.dequantized()  # type: ignore[no-any-return, operator]
     return weight.detach()  # type: ignore[no-any-return]
 
 

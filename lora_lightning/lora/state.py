@@ -97,6 +97,22 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     _check_written(folder / WEIGHTS_NAME, stored)
 
 
+def weights_bytes(tensors: dict[str, Tensor]) -> int:
+    """The size of the weights' file that `write_files` makes; values do not matter.
+
+    The format of safetensors: eight bytes, a JSON header padded to a multiple of eight, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name, tensor in sorted(tensors.items()):
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        kind = str(tensor.dtype).replace("torch.float", "F")
+        shape = list(tensor.shape)
+        header[PREFIX + name] = {"dtype": kind, "shape": shape, "data_offsets": [start, stop]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + stop
+
+
 def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
     """Makes sure that a file holds these tensors, before an older one makes way for it."""
     found = load_file(path)

@@ -78,6 +78,9 @@ class Task(ABC):
             UserError: a column or label is unknown or missing.
         """
 
+    def suppose(self) -> None:  # noqa: B027, most tasks build the same model for any data
+        """Settles what the model depends on, as `learn` would, where there is no data yet."""
+
     @abstractmethod
     def learn_nothing(self) -> None:
         """Settles columns and labels by the settings alone: an adapter from elsewhere has no data.

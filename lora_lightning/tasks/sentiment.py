@@ -69,6 +69,9 @@ class SentimentTask(Task):
         self.pair_column = self.config.text_pair_column
         self.label_column = self.config.label_column or LABEL_COLUMNS[0]
 
+    def suppose(self) -> None:
+        self.labels = [str(label) for label in self.config.labels or ("0", "1")]
+
     def _learn_columns(self, columns: list[str]) -> None:
         self.find_inputs(columns)
         self.label_column = pick_column(
