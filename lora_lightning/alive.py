@@ -52,7 +52,7 @@ class Alive(TorchDispatchMode):
         entry = [self.part, storage.nbytes()]  # its part may change, see `assign`
         self._storages[storage] = entry
         self.now[self.part] += storage.nbytes()
-        weakref.finalize(storage, self._forget, entry)
+        weakref.finalize(storage, self._forget, entry).atexit = False
 
     def _forget(self, entry: list[Any]) -> None:
         part, size = entry

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import settings_of
 from .lora import Adapter, LoraConfig, UserError
+from .lora.match import match_targets
 from .lora.state import weights_bytes
 from .lora.targets import target_sets
 from .modeling import load_model_config
@@ -136,16 +137,21 @@ def _adapters(config: DictConfig) -> str:
         sets = {name: replace(chosen, targets=t) for name, t in target_sets(model).items()}
         if all(chosen.targets != other.targets for other in sets.values()):
             sets = {"as given": chosen, **sets}
+        ranks = {*RANKS, chosen.rank}
+        if chosen.starts_from_weight:  # no more than the smallest weight has rows and columns
+            every: list[Any] = [match.module for match in match_targets(model, chosen)]
+            most = min(min(module.weight.shape) for module in every)
+            ranks = {rank for rank in ranks if rank <= most or rank == chosen.rank}
         lines = [
             f"{settings.model.name_or_path}: {type(model).__name__}, {count:,} parameters",
             "",
             f"{'adapter':<17} {'rank':>4} {'trained':>13} {'share':>8} {'file, bytes':>14}",
         ]
         for name, lora in sets.items():
-            for rank in sorted({*RANKS, chosen.rank}):
+            for rank in sorted(ranks):
                 trained, size = adapter_size(model, replace(lora, rank=rank))
                 share = f"{100 * trained / count:.2f} %"
-                setting = f"  lora.targets={_typed(lora.targets)}" if rank == RANKS[0] else ""
+                setting = f"  lora.targets={_typed(lora.targets)}" if rank == min(ranks) else ""
                 lines.append(f"{name:<17} {rank:>4} {trained:>13,} {share:>8} {size:>14,}{setting}")
     return "\n".join(lines)
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from .alive import Alive
 from .config import settings_of
+from .data.collate import PackingCollator
 from .data.datamodule import longest_input, tokens_at_a_time
 from .head import trust_head
 from .lora import UserError
 from .modeling import load_model_config, max_positions
 from .module import LoraModule
 from .settings import OptimConfig
-from .skeleton import skeletons
+from .skeleton import rows_alone, skeletons
 from .tasks import build_task
 from .tasks.generative import GenerativeTask
 
@@ -56,9 +57,11 @@ class Rehearsal:
         self.task.prepare(model_config)
         self.task.suppose()
         self.length = longest_input(settings.data, max_positions(model_config))
-        self.packs = settings.data.packing or self.task.joins_rows
+        self.joined = settings.data.packing or self.task.joins_rows
+        self.rows_in_lane = max(1, PackingCollator.width // self.length) if self.joined else 1
         tokens = tokens_at_a_time(settings.data, device.type)
-        self.at_a_time = None if tokens is None else max(1, tokens // self.length)
+        lanes = None if tokens is None else max(1, tokens // (self.rows_in_lane * self.length))
+        self.at_a_time = None if lanes is None else lanes * self.rows_in_lane
         """Rows of the full length that are computed together; None: the batch."""
         alive.part = "weights"
         self.module = LoraModule(
@@ -127,14 +130,19 @@ class Rehearsal:
         """The loss of some rows; what is alive after it is what autograd keeps."""
         self.alive.part = "activations"
         mixed = self.autocast is not None
-        with torch.autocast(self.device.type, self.autocast) if mixed else nullcontext():
+        with (
+            torch.autocast(self.device.type, self.autocast) if mixed else nullcontext(),
+            nullcontext() if self.joined else rows_alone(),
+        ):
             loss = self.module.training_loss(self.batch(rows))
         self.alive.part = "transient"
         return loss
 
     def batch(self, rows: int) -> dict[str, Tensor]:
         """Rows of the full length as the task's loss takes them."""
-        ids = torch.zeros(rows, self.length, dtype=torch.long)
+        lanes = -(-rows // self.rows_in_lane)
+        width = min(rows, self.rows_in_lane) * self.length
+        ids = torch.zeros(lanes, width, dtype=torch.long)
         if not isinstance(self.task, GenerativeTask):
             return {"input_ids": ids, "attention_mask": ids.clone(), "labels": ids[:, 0].clone()}
         batch = {"input_ids": ids, "labels": ids.clone()}
@@ -142,7 +150,7 @@ class Rehearsal:
         batch["places"] = torch.arange(rows * (self.length if both else self.length - 1))
         if both:
             batch["attention_mask"] = ids.clone()
-        elif self.packs:
+        elif self.joined:
             batch["position_ids"] = ids.clone()
         return batch
 
@@ -184,17 +192,17 @@ def most_rows(need: Callable[[int], int], limit: int, rows: int) -> int:
     while high - low > 1:
         sizes[guess] = need(guess)
         low, high = (guess, high) if sizes[guess] <= limit else (low, guess)
-        fitting = sorted(size for size in sizes if size <= low)
-        if len(fitting) > 1:
-            first, last = fitting[-2:]
-            slope = (sizes[last] - sizes[first]) / (last - first)
-            if slope > 0:
-                high = min(high, low + int((limit - sizes[low]) / slope) + 1)
-            guess = high - 1
-        elif fitting:
-            guess = min(max(low + 1, low * limit // sizes[low]), high - 1)
-        else:
+        first, last = [0, 0, *sorted(size for size in sizes if size <= low)][-2:]
+        slope = (sizes[last] - sizes[first]) / (last - first) if first else 0.0
+        if low == 0:
             guess = 1
+        elif slope > 0:
+            high = min(high, low + int((limit - sizes[low]) / slope) + 1)
+            guess = high - 1
+        elif high in sizes:
+            guess = (low + high) // 2
+        else:
+            guess = min(max(2 * low if first else low + 1, low * limit // sizes[low]), MOST_ROWS)
     return low
 
 

@@ -42,6 +42,22 @@ def wants_skeletons() -> bool:
     return _ACTIVE.get()
 
 
+@contextmanager
+def rows_alone() -> Iterator[None]:
+    """Has transformers take each row for one sequence, and need no mask to keep several apart.
+
+    It looks at the position ids to find that out, and at ids without values it cannot.
+    """
+    from transformers import masking_utils
+
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
 def build_skeleton(
     auto_class: Any, model_config: Any, config: ModelConfig, id2label: dict[int, str] | None = None
 ) -> nn.Module:

@@ -149,6 +149,32 @@ COMMAND = [
     Case("unreadable override", lambda p: p.train("tags=[a"), "tags=[a", "in quotes"),
     Case("unknown key", lambda p: p.train("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
     Case("unknown key, check", lambda p: p.check("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
+    Case("plan, device", lambda p: ["plan", "device_gib=much"], "device_gib: 'much'", "a number"),
+    Case("plan, no device", lambda p: ["plan", "device_gib=0"], "device_gib", "above 0, got 0"),
+    Case(
+        "plan, int8",
+        lambda p: ["plan", "model.quantization=int8"],
+        "model.quantization=int8",
+        "lora-lightning check",
+    ),
+    Case(
+        "plan, an optimizer that looks at values",
+        lambda p: ["plan", f"model.name_or_path={p.bert}", "optim.name=ASGD"],
+        "optim.name=ASGD",
+        "Take AdamW",
+    ),
+    Case(
+        "plan, too long",
+        lambda p: ["plan", f"model.name_or_path={p.bert}", "data.max_length=65"],
+        "data.max_length=65",
+        "at most 64",
+    ),
+    Case(
+        "plan, no folder",
+        lambda p: ["plan", "model.name_or_path=./no-such"],
+        "./no-such",
+        "config.json",
+    ),
     Case("unknown key, sweep", lambda p: p.train("-m", "lora.rnk=4,8"), "lora.rnk", "'lora.rank'"),
     Case(
         "unknown key beside --cfg",

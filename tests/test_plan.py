@@ -1,0 +1,239 @@
+"""What `plan` says without weights is what a run with them has: numbers, bytes, and memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lora_lightning.config import compose_config, settings_of
+from lora_lightning.lora.targets import target_sets
+from lora_lightning.memory import saved_bytes
+from lora_lightning.modeling import load_generator, load_model_config
+from lora_lightning.module import LoraModule
+from lora_lightning.plan import methods
+from lora_lightning.rehearsal import most_rows, rehearsal, total
+from lora_lightning.settings import ModelConfig
+from lora_lightning.tasks import build_task
+
+CPU = torch.device("cpu")
+BASE = ["trainer=cpu", "trainer.precision=32-true", "data.max_tokens=null", "data.batch_size=4"]
+
+
+def config_of(folder, *overrides):
+    return compose_config([*BASE, f"model.name_or_path={folder}", *overrides])
+
+
+def real_module(config) -> LoraModule:
+    """The run's module with weights, as `train` builds it."""
+    settings = settings_of(config)
+    task = build_task(settings.task)
+    task.prepare(load_model_config(settings.model))
+    task.suppose()
+    tokenizer = AutoTokenizer.from_pretrained(settings.model.name_or_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    module = LoraModule(task, settings.model, settings.lora, settings.optim, tokenizer=tokenizer)
+    module.configure_model()
+    return module
+
+
+def bare(folder: Path, place: Path) -> Path:
+    """A folder that holds the model's config.json and nothing else."""
+    place.mkdir()
+    shutil.copy(folder / "config.json", place)
+    return place
+
+
+def with_values(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A rehearsal's batch as one of a real model."""
+    real = {name: torch.ones(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
+    ids = real["input_ids"]
+    if "places" in real:
+        real["places"] = torch.arange(len(real["places"]))
+    if "position_ids" in real:  # rows of 32 positions, joined
+        real["position_ids"] = torch.arange(ids.numel()).view_as(ids) % 32
+    return real
+
+
+SHORT = ["data.max_length=32"]
+TEXT = [*SHORT, "task.max_new_tokens=8"]
+LM, INSTRUCT = ["task=lm", *TEXT], ["task=instruct", *TEXT]
+CASES = {
+    "rows joined": ("tiny_llama", LM),
+    "DoRA": ("tiny_llama", [*INSTRUCT, "lora=dora"]),
+    "encoder, whole": ("tiny_bert", [*SHORT, "lora=full"]),
+    "encoder-decoder, LoRA-FA": ("tiny_t5", ["task=summarization", *TEXT, "lora=lora_fa"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_activations_are_those_of_the_real_model(request, tmp_path, case):
+    """Against the tensors of the loaded model and what autograd saves of a pass through it."""
+    model, settings = CASES[case]
+    folder = request.getfixturevalue(model)
+    module = real_module(config_of(folder, *settings))
+    with rehearsal(config_of(bare(folder, tmp_path / "bare"), *settings), CPU) as rehearsed:
+        weights = rehearsed.alive.now["weights"]
+        kept = {}
+        for rows in (2, 6):
+            loss = rehearsed.forward(rows)
+            kept[rows] = rehearsed.alive.now["activations"]
+            del loss
+        batches = {rows: rehearsed.batch(rows) for rows in kept}
+    # Between two sizes, so that what does not depend on the rows is left out.
+    saved = {rows: saved_bytes(module, with_values(batch)) for rows, batch in batches.items()}
+    assert kept[6] - kept[2] == pytest.approx(saved[6] - saved[2], rel=0.02)
+    tensors = [*module.model.parameters(), *module.model.buffers()]
+    tensors += module.adapter._pristine.values() if module.adapter else []
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert weights == pytest.approx(sum(storages.values()), rel=0.02)
+
+
+def test_nf4_weights_are_as_large_as_those_of_bitsandbytes(tiny_llama, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(str(tiny_llama), quantization="nf4", dtype="float32")
+    model = load_generator(config, AutoTokenizer.from_pretrained(tiny_llama))
+    real = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            parts = [state.absmax, state.code, state.offset]
+            parts += [state.state2.absmax, state.state2.code]
+            real += sum(part.untyped_storage().nbytes() for part in parts)
+    with rehearsal(config_of(tiny_llama, *LM, "model.quantization=nf4"), CPU) as rehearsed:
+        adapter = sum(parameter.numel() * 4 for parameter in rehearsed.trained)
+        assert rehearsed.alive.now["weights"] - adapter == pytest.approx(real, rel=0.01)
+
+
+def test_checkpointing_keeps_less_and_computes_a_layer_again(tiny_llama):
+    parts = {}
+    for on in ("false", "true"):
+        settings = [*INSTRUCT, f"model.gradient_checkpointing={on}"]
+        with rehearsal(config_of(tiny_llama, *settings), CPU) as rehearsed:
+            loss = rehearsed.forward(16)
+            kept = rehearsed.alive.now["activations"]
+            del loss
+            parts[on] = kept, total(rehearsed.step(16))
+    assert parts["true"][0] < 0.5 * parts["false"][0]
+    assert parts["true"][0] < parts["true"][1] < parts["false"][1]
+
+
+@pytest.mark.parametrize("lora", ["default", "pissa"])
+def test_adapters_are_as_large_as_a_runs_files(
+    run_cli, tiny_bert, rows_jsonl, fast, lora, tmp_path
+):
+    """plan's table from config.json against what train has counted and written."""
+    where = [f"data.train={rows_jsonl}", f"output_dir={tmp_path / 'run'}"]
+    common = [*fast, f"lora={lora}", "lora.rank=3", "trainer.max_steps=1"]
+    targets = "lora.targets=[query,value]"
+    status, _, err = run_cli(
+        "train",
+        *common,
+        *where,
+        targets,
+        f"model.name_or_path={tiny_bert}",
+        "callbacks.samples=null",
+    )
+    assert status == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    written = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    place = bare(tiny_bert, tmp_path / "bare")
+    status, out, err = run_cli("plan", *common, f"model.name_or_path={place}")
+    assert status == 0, err
+    row = re.search(r"query and value +3 +([\d,]+) +[\d.]+ % +([\d,]+)", out)
+    assert int(row[1].replace(",", "")) == result["trainable_parameters"]
+    assert int(row[2].replace(",", "")) == written
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_optimizer_states_are_those_of_a_real_step(tiny_bert, name):
+    settings = [*SHORT, f"optim.name={name}"]
+    module = real_module(config_of(tiny_bert, *settings))
+    optimizer = module.build_optimizer()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    real = sum(v.untyped_storage().nbytes() for v in states if torch.is_tensor(v))
+    with rehearsal(config_of(tiny_bert, *settings), CPU) as rehearsed:
+        assert rehearsed.step(2)["optimizer"] == real
+
+
+def test_micro_batches_bound_the_activations(tiny_llama):
+    settings = [*INSTRUCT, "data.max_tokens=64"]
+    with rehearsal(config_of(tiny_llama, *settings), CPU) as rehearsed:
+        assert rehearsed.at_a_time == 2
+        two, many = rehearsed.step(2), rehearsed.step(64)
+        assert many == rehearsed.step(1000)
+        assert many["activations"] == two["activations"]
+        trained = sum(4 * parameter.numel() for parameter in rehearsed.trained)
+        assert many["gradients"] - two["gradients"] == pytest.approx(trained, rel=0.5)
+
+
+@pytest.mark.parametrize("limit", [5e6, 1e8])
+def test_the_largest_batch_fits_and_one_row_more_does_not(tiny_bert, limit):
+    with rehearsal(config_of(tiny_bert, *SHORT), CPU) as rehearsed:
+        sizes = {}
+
+        def need(rows: int) -> int:
+            sizes[rows] = total(rehearsed.step(rows))
+            return sizes[rows]
+
+        found = most_rows(need, int(limit), 4)
+        assert len(sizes) <= 6
+        assert need(found) <= limit < need(found + 1)
+
+
+@pytest.mark.parametrize(("level", "slope", "start"), [(0, 7, 3), (500, 7, 40), (10, 5, 1)])
+def test_the_search_agrees_with_trying_all(level, slope, start):
+    def need(rows: int) -> int:
+        return int(max(level, 100 + slope * rows))
+
+    for limit in (90, 107, 350, 499, 500, 501, 1000):
+        fitting = [rows for rows in range(1, 2000) if need(rows) <= limit]
+        assert most_rows(need, limit, start) == max(fitting, default=0)
+
+
+def test_what_needs_another_precision_gets_it(tiny_llama):
+    """Full fine-tuning keeps its weights in fp32 where LoRA is asked for in bf16-true."""
+    config = config_of(tiny_llama, "task=lm", "trainer.precision=bf16-true")
+    each = {name: (c.trainer.precision, c.model.dtype) for name, c in methods(config).items()}
+    assert each == {
+        "LoRA": ("bf16-true", "bfloat16"),
+        "QLoRA": ("bf16-true", "bfloat16"),
+        "full": ("bf16-mixed", "float32"),
+    }
+
+
+def test_target_sets_are_found_by_name(tiny_bert, tiny_llama, tiny_t5):
+    found = {}
+    for folder, task in ((tiny_bert, "sentiment"), (tiny_llama, "lm"), (tiny_t5, "summarization")):
+        module = real_module(config_of(folder, f"task={task}", "lora=full"))
+        found[task] = target_sets(module.model)
+    narrow, wide = "query and value", "attention"
+    assert found["sentiment"][narrow] == ["query", "value"]
+    assert found["sentiment"][wide] == ["query", "key", "value", "attention.output.dense"]
+    assert found["lm"][narrow] == ["q_proj", "v_proj"]
+    assert found["lm"][wide] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert found["summarization"][narrow] == ["q", "v"]
+    assert all(sets["all linear layers"] == "all-linear" for sets in found.values())
+
+
+def test_the_report(run_cli, tiny_llama, tmp_path):
+    place = bare(tiny_llama, tmp_path / "bare")
+    where = [f"model.name_or_path={place}", "task=instruct", "task.max_new_tokens=8"]
+    status, out, err = run_cli("plan", *BASE, *where, "device_gib=0.001")
+    assert status == 0, err
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if "32-true" in line}
+    assert set(rows) == {"LoRA", "QLoRA", "full"}
+    for cells in rows.values():
+        *parts, whole = (float(cell.replace(",", "")) for cell in cells[2:8])
+        assert whole == pytest.approx(sum(parts), abs=0.3)
+        assert cells[8] == ("yes" if whole <= 0.9 * 0.001 * 1024 else "no")
+    assert "within nine tenths of 0.0 GiB (device_gib)" in out
+    assert not list(Path.cwd().glob("outputs"))
