@@ -35,11 +35,15 @@ def test_set_up_commands_are_two_and_ci_calls_them():
 
 
 @pytest.mark.parametrize(
-    "arguments", [a for a in OURS if a[1] in ("train", "check")], ids=lambda a: " ".join(a[1:])
+    "arguments",
+    [a for a in OURS if a[1] in ("train", "check", "plan")],
+    ids=lambda a: " ".join(a[1:]),
 )
 def test_settings_compose(arguments):
     """Also those that need a GPU or the hub; a sweep with the first of each of its values."""
-    overrides = [a for a in arguments[2:] if not a.startswith(("-", "resume=", "job"))]
+    overrides = [
+        a for a in arguments[2:] if not a.startswith(("-", "resume=", "job", "device_gib="))
+    ]
     if "-m" in arguments:
         overrides = [re.sub(r"=([^\[{,]+),.*", r"=\1", override) for override in overrides]
     settings_of(compose_config(overrides))
@@ -106,7 +110,7 @@ def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli, chat_llama):
         ran.add(verb)
         if verb == "predict" and "text=" in line and "demo" in line:
             assert json.loads(out)["label"] in ("negative", "positive")
-    assert ran == {"train", "check", *VERBS_RUN}
+    assert ran == {"train", "check", "plan", *VERBS_RUN}
     assert len(Path("summaries.jsonl").read_text().splitlines()) == len(texts)
     assert len(Path("labelled.jsonl").read_text().splitlines()) == len(rows)
     assert Path("outputs/merged/config.json").is_file()
