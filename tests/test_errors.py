@@ -158,6 +158,9 @@ COMMAND = [
         "lora-lightning check",
     ),
     Case(
+        "plan, new tokens", lambda p: ["plan", "model.new_tokens=[one]"], "model.new_tokens", "out"
+    ),
+    Case(
         "plan, an optimizer that looks at values",
         lambda p: ["plan", f"model.name_or_path={p.bert}", "optim.name=ASGD"],
         "optim.name=ASGD",

@@ -32,7 +32,7 @@ def gradients(module: LoraModule, length: int) -> tuple[torch.Tensor, dict[str, 
     ids = torch.randint(4, 40, (2, length), generator=torch.Generator().manual_seed(length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     module.zero_grad()
-    loss = module._training_loss(batch)
+    loss = module.training_loss(batch)
     loss.backward()
     return loss.detach(), {name: t.grad for name, t in module.trainable_tensors().items()}
 
