@@ -199,7 +199,8 @@ class AdapterSummary(RichModelSummary):
         if adapter is None:
             super().on_fit_start(trainer, pl_module)
         elif trainer.is_global_zero:
-            Console().print(str(adapter.summary()), highlight=False, soft_wrap=True)
+            told = str(adapter.summary())
+            Console().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 class UpdateNorms(Callback):

@@ -15,7 +15,7 @@ from .lora import UserError
 from .lora.combine import METHODS, Update, combine
 from .lora.errors import did_you_mean
 from .storage import SIDECAR
-from .stored import Stored, write_like
+from .stored import Stored, key_of, write_like
 
 WHOLE = ("same", "first", "mean")
 
@@ -192,10 +192,11 @@ def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -
 
 def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
     """The new adapter_config.json: alpha is the rank, so that the scaling is 1 everywhere."""
-    targets = [one.raw["target_modules"] for one in stored]
+    targets = [one.raw.get("target_modules") or [] for one in stored]
+    keys = {name: key_of(one.config, name) for one in stored for name in one.updates}
     lists = all(isinstance(names, list) for names in targets)
     common = max(ranks.values())
-    pattern = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
+    pattern = {keys[name]: rank for name, rank in sorted(ranks.items()) if rank != common}
     return {
         **stored[0].raw,
         "r": common,
@@ -209,7 +210,9 @@ def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
         "layers_pattern": None,
         "target_modules": sorted({name for names in targets for name in names})
         if lists
-        else sorted(ranks),
+        else sorted(name for name, key in keys.items() if name == key),
+        "target_parameters": sorted({p for one in stored for p in one.config.target_parameters})
+        or None,
         "modules_to_save": sorted(
             {name for one in stored for name in one.raw.get("modules_to_save") or []}
         )

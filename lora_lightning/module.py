@@ -190,6 +190,11 @@ class LoraModule(L.LightningModule):
                 f"lora.{name} reads whole weights, and here each process has a share of them: use "
                 "trainer=ddp, or plain LoRA."
             )
+        if self.shards is not None and config.target_parameters:
+            raise UserError(
+                "lora.target_parameters adapts whole parameters, and here each process has a share "
+                "of them: use trainer=ddp, or lora.targets alone."
+            )
         stored = self.start_from is not None and not self.start_from.endswith(".ckpt")
         if config.starts_from_weight and stored:
             raise UserError(

@@ -85,6 +85,8 @@ def _of_both(raw: dict[str, Any]) -> list[str]:
     found = []
     if raw.get("use_dora"):
         found.append("DoRA: its magnitudes are refused or passed over; merge it into its base")
+    if any(not name.endswith(".weight") for name in raw.get("target_parameters") or []):
+        found.append("parameters of experts, which it does not load or reads otherwise; merge it")
     if raw.get("rank_pattern") or raw.get("alpha_pattern"):
         found.append("ranks or alphas of single modules, which it does not read: format=canonical")
     if raw.get("modules_to_save"):

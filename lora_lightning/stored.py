@@ -42,7 +42,8 @@ class Stored:
         """Reads a folder.
 
         Raises:
-            UserError: it is no LoRA adapter, or one whose update is no product of A and B (DoRA).
+            UserError: it is no LoRA adapter, or one whose updates are no products of A and B (DoRA,
+                experts).
         """
         raw, tensors = read_adapter(folder)
         config = from_peft_config(raw)
@@ -60,8 +61,22 @@ class Stored:
                         raise UserError(f"{folder}: {WEIGHTS_NAME} holds no {module}.{b}.")
                     pair = rest.pop(name), rest.pop(f"{module}.{b}")
                     _check_pair(folder, module, pair)
-                    updates[module] = Update(*pair, config.scaling_of(module)), (a, b)
+                    key = key_of(config, module)
+                    if config.target_parameters and len(pair[0]) != config.rank_of(key):
+                        raise UserError(
+                            f"{folder} adapts experts (target_parameters), and only its base tells "
+                            f"which of the A and B in {module} belong to which: merge it into its "
+                            "base (lora-lightning merge)."
+                        )
+                    updates[module] = Update(*pair, config.scaling_of(key)), (a, b)
         return cls(folder, raw, config, updates, rest)
+
+
+def key_of(config: LoraConfig, module: str) -> str:
+    """The name by which an adapter's patterns find a module: its own, or that of its weight."""
+    weight = f"{module}.weight"
+    named = any(f".{weight}".endswith(f".{name}") for name in config.target_parameters)
+    return weight if named else module
 
 
 def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:

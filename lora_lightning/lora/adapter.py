@@ -13,8 +13,10 @@ from .checks import check_tensors
 from .config import LoraConfig
 from .dora import dora_class_for
 from .errors import UserError
-from .layer import LoraLayer, lora_class_for
-from .match import Match, match_targets, modules_to_save
+from .layer import LoraConv1D, LoraLayer, lora_class_for
+from .match import Match, expert_parameters, match_targets, modules_to_save
+from .parameter import LoraParameter
+from .split import SplitConv1D, SplitLayer, SplitLinear
 from .summary import Summary, SummaryRow, count
 from .ties import can_untie, tied_pairs, untie_all
 from .tokens import ROWS, RowsMatch, TokenRows, match_rows
@@ -51,6 +53,7 @@ class Adapter:
         """Layers with trained rows of a vocabulary, by name, tied ones too."""
         self.rows = match_rows(model, config)
         self._aliases = {match.name: match.aliases for match in matches}
+        self.alphas = {match.name: match.alpha for match in matches}
         self._hooks: list[Any] = []
         every = model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: p.requires_grad for name, p in every}
@@ -61,25 +64,37 @@ class Adapter:
 
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        class_for = dora_class_for if config.use_dora else lora_class_for
         for match in matches:
-            layer_class = class_for(match.module)
-            assert layer_class is not None
-            layer = layer_class(
-                match.module,
-                match.rank,
-                scaling=match.scaling,
-                dropout=config.dropout,
-                init=config.init,
-                freeze_A=config.freeze_A,
-            )
-            self.layers[match.name] = layer
-            self._replace(match.name, layer)
+            self._put_on(match)
+        places = {id(module): name for name, module in model.named_modules()}
+        self._paths = {name: places[id(layer)] for name, layer in self.layers.items()}
         for rows in self.rows:
             self._wrap_rows(rows)
         self._pristine: dict[str, Tensor] = {}
         self._untied: dict[str, nn.Parameter] = {}
         self._train_extras()
+
+    def _put_on(self, match: Match) -> None:
+        settings: dict[str, Any] = {
+            "scaling": match.scaling,
+            "dropout": self.config.dropout,
+            "init": self.config.init,
+            "freeze_A": self.config.freeze_A,
+        }
+        layer: LoraLayer
+        if match.parameter is not None:
+            around = self.model.get_submodule(match.aliases[0])  # or what is on it already
+            layer = LoraParameter(around, match.rank, parameter=match.parameter, **settings)
+        elif match.parts is not None:
+            split = SplitConv1D if lora_class_for(match.module) is LoraConv1D else SplitLinear
+            layer = split(match.module, match.rank, parts=match.parts, **settings)
+        else:
+            class_for = dora_class_for if self.config.use_dora else lora_class_for
+            layer_class = class_for(match.module)
+            assert layer_class is not None
+            layer = layer_class(match.module, match.rank, **settings)
+        self.layers[match.name] = layer
+        self._replace(match.name, layer)
 
     def _check_bias_precision(self, matches: list[Match]) -> None:
         low = any(p.dtype in LOW_PRECISION for m in matches for p in m.module.parameters())
@@ -181,7 +196,11 @@ class Adapter:
         return self._tensors_of({n: layer.exported_tensors() for n, layer in self.layers.items()})
 
     def _tensors_of(self, layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        own = {f"{n}.{leaf}": t for n, tensors in layers.items() for leaf, t in tensors.items()}
+        own = {
+            f"{self._paths[name]}.{leaf}": tensor
+            for name, tensors in layers.items()
+            for leaf, tensor in tensors.items()
+        }
         return {**own, **self._extras()}
 
     def from_zero(self) -> list[nn.Parameter]:
@@ -204,13 +223,23 @@ class Adapter:
         return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
-        """Copies `tensors` (named as in `named_tensors`) into the live adapter.
+        """Copies `tensors` (those of a file) into the live adapter.
 
         Raises:
             UserError: a tensor is missing, unexpected, of the wrong shape, or not finite; nothing
                 has been changed then.
         """
         own = self.named_tensors()
+        tensors = dict(tensors)
+        for name, layer in self.layers.items():
+            key = f"{self._paths[name]}.lora_B.weight"
+            if key in tensors:
+                try:
+                    tensors[key] = layer.own_B(tensors[key])
+                except UserError as error:
+                    raise UserError(
+                        f"{source} does not fit lora.parts of {name}: {error}"
+                    ) from None
         check_tensors(own, tensors, source=source)
         with torch.no_grad():
             for name, tensor in own.items():
@@ -313,8 +342,10 @@ class Adapter:
         return self._unwrap()
 
     def _unwrap(self) -> nn.Module:
-        for name, layer in self._wrappers.items():
-            self._replace(name, layer.base_layer)
+        for name, layer in self.layers.items():
+            self._replace(name, layer.adapted[0])
+        for name, rows in self.token_rows.items():
+            self._replace(name, rows.base_layer)
         for hook in self._hooks:
             hook.remove()
         for name in self.saved_modules:
@@ -331,23 +362,7 @@ class Adapter:
     def summary(self) -> Summary:
         """What was matched, with which rank and scaling, and the parameters trained and in all."""
         return Summary(
-            rows=[
-                SummaryRow(
-                    name=name,
-                    kind=type(layer.base_layer).__name__,
-                    in_features=layer.lora_A.shape[1],
-                    out_features=layer.lora_B.shape[0],
-                    rank=layer.rank,
-                    alpha=self.config.alpha_of(name),
-                    scaling=layer.scaling,
-                    parameters=sum(
-                        tensor.numel()
-                        for tensor in layer.named_tensors().values()
-                        if tensor.requires_grad
-                    ),
-                )
-                for name, layer in self.layers.items()
-            ],
+            rows=[self._row(name, layer) for name, layer in self.layers.items()],
             whole_modules={
                 name: sum(p.numel() for p in self.model.get_submodule(name).parameters())
                 for name in self.saved_modules
@@ -358,6 +373,29 @@ class Adapter:
             },
             trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             total=count(self.model.parameters()),
+            left_out={
+                name: parameter.numel()
+                for name, parameter in expert_parameters(self.model).items()
+                if name not in self.layers and not parameter.requires_grad
+            },
+        )
+
+    def _row(self, name: str, layer: LoraLayer) -> SummaryRow:
+        fan_in, fan_out = layer.features()
+        tensors = layer.named_tensors().values()
+        return SummaryRow(
+            name=name,
+            kind=type(layer.adapted[0]).__name__,
+            in_features=fan_in,
+            out_features=fan_out,
+            rank=layer.rank,
+            alpha=self.alphas[name],
+            scaling=layer.scaling,
+            parameters=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+            experts=layer.experts if isinstance(layer, LoraParameter) else 1,
+            parts=tuple(part.name for part in layer.parts if part.adapted)
+            if isinstance(layer, SplitLayer)
+            else (),
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import UserError, did_you_mean
+from .parts import Part, parse_parts
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -41,6 +42,14 @@ class LoraConfig:
     """"all-linear" (heads excluded), a list of name suffixes, or one regex for the whole name."""
     exclude: Any = field(default_factory=list)
     """Modules to leave out: a list of name suffixes, or one regex for the whole name."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Parameters to adapt too, by name suffix: the weights of all experts in one tensor
+    (mlp.experts.gate_up_proj), or a router's (mlp.gate.weight). As in PEFT, `exclude` and `layers`
+    do not act on them."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Fused layers, by name suffix or regex, whose parts are adapted each for itself: their names
+    in the order of the rows, [q, -k, v] with a minus before those that are left as they are, or
+    names and sizes, {q: 64, k: 32, v: 32}. Parts are contiguous rows of the weight (out, in)."""
     layers: list[int] | None = None
     """Only these layer indices (the first number in a module's name). None: all."""
     layers_pattern: Any = None
@@ -84,12 +93,13 @@ class LoraConfig:
                 f"lora.freeze_A trains B from zero on a random A, which lora.init={self.init} does "
                 "not have: use lora.init=kaiming, or lora.freeze_A=false."
             )
-        for name in ("modules_to_save", "layers_pattern", "layers"):
+        for name in ("modules_to_save", "layers_pattern", "target_parameters", "layers"):
             _list_of(f"lora.{name}", getattr(self, name), int if name == "layers" else str)
         self.targets = _patterns("lora.targets", self.targets)
         self.exclude = _patterns("lora.exclude", self.exclude)
-        if not self.targets:
+        if not self.targets and not self.target_parameters:
             raise UserError("lora.targets is empty: give 'all-linear', module names or a regex.")
+        self._check_plain()
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
         if self.layers is not None and not self.layers:
@@ -103,6 +113,33 @@ class LoraConfig:
             raise UserError(
                 "lora.layers_pattern says where lora.layers counts: give lora.layers too."
             )
+
+    def _check_plain(self) -> None:
+        """Raises UserError for what parameters and parts of layers cannot have."""
+        variant = "use_dora=true" if self.use_dora else ""
+        variant = f"init={self.init}" if self.starts_from_weight else variant
+        for pattern, value in self.parts.items():
+            _compiles("lora.parts", pattern)
+            parse_parts(f"lora.parts[{pattern!r}]", value)
+        if self.parts and variant:
+            raise UserError(
+                f"lora.{variant} takes a fused layer as a whole, and lora.parts its parts: leave "
+                "out one of them."
+            )
+        if self.dropout:
+            variant = f"dropout={self.dropout:g}"
+        if self.bias != "none":
+            variant = f"bias={self.bias}"
+        if self.target_parameters and variant:
+            raise UserError(
+                f"lora.target_parameters takes plain LoRA without dropout and biases, as in PEFT: "
+                f"leave out lora.{variant}, or adapt linear layers alone (lora.targets)."
+            )
+
+    def parts_of(self, name: str) -> tuple[Part, ...] | None:
+        """The parts of the fused layer called `name`; None: it is adapted as a whole."""
+        key = pattern_for(self.parts, name)
+        return None if key is None else parse_parts(f"lora.parts[{key!r}]", self.parts[key])
 
     @property
     def starts_from_weight(self) -> bool:

@@ -184,7 +184,10 @@ def add_low_rank_embedding(
 
 
 def low_rank_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Frobenius norm of scaling * B A, from r x r Gram matrices, without forming the product."""
+    """Frobenius norm of scaling * B A, from r x r Gram matrices, without forming the product.
+
+    Of several matrices, (E, r, in) and (E, out, r), it is the norm of all of them together.
+    """
     a, b = lora_A.detach().float(), lora_B.detach().float()
-    squared = torch.sum((b.t() @ b) * (a @ a.t()))
+    squared = torch.sum((b.mT @ b) * (a @ a.mT))
     return scaling * squared.clamp_min(0.0).sqrt()

@@ -63,19 +63,25 @@ class LoraLayer(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         # In a tuple, so that nn.Module does not register the parameter a second time.
         self._pristine_weight: tuple[nn.Parameter] | None = None
-        fan_in, fan_out = self._features(base_layer)
+        of_A, of_B = self._shapes()
         device = _device_of(base_layer)
-        self.lora_A = nn.Parameter(torch.empty(rank, fan_in, device=device))
-        self.lora_B = nn.Parameter(torch.empty(fan_out, rank, device=device))
+        self.lora_A = nn.Parameter(torch.empty(of_A, device=device))
+        self.lora_B = nn.Parameter(torch.empty(of_B, device=device))
         self.register_buffer("first_A", None)
         self.register_buffer("first_B", None)
         self.reset_parameters(init)
         getattr(self, self.random_matrix).requires_grad_(not freeze_A)
         self.train(base_layer.training)
 
-    @staticmethod
-    def _features(base_layer: nn.Module) -> tuple[int, int]:
-        return int(base_layer.in_features), int(base_layer.out_features)  # type: ignore[arg-type]
+    def features(self) -> tuple[int, int]:
+        """Inputs and outputs of the adapted weight."""
+        base = self.base_layer
+        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+
+    def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of A and of B."""
+        fan_in, fan_out = self.features()
+        return (self.rank, fan_in), (fan_out, self.rank)
 
     def reset_parameters(self, init: str = "kaiming") -> None:
         """Gives A and B their first values: the layer then equals its base.
@@ -115,6 +121,24 @@ class LoraLayer(nn.Module):
 
     def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
         return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the same layer as plain LoRA."""
+        return self.matrices()[0].shape[0]
+
+    def own_B(self, stored: Tensor) -> Tensor:
+        """What `lora_B` is where a file of plain LoRA has `stored`.
+
+        Raises:
+            UserError: this layer cannot have it.
+        """
+        return stored
+
+    @property
+    def adapted(self) -> tuple[nn.Module, str]:
+        """The module that holds the adapted weight, and its name there."""
+        return self.base_layer, "weight"
 
     def dense_weight(self) -> Tensor:
         """The frozen weight as (out, in); of a quantised layer what it stands for."""
@@ -189,25 +213,25 @@ class LoraLayer(nn.Module):
         """
         if self.merged:
             return
-        weight = self.base_layer.weight
+        module, name = self.adapted
+        weight = getattr(module, name)
         plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor
-        if not plain or not weight.is_floating_point():  # type: ignore[operator]
+        if not plain or not weight.is_floating_point():
             raise UserError(
-                f"cannot merge into {type(self.base_layer).__name__}: its weight is quantised. "
+                f"cannot merge into {type(module).__name__}: its weight is quantised. "
                 "Load the unquantised base model and merge there."
             )
-        assert isinstance(weight, nn.Parameter)
         wide = torch.promote_types(weight.dtype, torch.float32)
         merged = (weight.detach().to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise UserError("merging gives values that are not finite: the adapter has diverged.")
         self._pristine_weight = (weight,)
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        setattr(module, name, nn.Parameter(merged, requires_grad=False))
 
     def unmerge(self) -> None:
         """Puts W0 back, the very same tensor."""
         if self._pristine_weight is not None:
-            self.base_layer.weight = self._pristine_weight[0]
+            setattr(*self.adapted, self._pristine_weight[0])
             self._pristine_weight = None
 
     def extra_repr(self) -> str:
@@ -219,7 +243,10 @@ class LoraLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(super().__getattr__("base_layer"), name)
+            base = super().__getattr__("base_layer")
+            while isinstance(base, LoraLayer):
+                base = base.base_layer
+            return getattr(base, name)
 
 
 class LoraLinear(LoraLayer):
@@ -235,10 +262,9 @@ class LoraLinear(LoraLayer):
 class LoraConv1D(LoraLayer):
     """LoRA on transformers' Conv1D (GPT-2), a linear layer whose weight is (in, out)."""
 
-    @staticmethod
-    def _features(base_layer: nn.Module) -> tuple[int, int]:
-        assert isinstance(base_layer.weight, Tensor)
-        fan_in, fan_out = base_layer.weight.shape
+    def features(self) -> tuple[int, int]:
+        assert isinstance(self.base_layer.weight, Tensor)
+        fan_in, fan_out = self.base_layer.weight.shape
         return fan_in, fan_out
 
     def _plain_weight(self) -> Tensor | None:
@@ -259,9 +285,9 @@ class LoraEmbedding(LoraLayer):
 
     random_matrix = "lora_B"
 
-    @staticmethod
-    def _features(base_layer: nn.Module) -> tuple[int, int]:
-        return int(base_layer.num_embeddings), int(base_layer.embedding_dim)  # type: ignore[arg-type]
+    def features(self) -> tuple[int, int]:
+        base = self.base_layer
+        return int(base.num_embeddings), int(base.embedding_dim)  # type: ignore[arg-type]
 
     def reset_parameters(self, init: str = "kaiming") -> None:
         if init not in ("kaiming", "gaussian"):

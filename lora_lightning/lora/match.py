@@ -5,25 +5,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .config import ALL_LINEAR, LoraConfig, pattern_for
 from .errors import UserError, did_you_mean
-from .layer import LoraEmbedding, LoraLayer, lora_class_for
+from .layer import LoraEmbedding, LoraLayer, LoraLinear, lora_class_for
+from .parts import Part, refuse_interleaved, sized
 
 
 @dataclass(frozen=True)
 class Match:
-    """A module to adapt: its first name, all its names (shared modules have several), settings."""
+    """A weight to adapt, in a module of one name or, where it is shared, several."""
 
     name: str
+    """The module's first name, or the parameter's."""
     aliases: tuple[str, ...]
+    """All names of the module."""
     module: nn.Module
     rank: int
     alpha: float
     scaling: float
+    parts: tuple[Part, ...] | None = None
+    """Of a fused layer, with their sizes."""
+    parameter: str | None = None
+    """The parameter's name in the module, where it is adapted itself."""
 
 
 def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> list[Match]:
@@ -45,7 +53,7 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
     candidates = {
         name: aliases for name, aliases in candidates.items() if not outside.intersection(aliases)
     }
-    if not candidates:
+    if not candidates and config.targets:
         raise UserError(f"{type(model).__name__} has no linear or embedding layer to adapt.")
 
     if strict:
@@ -53,27 +61,142 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
     chosen = _included(model, config, candidates)
     chosen = _without_excluded(config, chosen)
     chosen = _in_layers(config, chosen, strict=strict)
-    if not chosen:
+    if not chosen and not config.target_parameters:
         raise UserError(
             f"lora.targets {config.targets!r} less lora.exclude {config.exclude!r} leaves no "
             f"module to adapt. {_could_be(candidates)}"
         )
+    modules = dict(model.named_modules())
+    matches = {
+        name: _match(config, name, tuple(aliases), modules[name])
+        for name, aliases in chosen.items()
+    }
+    fused = _split(model, config, matches, strict=strict)
+    parameters = _match_parameters(model, config, outside, {*chosen})
     for option in ("rank_pattern", "alpha_pattern") if strict else ():
         for pattern in getattr(config, option):
-            if not any(pattern_for({pattern: 0}, name) for name in chosen):
-                raise _no_match(f"lora.{option}", pattern, chosen)
-    modules = dict(model.named_modules())
-    return [
-        Match(
-            name,
-            tuple(aliases),
-            modules[name],
-            config.rank_of(name),
-            config.alpha_of(name),
-            config.scaling_of(name),
-        )
-        for name, aliases in chosen.items()
-    ]
+            if not any(pattern_for({pattern: 0}, key) for key in (*matches, *parameters)):
+                raise _no_match(f"lora.{option}", pattern, (*matches, *parameters))
+    return [*fused, *parameters.values()]
+
+
+def _match(
+    config: LoraConfig,
+    key: str,
+    aliases: tuple[str, ...],
+    module: nn.Module,
+    *,
+    name: str | None = None,
+    parameter: str | None = None,
+) -> Match:
+    """A match whose settings are those of `key`, its name unless another is given."""
+    return Match(
+        name or key,
+        aliases,
+        module,
+        config.rank_of(key),
+        config.alpha_of(key),
+        config.scaling_of(key),
+        parameter=parameter,
+    )
+
+
+def _split(
+    model: nn.Module, config: LoraConfig, matches: dict[str, Match], *, strict: bool
+) -> list[Match]:
+    """The matches, fused layers with their parts."""
+    for pattern in config.parts if strict else ():
+        if not any(pattern_for({pattern: 0}, name) for name in matches):
+            raise _no_match("lora.parts", pattern, matches)
+    found = []
+    for name, match in matches.items():
+        parts = config.parts_of(name)
+        if parts is not None:
+            where = f"lora.parts of {name}"
+            rows = getattr(match.module, "out_features", getattr(match.module, "nf", None))
+            if not isinstance(rows, int):
+                raise UserError(f"{where}: a {type(match.module).__name__} has no parts.")
+            refuse_interleaved(where, name, getattr(model, "config", None))
+            match = replace(match, parts=sized(where, parts, rows))
+        found.append(match)
+    return found
+
+
+def _match_parameters(
+    model: nn.Module, config: LoraConfig, outside: set[str], chosen: set[str]
+) -> dict[str, Match]:
+    """What `config.target_parameters` names, by the parameter's name, in PEFT's order.
+
+    The weight of a linear layer is adapted as the layer, which is the same.
+
+    Args:
+        model: where to look.
+        config: what to look for.
+        outside: modules that are trained whole.
+        chosen: modules that are adapted already.
+    """
+    if not config.target_parameters:
+        return {}
+    aliases: dict[int, list[str]] = {}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(alias)
+    found: dict[str, Match] = {}
+    known: dict[str, int] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            key = f"{name}.{leaf}"
+            known[key] = parameter.dim()
+            if not name or not any(ends_with(key, p) for p in config.target_parameters):
+                continue
+            where = f"lora.target_parameters: {key}"
+            if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+                shape = f"{tuple(parameter.shape)}, {parameter.dtype}".replace("torch.", "")
+                raise UserError(
+                    f"{where} is {shape}: LoRA takes unquantised matrices, alone or for each "
+                    "expert one."
+                )
+            if name in chosen or name in outside:
+                how = "adapted by lora.targets" if name in chosen else "trained whole"
+                raise UserError(f"{where} belongs to {name}, which is {how} already.")
+            linear = leaf == "weight" and lora_class_for(module) is LoraLinear
+            found[key] = _match(
+                config,
+                key,
+                tuple(aliases[id(module)]),
+                module,
+                name=name if linear else None,
+                parameter=None if linear else leaf,
+            )
+    for pattern in config.target_parameters:
+        if not any(ends_with(key, pattern) for key in found):
+            matrices = [key for key, dims in known.items() if dims in (2, 3)]
+            experts = sorted(set(map(within_layer, expert_parameters(model))))
+            told = f"Expert parameters here: {', '.join(experts)}." if experts else ""
+            raise UserError(
+                f"lora.target_parameters: the name {pattern!r} matches no parameter."
+                f"{did_you_mean(pattern, _suffixes(matrices))} "
+                f"{told or 'This model has no expert parameters: see lora.targets.'}"
+            )
+    return found
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of several experts in one tensor, (E, ., .), by their names in the bare model."""
+    return {
+        f"{path}.{leaf}".replace(".base_layer", ""): parameter
+        for path, module in model.named_modules()
+        if not isinstance(module, (LoraLayer, _ConvNd))
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
+
+
+def within_layer(name: str) -> str:
+    """A name without the layer that it is in: attention.output.dense."""
+    *parents, leaf = name.split(".")
+    parents = ["*" if part.isdigit() else part for part in parents]
+    start = parents.index("*") + 1 if "*" in parents else -1
+    return ".".join([*parents[start:], leaf])
 
 
 def adaptable(model: nn.Module) -> dict[str, list[str]]:

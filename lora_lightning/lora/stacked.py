@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .functional import _down, _low_rank_backward
 from .layer import LoraConv1D, LoraLayer, LoraLinear
+from .parameter import LoraParameter
 from .tokens import TokenRows
 
 GROUPED_ON = ("cuda",)
@@ -306,7 +307,16 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
         models: the slots' models by slot: of one shape, with the same frozen tensors, each with an
             adapter of its own.
         stack: whose rows a batch holds.
+
+    Raises:
+        UserError: an adapter is on parameters, whose modules may mix rows.
     """
+    for model in models.values():
+        if any(isinstance(module, LoraParameter) for module in model.modules()):
+            raise UserError(
+                "adapters on parameters (target_parameters) cannot share a batch: their rows go "
+                "to experts, all together. One adapter at a time: model = adapters[NAME]."
+            )
     first = next(iter(models.values()))
     tensors = [*first.parameters(), *first.buffers()]
     own = {name for model in models.values() for name in own_layers(model)}

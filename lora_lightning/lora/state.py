@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -25,8 +26,7 @@ from .adapter import Adapter
 from .config import LoraConfig
 from .copies import without_copies
 from .errors import UserError
-from .layer import LoraConv1D
-from .match import shortest_suffix
+from .peft_config import to_peft_config
 from .vocabulary import make_room
 
 CONFIG_NAME = "adapter_config.json"
@@ -43,7 +43,6 @@ _UNSUPPORTED = (
     "use_bdlora",
     "layer_replication",
     "megatron_config",
-    "target_parameters",
     "velora_config",
     "monteclora_config",
     "kasa_config",
@@ -233,50 +232,6 @@ def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: 
         )
 
 
-def to_peft_config(
-    adapter: Adapter,
-    *,
-    base_model: str | None = None,
-    revision: str | None = None,
-    task_type: str | None = None,
-) -> dict[str, Any]:
-    """The content of adapter_config.json for an adapter in place.
-
-    Targets are written as the shortest name suffixes that match just what was adapted, so that
-    every engine adapts the same modules, whatever regex or shorthand chose them.
-    """
-    config, layers = adapter.config.exported(), adapter.layers
-    targets = _target_suffixes(adapter)
-    ranks = {name: layer.matrices()[0].shape[0] for name, layer in layers.items()}
-    alphas = {name: config.alpha_of(name) for name in layers}
-    rank, rank_pattern = _common(ranks, config.rank)
-    alpha, alpha_pattern = _common(alphas, config.default_alpha(rank))
-    return {
-        "alpha_pattern": {name: _plain(value) for name, value in alpha_pattern.items()},
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "bias": config.bias,
-        "exclude_modules": None,
-        "fan_in_fan_out": any(isinstance(layer, LoraConv1D) for layer in layers.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": _plain(alpha),
-        "lora_dropout": config.dropout,
-        "modules_to_save": sorted(adapter.saved_modules) or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "revision": revision,
-        "target_modules": targets,
-        "task_type": task_type,
-        "trainable_token_indices": _token_indices(adapter),
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    }
-
-
 def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
     """The settings that an adapter_config.json describes.
 
@@ -289,6 +244,7 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
                 f"{CONFIG_NAME} sets {key}={raw[key]!r}, which is not supported: loading the "
                 "adapter without it would give other outputs."
             )
+    _refuse_old_experts(raw)
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
         raise UserError(
@@ -296,14 +252,15 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             "base. Convert it to plain LoRA first (PEFT: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...))."
         )
-    if raw.get("target_modules") is None:
+    if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise UserError(f"{CONFIG_NAME} names no target_modules.")
     try:
         return LoraConfig(
             rank=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
             dropout=raw.get("lora_dropout", 0.0),
-            targets=raw["target_modules"],
+            targets=raw.get("target_modules"),
+            target_parameters=list(raw.get("target_parameters") or []),
             exclude=raw.get("exclude_modules") or [],
             layers=_as_list(raw.get("layers_to_transform")),
             layers_pattern=raw.get("layers_pattern") or None,
@@ -317,6 +274,19 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
         )
     except (TypeError, AttributeError) as error:
         raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
+
+
+def _refuse_old_experts(raw: dict[str, Any]) -> None:
+    """Raises UserError for experts as PEFT laid them out before 0.19.1, in and out swapped.
+
+    Square ones would load, and give other outputs.
+    """
+    version = re.findall(r"\d+", str(raw.get("peft_version") or ""))[:3]
+    if raw.get("target_parameters") and version and [int(part) for part in version] < [0, 19, 1]:
+        raise UserError(
+            f"{CONFIG_NAME} was written by PEFT {raw['peft_version']}, which laid the A and B of "
+            "experts (target_parameters) out otherwise: merge the adapter with that PEFT."
+        )
 
 
 @contextmanager
@@ -365,37 +335,6 @@ def _flush(path: Path) -> None:
             os.fsync(handle.fileno())
 
 
-def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
-    """Trained rows by the shortest suffix that names their layer alone; tied ones go with it."""
-    names = [name for name, _ in adapter.model.named_modules() if name]
-    found = {}
-    for rows in adapter.rows:
-        others = [name for name in names if name != rows.name]
-        found[shortest_suffix(rows.name, others)] = rows.indices
-    return found or None
-
-
-def _target_suffixes(adapter: Adapter) -> list[str]:
-    inside = tuple(f"{name}." for name in adapter.layers)
-    others = [
-        name
-        for name, _ in adapter.model.named_modules()
-        if name and name not in adapter.layers and not name.startswith(inside)
-    ]
-    return sorted({shortest_suffix(name, others) for name in adapter.layers})
-
-
-def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
-    """One value for all, and patterns for the modules that differ from it."""
-    common = default if default in values.values() else next(iter(values.values()))
-    patterns: dict[str, Any] = {}
-    for name, value in values.items():
-        if value != common:
-            others = [other for other, theirs in values.items() if theirs != value]
-            patterns[shortest_suffix(name, others)] = value
-    return common, dict(sorted(patterns.items()))
-
-
 def whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:
     """The modules of `model` that a file stores whole, by PEFT's reading of modules_to_save.
 
@@ -416,7 +355,3 @@ def _as_list(value: Any) -> list[int] | None:
     if value is None or value == []:
         return None
     return [value] if isinstance(value, int) else list(value)
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
+
+from .match import within_layer
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
@@ -27,6 +29,10 @@ class SummaryRow:
     alpha: float
     scaling: float
     parameters: int
+    experts: int = 1
+    """Matrices in the weight."""
+    parts: tuple[str, ...] = ()
+    """Of a fused layer those that are adapted each for itself."""
 
 
 @dataclass(frozen=True)
@@ -39,39 +45,42 @@ class Summary:
     """(rows, dim) of the trained rows of a vocabulary, by module."""
     trainable: int
     total: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Parameters of experts that are not adapted, and how large they are."""
 
     def __str__(self) -> str:
-        groups: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
-        parameters: Counter[tuple[str, str, int, int, int, float, float]] = Counter()
+        groups: Counter[tuple[str, str, int, float, float]] = Counter()
+        parameters: Counter[tuple[str, str, int, float, float]] = Counter()
         for row in self.rows:
-            leaf = _within_layer(row.name)
-            shape = (row.in_features, row.out_features)
-            key = (leaf, row.kind, *shape, row.rank, row.alpha, row.scaling)
+            leaf = within_layer(row.name) + (f" [{' '.join(row.parts)}]" if row.parts else "")
+            shape = f"{row.in_features} -> {row.out_features}"
+            if row.experts > 1:
+                shape = f"{row.experts} x {shape}"
+            key = (leaf, shape, row.rank, row.alpha, row.scaling)
             groups[key] += 1
             parameters[key] += row.parameters
         lines = [
-            f"{'module':<26} {'count':>5} {'in -> out':>14} {'rank':>5} {'alpha':>6} {'scale':>6}"
+            f"{'module':<26} {'count':>5} {'in -> out':>18} {'rank':>5} {'alpha':>6} {'scale':>6}"
             f" {'parameters':>12}"
         ]
         for key, count in groups.items():
-            leaf, _, fan_in, fan_out, rank, alpha, scaling = key
+            leaf, shape, rank, alpha, scaling = key
             lines.append(
-                f"{leaf:<26} {count:>5} {f'{fan_in} -> {fan_out}':>14} {rank:>5} {alpha:>6g}"
-                f" {scaling:>6.3g} {parameters[key]:>12,}"
+                f"{leaf:<26} {count:>5} {shape:>18} {rank:>5} {alpha:>6g} {scaling:>6.3g}"
+                f" {parameters[key]:>12,}"
             )
         for name, number in self.whole_modules.items():
-            lines.append(f"{name:<26} {'whole':>5} {'':>34} {number:>12,}")
+            lines.append(f"{name:<26} {'whole':>5} {'':>38} {number:>12,}")
         for name, (rows, dim) in self.token_rows.items():
             what = f"{rows} rows"
-            lines.append(f"{name:<26} {what:>13} {'':>26} {rows * dim:>12,}")
+            lines.append(f"{name:<26} {what:>13} {'':>30} {rows * dim:>12,}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        if self.left_out:
+            share = 100 * sum(self.left_out.values()) / max(self.total, 1)
+            names = ",".join(dict.fromkeys(map(within_layer, self.left_out)))
+            lines.append(
+                f"{len(self.left_out)} expert parameters ({share:.1f} % of all parameters) are not "
+                f"adapted: they are no layers; lora.target_parameters=[{names}] adapts them"
+            )
         return "\n".join(lines)
-
-
-def _within_layer(name: str) -> str:
-    """A module's name without the layer that it is in: attention.output.dense."""
-    *parents, leaf = name.split(".")
-    parents = ["*" if part.isdigit() else part for part in parents]
-    start = parents.index("*") + 1 if "*" in parents else -1
-    return ".".join([*parents[start:], leaf])

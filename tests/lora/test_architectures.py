@@ -14,10 +14,8 @@ from zoo import ARCHITECTURES, CLASSIFIER, case, randomise
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
 from lora_lightning.lora.match import head_modules
 
-# What PEFT's own "all-linear" cannot do: it adapts Mixtral's experts, which are no modules, and
-# trips over DistilBERT's second head.
+# PEFT's own "all-linear" trips over DistilBERT's second head.
 PEFT_TARGETS = {
-    "mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
 

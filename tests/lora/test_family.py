@@ -28,7 +28,7 @@ VARIANTS = {
     "dora pissa": {"use_dora": True, "init": "pissa"},
     "lora-fa": {"freeze_A": True},
 }
-SOME = ["bert", "gpt2", "llama", "t5", "mixtral", "gemma3", "bloom", "modernbert"]
+SOME = ["bert", "gpt2", "llama", "t5", "mixtral", "gpt-oss", "gemma3", "bloom", "modernbert"]
 PAIRS = [
     *((name, "dora") for name in ARCHITECTURES),
     *((name, variant) for name in SOME for variant in VARIANTS if variant != "dora"),

@@ -48,6 +48,12 @@ T5 = {
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0}
 MODERNBERT = {"eos_token_id": 2, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 
 CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 CLASSIFIER, MASKED = "SEQ_CLS", None
@@ -87,6 +93,19 @@ ARCHITECTURES: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
     "mixtral": (
         CAUSAL,
         _model(tf.MixtralForCausalLM, tf.MixtralConfig, GROUPED, num_local_experts=2),
+    ),
+    "qwen2-moe": (CAUSAL, _model(tf.Qwen2MoeForCausalLM, tf.Qwen2MoeConfig, GROUPED, **EXPERTS)),
+    "gpt-oss": (
+        CAUSAL,
+        _model(
+            tf.GptOssForCausalLM,
+            tf.GptOssConfig,
+            GROUPED,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
     ),
     "gemma": (CAUSAL, _model(tf.GemmaForCausalLM, tf.GemmaConfig, GEMMA)),
     "gemma2": (CAUSAL, _model(tf.Gemma2ForCausalLM, tf.Gemma2Config, GEMMA)),
@@ -204,6 +223,9 @@ def widen(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=0.15)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
+        elif "Router" in type(module).__name__ or "Experts" in type(module).__name__:
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.15)
 
 
 def randomise(tensors: dict[str, Tensor], seed: int = 1) -> None:
