@@ -252,6 +252,30 @@ LORA = [
     Case("exclude", lambda p: p.train("lora.exclude=[pooller]"), "lora.exclude", "pooler"),
     Case("exclude all", lambda p: p.train("lora.exclude='.*'"), "leaves no module", "matched"),
     Case("layers", lambda p: p.train("lora.layers=[7]"), "lora.layers", "0 to 1"),
+    Case(
+        "parameter",
+        lambda p: p.train("lora.target_parameters=[experts.gate_up_proj]"),
+        "'experts.gate_up_proj' matches no parameter",
+        "lora.targets",
+    ),
+    Case(
+        "parameter with dropout",
+        lambda p: p.train("lora.target_parameters=[query.weight]", "lora.dropout=0.1"),
+        "plain LoRA without dropout",
+        "leave out lora.dropout=0.1",
+    ),
+    Case(
+        "parts of a layer",
+        lambda p: p.train("+lora.parts={query:{a:16,b:15}}"),
+        "16 (a) + 15 (b) is 31",
+        "32 outputs",
+    ),
+    Case(
+        "parts of no layer",
+        lambda p: p.train("+lora.parts={quary:[a,b]}"),
+        "lora.parts: the name 'quary'",
+        "'query'",
+    ),
     Case("regex", lambda p: p.train("lora.targets='(query'"), "lora.targets", "regular expression"),
     Case(
         "modules_to_save",
