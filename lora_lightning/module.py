@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from .first_look import found_before, look
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
+from .lora.eva import Start
 from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
@@ -103,6 +105,10 @@ class LoraModule(L.LightningModule):
         self.test_metrics: MetricCollection | None = None
         self.val_loss = MeanLoss()
         self.test_loss = MeanLoss()
+        self.data: Any = None
+        """The data module, for an adapter that starts from data; None: that of the Trainer."""
+        self._from_data: LoraConfig | None = None
+        """Settings that such an adapter has come to."""
         self.shards: Shards | None = None
         """The processes over which the base is spread, where it is."""
         self._shares: set[nn.Parameter] = set()
@@ -153,10 +159,37 @@ class LoraModule(L.LightningModule):
             settings["trainable_token_indices"] = rows_of_tokens(
                 model, token_ids(self.tokenizer, new)
             )
+        matrices: dict[str, Tensor] = {}
+        if config.init == "eva":
+            start = self._look_at_data(model, LoraConfig(**settings))
+            matrices, settings = start.matrices, asdict(start.config)
+            own = {
+                name: asdict(config)[name]
+                for name in ("modules_to_save", "trainable_token_indices")
+            }
+            self._from_data = replace(start.config, **own)
         adapter = Adapter(model, LoraConfig(**settings))
+        adapter.start_at(matrices)
         for layer in adapter.token_rows.values() if new else ():
             layer.start_at_mean()
         return adapter
+
+    def _look_at_data(self, model: nn.Module, config: LoraConfig) -> Start:
+        """What EVA finds, once: a run that goes on, or that begins from another, has it already."""
+        trainer = self._trainer
+        earlier = self.start_from or (trainer and trainer.ckpt_path)
+        if earlier:
+            return Start(found_before(str(earlier)), {})
+        data = self.data
+        if trainer is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return look(self.task, model, config, data, device)
+        strategy = trainer.strategy
+        data = data or getattr(trainer, "datamodule", None)
+        shows = trainer.is_global_zero
+        found = look(self.task, model, config, data, strategy.root_device, shows=shows)
+        broadcast_found: Start = strategy.broadcast(found)  # the last bits may differ by device
+        return broadcast_found
 
     def _check_quantization(self) -> None:
         kind = self.model_config.quantization
@@ -184,10 +217,11 @@ class LoraModule(L.LightningModule):
                 "model.new_tokens and lora.trainable_token_indices both say whose rows are "
                 "trained: leave out one of them."
             )
-        if self.shards is not None and (config.use_dora or config.starts_from_weight):
+        needs_whole = config.starts_from_weight or config.init == "eva"
+        if self.shards is not None and (config.use_dora or needs_whole):
             name = "use_dora=true" if config.use_dora else f"init={config.init}"
             raise UserError(
-                f"lora.{name} reads whole weights, and here each process has a share of them: use "
+                f"lora.{name} needs whole weights, and here each process has a share of them: use "
                 "trainer=ddp, or plain LoRA."
             )
         if self.shards is not None and config.target_parameters:
@@ -449,6 +483,8 @@ class LoraModule(L.LightningModule):
         self._check_loss()  # before a good checkpoint is overwritten
         # Among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
+        if self._from_data is not None:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["lora"] = asdict(self._from_data)
         checkpoint[RANKS] = data_ranks(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -233,6 +233,7 @@ def build(
         tokenizer=tokenizer,
         start_from=adapter,
     )
+    module.data = data
     return module, data
 
 

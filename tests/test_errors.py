@@ -295,6 +295,21 @@ LORA = [
         "lora.rank_pattern",
         "'+lora.rank_pattern={",
     ),
+    Case(
+        "eva_rho", lambda p: p.train("lora=eva", "lora.eva_rho=0.5"), "lora.eva_rho", "at least 1"
+    ),
+    Case(
+        "eva on parts",
+        lambda p: p.train("lora=eva", "+lora.parts={query: [a, b]}"),
+        "lora.parts",
+        "leave out one of them",
+    ),
+    Case(
+        "eva without a linear layer",
+        lambda p: p.train("lora=eva", "lora.targets=[word_embeddings]"),
+        "linear layers",
+        "lora.init=eva",
+    ),
 ]
 
 DATA = [

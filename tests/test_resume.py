@@ -147,6 +147,7 @@ VARIANTS = {
     ],
     "max_steps": ["trainer.max_steps=26"],
     "validation every second epoch": ["trainer.check_val_every_n_epoch=2"],
+    "ranks from the data": ["lora.init=eva", "lora.rank=4"],
     "dora from the weights": ["lora.use_dora=true", "lora.init=pissa"],
     "lora+ with a frozen A": [
         *("lora.freeze_A=true", "optim.loraplus_lr_ratio=16", "optim.lr=1e-3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -269,6 +269,17 @@ class LoraDataModule(L.LightningDataModule):
         """Makes a batch of rows of this data."""
         pad = self.tokenizer.pad_token_id
         return PackingCollator(pad) if packing else PaddingCollator(pad)
+
+    def training_batches(self, device_type: str) -> Iterator[dict[str, Tensor]]:
+        """All training rows once, in an order of the seed: the same on all ranks, in any run."""
+        rows = Examples(self.encoded["train"])
+        tokens = self.tokens_on(device_type)
+        size = self.config.batch_size
+        size = size if tokens is None else max(1, min(size, tokens // self.max_length))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        collate = self.collate(packing=self.task.joins_rows)
+        for chosen in order.split(size):
+            yield self.task.locate(collate([rows[index] for index in chosen.tolist()]))
 
     def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
         """A batch of the longest rows of a split: the one that needs the most memory."""

@@ -74,8 +74,13 @@ def cannot_share(config: DictConfig) -> str | None:
     """Why a job cannot train with others on one frozen base; None if it can."""
     if config.lora.method != "lora":
         return f"lora.method={config.lora.method}, which trains the base itself"
-    if config.lora.target_parameters:
-        return "lora.target_parameters, whose experts mix rows"
+    alone = {
+        "lora.target_parameters, whose experts mix rows": config.lora.target_parameters,
+        "lora.init=eva, which looks at the data with the base alone": config.lora.init == "eva",
+    }
+    for reason, holds in alone.items():
+        if holds:
+            return reason
     devices = str(config.trainer.get("devices", "auto"))
     if devices not in ("auto", "1") or int(config.trainer.get("num_nodes", 1)) > 1:
         return f"trainer.devices={devices}: a pack has one device"

@@ -245,6 +245,12 @@ class Adapter:
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
+    def start_at(self, matrices: dict[str, Tensor]) -> None:
+        """Gives some layers another first A, (r, in); the layers still equal their bases."""
+        with torch.no_grad():
+            for name, a in matrices.items():
+                self.layers[name].lora_A.copy_(a)
+
     # Switching -------------------------------------------------------------------------------
 
     def set_enabled(self, enabled: bool) -> None:

@@ -14,7 +14,7 @@ from .parts import Part, parse_parts
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
 PISSA = re.compile(r"pissa_niter_[1-9]\d*")
-INITS = ("kaiming", "gaussian", "pissa", "olora")
+INITS = ("kaiming", "gaussian", "pissa", "olora", "eva")
 
 
 @dataclass
@@ -71,7 +71,11 @@ class LoraConfig:
     init: str = "kaiming"
     """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
     from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `start.py`; such an adapter
-    is stored as plain LoRA of twice the rank."""
+    is stored as plain LoRA of twice the rank. Or A, and each layer's rank, from the training data:
+    "eva", see `eva.py`."""
+    eva_rho: float = 2.0
+    """With init="eva": no layer gets more than eva_rho * rank, of as many ranks in all. 1: each
+    layer keeps its rank."""
     use_dora: bool = False
     """Train the weights' magnitudes too (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
     freeze_A: bool = False
@@ -117,7 +121,8 @@ class LoraConfig:
     def _check_plain(self) -> None:
         """Raises UserError for what parameters and parts of layers cannot have."""
         variant = "use_dora=true" if self.use_dora else ""
-        variant = f"init={self.init}" if self.starts_from_weight else variant
+        if self.init not in ("kaiming", "gaussian"):
+            variant = f"init={self.init}"
         for pattern, value in self.parts.items():
             _compiles("lora.parts", pattern)
             parse_parts(f"lora.parts[{pattern!r}]", value)
@@ -144,7 +149,7 @@ class LoraConfig:
     @property
     def starts_from_weight(self) -> bool:
         """Whether A and B begin as parts of the base weight."""
-        return self.init not in ("kaiming", "gaussian")
+        return self.init not in ("kaiming", "gaussian", "eva")
 
     def exported(self) -> LoraConfig:
         """The settings of the plain LoRA adapter that such a one is stored as."""
@@ -165,6 +170,8 @@ class LoraConfig:
         if self.alpha is not None:
             _positive("lora.alpha", self.alpha)
         _positive("lora.alpha_ratio", self.alpha_ratio)
+        if not isinstance(self.eva_rho, (int, float)) or not 1 <= self.eva_rho < math.inf:
+            raise UserError(f"lora.eva_rho must be a number of at least 1, got {self.eva_rho!r}.")
         if self.alpha is not None and self.alpha_ratio != LoraConfig.alpha_ratio:
             raise UserError(
                 f"lora.alpha={self.alpha:g} and lora.alpha_ratio={self.alpha_ratio:g} both say how "
@@ -197,14 +204,15 @@ class LoraConfig:
     def default_alpha(self, rank: int) -> float:
         """Alpha of modules of that rank for which `alpha_pattern` has none."""
         if self.scale is not None:
-            return float(self.scale * self._divisor(rank))
+            return float(self.scale * self.divisor(rank))
         return float(self.alpha_ratio * rank if self.alpha is None else self.alpha)
 
     def scaling_of(self, name: str) -> float:
         """The factor s in W + s B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.alpha_of(name) / self._divisor(self.rank_of(name))
+        return self.alpha_of(name) / self.divisor(self.rank_of(name))
 
-    def _divisor(self, rank: int) -> float:
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by for the scaling: r, or its root with rsLoRA."""
         return math.sqrt(rank) if self.use_rslora else rank
 
 

@@ -27,6 +27,11 @@ def first_matrices(
     Raises:
         UserError: the weight has fewer rows or columns than r.
     """
+    if name == "eva":
+        raise UserError(
+            "lora.init=eva looks at data, which a layer alone does not have: train by LoraModule, "
+            "or see lora_lightning.lora.eva.start_from_data."
+        )
     if rank > min(weight.shape):
         out, fan_in = weight.shape
         raise UserError(

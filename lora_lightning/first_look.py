@@ -1,0 +1,71 @@
+"""EVA where model and data meet: a first look at the training rows, before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import read_checkpoint
+from .lora import LoraConfig, UserError
+from .lora.eva import Start, start_from_data
+from .lora.state import from_peft_config, read_adapter
+from .tasks import Task
+
+
+def look(
+    task: Task,
+    model: nn.Module,
+    config: LoraConfig,
+    data: Any,
+    device: torch.device,
+    *,
+    shows: bool = True,
+) -> Start:
+    """What EVA finds in the training rows; the model is on the device afterwards.
+
+    Args:
+        task: whose loss the model is run for.
+        model: without the adapter.
+        config: of the adapter.
+        data: a LoraDataModule that is set up.
+        device: where to run the model.
+        shows: whether to show the progress.
+
+    Raises:
+        UserError: there are no training rows.
+    """
+    if data is None or not data.has("train"):
+        raise UserError(
+            "lora.init=eva looks at the training rows, and there are none here: give data.train."
+        )
+    from tqdm import tqdm
+
+    model.to(device).eval()
+    bar = tqdm(
+        desc="EVA: layers settled", file=sys.stderr, disable=None if shows else True, leave=False
+    )
+
+    def show(settled: int, layers: int) -> None:
+        bar.total = layers
+        bar.update(settled - bar.n)
+
+    batches = (
+        {name: tensor.to(device) for name, tensor in batch.items()}
+        for batch in data.training_batches(device.type)
+    )
+    with bar:
+        found = start_from_data(
+            model, config, batches, lambda batch: task.loss(model, batch), show=show
+        )
+    model.train()
+    return Start(found.config, {name: a.cpu() for name, a in found.matrices.items()})
+
+
+def found_before(source: str) -> LoraConfig:
+    """The settings that EVA has come to in an earlier run, from its checkpoint or its adapter."""
+    if source.endswith(".ckpt"):
+        return LoraConfig(**read_checkpoint(source)["hyper_parameters"]["lora"])
+    return from_peft_config(read_adapter(source)[0])
