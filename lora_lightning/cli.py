@@ -223,11 +223,13 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     changes = model_changes(folder, overrides)
     quiet_libraries()
     from .inference import merge
+    from .storage import belongs_to_quantised
 
     gap = merge(folder, plain["output"], model=changes)
     print(f"merged model: {plain['output']}")
     if kind := changes.get("quantization"):
-        print(f"trained on a base in {kind}; merged into the base as it was before")
+        into = "what is left of it" if belongs_to_quantised(folder) else "the base as it was before"
+        print(f"trained on a base in {kind}; merged into {into}")
     print(f"largest logit gap between adapter and merged model: {gap:.3g}")
 
 

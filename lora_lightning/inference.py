@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,12 +17,21 @@ from .config import settings_saved
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError, load_adapter
+from .lora.loftq import take_over_values
 from .lora.state import replaced_folder
 from .lora.vocabulary import vocabulary_rows
 from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .settings import ModelConfig
-from .storage import base_fingerprint, check_weights, damaged, read_sidecar, save_tokenizer
+from .storage import (
+    base_fingerprint,
+    belongs_to_quantised,
+    check_weights,
+    damaged,
+    read_sidecar,
+    refuse_quantised,
+    save_tokenizer,
+)
 from .tasks import build_task
 from .vocabulary import refuse_unknown
 
@@ -53,6 +62,7 @@ def load_trained(
     if settings.lora is None:
         model_settings["name_or_path"] = str(folder)
     config = ModelConfig(**model_settings)
+    refuse_quantised(folder, on=config.quantization)
     if config.new_tokens != settings.model.new_tokens:
         raise UserError(f"adapter {folder} has its own model.new_tokens: leave that setting out.")
     own = {"tokenizer": str(folder), "new_tokens": []}  # which that one has
@@ -240,8 +250,7 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         The largest difference of a logit between the adapter model and the merged model as it
         stands on disk, over a few texts.
     """
-    # An adapter of a quantised base is merged into the base as it was before.
-    module = load_trained(folder, model={**(model or {}), "quantization": None}, device="cpu")
+    module = _unquantised(Path(folder), model or {})
     if module.adapter is None:
         raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")
     assert module.model is not None
@@ -256,6 +265,21 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         module.model.eval()
         gap = (_probe(module) - before).abs().max().item()
     return gap
+
+
+def _unquantised(folder: Path, model: dict[str, Any]) -> LoraModule:
+    """An adapter on its base in floating point, to merge into: as the base was before it was
+    quantised; or, for an adapter that makes up for that, with the values that are left.
+    """
+    if not belongs_to_quantised(folder):
+        return load_trained(folder, model={**model, "quantization": None}, device="cpu")
+    module = load_trained(folder, model=model, device="cpu")
+    config = replace(module.model_config, quantization=None)
+    base, _ = module.task.build_model(config, module.tokenizer)
+    quantised, _ = module.task.build_model(module.model_config, module.tokenizer)
+    take_over_values(base, quantised)
+    module.adopt(base, load_adapter(base, folder))
+    return module.eval()
 
 
 PROBES = (

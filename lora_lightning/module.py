@@ -17,6 +17,7 @@ from .first_look import found_before, look
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
+from .lora.loftq import make_up
 from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
 from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
@@ -168,19 +169,22 @@ class LoraModule(L.LightningModule):
                 for name in ("modules_to_save", "trainable_token_indices")
             }
             self._from_data = replace(start.config, **own)
+        if config.init == "loftq":
+            settings["init"] = "kaiming"  # of layers that are not quantised
         adapter = Adapter(model, LoraConfig(**settings))
         adapter.start_at(matrices)
+        if config.init == "loftq" and not self._goes_on():
+            original = replace(self.model_config, quantization=None)
+            make_up(adapter, self.task.build_model(original, self.tokenizer)[0])
         for layer in adapter.token_rows.values() if new else ():
             layer.start_at_mean()
         return adapter
 
     def _look_at_data(self, model: nn.Module, config: LoraConfig) -> Start:
         """What EVA finds, once: a run that goes on, or that begins from another, has it already."""
-        trainer = self._trainer
-        earlier = self.start_from or (trainer and trainer.ckpt_path)
-        if earlier:
-            return Start(found_before(str(earlier)), {})
-        data = self.data
+        if earlier := self._goes_on():
+            return Start(found_before(earlier), {})
+        trainer, data = self._trainer, self.data
         if trainer is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return look(self.task, model, config, data, device)
@@ -191,8 +195,17 @@ class LoraModule(L.LightningModule):
         broadcast_found: Start = strategy.broadcast(found)  # the last bits may differ by device
         return broadcast_found
 
+    def _goes_on(self) -> str:
+        """The checkpoint or the adapter that first values are replaced from, if there is one."""
+        return self.start_from or str((self._trainer and self._trainer.ckpt_path) or "")
+
     def _check_quantization(self) -> None:
         kind = self.model_config.quantization
+        if kind is None and self.lora_config is not None and self.lora_config.init == "loftq":
+            raise UserError(
+                "lora.init=loftq makes up for what quantisation takes away: give "
+                "model.quantization=nf4 or int8, or another lora.init."
+            )
         if kind is not None and self.lora_config is None:
             raise UserError(
                 f"model.quantization={kind} freezes the base, and lora=full trains it: leave out "

@@ -83,6 +83,8 @@ def methods(config: DictConfig) -> dict[str, DictConfig]:
     """The config as LoRA, as QLoRA and as full fine-tuning, each with its precision settled."""
     lora, full = config.copy(), config.copy()
     lora.lora.method, lora.model.quantization = "lora", None
+    if lora.lora.init in ("eva", "loftq"):  # which need more than the model, and change no size
+        lora.lora.init = "kaiming"
     qlora = lora.copy()
     qlora.model.quantization = "nf4"
     full.lora.method, full.model.quantization, full.adapter = "full", None, None

@@ -18,6 +18,7 @@ import torch
 from .lora import UserError, read_adapter
 from .lora.errors import did_you_mean
 from .lora.state import from_peft_config
+from .storage import belongs_to_quantised
 from .stored import Stored, write_like
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -78,7 +79,9 @@ def engine_problems(folder: str | Path, engine: str) -> list[str]:
         )
     raw, tensors = read_adapter(folder)
     from_peft_config(raw)
-    return [*_of_both(raw), *ENGINES[engine](raw, list(tensors))]
+    kind = belongs_to_quantised(Path(folder))
+    own = [f"made for a base in {kind} (lora.init=loftq): merge it"] if kind else []
+    return [*own, *_of_both(raw), *ENGINES[engine](raw, list(tensors))]
 
 
 def _of_both(raw: dict[str, Any]) -> list[str]:

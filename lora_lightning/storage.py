@@ -108,6 +108,31 @@ def check_weights(folder: Path, sidecar: dict[str, Any]) -> None:
         )
 
 
+def belongs_to_quantised(folder: Path) -> str | None:
+    """How the base is quantised that an adapter makes up for (LoftQ); None: it is of any kind."""
+    if not (folder / SIDECAR).is_file():
+        return None
+    settings = read_sidecar(folder)["settings"]
+    kind = settings["model"].get("quantization")
+    return str(kind) if settings["lora"].get("init") == "loftq" else None
+
+
+def refuse_quantised(folder: Path, *, on: str | None = None) -> None:
+    """Raises UserError for an adapter that makes up for a quantisation which is not to be there.
+
+    Args:
+        folder: the adapter.
+        on: how the base is quantised that it is to go on.
+    """
+    kind = belongs_to_quantised(folder)
+    if kind != on and kind is not None:
+        raise UserError(
+            f"adapter {folder} makes up for what model.quantization={kind} took away "
+            "(lora.init=loftq), and means another thing on another base: keep that setting, or "
+            f"merge it: lora-lightning merge adapter={folder} output=DIR."
+        )
+
+
 def damaged(folder: Path, error: Exception) -> UserError:
     """What to tell where our own file in an adapter folder makes no sense."""
     return UserError(f"{folder / SIDECAR} is damaged: {error!r}. Copy the adapter again.")

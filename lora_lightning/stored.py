@@ -20,7 +20,7 @@ from .lora.state import (
     replaced_folder,
     write_files,
 )
-from .storage import SIDECAR, digest
+from .storage import SIDECAR, digest, refuse_quantised
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -46,6 +46,7 @@ class Stored:
                 experts).
         """
         raw, tensors = read_adapter(folder)
+        refuse_quantised(folder)
         config = from_peft_config(raw)
         if config.use_dora:
             raise UserError(
@@ -112,6 +113,7 @@ def copy_adapter(folder: Path, output: Path) -> None:
         UserError: the folder holds no LoRA adapter, or one that is damaged.
     """
     raw, tensors = read_adapter(folder)
+    refuse_quantised(folder)  # the files alone would not tell
     from_peft_config(raw)
     with replaced_folder(output, marker=CONFIG_NAME) as staging:
         write_files(staging, raw, tensors)

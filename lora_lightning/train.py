@@ -49,6 +49,7 @@ from .storage import (
     check_weights,
     folder_bytes,
     read_sidecar,
+    refuse_quantised,
     save_trained,
     versions,
     writable,
@@ -211,6 +212,7 @@ def build(
     if adapter is not None and (Path(adapter) / SIDECAR).is_file():
         sidecar = read_sidecar(Path(adapter))
         check_weights(Path(adapter), sidecar)
+        refuse_quantised(Path(adapter), on=settings.model.quantization)
         refuse_other_tokens(adapter, sidecar["settings"]["model"], settings.model)
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)

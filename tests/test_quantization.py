@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from lora_lightning.inference import load_trained
 from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import dequantized
+from lora_lightning.lora.loftq import make_up, weight_of
 from lora_lightning.modeling import load_classifier, load_generator
 from lora_lightning.settings import ModelConfig
 
@@ -179,3 +180,70 @@ def test_the_library_that_is_missing_is_told(tiny_llama, monkeypatch):
     )
     with pytest.raises(UserError, match=r'pip install "lora_lightning\[quant\]"'):
         generator(tiny_llama, "nf4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
+@torch.no_grad()
+def test_loftq_starts_nearer_to_the_weights(kind, model, request):
+    """By r singular values of what is missing, as Eckart and Young have it."""
+    folder = request.getfixturevalue(model)
+    original, quantised = generator(folder), generator(folder, kind)
+    adapter = Adapter(quantised, LoraConfig(rank=3, alpha=5))
+    make_up(adapter, original)
+    for name, layer in adapter.layers.items():
+        weight = weight_of(original.get_submodule(name)).double()
+        missing = weight - layer.dense_weight().double()
+        left = missing - layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        singular = torch.linalg.svdvals(missing)
+        assert left.norm() == pytest.approx(float(singular[3:].norm()), rel=1e-3)
+        assert left.norm() < 0.95 * missing.norm()
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tiny_llama, tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny_gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
+    """It trains, PEFT has its logits on the same base, and merged it is the model trained."""
+    run = tmp_path / "run"
+    status, _, err = run_cli(
+        *("train", *fast, "task=lm", "task.max_new_tokens=8", "lora=loftq", "model.dtype=float32"),
+        *("model.quantization=nf4", f"model.name_or_path={tiny_llama}", "optim.lr=0.01"),
+        *(f"data.train={rows_jsonl}", f"output_dir={run}"),
+    )
+    assert status == 0, err
+    trained = load_trained(run / "adapter").model
+    theirs = peft.PeftModel.from_pretrained(generator(tiny_llama, "nf4"), run / "adapter").eval()
+    torch.testing.assert_close(logits(trained), logits(theirs), rtol=1e-4, atol=1e-4)
+
+    adapter = f"adapter={run / 'adapter'}"
+    status, out, err = run_cli("merge", adapter, f"output={tmp_path / 'merged'}")
+    assert status == 0, err
+    assert "merged into what is left of it" in out
+    merged = generator(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(trained), rtol=1e-3, atol=1e-3)
+    wrong = peft.PeftModel.from_pretrained(generator(tiny_llama), run / "adapter").eval()
+    assert (logits(wrong) - logits(trained)).abs().max() > 1e-2
+
+    for arguments in (
+        ("predict", adapter, "text=a", "model.quantization=null"),
+        ("export", adapter, f"output={tmp_path / 'files'}"),
+        ("combine", adapter, "weights=0.5", f"output={tmp_path / 'half'}"),
+        ("train", adapter, "task=lm", f"model.name_or_path={tiny_llama}", *fast,
+         f"data.train={rows_jsonl}", f"output_dir={tmp_path / 'other'}"),
+    ):  # fmt: skip
+        status, _, err = run_cli(*arguments)
+        assert status == 2, arguments
+        assert "lora.init=loftq" in err
+        assert "lora-lightning merge" in err

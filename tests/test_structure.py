@@ -61,7 +61,7 @@ ALLOWED = {
     "chat": RUN_SIDE | {"inference"},
     "stored": {"lora", "storage"},
     "combine": {"lora", "storage", "stored"},
-    "portable": {"lora", "stored"},
+    "portable": {"lora", "storage", "stored"},
     "layouts": {"lora"},
     "imported": RUN_SIDE | {"checkpoint", "layouts"},
     "check": RUN_SIDE | {"train", "memory", "precision"},

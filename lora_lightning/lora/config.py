@@ -14,7 +14,7 @@ from .parts import Part, parse_parts
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
 PISSA = re.compile(r"pissa_niter_[1-9]\d*")
-INITS = ("kaiming", "gaussian", "pissa", "olora", "eva")
+INITS = ("kaiming", "gaussian", "pissa", "olora", "eva", "loftq")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LoraConfig:
     """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
     from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `start.py`; such an adapter
     is stored as plain LoRA of twice the rank. Or A, and each layer's rank, from the training data:
-    "eva", see `eva.py`."""
+    "eva", see `eva.py`. Or both from what quantisation has taken away: "loftq", see `loftq.py`."""
     eva_rho: float = 2.0
     """With init="eva": no layer gets more than eva_rho * rank, of as many ranks in all. 1: each
     layer keeps its rank."""
@@ -92,7 +92,7 @@ class LoraConfig:
         _choice("lora.bias", self.bias, BIAS_MODES)
         if not PISSA.fullmatch(str(self.init)):
             _choice("lora.init", self.init, INITS)
-        if self.freeze_A and self.starts_from_weight:
+        if self.freeze_A and (self.starts_from_weight or self.init == "loftq"):
             raise UserError(
                 f"lora.freeze_A trains B from zero on a random A, which lora.init={self.init} does "
                 "not have: use lora.init=kaiming, or lora.freeze_A=false."
@@ -123,6 +123,11 @@ class LoraConfig:
         variant = "use_dora=true" if self.use_dora else ""
         if self.init not in ("kaiming", "gaussian"):
             variant = f"init={self.init}"
+        if self.init == "loftq" and self.use_dora:
+            raise UserError(
+                "lora.init=loftq brings the weights nearer to the unquantised ones, and "
+                "lora.use_dora takes their magnitudes from the quantised: leave out one of them."
+            )
         for pattern, value in self.parts.items():
             _compiles("lora.parts", pattern)
             parse_parts(f"lora.parts[{pattern!r}]", value)
@@ -149,7 +154,7 @@ class LoraConfig:
     @property
     def starts_from_weight(self) -> bool:
         """Whether A and B begin as parts of the base weight."""
-        return self.init not in ("kaiming", "gaussian", "eva")
+        return self.init not in ("kaiming", "gaussian", "eva", "loftq")
 
     def exported(self) -> LoraConfig:
         """The settings of the plain LoRA adapter that such a one is stored as."""

@@ -27,10 +27,10 @@ def first_matrices(
     Raises:
         UserError: the weight has fewer rows or columns than r.
     """
-    if name == "eva":
+    if name in ("eva", "loftq"):
         raise UserError(
-            "lora.init=eva looks at data, which a layer alone does not have: train by LoraModule, "
-            "or see lora_lightning.lora.eva.start_from_data."
+            f"lora.init={name} needs more than a layer, training data or the unquantised weights: "
+            "train by LoraModule."
         )
     if rank > min(weight.shape):
         out, fan_in = weight.shape

@@ -160,7 +160,7 @@ def test_embeddings_start_as_ever(base, batches):
 
 
 def test_without_data(base):
-    with pytest.raises(UserError, match="looks at data"):
+    with pytest.raises(UserError, match="needs more than a layer"):
         Adapter(copy.deepcopy(base), LoraConfig(init="eva"))
     with pytest.raises(UserError, match="needs training rows"):
         start_from_data(base, LoraConfig(init="eva"), [], forward(base))
