@@ -206,15 +206,21 @@ def _look(
 
 
 def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The rows of a layer's inputs, (n, in), that are of tokens that count."""
-    shape = inputs.shape[:-1]
-    keep = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    """The rows of a layer's inputs, (n, in), that are of tokens that count.
+
+    Inputs are (rows, positions, in), or the same flattened, as a router sees them; those of another
+    shape count whole: what a pooler sees has no padding.
+    """
+    flat = inputs.flatten(0, -2)
+    keep = torch.ones(len(flat), dtype=torch.bool, device=inputs.device)
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is not None and mask.shape == shape:
-        keep &= mask.bool()
-    if labels is not None and labels.shape == shape and labels.dim() > 1:
-        keep &= labels != -100
-    return inputs[keep]
+    masks = [] if mask is None else [mask.bool()]
+    if labels is not None and labels.dim() > 1:
+        masks.append(labels != -100)
+    for each in masks:
+        if inputs.shape[:-1] in (each.shape, (each.numel(),)):
+            keep &= each.flatten()
+    return flat[keep]
 
 
 def _resolved(config: LoraConfig, matches: list[Match], ranks: dict[str, int]) -> LoraConfig:

@@ -54,6 +54,9 @@ def test_what_counts():
     assert counted(inputs, {"attention_mask": mask}).tolist() == inputs[mask.bool()].tolist()
     both = counted(inputs, {"attention_mask": mask, "labels": labels})
     assert both.tolist() == [[2.0, 3.0], [10.0, 11.0]]
+    flattened = counted(inputs.flatten(0, 1), {"attention_mask": mask, "labels": labels})
+    assert torch.equal(flattened, both)
+    assert len(counted(inputs[:, 0], {"attention_mask": mask})) == 2  # what a pooler sees
     of_rows = {"attention_mask": mask, "labels": torch.tensor([1, 0])}  # a classifier's
     assert len(counted(inputs, of_rows)) == 5
 
