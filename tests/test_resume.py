@@ -47,7 +47,7 @@ SETTINGS = [
 
 
 # All but what depends on the clock.
-LOGGED = re.compile(r"lr-|update_norm/|(train|val|test)/(loss|accuracy|f1|auroc)$")
+LOGGED = re.compile(r"lr-|update_norm/|(train|val|test)/(loss|accuracy|f1|auroc|retained.*)$")
 
 
 class KeepCopies(Callback):
@@ -96,6 +96,8 @@ def settings(tiny_bert, rows_jsonl, output: Path, *more: str) -> list[str]:
         f"model.name_or_path={tiny_bert}",
         f"data.train={rows_jsonl}",
         f"output_dir={output}",
+        f"callbacks.retention.texts={rows_jsonl}",
+        "callbacks.retention.count=8",
         *more,
     ]
 
