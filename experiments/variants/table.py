@@ -12,7 +12,6 @@ Writes results.csv and prints the table.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import statistics
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "throughput"))
 
-from contest import compete, ours  # noqa: E402
+from contest import Work, compete, ours  # noqa: E402
 from work import decoder_work  # noqa: E402
 
 VARIANTS: dict[str, list[str]] = {
@@ -32,9 +31,11 @@ VARIANTS: dict[str, list[str]] = {
     "DoRA": ["lora=dora"],
     "PiSSA": ["lora=pissa"],
     "OLoRA": ["lora=olora"],
+    "EVA": ["lora=eva"],
     "LoRA-FA": ["lora=lora_fa"],
     "LoRA+": ["optim=loraplus"],
     "LoRA on nf4": ["model.quantization=nf4"],
+    "LoftQ on nf4": ["lora=loftq", "model.quantization=nf4"],
     "LoRA on int8": ["model.quantization=int8"],
     "full fine-tuning": ["lora=full"],
 }
@@ -63,7 +64,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|"
     )
     for contestant, (name, more) in zip(contestants, VARIANTS.items(), strict=True):
-        cells = [name, f"`{' '.join(more)}`" if more else "", *adapter_of(more, work.model)]
+        cells = [name, f"`{' '.join(more)}`" if more else "", *adapter_of(more, work)]
         ratio = {
             key: statistics.median(
                 row[key] / first[key]
@@ -79,24 +80,29 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def adapter_of(overrides: list[str], folder: str) -> list[str]:
+def adapter_of(overrides: list[str], work: Work) -> list[str]:
     """Trained parameters, bytes of the file, whether PEFT has its logits, and what vLLM says."""
     import peft
     import torch
 
     from lora_lightning.config import compose_config, settings_of
-    from lora_lightning.lora import Adapter, save_adapter
-    from lora_lightning.modeling import load_generator, load_tokenizer
+    from lora_lightning.lora import save_adapter
+    from lora_lightning.modeling import load_generator
     from lora_lightning.portable import engine_problems
+    from lora_lightning.tasks import build_task
+    from lora_lightning.train import build
 
-    common = ["task=summarization", f"model.name_or_path={folder}", "model.dtype=float32"]
+    common = ["task=summarization", f"model.name_or_path={work.model}", "model.dtype=float32"]
+    common += [f"data.train={work.train}", f"data.val={work.train}", "data.test_fraction=0"]
     settings = settings_of(compose_config([*common, *overrides]))
-    model = load_generator(settings.model, load_tokenizer(settings.model)).eval()
-    if settings.lora is None:
+    module, data = build(settings, build_task(settings.task), seed=0)
+    data.setup("fit")
+    module.configure_model()
+    model, adapter = module.model, module.adapter
+    if adapter is None:
         count = sum(parameter.numel() for parameter in model.parameters())
         return [f"{count / 1e6:.2f} M", "", "", ""]
-    base = copy.deepcopy(model)
-    adapter = Adapter(model, settings.lora)
+    model.eval()
     trained = [t for t in adapter.named_tensors().values() if t.requires_grad]
     count = sum(tensor.numel() for tensor in trained)
     torch.manual_seed(0)
@@ -107,6 +113,7 @@ def adapter_of(overrides: list[str], folder: str) -> list[str]:
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
         ours_logits = model(input_ids=ids).logits
+        base = load_generator(settings.model, module.tokenizer).eval()
         theirs: Any = peft.PeftModel.from_pretrained(base, stored).eval()
         gap = (theirs(input_ids=ids).logits - ours_logits).abs().max() / ours_logits.abs().max()
     problems = engine_problems(stored, "vllm")
