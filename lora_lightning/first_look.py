@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import read_checkpoint
 from .lora import LoraConfig, UserError
 from .lora.eva import Start, start_from_data
 from .lora.state import from_peft_config, read_adapter
 from .tasks import Task
+
+LAYERS = ("targets", "exclude", "layers", "layers_pattern")
+RANKS = ("rank", "alpha", "alpha_ratio", "scale", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def look(
@@ -52,8 +56,9 @@ def look(
         bar.total = layers
         bar.update(settled - bar.n)
 
+    both = getattr(task, "encoder_decoder", False)
     batches = (
-        {name: tensor.to(device) for name, tensor in batch.items()}
+        {name: tensor.to(device) for name, tensor in (_apart(batch) if both else batch).items()}
         for batch in data.training_batches(device.type)
     )
     with bar:
@@ -64,8 +69,26 @@ def look(
     return Start(found.config, {name: a.cpu() for name, a in found.matrices.items()})
 
 
-def found_before(source: str) -> LoraConfig:
-    """The settings that EVA has come to in an earlier run, from its checkpoint or its adapter."""
+def found_before(source: str, config: LoraConfig) -> LoraConfig:
+    """The settings of an adapter with the layers, ranks and alphas that EVA has come to before.
+
+    Args:
+        source: a checkpoint or an adapter of that run.
+        config: what else the adapter is to be.
+    """
     if source.endswith(".ckpt"):
-        return LoraConfig(**read_checkpoint(source)["hyper_parameters"]["lora"])
-    return from_peft_config(read_adapter(source)[0])
+        found = LoraConfig(**read_checkpoint(source)["hyper_parameters"]["lora"])
+    else:
+        found = from_peft_config(read_adapter(source)[0])
+    return replace(
+        config,
+        init="kaiming",
+        **{name: getattr(found, name) for name in (*LAYERS, *RANKS)},
+    )
+
+
+def _apart(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives labels another width than inputs, by which encoder and decoder are told apart."""
+    if batch["labels"].shape != batch["input_ids"].shape:
+        return batch
+    return {**batch, "labels": nn.functional.pad(batch["labels"], (0, 1), value=-100)}

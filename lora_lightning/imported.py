@@ -65,7 +65,7 @@ def import_adapter(
     else:
         raise UserError(f"source={source}: there is no such file or folder.")
     saved = saved_settings(config)
-    if module.adapter is not None:
+    if module.adapter is not None and source.suffix != ".ckpt":
         saved["lora"] = {**asdict(module.adapter.config), "method": "lora"}
     save_trained(module, output, saved, base=base_fingerprint(module))
     return module

@@ -183,7 +183,7 @@ class LoraModule(L.LightningModule):
     def _look_at_data(self, model: nn.Module, config: LoraConfig) -> Start:
         """What EVA finds, once: a run that goes on, or that begins from another, has it already."""
         if earlier := self._goes_on():
-            return Start(found_before(earlier), {})
+            return Start(found_before(earlier, config), {})
         trainer, data = self._trainer, self.data
         if trainer is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -49,7 +49,6 @@ from .storage import (
     check_weights,
     folder_bytes,
     read_sidecar,
-    refuse_quantised,
     save_trained,
     versions,
     writable,
@@ -58,7 +57,7 @@ from .storage import (
 from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
 from .vocabulary import rows_in
-from .warm_start import refuse_other_tokens
+from .warm_start import refuse_other_start, refuse_other_tokens
 
 CHECKPOINTS = "checkpoints"
 
@@ -209,11 +208,8 @@ def build(
     settings: Settings, task: Task, *, seed: int, adapter: str | None = None
 ) -> tuple[LoraModule, LoraDataModule]:
     """The LightningModule and the data module of a run, sharing task and tokenizer."""
-    if adapter is not None and (Path(adapter) / SIDECAR).is_file():
-        sidecar = read_sidecar(Path(adapter))
-        check_weights(Path(adapter), sidecar)
-        refuse_quantised(Path(adapter), on=settings.model.quantization)
-        refuse_other_tokens(adapter, sidecar["settings"]["model"], settings.model)
+    if adapter is not None:
+        _check_start(adapter, settings)
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)
     task.prepare(model_config)
@@ -237,6 +233,19 @@ def build(
     )
     module.data = data
     return module, data
+
+
+def _check_start(adapter: str, settings: Settings) -> None:
+    """Raises UserError for values to start from that are damaged, or mean another base."""
+    theirs: dict[str, Any] = {}
+    if adapter.endswith(".ckpt"):
+        theirs = read_checkpoint(adapter).get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    elif (Path(adapter) / SIDECAR).is_file():
+        sidecar = read_sidecar(Path(adapter))
+        check_weights(Path(adapter), sidecar)
+        theirs = sidecar["settings"]
+        refuse_other_tokens(adapter, theirs["model"], settings.model)
+    refuse_other_start(adapter, theirs, settings.model, settings.lora)
 
 
 def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:

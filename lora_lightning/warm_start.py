@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .checkpoint import read_checkpoint
-from .lora import Adapter, UserError
+from .lora import Adapter, LoraConfig, UserError
 from .lora.copies import without_copies
 from .lora.state import read_adapter
 from .settings import ModelConfig
@@ -45,4 +45,33 @@ def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig)
         raise UserError(
             f"adapter={source} was trained with model.new_tokens={tokens}, and this run has "
             f"{model.new_tokens}: give the same tokens in the same order."
+        )
+
+
+def refuse_other_start(
+    source: str, theirs: dict[str, Any], model: ModelConfig, lora: LoraConfig | None
+) -> None:
+    """Raises UserError where one run makes up for a quantisation (LoftQ) and the other does not.
+
+    Args:
+        source: the adapter or checkpoint whose values a run is to begin with.
+        theirs: the settings that it was trained with, as far as they are known.
+        model: the run's.
+        lora: the run's.
+    """
+
+    def made_up_for(init: Any, quantization: Any) -> Any:
+        return quantization if init == "loftq" else None
+
+    known = (theirs.get("lora") or {}).get("init"), (theirs.get("model") or {}).get("quantization")
+    before, now = made_up_for(*known), made_up_for(lora and lora.init, model.quantization)
+    if before != now:
+        told = [
+            f"lora.init=loftq on a base in {kind}" if kind else "no such start"
+            for kind in (before, now)
+        ]
+        raise UserError(
+            f"adapter={source} comes from a run with {told[0]}, and this one has {told[1]}: what "
+            "quantisation took away would be missing, or there twice. Give the same lora.init and "
+            "model.quantization."
         )

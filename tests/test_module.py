@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -20,13 +21,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from lora_lightning import callbacks
 from lora_lightning.callbacks import ProgressBar, RunClock, Throughput, _batch_counts
+from lora_lightning.config import compose_config, settings_of
 from lora_lightning.data.collate import PackingCollator, PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import LoraLayer
 from lora_lightning.modeling import classification_logits
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import ModelConfig, OptimConfig
-from lora_lightning.tasks import IGNORE, SentimentTask
+from lora_lightning.tasks import IGNORE, SentimentTask, build_task
+from lora_lightning.train import build, train
 
 LABELS = {
     "labels": ["negative", "positive"],
@@ -566,3 +569,22 @@ def test_adapter_off_is_the_base(tiny_llama):
         found = module.model.model(**inputs).last_hidden_state
     with torch.no_grad():
         assert torch.equal(found, base(**inputs).last_hidden_state)
+
+
+def test_eva_goes_on_from_an_adapter_with_its_own_settings(tiny_bert, rows_jsonl, fast, tmp_path):
+    """Layers and ranks are the adapter's, all else the run's."""
+    own = [*fast, "lora=eva", f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    train(compose_config([*own, f"output_dir={tmp_path / 'run'}"]))
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    ranks = {name: len(a) for name, a in stored.items() if name.endswith("lora_A.weight")}
+    settings = settings_of(compose_config([*own, "lora.dropout=0.1", "lora.rank=2"]))
+    for start in ("adapter", "checkpoints/last.ckpt"):
+        source = str(tmp_path / "run" / start)
+        module, _ = build(settings, build_task(settings.task), seed=5, adapter=source)
+        module.task.restore({"labels": ["a", "b"], "text_column": "text", "label_column": "label"})
+        module.configure_model()
+        layers = module.adapter.layers
+        prefix = "base_model.model."
+        found = {f"{prefix}{name}.lora_A.weight": layer.rank for name, layer in layers.items()}
+        assert found == ranks
+        assert {layer.dropout.p for layer in layers.values()} == {0.1}

@@ -240,10 +240,26 @@ def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
         ("predict", adapter, "text=a", "model.quantization=null"),
         ("export", adapter, f"output={tmp_path / 'files'}"),
         ("combine", adapter, "weights=0.5", f"output={tmp_path / 'half'}"),
-        ("train", adapter, "task=lm", f"model.name_or_path={tiny_llama}", *fast,
-         f"data.train={rows_jsonl}", f"output_dir={tmp_path / 'other'}"),
-    ):  # fmt: skip
+    ):
         status, _, err = run_cli(*arguments)
         assert status == 2, arguments
         assert "lora.init=loftq" in err
         assert "lora-lightning merge" in err
+
+    again = [*("train", *fast, "task=lm", "task.max_new_tokens=8", "model.dtype=float32")]
+    again += [f"model.name_or_path={tiny_llama}", f"data.train={rows_jsonl}"]
+    again += [f"output_dir={tmp_path / 'other'}"]
+    last = f"adapter={run / 'checkpoints' / 'last.ckpt'}"
+    for start in (adapter, last):
+        for own in (["model.quantization=nf4"], []):
+            status, _, err = run_cli(*again, start, *own)
+            assert status == 2, (start, own)
+            assert "would be missing, or there twice" in err
+    status, _, err = run_cli(*again, last, "lora=loftq", "model.quantization=nf4")
+    assert status == 0, err
+    status, _, err = run_cli(
+        "import", last.replace("adapter", "source"), f"output={tmp_path / 'i'}"
+    )
+    assert status == 0, err
+    sidecar = json.loads((tmp_path / "i" / "lora_lightning.json").read_text())
+    assert sidecar["settings"]["lora"]["init"] == "loftq"
