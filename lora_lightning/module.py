@@ -24,7 +24,7 @@ from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_a
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig
-from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy
+from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy, scale_gradients
 from .tasks import Task, build_task
 from .vocabulary import token_ids
 from .warm_start import load_values, values_of
@@ -364,11 +364,7 @@ class LoraModule(L.LightningModule):
         loss, count = self.trainer.strategy.reduce(totals, reduce_op="sum")
         self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
         count = count.clamp(min=1)
-        factor = self.trainer.world_size / count
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / count)
         mean = loss / count
         self.log("train/loss", mean, prog_bar=True)
         self._recent.append((self.global_step, self.current_epoch, self._batch, mean))

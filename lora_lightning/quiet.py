@@ -24,6 +24,7 @@ def quiet_libraries() -> None:
         ".*DTensor random operators may not have complete support.*",  # heads are drawn anew
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # which nothing changes in place
         ".*`torch.jit.script.*` is deprecated.*",  # bitsandbytes, which transformers imports
+        ".*`torch.distributed.all_gather_into_tensor` is deprecated.*",  # DeepSpeed
         ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from .lora import UserError
 from .parallel import Shards
+from .zero import ZeroStrategy
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -64,12 +67,16 @@ def refuse_strategy(name: str) -> None:
         name: of the strategy, or of its class.
 
     Raises:
-        UserError: DeepSpeed scales gradients out of sight, where the mean over a step's targets
-            cannot be taken; FSDP in its first version gathers frozen weights to checkpoints and
-            cannot clip by norm.
+        UserError: Lightning's for DeepSpeed takes precision and checkpoints out of our hands; FSDP
+            in its first version gathers frozen weights to checkpoints and cannot clip by norm.
     """
     kind = name.lower()
-    if kind.startswith("deepspeed") or kind.startswith("fsdp"):
+    if kind.startswith("deepspeed"):
+        raise UserError(
+            f"trainer.strategy={name} is not supported: trainer=deepspeed has the optimizer in "
+            "shares (ZeRO-2), and trainer=fsdp2 the base."
+        )
+    if kind.startswith("fsdp"):
         raise UserError(
             f"trainer.strategy={name} is not supported: trainer=fsdp2 shards the base the same way."
         )
@@ -81,6 +88,17 @@ def refuse_full(strategy: object, *, full: bool) -> None:
         raise UserError(
             "lora=full trains the base itself, which is in shares here: use trainer=ddp."
         )
+
+
+def scale_gradients(strategy: Strategy, optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+    """Multiplies the gradients of the coming step of the optimizer by a factor."""
+    if isinstance(strategy, ZeroStrategy):
+        strategy.scale_gradients(factor)
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 def data_ranks(trainer: Trainer) -> int:

@@ -58,6 +58,7 @@ from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
 from .vocabulary import rows_in
 from .warm_start import refuse_other_start, refuse_other_tokens
+from .zero import ZeroStrategy
 
 CHECKPOINTS = "checkpoints"
 
@@ -261,6 +262,8 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
     refuse_strategy(str(arguments.get("strategy")))
     refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
+    if isinstance(arguments.get("strategy"), ZeroStrategy):
+        ZeroStrategy.check(config.optim.name, str(arguments.get("precision")))
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters

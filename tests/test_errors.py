@@ -515,7 +515,24 @@ MODEL = [
     Case("dtype", lambda p: p.train("model.dtype=bfloat"), "model.dtype", "'bfloat16'"),
     Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
     Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
-    Case("deepspeed", lambda p: p.train("trainer=deepspeed"), "deepspeed_stage_2", "trainer=fsdp2"),
+    Case(
+        "Lightning's own deepspeed",
+        lambda p: p.train("trainer.strategy=deepspeed_stage_2"),
+        "strategy=deepspeed_stage_2",
+        "trainer=deepspeed",
+    ),
+    Case(
+        "optimizer in shares",
+        lambda p: p.train("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
+        "optim.name=Adafactor",
+        "trainer=ddp",
+    ),
+    Case(
+        "check, optimizer in shares",
+        lambda p: p.check("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
+        "optim.name=Adafactor",
+        "trainer=ddp",
+    ),
     Case(
         "nodes",
         lambda p: p.train("trainer.num_nodes=2"),

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "vocabulary", "warm_start"}
+MODEL_SIDE |= {"checkpoint", "vocabulary", "warm_start", "zero"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -26,7 +26,8 @@ ALLOWED = {
     "config": FOUNDATION,
     "cpu": set(),
     "parallel": {"lora"},
-    "strategies": {"lora", "parallel"},
+    "zero": {"lora"},
+    "strategies": {"lora", "parallel", "zero"},
     "signals": set(),
     "checkpoint": {"lora"},
     "cluster": {"lora"},
@@ -94,6 +95,7 @@ ONLY_IN = {
     "hydra": {"config", "start", "launch", "report/sweep"},
     "lightning": {
         "strategies",
+        "zero",
         "signals",
         "module",
         "data/datamodule",
@@ -104,6 +106,7 @@ ONLY_IN = {
         "packed",
     },
     "peft": set(),
+    "deepspeed": {"zero"},
 }
 
 

@@ -26,6 +26,7 @@ WAYS = {
     "ddp": ["trainer=ddp", "data.batch_size=4", "lora.dropout=0.1"],
     "fsdp2": ["trainer=fsdp2", "data.batch_size=4"],
     "tp": ["trainer=tp", "data.batch_size=8"],
+    "deepspeed": ["trainer=deepspeed", "data.batch_size=4", "trainer.max_epochs=4"],
 }
 
 
@@ -101,6 +102,8 @@ def assert_same(run: Path, truth: Path, *, error: float = 0.0) -> None:
 @pytest.fixture(scope="module", params=list(WAYS))
 def stopped(request, common, tmp_path_factory):
     """A run of two processes of which the second was told to end, and what was printed."""
+    if request.param == "deepspeed":
+        pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp(request.param)
     process = start([*TRAIN, *common, *pair(request.param), "output_dir=run"], folder)
     wait_for((folder / "run" / LAST).is_file, process)
@@ -136,6 +139,7 @@ def test_it_goes_on_by_another_strategy(stopped, whole):
     other = {
         "fsdp2": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
         "tp": ["trainer=cpu"],
+        "deepspeed": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
     }[way]
     shutil.copytree(folder / "run", folder / "other")
     finish(start([*TRAIN, "resume=other", *other], folder))
