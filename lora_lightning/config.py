@@ -196,7 +196,7 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
     if unreadable:
         return (
             f"cannot read {unreadable[0]!r}: give KEY=VALUE, and put a value with blanks, "
-            "commas, quotes or brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
+            "commas, =, quotes or brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
         )
     return text[:600]
 

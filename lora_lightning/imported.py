@@ -15,7 +15,7 @@ from .config import compose_config, over_saved, read_config, saved_settings, set
 from .layouts import PARTS, read_layout
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.combine import Update
-from .lora.state import adapter_from, from_peft_config, is_together
+from .lora.state import CONFIG_NAME, adapter_from, from_peft_config, is_together
 from .lora.vocabulary import make_room
 from .modeling import load_model_config, load_tokenizer
 from .module import LoraModule
@@ -52,11 +52,18 @@ def import_adapter(
         UserError: the source cannot be used, or does not fit the base model or the task.
     """
     quiet_libraries()
+    for override in overrides:
+        if override.lstrip("+").startswith("lora"):
+            raise UserError(
+                f"{override}: import takes an adapter as it is. Where a file holds no alpha, "
+                "alpha=A says it."
+            )
     if source.suffix == ".ckpt":
         module, config = _from_checkpoint(source, overrides)
     elif source.is_dir():
         module, config = _from_peft(source, overrides)
     elif source.is_file():
+        _need_base_and_task(source, overrides)
         config = compose_config(overrides)
         module, whole = _bare(config)
         assert module.model is not None
@@ -69,6 +76,17 @@ def import_adapter(
         saved["lora"] = {**asdict(module.adapter.config), "method": "lora"}
     save_trained(module, output, saved, base=base_fingerprint(module))
     return module
+
+
+def _need_base_and_task(source: Path, overrides: list[str]) -> None:
+    """Raises UserError where the defaults would stand in for what the file cannot tell."""
+    chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
+    lacking = [] if chosen & {"model", "model.name_or_path"} else ["model.name_or_path=..."]
+    lacking += [] if "task" in chosen else ["task=NAME"]
+    if lacking:
+        raise UserError(
+            f"source={source} does not tell its base model and task: give {' and '.join(lacking)}."
+        )
 
 
 def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
@@ -98,6 +116,9 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
 
 def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
     """A PEFT adapter, on the base that its config names where the call names none."""
+    checkpoints = sorted(folder.glob("*.ckpt"))
+    if checkpoints and not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
     chosen = {override.lstrip("+").partition("=")[0] for override in overrides}

@@ -64,14 +64,15 @@ class Source:
             )
         return found[0]
 
-    def scaling(self, rank: int) -> float:
-        """Alpha over rank, of a layout that does not store alpha."""
-        if self.alpha is None:
+    def scaling(self, rank: int, stored: Tensor | None = None) -> float:
+        """Alpha over rank; alpha is what the file stores, or else what was given."""
+        alpha = self.alpha if stored is None else float(stored)
+        if alpha is None:
             raise UserError(
                 f"{self.path} holds no alpha, which says how much the adapter counts: give alpha=A "
-                "as it was trained with."
+                "as it was trained with (kohya's tools take the rank where there is none)."
             )
-        return self.alpha / rank
+        return alpha / rank
 
     def heads(self) -> tuple[int, int, int]:
         """Query heads, key and value heads, and the size of a head."""
@@ -132,12 +133,12 @@ def _kohya(source: Source) -> dict[str, Update]:
         if len(written.get(longest, [])) != 1:
             raise UserError(
                 f"{source.path}: {key} names {len(written.get(longest, [])) or 'no'} layers of "
-                f"{type(source.model).__name__}: is it for another model?"
+                f"{type(source.model).__name__}: is it for another model? Here a name is a prefix "
+                f"and then, for instance, {next(iter(written))}."
             )
         prefixes.add(key.removesuffix(longest))
-        stored = source.tensors.get(f"{key}.alpha")
-        rank = a.shape[0]
-        updates[written[longest][0]] = Update(a, b, 1.0 if stored is None else float(stored) / rank)
+        scaling = source.scaling(a.shape[0], source.tensors.get(f"{key}.alpha"))
+        updates[written[longest][0]] = Update(a, b, scaling)
     if len(prefixes) > 1:
         raise UserError(
             f"{source.path} holds adapters of several models ({', '.join(sorted(prefixes))}): "

@@ -412,10 +412,12 @@ def _loading(name: str, what: str) -> Iterator[None]:
         if not known and "safetensor" not in type(error).__name__.lower():
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        files = "config.json, tokenizer files and model.safetensors"
+        needs = "config.json (lora-lightning plan needs no more)" if what == "config" else files
         raise UserError(
             f"cannot load the {what} of {name!r}: {' '.join(reason)[:400]} "
             "Check model.name_or_path; a hub name needs a network or a filled cache, and a "
-            "local folder needs config.json, tokenizer files and model.safetensors."
+            f"local folder needs {needs}."
         ) from error
     finally:
         logging.set_verbosity(verbosity)

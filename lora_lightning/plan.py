@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from tqdm import tqdm
 
 from .config import settings_of
 from .lora import Adapter, LoraConfig, UserError
@@ -61,8 +63,26 @@ def plan(config: DictConfig, device_gib: float | None = None) -> str:
             "moment of a step when there are most; parts that come later or are gone by then are "
             "0. Transient is what the backward pass or the optimizer holds in passing. Interpreter "
             "and libraries come on top, and a few per cent that allocators and kernels take.",
+            *_of_this_cpu(config, device, asked=device_gib is not None),
         ]
     )
+
+
+def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> list[str]:
+    """What "auto" has come to here, where another device is asked about."""
+    automatic = [
+        f"{key}={value}"
+        for key, own, value in (
+            ("trainer.precision", config.trainer.precision, "bf16-true"),
+            ("data.max_tokens", config.data.max_tokens, "null"),
+        )
+        if own == "auto"
+    ]
+    if not automatic or not asked or device.type == "cuda":
+        return []
+    return [
+        f"NOTE This is what the settings come to on this CPU. For a GPU add {' '.join(automatic)}."
+    ]
 
 
 def adapter_size(model: nn.Module, config: LoraConfig) -> tuple[int, int]:
@@ -169,7 +189,9 @@ def _memory(config: DictConfig, device: torch.device, limit: int) -> str:
     asked = "QLoRA" if config.model.quantization else asked
     lines: list[str] = []
     told: list[str] = []
-    for name, variant in methods(config).items():
+    bar = tqdm(methods(config).items(), file=sys.stderr, disable=None, leave=False)
+    for name, variant in bar:
+        bar.set_description(f"a step of {name}")
         try:
             with rehearsal(variant, device) as rehearsed:
                 rows = int(variant.data.batch_size)

@@ -930,11 +930,28 @@ ADAPTERS = [
         lambda p: [
             "import",
             f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}",
-            f"model.name_or_path={p.bert}",
-            "output=new",
+            *(f"model.name_or_path={p.bert}", "task=sentiment", "output=new"),
         ],
         "name the classes",
         "task.labels=[",
+    ),
+    Case(
+        "import without a base",
+        lambda p: ["import", f"source={tensors_of(p, 'lm_head.lora_A')}", "output=new", "task=lm"],
+        "base model and task",
+        "model.name_or_path=",
+    ),
+    Case(
+        "import with settings of the adapter",
+        lambda p: ["import", f"source={p.run}", "output=new", "lora.alpha=8"],
+        "lora.alpha=8",
+        "alpha=A",
+    ),
+    Case(
+        "import of a folder of checkpoints",
+        lambda p: ["import", f"source={p.run / 'checkpoints'}", "output=new"],
+        "holds checkpoints",
+        "last.ckpt",
     ),
     Case(
         "export merged and checked",

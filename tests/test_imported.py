@@ -79,9 +79,11 @@ def test_kohya(base, tiny_llama, tmp_path):
         tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}
         if alpha is not None:
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
-        updates[name] = (1.0 if alpha is None else alpha / RANK) * b @ a  # without: alpha = rank
+        updates[name] = (ALPHA if alpha is None else alpha) / RANK * b @ a
     save_file(tensors, tmp_path / "k.safetensors")
-    folder = imported(tmp_path / "k.safetensors", tmp_path / "new", tiny_llama)
+    with pytest.raises(UserError, match="holds no alpha"):
+        read_layout(tmp_path / "k.safetensors", base())
+    folder = imported(tmp_path / "k.safetensors", tmp_path / "new", tiny_llama, alpha=ALPHA)
     same_everywhere(base, folder, with_updates(base(), updates))
 
 
@@ -198,12 +200,9 @@ def test_head_that_is_not_there(tiny_bert, tmp_path):
     save_file(
         {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}, tmp_path / "k.safetensors"
     )
+    own = ["task=sentiment", f"model.name_or_path='{tiny_bert}'", "task.labels=[a,b]", *FAST]
     with pytest.raises(UserError, match="holds no classifier"):
-        import_adapter(
-            tmp_path / "k.safetensors",
-            tmp_path / "new",
-            [f"model.name_or_path='{tiny_bert}'", "task.labels=[a,b]", *FAST],
-        )
+        import_adapter(tmp_path / "k.safetensors", tmp_path / "new", own, alpha=ALPHA)
     assert not (tmp_path / "new").exists()
 
 
