@@ -107,6 +107,21 @@ def tiny_llama(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_mixtral(tiny_llama, tmp_path_factory) -> Path:
+    """Folder of a random Mixtral of two layers with four experts each, with tiny_llama's tokens."""
+    from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_mixtral")
+    sizes = LlamaConfig.from_pretrained(tiny_llama).to_diff_dict()
+    for name in ("architectures", "model_type"):
+        del sizes[name]
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s> {{ m.role }} : {{ m.content }} </s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s> assistant : {% endif %}"

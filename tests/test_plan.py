@@ -63,8 +63,11 @@ def with_values(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 SHORT = ["data.max_length=32"]
 TEXT = [*SHORT, "task.max_new_tokens=8"]
 LM, INSTRUCT = ["task=lm", *TEXT], ["task=instruct", *TEXT]
+EXPERTS = "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]"
 CASES = {
     "rows joined": ("tiny_llama", LM),
+    "experts": ("tiny_mixtral", INSTRUCT),
+    "experts adapted": ("tiny_mixtral", [*INSTRUCT, EXPERTS]),
     "DoRA": ("tiny_llama", [*INSTRUCT, "lora=dora"]),
     "encoder, whole": ("tiny_bert", [*SHORT, "lora=full"]),
     "encoder-decoder, LoRA-FA": ("tiny_t5", ["task=summarization", *TEXT, "lora=lora_fa"]),
