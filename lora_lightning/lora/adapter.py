@@ -13,11 +13,12 @@ from .checks import check_tensors
 from .config import LoraConfig
 from .dora import dora_class_for
 from .errors import UserError
+from .experts import refuse_what_peft_mistakes
 from .layer import LoraConv1D, LoraLayer, lora_class_for
-from .match import Match, expert_parameters, match_targets, modules_to_save
+from .match import Match, match_targets, modules_to_save
 from .parameter import LoraParameter
-from .split import SplitConv1D, SplitLayer, SplitLinear
-from .summary import Summary, SummaryRow, count
+from .split import SplitConv1D, SplitLinear
+from .summary import Summary, summarise
 from .ties import can_untie, tied_pairs, untie_all
 from .tokens import ROWS, RowsMatch, TokenRows, match_rows
 
@@ -59,6 +60,7 @@ class Adapter:
         self._required_grad = {name: p.requires_grad for name, p in every}
         self._tied = tied_pairs(model)
         self._check_bias_precision(matches)
+        refuse_what_peft_mistakes(model, config, [match.name for match in matches])
         self._check_whole_modules()
         self._check_rows(matches)
 
@@ -77,9 +79,7 @@ class Adapter:
     def _put_on(self, match: Match) -> None:
         settings: dict[str, Any] = {
             "scaling": match.scaling,
-            "dropout": self.config.dropout,
-            "init": self.config.init,
-            "freeze_A": self.config.freeze_A,
+            **{name: getattr(self.config, name) for name in ("dropout", "init", "freeze_A")},
         }
         layer: LoraLayer
         if match.parameter is not None:
@@ -366,43 +366,8 @@ class Adapter:
     # Telling ---------------------------------------------------------------------------------
 
     def summary(self) -> Summary:
-        """What was matched, with which rank and scaling, and the parameters trained and in all."""
-        return Summary(
-            rows=[self._row(name, layer) for name, layer in self.layers.items()],
-            whole_modules={
-                name: sum(p.numel() for p in self.model.get_submodule(name).parameters())
-                for name in self.saved_modules
-            },
-            token_rows={
-                rows.name: (len(rows.indices), self.token_rows[rows.name].rows.shape[1])
-                for rows in self.rows
-            },
-            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            total=count(self.model.parameters()),
-            left_out={
-                name: parameter.numel()
-                for name, parameter in expert_parameters(self.model).items()
-                if name not in self.layers and not parameter.requires_grad
-            },
-        )
-
-    def _row(self, name: str, layer: LoraLayer) -> SummaryRow:
-        fan_in, fan_out = layer.features()
-        tensors = layer.named_tensors().values()
-        return SummaryRow(
-            name=name,
-            kind=type(layer.adapted[0]).__name__,
-            in_features=fan_in,
-            out_features=fan_out,
-            rank=layer.rank,
-            alpha=self.alphas[name],
-            scaling=layer.scaling,
-            parameters=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
-            experts=layer.experts if isinstance(layer, LoraParameter) else 1,
-            parts=tuple(part.name for part in layer.parts if part.adapted)
-            if isinstance(layer, SplitLayer)
-            else (),
-        )
+        """What it covers, as data and as a table."""
+        return summarise(self)
 
 
 def _is_bias(name: str) -> bool:

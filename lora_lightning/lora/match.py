@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from .config import ALL_LINEAR, LoraConfig, pattern_for
 from .errors import UserError, did_you_mean
+from .experts import expert_parameters
 from .layer import LoraEmbedding, LoraLayer, LoraLinear, lora_class_for
 from .parts import Part, refuse_interleaved, sized
 
@@ -149,7 +149,8 @@ def _match_parameters(
             if not name or not any(ends_with(key, p) for p in config.target_parameters):
                 continue
             where = f"lora.target_parameters: {key}"
-            if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+            numbers = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+            if parameter.dim() not in (2, 3) or not numbers:
                 shape = f"{tuple(parameter.shape)}, {parameter.dtype}".replace("torch.", "")
                 raise UserError(
                     f"{where} is {shape}: LoRA takes unquantised matrices, alone or for each "
@@ -178,17 +179,6 @@ def _match_parameters(
                 f"{told or 'This model has no expert parameters: see lora.targets.'}"
             )
     return found
-
-
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of several experts in one tensor, (E, ., .), by their names in the bare model."""
-    return {
-        f"{path}.{leaf}".replace(".base_layer", ""): parameter
-        for path, module in model.named_modules()
-        if not isinstance(module, (LoraLayer, _ConvNd))
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
-    }
 
 
 def within_layer(name: str) -> str:

@@ -12,13 +12,17 @@ from typing import Any
 from .errors import UserError
 
 # Fused layers, by the last name, in which the outputs of a head (or a group of them) lie together:
-# its query, key and value, then those of the next head.
-INTERLEAVED = {
+# its query, key and value, then those of the next head. Of some models, or of all: ().
+INTERLEAVED: dict[str, tuple[str, ...]] = {
     "query_key_value": ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"),
     "qkv_proj": ("codegen", "minimax"),
     "c_attn": ("gpt_bigcode",),
     "in_proj_qkvz": ("qwen3_next",),
     "in_proj_ba": ("qwen3_next",),
+    "q_proj": ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    # Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434).
+    "q_b_proj": (),
+    "kv_b_proj": (),
 }
 
 
@@ -85,12 +89,13 @@ def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
 def refuse_interleaved(where: str, name: str, model_config: Any) -> None:
     """Raises UserError for a fused layer whose parts are known not to be contiguous rows."""
     kind = getattr(model_config, "model_type", None)
-    if kind not in INTERLEAVED.get(name.rpartition(".")[2], ()):
+    kinds = INTERLEAVED.get(name.rpartition(".")[2])
+    if kinds is None or (kinds and kind not in kinds):
         return
     one_key = getattr(model_config, "multi_query", False)
     if one_key and not getattr(model_config, "new_decoder_architecture", False):
         return  # then falcon and gpt_bigcode have all queries first
     raise UserError(
-        f"{where}: parts are contiguous rows of a weight, and {name} of {kind} holds query, key "
-        "and value of one head after the other. Leave it out: it is then adapted as a whole."
+        f"{where}: parts are contiguous rows of a weight, and {name} of {kind} holds those of one "
+        "head after the other. Leave it out: it is then adapted as a whole."
     )

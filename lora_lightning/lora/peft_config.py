@@ -6,13 +6,10 @@ import math
 from typing import Any
 
 from .adapter import Adapter
+from .experts import named_like_experts
 from .layer import LoraConv1D, LoraLayer
-from .match import expert_parameters, shortest_suffix
+from .match import shortest_suffix
 from .parameter import LoraParameter
-
-OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-"""Layers that PEFT takes for those of experts, by these last names, in models that have experts in
-one tensor: their dense and shared ones are named by their weights."""
 
 
 def to_peft_config(
@@ -64,12 +61,12 @@ def to_peft_config(
 def _modules_and_parameters(adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
     """The names of layers, as PEFT is to know them: those of modules, and those of parameters."""
     plain = adapter.config.bias == "none" and not adapter.config.use_dora  # on parameters no more
-    mistaken = OF_EXPERTS if plain and expert_parameters(adapter.model) else ()
+    by_weight = set(named_like_experts(adapter.model, adapter.layers)) if plain else set()
     modules, parameters = {}, {}
     for name, layer in adapter.layers.items():
         if isinstance(layer, LoraParameter):
             parameters[name] = name
-        elif name.rpartition(".")[2] in mistaken:
+        elif name in by_weight:
             parameters[name] = f"{name}.weight"
         else:
             modules[name] = name

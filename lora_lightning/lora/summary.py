@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .experts import expert_parameters
+from .layer import LoraLayer
 from .match import within_layer
+from .parameter import LoraParameter
+from .split import SplitLayer
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
@@ -84,3 +92,44 @@ class Summary:
                 f"adapted: they are no layers; lora.target_parameters=[{names}] adapts them"
             )
         return "\n".join(lines)
+
+
+def summarise(adapter: Adapter) -> Summary:
+    """The summary of an adapter in place."""
+    model = adapter.model
+    return Summary(
+        rows=[_row(name, layer, adapter.alphas[name]) for name, layer in adapter.layers.items()],
+        whole_modules={
+            name: sum(p.numel() for p in model.get_submodule(name).parameters())
+            for name in adapter.saved_modules
+        },
+        token_rows={
+            rows.name: (len(rows.indices), adapter.token_rows[rows.name].rows.shape[1])
+            for rows in adapter.rows
+        },
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=count(model.parameters()),
+        left_out={
+            name: parameter.numel()
+            for name, parameter in expert_parameters(model).items()
+            if name not in adapter.layers and not parameter.requires_grad
+        },
+    )
+
+
+def _row(name: str, layer: LoraLayer, alpha: float) -> SummaryRow:
+    fan_in, fan_out = layer.features()
+    tensors = layer.named_tensors().values()
+    parts = layer.parts if isinstance(layer, SplitLayer) else ()
+    return SummaryRow(
+        name=name,
+        kind=type(layer.adapted[0]).__name__,
+        in_features=fan_in,
+        out_features=fan_out,
+        rank=layer.rank,
+        alpha=alpha,
+        scaling=layer.scaling,
+        parameters=sum(tensor.numel() for tensor in tensors if tensor.requires_grad),
+        experts=layer.experts if isinstance(layer, LoraParameter) else 1,
+        parts=tuple(part.name for part in parts if part.adapted),
+    )

@@ -8,10 +8,9 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file
 from torch import nn
-from zoo import EXPERTS, GROUPED, USUAL, case, randomise, widen
+from zoo import DENSE_TOO, case, randomise
 
 from lora_lightning.combine import combine_adapters
 from lora_lightning.lora import (
@@ -22,6 +21,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
+from lora_lightning.lora.experts import MISTAKEN_IN
 from lora_lightning.portable import engine_problems, write_canonical
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -267,12 +267,13 @@ def test_what_is_refused(what):
     assert list(model.state_dict()) == list(case("mixtral").base.state_dict())
 
 
-def test_a_quantised_parameter_is_refused():
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantised_parameter_is_refused(kind):
     model = case("mixtral").copy()
     for layer in model.model.layers:
         weight = layer.mlp.experts.down_proj
-        layer.mlp.experts.down_proj = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match="int8: LoRA takes unquantised matrices"):
+        layer.mlp.experts.down_proj = nn.Parameter(weight.to(kind), requires_grad=False)
+    with pytest.raises(UserError, match=f"{str(kind)[6:]}: LoRA takes unquantised matrices"):
         Adapter(model, LoraConfig(target_parameters=["down_proj"]))
 
 
@@ -312,37 +313,10 @@ def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
         adapters(["one", None], **this.inputs)
 
 
-def dense_and_experts(kind):
-    """Models whose first layer, or shared expert, has linear layers with the names of experts'."""
-    torch.manual_seed(0)
-    if kind == "qwen3-moe":
-        config = tf.Qwen3MoeConfig(**GROUPED, head_dim=8, mlp_only_layers=[0], **EXPERTS)
-        model = tf.Qwen3MoeForCausalLM(config)
-    else:
-        config = tf.DeepseekV3Config(
-            **USUAL,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            moe_intermediate_size=24,
-            first_k_dense_replace=1,
-            q_lora_rank=8,
-            kv_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=4,
-            v_head_dim=8,
-            num_key_value_heads=4,
-        )
-        model = tf.DeepseekV3ForCausalLM(config)
-    widen(model)
-    return model.eval()
-
-
-@pytest.mark.parametrize("kind", ["qwen3-moe", "deepseek-v3"])
+@pytest.mark.parametrize("kind", DENSE_TOO)
 def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
     """PEFT reads gate_proj, up_proj and down_proj as experts, wherever they are."""
-    base = dense_and_experts(kind)
+    base = case(kind).base
     settings = {"dropout": 0.1, "rank_pattern": {"down_proj": 4}}
     adapter = adapter_on(deepcopy(base), **settings).model.eval()
     ids = torch.arange(3, 12)[None]
@@ -358,3 +332,23 @@ def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
             assert_close(load_adapter(deepcopy(base), tmp_path / folder).model(ids).logits, ours)
             other = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / folder)
             assert_close(other(ids).logits, ours)
+
+
+@pytest.mark.parametrize("kind", DENSE_TOO)
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
+def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
+    """In PEFT such a file gave other logits (bias), or none (DoRA)."""
+    this = case(kind)
+    with pytest.raises(UserError, match=r"PEFT takes down_proj, gate_proj, up_proj for experts"):
+        Adapter(this.copy(), LoraConfig(**setting))
+    others = {"exclude": ["gate_proj", "up_proj", "down_proj"], **setting}
+    adapter = adapter_on(this.copy(), **others)
+    save_adapter(adapter, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path)
+    assert_close(this.logits(theirs), this.logits(adapter.model))
+
+
+def test_the_models_of_which_peft_mistakes_layers():
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    patterns = conversion._MODEL_TO_CONVERSION_PATTERN
+    assert {name for name, kind in patterns.items() if kind == "qwen2_moe"} == MISTAKEN_IN

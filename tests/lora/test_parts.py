@@ -251,6 +251,7 @@ REFUSED = {
     "twice": ("gpt2", {"c_attn": ["q", "-q", "v"]}, "names a part twice"),
     "size": ("gpt2", {"c_attn": {"q": 0, "k": 96}}, "size of 'q' must be a whole number"),
     "bloom": ("bloom", {"query_key_value": ["q", "k", "v"]}, "contiguous rows .* of bloom"),
+    "latent": ("deepseek-v3", {"kv_b_proj": ["k", "v"]}, "kv_b_proj of deepseek_v3"),
     "gpt-neox": ("gpt-neox", {"query_key_value": ["q", "k", "v"]}, "contiguous rows"),
 }
 

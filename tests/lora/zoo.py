@@ -54,6 +54,20 @@ EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+LATENT = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 
 CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 CLASSIFIER, MASKED = "SEQ_CLS", None
@@ -180,6 +194,25 @@ ARCHITECTURES: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
     "mpnet": (CLASSIFIER, _model(tf.MPNetForSequenceClassification, tf.MPNetConfig, USUAL)),
 }
 
+# Whose first layer, or shared expert, has linear layers with the names of experts'.
+DENSE_TOO: dict[str, tuple[str | None, Callable[[], nn.Module]]] = {
+    "qwen3-moe": (
+        CAUSAL,
+        _model(
+            tf.Qwen3MoeForCausalLM,
+            tf.Qwen3MoeConfig,
+            GROUPED,
+            head_dim=8,
+            mlp_only_layers=[0],
+            **EXPERTS,
+        ),
+    ),
+    "deepseek-v3": (
+        CAUSAL,
+        _model(tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config, USUAL, **LATENT),
+    ),
+}
+
 
 @dataclass
 class Case:
@@ -199,7 +232,7 @@ class Case:
 
 @cache
 def case(name: str) -> Case:
-    task_type, build = ARCHITECTURES[name]
+    task_type, build = {**ARCHITECTURES, **DENSE_TOO}[name]
     torch.manual_seed(0)
     model = build().eval()
     widen(model)
