@@ -151,18 +151,28 @@ VARIANTS = {
     "validation every second epoch": ["trainer.check_val_every_n_epoch=2"],
     "ranks from the data": ["lora.init=eva", "lora.rank=4"],
     "dora from the weights": ["lora.use_dora=true", "lora.init=pissa"],
+    "parts of layers": ["+lora.parts={query: [a, -b], intermediate.dense: {a: 40, b: 24}}"],
+    "experts": [
+        "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]",
+        "lora.dropout=0",
+    ],
     "lora+ with a frozen A": [
         *("lora.freeze_A=true", "optim.loraplus_lr_ratio=16", "optim.lr=1e-3"),
         *("callbacks.early_stopping.patience=5", "task.mode=min"),
     ],
 }
+SLOW = ("parts of layers", "experts")
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_save_point_goes_on_exactly(variant, every, tiny_bert, rows_jsonl, tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VARIANTS],
+)
+def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, tmp_path):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
-    overrides = settings(tiny_bert, rows_jsonl, run_dir, *VARIANTS[variant])
+    base = request.getfixturevalue("tiny_mixtral" if variant == "experts" else "tiny_bert")
+    overrides = settings(base, rows_jsonl, run_dir, *VARIANTS[variant])
     keep = [
         f"+callbacks.keep._target_={__name__}.KeepCopies",
         f"+callbacks.keep.run_dir={run_dir}",

@@ -19,6 +19,7 @@ class LoraParameter(LoraLayer):
     `is_transposed`. What is done with it, its module alone knows: the module is called with the
     sum in the place of W, for the time of the call. So there is no input that could be dropped,
     and the sum has the type of W: in 16 bits it rounds off what is small beside W, as PEFT's does.
+    Autograd keeps the sum, which is as large as W, until the backward pass.
 
     Matrices lie as in PEFT's files: A is (E r, in), one expert below the other; B is (out, r E),
     whose columns go through the experts before they go through the ranks. Several parameters of a

@@ -49,6 +49,15 @@ TASKS = {
     "llama-sentiment": ("tiny_llama", [LLAMA]),
     "llama-summarization": ("tiny_llama", [LLAMA, *SUMMARIES]),
     "bert-sentiment": ("still_bert", [BERT]),
+    # Cut by columns and by rows in tensor parallelism.
+    "llama-parts": (
+        "tiny_llama",
+        [
+            LLAMA,
+            *SUMMARIES,
+            "+lora.parts={q_proj: [a, -b], o_proj: [a, b], up_proj: {a: 40, b: 24}}",
+        ],
+    ),
 }
 # Micro-batches, too, whose number differs between two ranks: the sum of a step is the same.
 PARTS = "data.max_tokens=32"
@@ -84,7 +93,7 @@ def still_bert(tiny_bert, tmp_path_factory):
     scope="module",
     params=[
         "llama-summarization",
-        *(pytest.param(t, marks=pytest.mark.slow) for t in ("llama-sentiment", "bert-sentiment")),
+        *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS if t != "llama-summarization"),
     ],
 )
 def one(request, tmp_path_factory):
