@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from .errors import UserError
 from .functional import add_low_rank, add_low_rank_embedding, fused_linear, low_rank_norm
 from .start import first_matrices
+from .wrapper import Wrapper
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Wrapper):
     """A frozen layer with a low-rank update: h = W0 x + s B A x.
 
     Equation 3 of Hu et al. 2021 (arXiv:2106.09685), s = alpha / r or alpha / sqrt(r). The base
-    layer is called, never copied; attributes that this class lacks (`weight`, `in_features`, ...)
-    are the base layer's, because model code reads them.
+    layer is called, never copied.
 
     Where A and B start from parts of W0 (`start.py`), their first values A0 and B0 are kept, and
     h = W0 x + s (B A - B0 A0) x: what their papers get by changing the base to W0 - s B0 A0, which
@@ -55,14 +55,10 @@ class LoraLayer(nn.Module):
         init: str = "kaiming",
         freeze_A: bool = False,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.rank = rank
         self.scaling = scaling
-        self.enabled = True
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
-        # In a tuple, so that nn.Module does not register the parameter a second time.
-        self._pristine_weight: tuple[nn.Parameter] | None = None
         of_A, of_B = self._shapes()
         device = _device_of(base_layer)
         self.lora_A = nn.Parameter(torch.empty(of_A, device=device))
@@ -135,11 +131,6 @@ class LoraLayer(nn.Module):
         """
         return stored
 
-    @property
-    def adapted(self) -> tuple[nn.Module, str]:
-        """The module that holds the adapted weight, and its name there."""
-        return self.base_layer, "weight"
-
     def dense_weight(self) -> Tensor:
         """The frozen weight as (out, in); of a quantised layer what it stands for."""
         if self._pristine_weight:
@@ -197,11 +188,6 @@ class LoraLayer(nn.Module):
         """Frobenius norm of the update, a scalar."""
         return low_rank_norm(*self.matrices(), self.scaling)
 
-    @property
-    def merged(self) -> bool:
-        """Whether the base layer's weight holds the update at the moment."""
-        return self._pristine_weight is not None
-
     def merge(self) -> None:
         """Puts W0 + s B A in the place of W0: summed in fp32, rounded once.
 
@@ -225,28 +211,10 @@ class LoraLayer(nn.Module):
         merged = (weight.detach().to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise UserError("merging gives values that are not finite: the adapter has diverged.")
-        self._pristine_weight = (weight,)
-        setattr(module, name, nn.Parameter(merged, requires_grad=False))
-
-    def unmerge(self) -> None:
-        """Puts W0 back, the very same tensor."""
-        if self._pristine_weight is not None:
-            setattr(*self.adapted, self._pristine_weight[0])
-            self._pristine_weight = None
+        self.replace_weight(nn.Parameter(merged, requires_grad=False))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            base = super().__getattr__("base_layer")
-            while isinstance(base, LoraLayer):
-                base = base.base_layer
-            return getattr(base, name)
 
 
 class LoraLinear(LoraLayer):

@@ -22,7 +22,7 @@ from .errors import UserError
 from .functional import _down, _low_rank_backward
 from .layer import LoraConv1D, LoraLayer, LoraLinear
 from .parameter import LoraParameter
-from .tokens import TokenRows
+from .wrapper import Wrapper
 
 GROUPED_ON = ("cuda",)
 """Devices on which starting a product costs more than padding it: one takes all slots there."""
@@ -336,6 +336,6 @@ def own_layers(model: nn.Module) -> list[str]:
         if any(name.startswith(f"{other}.") for other in found):
             continue
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, (LoraLayer, TokenRows)) or trained:
+        if isinstance(module, Wrapper) or trained:
             found.append(name)
     return found

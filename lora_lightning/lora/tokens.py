@@ -14,6 +14,7 @@ from .config import LoraConfig
 from .errors import UserError, did_you_mean
 from .match import ends_with
 from .ties import tied_layers
+from .wrapper import Wrapper
 
 ROWS = "token_adapter.trainable_tokens_delta"
 """What PEFT's files call the trained rows: in spite of its name the rows themselves."""
@@ -21,7 +22,7 @@ MATRIX = "token_adapter.base_layer.weight"
 """And the frozen matrix, which PEFT stores where the vocabulary has grown."""
 
 
-class TokenRows(nn.Module):
+class TokenRows(Wrapper):
     """A frozen embedding or output layer, some rows of whose matrix W have trained ones instead.
 
     As an embedding, token i gives its trained row, any other its row of W. As a linear layer,
@@ -34,6 +35,7 @@ class TokenRows(nn.Module):
         tied_to: the layer with the same W whose trained rows this one has too.
     """
 
+    base_layer: nn.Embedding | nn.Linear
     indices: Tensor
     _sorted: Tensor
     _order: Tensor
@@ -46,18 +48,15 @@ class TokenRows(nn.Module):
         *,
         tied_to: TokenRows | None = None,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.enabled = True
+        super().__init__(base_layer)
         weight = base_layer.weight
         asked = torch.tensor(indices, device=weight.device)
         # In the order of the indices, so that a token is found by bisection.
         self.register_buffer("indices", asked, persistent=False)
         self.register_buffer("_sorted", asked.sort().values, persistent=False)
         self.register_buffer("_order", asked.argsort(), persistent=False)
-        # In tuples, so that nn.Module does not register them a second time.
+        # In a tuple, so that nn.Module does not register it a second time.
         self._tied_to = None if tied_to is None else (tied_to,)
-        self._pristine_weight: tuple[nn.Parameter] | None = None
         self.token_adapter = tied_to.token_adapter if tied_to is not None else self._rows_of(weight)
         self.train(base_layer.training)
 
@@ -99,11 +98,6 @@ class TokenRows(nn.Module):
             own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
         return torch.where(is_ours[..., None], own, output)
 
-    @property
-    def merged(self) -> bool:
-        """Whether the base layer's matrix has the trained rows at the moment."""
-        return self._pristine_weight is not None
-
     def merge(self) -> None:
         """Puts W with the trained rows in the place of W, which is set aside untouched.
 
@@ -122,22 +116,7 @@ class TokenRows(nn.Module):
             filled = weight.detach().clone()
             filled[self.indices] = self.rows.detach().to(weight.dtype)
             merged = nn.Parameter(filled, requires_grad=False)
-        self._pristine_weight = (weight,)
-        self.base_layer.weight = merged
-
-    def unmerge(self) -> None:
-        """Puts W back, the very same tensor."""
-        if self._pristine_weight is not None:
-            self.base_layer.weight = self._pristine_weight[0]
-            self._pristine_weight = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)  # model code reads `weight`
+        self.replace_weight(merged)
 
 
 @dataclass(frozen=True)
