@@ -12,10 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from .data.collate import PaddingCollator
 from .data.sources import load_rows
-from .head import loss_at
 from .lora import UserError
 from .module import LoraModule
+from .tasks import IGNORE
 
 COLUMNS = ("text", "sentence", "document", "content")
 POSITIONS = 2048
@@ -102,10 +103,9 @@ class Retention(Callback):
         assert module.model is not None
         total, count = 0.0, 0
         for batch in self._on(module):
-            ids, shown = batch["input_ids"], batch["attention_mask"][:, 1:].bool()
-            places = nn.functional.pad(shown, (0, 1)).flatten().nonzero().flatten()
-            summed, _ = loss_at(module.model, {"input_ids": ids}, places, ids[:, 1:][shown])
-            total, count = total + float(summed), count + len(places)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+            output = module.task.loss(module.model, {**batch, "labels": labels})
+            total, count = total + float(output.total), count + int(output.count)
         return total / count
 
     @torch.no_grad()
@@ -143,17 +143,10 @@ def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str
     """Texts of like length together, padded on the right."""
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    collate = PaddingCollator(tokenizer.pad_token_id)
     found = []
     while rows:
         size = max(1, POSITIONS // len(rows[0]))
         chunk, rows = rows[:size], rows[size:]
-        ids = [torch.tensor(row) for row in chunk]
-        found.append(
-            {
-                "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True),
-                "attention_mask": nn.utils.rnn.pad_sequence(
-                    [torch.ones_like(row) for row in ids], batch_first=True
-                ),
-            }
-        )
+        found.append(collate([{"input_ids": ids} for ids in chunk]))
     return found

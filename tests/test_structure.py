@@ -46,7 +46,7 @@ ALLOWED = {
     "first_look": MODEL_SIDE,
     "module": MODEL_SIDE | {"first_look"},
     "callbacks": MODEL_SIDE | {"module", "signals"},
-    "retention": MODEL_SIDE | {"module", "data", "head"},
+    "retention": MODEL_SIDE | {"module", "data"},
     "storage": MODEL_SIDE | {"module", "lock"},
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,
