@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -117,7 +119,7 @@ def start_from_data(
     Raises:
         UserError: no layer is linear, or there is no batch.
     """
-    matches = [match for match in match_targets(model, config) if hasattr(match.module, "weight")]
+    matches = match_targets(model, config)
     linear = [match for match in matches if not isinstance(match.module, nn.Embedding)]
     if not linear:
         raise UserError("lora.init=eva looks at the inputs of linear layers, and adapts none here.")
@@ -125,7 +127,7 @@ def start_from_data(
     first = next(iterator, None)
     if first is None:
         raise UserError("lora.init=eva needs training rows to look at.")
-    source = _shared_inputs(linear, lambda: forward(first))
+    source = _shared_inputs(linear, partial(forward, first))
     wanted = {match.name: round(config.eva_rho * match.rank) for match in linear}
     streams = {
         name: StreamedComponents(max(wanted[own] for own in source if source[own] == name))
@@ -133,8 +135,9 @@ def start_from_data(
     }
     budget = sum(match.rank for match in linear if match.name in source)
     ranks: dict[str, int] = {}
-    for batch in _chain(first, iterator):
-        _look(linear, streams, batch, forward)
+    heads = [match for match in linear if match.name in streams]
+    for batch in chain([first], iterator):
+        _look(heads, streams, batch, forward)
         ranks = distributed({n: streams[source[n]].shares()[: wanted[n]] for n in source}, budget)
         done = [
             all(bool(stream.settled[: ranks[n]].all()) for n in source if source[n] == name)
@@ -157,18 +160,12 @@ def distributed(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
     return {name: counts[name] for name in shares}
 
 
-def _chain(first: dict[str, Tensor], rest: Iterable[dict[str, Tensor]]) -> Any:
-    yield first
-    yield from rest
-
-
-def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, str]:
-    """For each layer the first one that is given the very same tensor."""
-    inputs: dict[str, Tensor] = {}
+def _watched(
+    matches: list[Match], see: Callable[[str, Tensor], None], run: Callable[[], Any]
+) -> None:
+    """Runs a pass of the model, in which `see` is given what each layer is given."""
     hooks = [
-        match.module.register_forward_pre_hook(
-            lambda _, args, name=match.name: inputs.__setitem__(name, args[0])
-        )
+        match.module.register_forward_pre_hook(lambda _, args, name=match.name: see(name, args[0]))
         for match in matches
     ]
     try:
@@ -176,12 +173,18 @@ def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, st
     finally:
         for hook in hooks:
             hook.remove()
-    found: dict[str, str] = {}
-    by_tensor: dict[int, str] = {}
-    for match in matches:
-        if match.name in inputs:  # a layer that is not called learns nothing
-            found[match.name] = by_tensor.setdefault(id(inputs[match.name]), match.name)
-    return found
+
+
+def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, str]:
+    """For each layer that is called the first one that is given the very same tensor."""
+    inputs: dict[str, Tensor] = {}  # held, so that no id is used twice
+    _watched(matches, inputs.__setitem__, run)
+    first: dict[int, str] = {}
+    return {
+        match.name: first.setdefault(id(inputs[match.name]), match.name)
+        for match in matches
+        if match.name in inputs
+    }
 
 
 def _look(
@@ -191,18 +194,11 @@ def _look(
     forward: Callable[[dict[str, Tensor]], Any],
 ) -> None:
     """One pass of the model, in which each stream takes in what its layer is given."""
-    hooks = [
-        match.module.register_forward_pre_hook(
-            lambda _, args, name=match.name: streams[name].update(counted(args[0], batch))
-        )
-        for match in matches
-        if match.name in streams
-    ]
-    try:
-        forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def see(name: str, inputs: Tensor) -> None:
+        streams[name].update(counted(inputs, batch))
+
+    _watched(matches, see, partial(forward, batch))
 
 
 def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
