@@ -276,8 +276,8 @@ def _unquantised(folder: Path, model: dict[str, Any]) -> LoraModule:
     module = load_trained(folder, model=model, device="cpu")
     config = replace(module.model_config, quantization=None)
     base, _ = module.task.build_model(config, module.tokenizer)
-    quantised, _ = module.task.build_model(module.model_config, module.tokenizer)
-    take_over_values(base, quantised)
+    assert module.adapter is not None
+    take_over_values(base, module.adapter.remove())
     module.adopt(base, load_adapter(base, folder))
     return module.eval()
 

@@ -148,30 +148,29 @@ class LoraModule(L.LightningModule):
             compile_layers(model)
         self.adopt(model, adapter)
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
-            self.load_state_dict(values_of(self.start_from, self.model_config))
+            self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
         self._check_monitor()
 
     def _put_on(self, model: nn.Module, config: LoraConfig, whole: list[str]) -> Adapter:
         """The adapter on a model, some modules of which are trained whole."""
-        settings = asdict(config)
-        settings["modules_to_save"] = list(dict.fromkeys([*settings["modules_to_save"], *whole]))
+        saved = list(dict.fromkeys([*config.modules_to_save, *whole]))
+        rows = config.trainable_token_indices
         new = self.model_config.new_tokens
         if new:
-            settings["trainable_token_indices"] = rows_of_tokens(
-                model, token_ids(self.tokenizer, new)
-            )
+            rows = rows_of_tokens(model, token_ids(self.tokenizer, new))
+        full = replace(config, modules_to_save=saved, trainable_token_indices=rows)
         matrices: dict[str, Tensor] = {}
         if config.init == "eva":
-            start = self._look_at_data(model, LoraConfig(**settings))
-            matrices, settings = start.matrices, asdict(start.config)
-            own = {
-                name: asdict(config)[name]
-                for name in ("modules_to_save", "trainable_token_indices")
-            }
-            self._from_data = replace(start.config, **own)
-        if config.init == "loftq":
-            settings["init"] = "kaiming"  # of layers that are not quantised
-        adapter = Adapter(model, LoraConfig(**settings))
+            start = self._look_at_data(model, full)
+            full, matrices = start.config, start.matrices
+            self._from_data = replace(
+                full,
+                modules_to_save=config.modules_to_save,
+                trainable_token_indices=config.trainable_token_indices,
+            )
+        elif config.init == "loftq":
+            full = replace(full, init="kaiming")  # of layers that are not quantised
+        adapter = Adapter(model, full)
         adapter.start_at(matrices)
         if config.init == "loftq" and not self._goes_on():
             original = replace(self.model_config, quantization=None)

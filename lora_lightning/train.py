@@ -237,11 +237,11 @@ def build(
 
 
 def _check_start(adapter: str, settings: Settings) -> None:
-    """Raises UserError for values to start from that are damaged, or mean another base."""
-    theirs: dict[str, Any] = {}
+    """Raises UserError for an adapter to start from that is damaged, or means another base."""
     if adapter.endswith(".ckpt"):
-        theirs = read_checkpoint(adapter).get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    elif (Path(adapter) / SIDECAR).is_file():
+        return  # a checkpoint says it where it is read
+    theirs: dict[str, Any] = {}
+    if (Path(adapter) / SIDECAR).is_file():
         sidecar = read_sidecar(Path(adapter))
         check_weights(Path(adapter), sidecar)
         theirs = sidecar["settings"]

@@ -30,11 +30,21 @@ def load_values(adapter: Adapter, folder: str) -> None:
     adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
 
 
-def values_of(checkpoint: str, model: ModelConfig) -> dict[str, Any]:
-    """The trained tensors in a checkpoint of a run with the same new tokens."""
+def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
+    """The trained tensors in a checkpoint of a run whose values mean the same in this one.
+
+    Args:
+        checkpoint: its path.
+        model: this run's.
+        lora: this run's.
+
+    Raises:
+        UserError: they do not.
+    """
     content = read_checkpoint(checkpoint)
-    theirs = content.get("hyper_parameters", {}).get("model", {})
-    refuse_other_tokens(checkpoint, theirs, model)
+    theirs = content.get("hyper_parameters", {})
+    refuse_other_tokens(checkpoint, theirs.get("model", {}), model)
+    refuse_other_start(checkpoint, theirs, model, lora)
     return dict(content["state_dict"])
 
 
