@@ -78,9 +78,14 @@ def import_adapter(
     return module
 
 
+def _chosen(overrides: list[str]) -> set[str]:
+    """The keys that overrides give."""
+    return {override.lstrip("+").partition("=")[0] for override in overrides}
+
+
 def _need_base_and_task(source: Path, overrides: list[str]) -> None:
     """Raises UserError where the defaults would stand in for what the file cannot tell."""
-    chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
+    chosen = _chosen(overrides)
     lacking = [] if chosen & {"model", "model.name_or_path"} else ["model.name_or_path=..."]
     lacking += [] if "task" in chosen else ["task=NAME"]
     if lacking:
@@ -121,7 +126,7 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
         raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
-    chosen = {override.lstrip("+").partition("=")[0] for override in overrides}
+    chosen = _chosen(overrides)
     kind, base = raw.get("task_type"), raw.get("base_model_name_or_path")
     told = [f"task={TASKS[kind]}"] if "task" not in chosen and kind in TASKS else []
     config = compose_config([*told, *overrides])

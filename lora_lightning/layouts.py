@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .lora import UserError
 from .lora.combine import Update
 from .lora.match import adaptable
+from .lora.state import read_tensors
 
 PICKLES = (".pt", ".pth", ".bin", ".lora")
 PARTS = ("q", "k", "v")
@@ -115,10 +114,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"d = torch.load('{path}', weights_only=True); "
             "save_file(d.get('model', d), 'adapter.safetensors')\""
         )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
+    return read_tensors(path)
 
 
 def _kohya(source: Source) -> dict[str, Update]:

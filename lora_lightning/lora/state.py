@@ -151,14 +151,23 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
             else ""
         )
         raise UserError(f"{folder} holds no {WEIGHTS_NAME}.{why}")
+    tensors = read_tensors(weights_path)
+    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        tensors = load_file(weights_path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{weights_path} is not a readable safetensors file, it is truncated or corrupt: "
-            f"{error}. Copy it anew, or export the adapter again from its run's checkpoint."
+            f"{path} is not a readable safetensors file, it is truncated or corrupt: {error}. "
+            "Copy it anew, or export the adapter again from its run's checkpoint."
         ) from None
-    return config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
