@@ -58,6 +58,8 @@ def import_adapter(
                 f"{override}: import takes an adapter as it is. Where a file holds no alpha, "
                 "alpha=A says it."
             )
+    if alpha is not None and (source.suffix == ".ckpt" or source.is_dir()):
+        raise UserError(f"alpha={alpha:g}: source={source} says its alpha itself: leave it out.")
     if source.suffix == ".ckpt":
         module, config = _from_checkpoint(source, overrides)
     elif source.is_dir():

@@ -948,6 +948,12 @@ ADAPTERS = [
         "alpha=A",
     ),
     Case(
+        "import with an alpha too many",
+        lambda p: ["import", f"source={p.run / 'adapter'}", "output=new", "alpha=8"],
+        "says its alpha itself",
+        "leave it out",
+    ),
+    Case(
         "import of a folder of checkpoints",
         lambda p: ["import", f"source={p.run / 'checkpoints'}", "output=new"],
         "holds checkpoints",
