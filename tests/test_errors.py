@@ -1039,7 +1039,18 @@ def test_mistake_in_a_process_of_its_own(case, place):
 
 # Check may well run on the login node, before torchrun or srun start the processes that train.
 STARTED = ("torchrun", "slurm")
-NOT_IN_CHECK = (*IN_SHARES, *STARTED, "verb", "flag", "sweep", "beside", "Hydra", "resume", "check")
+NOT_IN_CHECK = (
+    *IN_SHARES,
+    *STARTED,
+    "plan",
+    "verb",
+    "flag",
+    "sweep",
+    "beside",
+    "Hydra",
+    "resume",
+    "check",
+)
 SAME_IN_CHECK = [
     case
     for case in (*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS)
@@ -1100,6 +1111,7 @@ def test_used_folder_is_left_alone(place, run_cli):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_job_of_a_sweep(place, run_cli):
     """A mistake that only a job can find: the job is named, the others are done."""
     files = [place.rows, place.write("bad.jsonl", "{")]

@@ -207,6 +207,7 @@ def test_two_runs_in_one_folder(stopped, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_two_that_start_at_once_into_one_folder(settings, tmp_path):
     """One trains, the other is refused and takes nothing of the first one's away."""
     command = [*TRAIN, *settings, "trainer.max_epochs=2", "output_dir=run"]
@@ -290,7 +291,11 @@ def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypat
 
 
 @pytest.mark.parametrize(
-    "change", ["callbacks.last=null", "trainer.limit_train_batches=1"], ids=["unsaved", "epochs"]
+    "change",
+    [
+        pytest.param("callbacks.last=null", id="unsaved"),
+        pytest.param("trainer.limit_train_batches=1", id="epochs", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_ends_that_has_no_step_to_save_at(change, settings, tmp_path):
     """Without the callback that saves, or with epochs of one step, each with a validation."""

@@ -185,6 +185,7 @@ def sweep(tiny_bert, rows_jsonl, fast):
     return ["train", *fast, *where, "-m", "lora.rank=2,4", "hydra.sweep.dir=sweep"]
 
 
+@pytest.mark.slow
 def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "0")  # of an outer launcher

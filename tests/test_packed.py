@@ -114,6 +114,7 @@ def test_classification(common, tmp_path):
         assert getattr(query, "base_layer", query).weight is weight
 
 
+@pytest.mark.slow
 def test_the_family(common, tmp_path):
     """DoRA, PiSSA, OLoRA, LoRA-FA and LoRA+ on one base, which none of them changes."""
     common = [*common, "trainer.max_epochs=2", "optim.lr=1e-3"]

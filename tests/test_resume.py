@@ -161,13 +161,16 @@ VARIANTS = {
         *("callbacks.early_stopping.patience=5", "task.mode=min"),
     ],
 }
-SLOW = ("parts of layers", "experts")
+QUICK = ("epochs", "validation in mid-epoch", "ranks from the data")
+EVERY_STEP = ("epochs", "validation in mid-epoch", "validation every second epoch")
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "variant",
-    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VARIANTS],
+    ("variant", "every"),
+    [
+        *(pytest.param(v, 5, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS),
+        *(pytest.param(v, 1, marks=pytest.mark.slow) for v in EVERY_STEP),
+    ],
 )
 def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, tmp_path):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"

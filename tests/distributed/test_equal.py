@@ -72,6 +72,20 @@ WAYS = {
     "deepspeed": (2, ["trainer=deepspeed", "data.batch_size=4", PARTS]),
     "fsdp2-tp": (4, ["trainer=tp", "trainer.strategy.tensor_parallel_size=2", "data.batch_size=4"]),
 }
+DEFAULT = ("ddp", "fsdp2")
+"""Ways of the summaries that are quick enough for every run of the tests."""
+WHOLE_MODEL = ("llama-summarization", "llama-parts")
+"""Tasks that go every way; the others go the first three."""
+PAIRS = [
+    pytest.param(
+        task,
+        way,
+        marks=() if task == "llama-summarization" and way in DEFAULT else pytest.mark.slow,
+    )
+    for task in TASKS
+    for way in (WAYS if task in WHOLE_MODEL else list(WAYS)[:3])
+]
+each_pair = pytest.mark.parametrize(("one", "runs"), PAIRS, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +103,7 @@ def still_bert(tiny_bert, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "llama-summarization",
-        *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS if t != "llama-summarization"),
-    ],
-)
+@pytest.fixture(scope="module")
 def one(request, tmp_path_factory):
     """Settings, and the folder of a run of one process with all rows of a step in one batch.
 
@@ -121,10 +129,7 @@ def one(request, tmp_path_factory):
     return folder, common
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*list(WAYS)[:3], *(pytest.param(w, marks=pytest.mark.slow) for w in list(WAYS)[3:])],
-)
+@pytest.fixture(scope="module")
 def runs(request, one):
     """Folders of that run and of the same by several processes, and what these said."""
     if request.param == "deepspeed":
@@ -159,6 +164,7 @@ def logged(folder, name) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(handle) if row.get(name)]
 
 
+@each_pair
 def test_losses_and_weights_equal_those_of_one_process(runs):
     one, other, _, _ = runs
     for name in ("train/loss", "val/loss"):
@@ -171,6 +177,7 @@ def test_losses_and_weights_equal_those_of_one_process(runs):
     assert max(t.abs().max() for name, t in truth.items() if "lora_B" in name) > 1e-3
 
 
+@each_pair
 def test_metrics_over_uneven_ranks_equal_those_of_one_process(runs):
     one, two = result(runs[0]), result(runs[1])
     assert two["world_size"] == runs[3]
@@ -184,6 +191,7 @@ def test_metrics_over_uneven_ranks_equal_those_of_one_process(runs):
     assert one["tokens"] <= two["tokens"] <= one["tokens"] + 2 * 30
 
 
+@each_pair
 def test_one_folder_that_rank_zero_wrote(runs):
     one, other, done, _ = runs
     inside = {path.name for path in other.iterdir()}
@@ -196,6 +204,7 @@ def test_one_folder_that_rank_zero_wrote(runs):
     assert kept[0]["base_fingerprint"] == kept[1]["base_fingerprint"] != ""
 
 
+@each_pair
 def test_nothing_is_said_that_no_user_can_act_on(runs):
     said = runs[2].stdout + runs[2].stderr
     for noise in ("sync_dist", "weights_only", "Traceback", "Warning"):
@@ -203,6 +212,7 @@ def test_nothing_is_said_that_no_user_can_act_on(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("one", ["llama-summarization", "bert-sentiment"], indirect=True)
 @pytest.mark.parametrize("way", ["fsdp2", "tp", "deepspeed"])
 def test_an_fp32_adapter_on_a_bf16_base_in_shares(way, one):
     """What is trained is fp32, and close to that of one process on the same bf16 base."""
