@@ -97,6 +97,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
     except UserError as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        cluster.let_rank_zero_tell()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except (KeyboardInterrupt, SystemExit) as error:

@@ -20,6 +20,8 @@ from .lora.errors import UserError
 
 WARNING = getattr(signal, "SIGUSR1", None)
 """With which SLURM, asked by --signal=SIGUSR1@90, warns of its time limit."""
+PATIENCE = 10.0
+"""Seconds by which processes of one machine may be apart."""
 
 
 def torchrun() -> bool:
@@ -73,6 +75,20 @@ def started_again() -> bool:
     """Whether these processes take the place of others that were stopped."""
     again = os.environ.get("SLURM_RESTART_COUNT" if slurm() else "TORCHELASTIC_RESTART_COUNT", "0")
     return int(again) > 0
+
+
+def started_by_rank_zero() -> bool:
+    """Whether Lightning's rank 0 has started this process beside itself."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not from_outside()
+
+
+def let_rank_zero_tell() -> None:
+    """Gives rank 0 the time to meet the same mistake, tell it and end, and this process with it.
+
+    Comes back where the mistake is this process's alone.
+    """
+    if started_by_rank_zero():
+        time.sleep(PATIENCE)
 
 
 def end_with_starter() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from .combinations import refuse_combinations
 from .first_look import found_before, look
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
@@ -128,9 +129,12 @@ class LoraModule(L.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
         self.shards = self._find_shards()
-        self._check_quantization()
-        if self.lora_config is not None:
-            self._check_variant(self.lora_config)
+        refuse_combinations(
+            self.model_config,
+            self.lora_config,
+            start_from=self.start_from,
+            in_shares=self.shards is not None,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model, whole = self.task.build_model(self.model_config, self.tokenizer, self.shards)
@@ -197,58 +201,6 @@ class LoraModule(L.LightningModule):
     def _goes_on(self) -> str:
         """The checkpoint or the adapter that first values are replaced from, if there is one."""
         return self.start_from or str((self._trainer and self._trainer.ckpt_path) or "")
-
-    def _check_quantization(self) -> None:
-        kind = self.model_config.quantization
-        if kind is None and self.lora_config is not None and self.lora_config.init == "loftq":
-            raise UserError(
-                "lora.init=loftq makes up for what quantisation takes away: give "
-                "model.quantization=nf4 or int8, or another lora.init."
-            )
-        if kind is not None and self.lora_config is None:
-            raise UserError(
-                f"model.quantization={kind} freezes the base, and lora=full trains it: leave out "
-                "one of them."
-            )
-        if kind is not None and self.shards is not None:
-            raise UserError(
-                f"model.quantization={kind} and a base in shares do not go together: use "
-                "trainer=ddp, or model.quantization=null."
-            )
-
-    def _check_variant(self, config: LoraConfig) -> None:
-        new, listed = self.model_config.new_tokens, config.trainable_token_indices
-        if self.shards is not None and (new or listed):
-            option = "model.new_tokens" if new else "lora.trainable_token_indices"
-            raise UserError(
-                f"{option} trains rows of the embeddings, and here each process has a share of "
-                "them: use trainer=ddp, or leave it out."
-            )
-        if new and listed:
-            raise UserError(
-                "model.new_tokens and lora.trainable_token_indices both say whose rows are "
-                "trained: leave out one of them."
-            )
-        needs_whole = config.starts_from_weight or config.init == "eva"
-        if self.shards is not None and (config.use_dora or needs_whole):
-            name = "use_dora=true" if config.use_dora else f"init={config.init}"
-            raise UserError(
-                f"lora.{name} needs whole weights, and here each process has a share of them: use "
-                "trainer=ddp, or plain LoRA."
-            )
-        if self.shards is not None and config.target_parameters:
-            raise UserError(
-                "lora.target_parameters adapts whole parameters, and here each process has a share "
-                "of them: use trainer=ddp, or lora.targets alone."
-            )
-        stored = self.start_from is not None and not self.start_from.endswith(".ckpt")
-        if config.starts_from_weight and stored:
-            raise UserError(
-                f"adapter={self.start_from} has values of its own to start from, and "
-                f"lora.init={config.init} others. To go on with an adapter that began so, which is "
-                "stored as plain LoRA of twice the rank, give lora.init=kaiming "
-                f"lora.rank={2 * config.rank}."
-            )
 
     def _find_shards(self) -> Shards | None:
         """The processes of a ShardedStrategy."""

@@ -9,6 +9,7 @@ import warnings
 def quiet_libraries() -> None:
     """Silences messages that tell a user nothing he could act on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each product in int8 is fp16
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler, Hydra's is a second

@@ -49,7 +49,7 @@ def start(arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument != AUTO]
     resume = [argument for argument in arguments if argument.startswith("resume=")]
     # Lightning's rank 0 starts the others with this command line and their rank.
-    child = "LOCAL_RANK" in os.environ and not cluster.from_outside()
+    child = cluster.started_by_rank_zero()
     if child:
         cluster.end_with_starter()
     if resume:

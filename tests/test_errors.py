@@ -68,7 +68,7 @@ class Place:
 
 
 ONE_CPU = ("trainer.accelerator=cpu", "trainer.devices=1")
-IN_SHARES = ("tensor parallel size",)
+IN_SHARES = ("tensor parallel size", "rows for two processes")
 """Cases that leave behind what Lightning tells the processes that it starts."""
 
 
@@ -538,6 +538,14 @@ MODEL = [
         lambda p: p.train("trainer.num_nodes=2"),
         "num_nodes=2: nothing has told this process where",
         "MASTER_ADDR",
+    ),
+    Case(
+        "rows for two processes",
+        lambda p: p.train(
+            *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")
+        ),
+        "there are 1 test rows for 2 processes",
+        "fewer trainer.devices",
     ),
     Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),
     Case("slurm", lambda p: p.train("trainer=slurm", *ONE_CPU), "srun has started", "trainer=ddp"),

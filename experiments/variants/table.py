@@ -122,7 +122,7 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
         f"{count / 1e6:.2f} M",
         f"{size / 1e6:.1f} MB",
         "yes" if gap < 1e-3 else f"NO ({gap:.1g})",
-        f"no: {problems[0].partition(':')[0]}" if problems else "yes",
+        f"no: {problems[0].partition(':')[0].partition(',')[0]}" if problems else "yes",
     ]
 
 
