@@ -2,9 +2,9 @@ r"""Arithmetic and time of a training step: LoRA by rank against full fine-tunin
 
     python experiments/compute/compute.py [--rounds 3]
 
-Operations are counted as they are dispatched (torch.utils.flop_counter), of forward, backward and
-the update, on fake tensors, which compute nothing: so models count that are too large to be run.
-Seconds are medians of steps in one process, the methods in turn, as ratios to full fine-tuning.
+Operations are counted as they are dispatched (torch.utils.flop_counter), of forward and backward,
+on tensors without values. Seconds are of forward, backward and the update:
+medians of steps in one process, the methods in turn, as ratios to full fine-tuning.
 Writes results.csv and results.png, and prints the tables.
 """
 
