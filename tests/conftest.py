@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -222,6 +223,19 @@ def run_cli(monkeypatch, capsys):
         return status, captured.out, captured.err
 
     return run
+
+
+def printed_overrides(arguments: list[str]) -> list[str]:
+    """What a printed command sets: of a sweep (-m) the first of each of its values.
+
+    Args:
+        arguments: the verb and what follows it.
+    """
+    others = ("-", "resume=", "job", "device_gib=")
+    overrides = [argument for argument in arguments[1:] if not argument.startswith(others)]
+    if "-m" in arguments:
+        overrides = [re.sub(r"=([^\[{,]+),.*", r"=\1", override) for override in overrides]
+    return overrides
 
 
 @pytest.fixture(scope="session")

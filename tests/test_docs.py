@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import printed_overrides
 
 from lora_lightning.config import compose_config, settings_of
 
@@ -19,7 +20,9 @@ FENCE = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```", flags=re.M | re.S)
 COMMON_FILES = {"eight-gpus": "my-chats", "slurm": "my-chats"}
 """Pages that take the files of another."""
 IN_PROCESSES = ("eight-gpus", "sweep")
+"""Pages whose commands are run as processes."""
 LONG = ("my-chats", "deploy-vllm")
+"""Pages that take a minute or more."""
 
 
 def files_of(page: str) -> dict[str, str]:
@@ -54,12 +57,8 @@ def test_the_index_names_every_page():
 )  # fmt: skip
 def test_settings_compose(page, arguments):
     """Also of what needs a GPU, a cluster or the hub; the launcher of a cluster aside."""
-    overrides = [
-        re.sub(r"=([^\[{,]+),.*", r"=\1", part)
-        for part in arguments[1:]
-        if part != "-m" and not part.startswith(("hydra", "resume=", "device_gib="))
-    ]
-    settings_of(compose_config(overrides))
+    own = [part for part in arguments if not part.startswith("hydra")]
+    settings_of(compose_config(printed_overrides(own)))
 
 
 @pytest.mark.parametrize(

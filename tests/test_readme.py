@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import printed_overrides
 
 from lora_lightning.config import compose_config, settings_of
 
@@ -41,12 +42,7 @@ def test_set_up_commands_are_two_and_ci_calls_them():
 )
 def test_settings_compose(arguments):
     """Also those that need a GPU or the hub; a sweep with the first of each of its values."""
-    overrides = [
-        a for a in arguments[2:] if not a.startswith(("-", "resume=", "job", "device_gib="))
-    ]
-    if "-m" in arguments:
-        overrides = [re.sub(r"=([^\[{,]+),.*", r"=\1", override) for override in overrides]
-    settings_of(compose_config(overrides))
+    settings_of(compose_config(printed_overrides(arguments[1:])))
 
 
 def test_settings_of_the_table_compose():

@@ -126,7 +126,7 @@ def test_a_forged_safetensors_header(header, length, body, model, adapter, tmp_p
     loads_or_tells(model, folder)
 
 
-@settings(FUZZ, max_examples=100)  # each reads a model
+@FUZZ
 @given(data=st.data())
 def test_forged_settings_beside_an_adapter(data, run, tmp_path):
     """lora_lightning.json: read whole and harmless, or refused."""

@@ -161,9 +161,13 @@ def measured(name: str, folder: Path, arguments: argparse.Namespace) -> list[dic
     return rows
 
 
+def median_of(row: dict) -> float:
+    """The median round's seconds, full fine-tuning = 1."""
+    return statistics.median(map(float, row["seconds_of_full"].split()))
+
+
 def cells(row: dict) -> str:
-    found = statistics.median(map(float, row["seconds_of_full"].split()))
-    return f"{row['of_full']:.2f}, {found:.2f}"
+    return f"{row['of_full']:.2f}, {median_of(row):.2f}"
 
 
 def show(rows: list[dict]) -> None:
@@ -180,8 +184,7 @@ def draw(rows: list[dict]) -> None:
         own = [row for row in rows if row["model"] == name]
         color = f"C{index}"
         axes.plot(RANKS, [row["of_full"] for row in own], "-", color=color, label=name)
-        timed = [statistics.median(map(float, row["seconds_of_full"].split())) for row in own]
-        axes.plot(RANKS, timed, "o", color=color)
+        axes.plot(RANKS, [median_of(row) for row in own], "o", color=color)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_xscale("log", base=4)
     axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
