@@ -227,7 +227,8 @@ def test_target_sets_are_found_by_name(tiny_bert, tiny_llama, tiny_t5):
     assert all(sets["all linear layers"] == "all-linear" for sets in found.values())
 
 
-def test_the_report(run_cli, tiny_llama, tmp_path):
+def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nobody has trained before
     place = bare(tiny_llama, tmp_path / "bare")
     where = [f"model.name_or_path={place}", "task=instruct", "task.max_new_tokens=8"]
     status, out, err = run_cli("plan", *BASE, *where, "device_gib=0.001")
