@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from .config import Settings
 from .data.datamodule import LoraDataModule
+from .lora.state import CONFIG_NAME
 from .lora.vocabulary import vocabulary_rows
 from .module import LoraModule
 from .storage import versions
@@ -49,7 +51,7 @@ def write_card(
         _use(settings, module),
         _data(settings, data),
         _results(result),
-        _making(settings, result, run_dir),
+        _making(settings, result, run_dir, _stored_as(folder)),
     ]
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -80,13 +82,19 @@ def _use(settings: Settings, module: LoraModule) -> str:
     lines = ["## Use", "", "```bash", predict, "```"]
     kind, base = CLASSES.get(module.task.peft_task_type), settings.model.name_or_path
     labels = module.task.state().get("labels")
+    assert module.model is not None
+    tokens, rows = module.model_config.new_tokens, vocabulary_rows(module.model)
     if settings.lora is not None and kind is not None and "://" not in base:
         count = f", num_labels={len(labels)}" if labels else ""
         lines += ["", "```python", "from peft import PeftModel", f"from transformers import {kind}"]
         lines += ["", f'base = {kind}.from_pretrained("{base}"{count})']
-        if module.model_config.new_tokens and module.model is not None:
-            lines.append(f"base.resize_token_embeddings({vocabulary_rows(module.model)})")
+        if tokens:
+            lines.append(f"base.resize_token_embeddings({rows})")
         lines += ['model = PeftModel.from_pretrained(base, "THIS_FOLDER")', "```"]
+    if tokens:
+        named = ", ".join(f"`{token}`" for token in tokens)
+        grow = f"`base.resize_token_embeddings({rows})`"
+        lines += ["", f"New tokens: {named}. PEFT wants {grow} before it loads the adapter."]
     if labels:
         lines += ["", f"Labels, in order: {', '.join(map(str, labels))}."]
     return "\n".join(lines)
@@ -118,7 +126,16 @@ def _results(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _making(settings: Settings, result: dict[str, Any], run_dir: Path) -> str:
+def _stored_as(folder: Path) -> str:
+    """The rank and alpha that a folder of PEFT tells; empty for a whole model."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return ""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return f"rank {config['r']}, alpha {config['lora_alpha']}"
+
+
+def _making(settings: Settings, result: dict[str, Any], run_dir: Path, stored: str) -> str:
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines = ["## How it was made", ""]
     if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():
@@ -134,6 +151,7 @@ def _making(settings: Settings, result: dict[str, Any], run_dir: Path) -> str:
             "scaling": lora.scaling_of(""),
             "targets": lora.targets,
             "first values": lora.init,
+            "stored as": stored,
             "DoRA": lora.use_dora,
             "dropout": lora.dropout,
             **values,

@@ -223,15 +223,21 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
 
     changes = model_changes(folder, overrides)
     quiet_libraries()
-    from .inference import merge
+    from .inference import merge, quantisation_gap
     from .storage import belongs_to_quantised
 
-    gap = merge(folder, plain["output"], model=changes)
-    print(f"merged model: {plain['output']}")
-    if kind := changes.get("quantization"):
+    output = Path(plain["output"]).expanduser()
+    gap = merge(folder, output, model=changes)
+    print(f"merged model: {output}")
+    kind, beside = changes.get("quantization"), ""
+    if kind:
         into = "what is left of it" if belongs_to_quantised(folder) else "the base as it was before"
         print(f"trained on a base in {kind}; merged into {into}")
-    print(f"largest logit gap between adapter and merged model: {gap:.3g}")
+        beside = ", both on that base"
+    print(f"largest logit gap between adapter and merged model{beside}: {gap:.3g}")
+    if kind:
+        gap = quantisation_gap(folder, output, model=changes)
+        print(f"largest logit gap to the adapter on the base in {kind}: {gap:.3g}")
 
 
 def _export(plain: dict[str, str], others: list[str]) -> None:

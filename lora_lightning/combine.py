@@ -164,17 +164,23 @@ def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -
             tensor.shape != other.rest[name].shape for name, tensor in first.items()
         ):
             if whole != "first":
+                differing = next(
+                    name
+                    for name in sorted({*first, *other.rest})
+                    if _shape(stored[0], name) != _shape(other, name)
+                )
                 raise UserError(
                     f"{stored[0].folder} and {other.folder} do not train the same modules whole: "
-                    "whole=first takes those of the first."
+                    f"{differing} is {_shape(stored[0], differing)} and {_shape(other, differing)}."
+                    " whole=first takes those of the first."
                 )
         elif whole == "same" and any(
             not torch.equal(tensor, other.rest[name]) for name, tensor in first.items()
         ):
+            mean = ", whole=mean their mean by the weights" if sum(weights) else ""
             raise UserError(
                 f"{stored[0].folder} and {other.folder} each have modules of their own that were "
-                f"trained whole ({next(iter(first))}): whole=first takes those of the first, "
-                "whole=mean their mean by the weights."
+                f"trained whole ({next(iter(first))}): whole=first takes those of the first{mean}."
             )
     if whole != "mean":
         return dict(first)
@@ -188,6 +194,10 @@ def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -
         / total
         for name in first
     }
+
+
+def _shape(stored: Stored, name: str) -> str:
+    return str(tuple(stored.rest[name].shape)) if name in stored.rest else "not there"
 
 
 def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from .train import build_trainer
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     """Metrics of an adapter on the test split of the config's data.
 
+    A file to test on is all that is read then: whoever was given an adapter has no training data.
+
     Raises:
         UserError: the adapter or the data is wrong, or there is no test data.
     """
@@ -34,10 +36,13 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     assert module.model is not None
     task = module.task
     task.config = type(task.config)(**settings.task)
+    own = settings.data
+    if own.test is not None:
+        own = replace(own, train=None, val=None, path=None)
     data = LoraDataModule(
         task,
         module.tokenizer,
-        settings.data,
+        own,
         length_limit=max_positions(load_model_config(module.model_config)),
         rows=vocabulary_rows(module.model),
     )

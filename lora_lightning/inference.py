@@ -267,6 +267,18 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
     return gap
 
 
+def quantisation_gap(folder: Path, merged: Path, *, model: dict[str, Any]) -> float:
+    """The largest difference of a logit between an adapter on its quantised base and the model
+    that it was merged to, over a few texts.
+    """
+    module = load_trained(folder, model=model, device="cpu")
+    before = _probe(module)
+    config = ModelConfig(name_or_path=str(merged))
+    module.model, _ = module.task.build_model(config, module.tokenizer)
+    module.model.eval()
+    return (_probe(module) - before).abs().max().item()
+
+
 def _unquantised(folder: Path, model: dict[str, Any]) -> LoraModule:
     """An adapter on its base in floating point, to merge into: as the base was before it was
     quantised; or, for an adapter that makes up for that, with the values that are left.

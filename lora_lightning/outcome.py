@@ -95,21 +95,21 @@ def log_hparams(
 def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:
     """Prints what a user wants to know at the end, and what he can do next."""
     rows = len(data.encoded["test"]) if data.has("test") else 0
+    before = result["before"]
     lines = []
     for name in sorted(name for name in result if name.startswith("test/")):
         short = name.removeprefix("test/")
-        was = result["before"].get(name)
-        start = f"{was:.4f} -> " if was is not None else ""
+        start = f"{before[name]:.4f} -> " if name in before else ""
         beside = ""
         if name in result["baseline"]:
             beside = f"   ({result['baseline']['name']}: {result['baseline'][name]:.4f})"
         lines.append(f"  {short:<14} {start}{result[name]:.4f}{beside}")
     if lines:
-        lines.insert(
-            0,
-            f"On the {rows} test rows"
-            + (", before -> after training:" if result["before"] else ":"),
-        )
+        arrow = ", before -> after training" if any(n.startswith("test/") for n in before) else ""
+        lines.insert(0, f"On the {rows} test rows{arrow}:")
+    for name in before:
+        if name.startswith("val/") and name in result:
+            lines.append(f"{name.removeprefix('val/')}: {before[name]:.4f} -> {result[name]:.4f}")
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines += [
         f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "

@@ -11,6 +11,7 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # we tell it better
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each product in int8 is fp16
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler, Hydra's is a second
     for message in (

@@ -31,7 +31,7 @@ class Retention(Callback):
     by the mean hidden state, with the base's own: 1 where nothing has moved (representational
     similarity analysis, Kriegeskorte et al. 2008).
 
-    Both are measured before the first step and in every validation.
+    Both are measured before the first step (`before` keeps that) and in every validation.
 
     Args:
         texts: a file of texts, JSONL, CSV, or plain, a text a line. None: nothing is measured.
@@ -45,6 +45,7 @@ class Retention(Callback):
         self.max_length = max_length
         self._batches: list[dict[str, Tensor]] = []
         self._reference: Tensor | None = None
+        self.before: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.texts is not None and not self._batches:
@@ -74,8 +75,9 @@ class Retention(Callback):
             adapter = pl_module.adapter
             with nullcontext() if adapter is None else adapter.disabled():
                 self._reference = self._similarities(pl_module)
+        self.before = self._measure(pl_module)
         for logger in trainer.loggers:
-            logger.log_metrics(self._measure(pl_module), step=0)
+            logger.log_metrics(self.before, step=0)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._batches or trainer.sanity_checking:
@@ -85,10 +87,11 @@ class Retention(Callback):
             pl_module.log(name, value, sync_dist=True)  # the same on all ranks
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._reference is None else {"reference": self._reference}
+        return {"reference": self._reference, "before": self.before} if self.before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._reference = state_dict.get("reference")
+        self.before = state_dict.get("before", {})
 
     def _measure(self, module: LoraModule) -> dict[str, float]:
         if _has_loss(module):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +39,7 @@ from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
 from .precision import chosen_for_the_user, for_lightning, with_precision
 from .quiet import quiet_libraries
+from .retention import Retention
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
 from .storage import (
@@ -197,6 +198,9 @@ def _run(
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))
+    for callback in callbacks:
+        if isinstance(callback, Retention):
+            result["before"] |= callback.before
     result["baseline"] = baseline(task, data)
     if trainer.is_global_zero:
         log_hparams(trainer, settings, config, result)
@@ -273,10 +277,15 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 f"trainer.{key}: Lightning's Trainer takes no such argument."
                 f"{did_you_mean(key, known)}"
             )
-    callbacks = instantiate_all(config.callbacks)
-    if not arguments.get("enable_progress_bar", True):  # Lightning calls that a contradiction
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = instantiate_all(config.logger)
+    # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
+    bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)
+    callbacks = [
+        callback
+        for callback in instantiate_all(config.callbacks)
+        if (bar or not isinstance(callback, ProgressBar))
+        and (logs or not isinstance(callback, LearningRateMonitor))
+    ]
     try:
         return L.Trainer(
             **{
@@ -292,9 +301,9 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         told = isinstance(error, (TypeError, ValueError, RuntimeError))
         if not told and type(error).__name__ != "MisconfigurationException":
             raise
-        said = str(error).rstrip(".")
+        said = str(error).rstrip(".!")
         if "gpu backend" in said:
-            said += ". On a CPU: trainer.accelerator=cpu, with trainer.devices=2 for two processes"
+            said += ". Without a GPU: trainer=cpu"
         raise UserError(f"trainer: {said}.") from error
 
 

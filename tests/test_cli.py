@@ -213,6 +213,29 @@ def test_evaluate_on_other_data(run_cli, adapter):
     assert json.loads(out)["test/accuracy"] == pytest.approx(sum(hits) / 30)
 
 
+def test_evaluate_needs_no_training_data(run_cli, fast, tiny_bert, tmp_path, monkeypatch):
+    rows, run = make_rows(40), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    own = [{"Body Text": row["text"], "answer": row["label"]} for row in rows]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["data.train=own.jsonl", "task.text_column=Body Text", "task.label_column=answer"]
+    model = f"model.name_or_path={tiny_bert}"
+    status, _, err = run_cli("train", *fast, *train, model, f"output_dir={run}")
+    assert status == 0, err
+    evaluate = ["evaluate", f"adapter={run / 'adapter'}"]
+    status, same, err = run_cli(*evaluate, "data.test=own.jsonl")
+    assert status == 0, err
+    Path("own.jsonl").unlink()
+    named = ["task.text_column=text", "task.label_column=label"]
+    status, out, err = run_cli(*evaluate, "data.test=other.jsonl", *named)
+    assert status == 0, err
+    assert json.loads(out) == json.loads(same)
+    status, _, err = run_cli(*evaluate, "data.test=other.jsonl")
+    assert status == 2
+    assert "task.text_column=Body Text: the data has no such column" in err
+
+
 def test_every_monitor_is_measured(runs):
     from lora_lightning.settings import MONITORS
 

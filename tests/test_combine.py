@@ -206,6 +206,16 @@ def test_heads(folders, tmp_path):
         combine_adapters(pair, tmp_path / whole, whole=whole, weights=[2.0, 2.0])
         stored = load_file(tmp_path / whole / "adapter_model.safetensors")[head]
         assert torch.equal(stored, torch.full((2, 3), value))
+    with pytest.raises(UserError, match=r"takes those of the first\.$"):  # no mean by 1 and -1
+        combine_adapters(pair, tmp_path / "new", weights=[1.0, -1.0])
+    three = changed(
+        folders[0],
+        tmp_path / "three",
+        config={"modules_to_save": ["score"]},
+        **{head: torch.ones(3, 3)},
+    )
+    with pytest.raises(UserError, match=r"score.weight is \(2, 3\) and \(3, 3\)"):
+        combine_adapters([pair[0], three], tmp_path / "new")
     with pytest.raises(UserError, match="weights add up to zero"):
         combine_adapters(pair, tmp_path / "new", whole="mean", weights=[1.0, -1.0])
 

@@ -333,6 +333,12 @@ DATA = [
     Case("JSON of numbers", lambda p: p.on("a.json", "[1, 2]"), "a.json", "list of objects"),
     Case("JSON of one number", lambda p: p.on("a.json", "3"), "a.json", "list of objects"),
     Case("no parquet", lambda p: p.on("a.parquet", "text"), "PARQUET", "ending"),
+    Case(
+        "unclosed quote in CSV",
+        lambda p: p.on("a.csv", 'text,label\n"a,x\nb,y\n'),
+        "not readable as CSV",
+        "in double quotes",
+    ),
     Case("ragged CSV", lambda p: p.on("a.csv", "text,label\na,x\nb,y,z,w\n"), "line 3", "quotes"),
     Case(
         "files of different columns",
@@ -396,6 +402,12 @@ DATA = [
         lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl({'text': 'a'}))}"),
         "val data has no column 'label'",
         "text",
+    ),
+    Case(
+        "no label anywhere",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": ""} for row in ROWS))),
+        "column 'label' is empty in all",
+        "fill it in",
     ),
     Case(
         "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
@@ -1031,9 +1043,12 @@ def test_mistake_is_told_and_leaves_nothing(case, place, run_cli):
     assert contents(place.root) == before
 
 
+ALONE = ("unknown key", "missing file", "unclosed quote in CSV")
+
+
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name in ("unknown key", "missing file", *IN_SHARES)],
+    [case for case in CASES if case.name in (*ALONE, *IN_SHARES)],
     ids=lambda case: case.name,
 )
 def test_mistake_in_a_process_of_its_own(case, place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import peft
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_lightning.inference import load_trained
+from lora_lightning.data.collate import PaddingCollator
+from lora_lightning.inference import PROBES, load_trained
 from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import dequantized
 from lora_lightning.lora.loftq import make_up, weight_of
@@ -151,6 +153,14 @@ def test_a_run_with_all_that_follows(fast, tiny_bert, rows_jsonl, tmp_path, run_
     assert status == 0, err
     assert "trained on a base in nf4; merged into the base as it was before" in out
     plain = load_trained(run / "adapter", model={"quantization": None})
+    told = float(re.search(r"gap to the adapter on the base in nf4: (\S+)", out).group(1))
+    batch = PaddingCollator(0)(
+        [{"input_ids": ids} for ids in module.tokenizer(list(PROBES))["input_ids"]]
+    )
+    with torch.no_grad():
+        off = [one.eval().task.logits(one.model, batch) for one in (module, plain)]
+    assert told == pytest.approx((off[0] - off[1]).abs().max().item(), rel=0.02)
+    assert told > 1e-4
     name = "bert.encoder.layer.0.attention.self.query"
     layer = plain.adapter.layers[name]
     merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]

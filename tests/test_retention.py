@@ -41,7 +41,7 @@ def loss_of(model, tokenizer) -> float:
 
 def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path):
     run = tmp_path / "run"
-    status, _, err = run_cli(
+    status, out, err = run_cli(
         *("train", "task=lm", "task.max_new_tokens=8", *fast, f"model.name_or_path={tiny_llama}"),
         *(f"data.train={rows_jsonl}", f"output_dir={run}", "optim.lr=0.02"),
         f"callbacks.retention.texts={texts}",
@@ -56,6 +56,13 @@ def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, 
     assert math.isclose(last, trained, rel_tol=1e-4)
     result = json.loads((run / "result.json").read_text())
     assert math.isclose(result["val/retained_loss"], trained, rel_tol=1e-4)
+    assert math.isclose(result["before"]["val/retained_loss"], base, rel_tol=1e-5)
+    told = f"{base:.4f} -> {result['val/retained_loss']:.4f}"
+    assert f"retained_loss: {told}" in out
+    assert (
+        f"| val/retained_loss | {told.replace(' -> ', ' | ')} |"
+        in (run / "adapter" / "README.md").read_text()
+    )
 
 
 def similarities(model, tokenizer) -> torch.Tensor:

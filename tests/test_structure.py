@@ -52,7 +52,8 @@ ALLOWED = {
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,
     "train": RUN_SIDE
-    | {"cluster", "precision", "outcome", "card", "signals", "lock", "memory", "__init__"},
+    | {"cluster", "precision", "outcome", "card", "signals", "lock", "memory", "retention"}
+    | {"__init__"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},

@@ -371,6 +371,13 @@ def test_early_stopping_stops(small):
     assert result["epochs"] == 3
 
 
+def test_without_a_logger_the_rest_is_as_it_was(small, tmp_path):
+    result = small("trainer.max_steps=2", "logger=none", "trainer.enable_progress_bar=false")
+    assert result["status"] == "completed"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "run").rglob("events.out*"))
+
+
 def test_max_steps_may_end_before_the_first_validation(small):
     result = small("trainer.max_steps=3")
     assert result["steps"] == 3

@@ -12,8 +12,8 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: s
     """Raises UserError unless `given` has the names and shapes of `own` and is finite."""
     problems = []
     for what, names in (
-        ("lacks", [name for name in own if name not in given]),
-        ("has unexpected", [name for name in given if name not in own]),
+        ("it lacks", [name for name in own if name not in given]),
+        ("it has unexpected", [name for name in given if name not in own]),
     ):
         if names:
             problems.append(f"{what} {len(names)} tensors ({_some(names)})")
@@ -26,7 +26,7 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: s
         problems.append(f"{len(wrong)} tensors have the wrong shape ({_some(wrong)})")
     if problems:
         raise UserError(
-            f"{source} does not fit the model: it {'; '.join(problems)}. "
+            f"{source} does not fit the model: {'; '.join(problems)}. "
             "Was it trained on another base model, or with other targets or rank?"
         )
     bad = [

@@ -107,7 +107,8 @@ class AdapterSet:
             inputs: the model's arguments; tensors with as many rows are taken by row.
 
         Raises:
-            UserError: a name is not known; or a layer of the model mixes rows.
+            UserError: a name is not known; the names are not as many as the rows; or a layer of the
+                model mixes rows.
         """
         return self._by_rows(names, inputs, lambda model, given: model(**given, use_cache=False))
 
@@ -127,6 +128,12 @@ class AdapterSet:
         known: list[str | None] = [None, *self.adapters]
         for name in names:
             self[name]
+        rows = {len(given) for given in inputs.values() if isinstance(given, Tensor) if given.dim()}
+        if len(names) not in rows:
+            raise UserError(
+                f"there are {len(names)} names of adapters for {max(rows, default=0)} rows: give a "
+                "name for each."
+            )
         slots = [known.index(name) for name in names]
         order = sorted(range(len(slots)), key=slots.__getitem__)
         groups = [(slot, len(list(rows))) for slot, rows in groupby(sorted(slots))]

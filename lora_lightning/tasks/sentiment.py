@@ -103,8 +103,13 @@ class SentimentTask(Task):
             self._ids = {value: index for index, value in enumerate(distinct)}
         if len(self.labels) != len(set(self.labels)):
             raise UserError(f"task.labels names a class twice: {', '.join(self.labels)}.")
+        if not self.labels:
+            raise UserError(
+                f"column {self.label_column!r} is empty in all {len(rows)} rows: fill it in, or "
+                "name the column with the label: task.label_column=NAME."
+            )
         if len(self.labels) < 2:
-            only = f"only {self.labels[0]!r}" if self.labels else "none"
+            only = f"only {self.labels[0]!r}"
             raise UserError(
                 f"column {self.label_column!r} holds {only}: a classifier needs two classes or "
                 "more. Name the column with the label: task.label_column=NAME."

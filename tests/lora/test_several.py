@@ -75,6 +75,14 @@ def test_a_model_that_mixes_rows_is_told(name, tmp_path):
     adapters(["small", "small", "small"], **longer(this, 3))
 
 
+def test_a_name_for_each_row(tmp_path):
+    this = case("llama")
+    adapters = AdapterSet(this.copy())
+    adapters.add("small", stored(this, tmp_path / "small", **SETTINGS["small"]))
+    with pytest.raises(UserError, match="2 names of adapters for 3 rows: give a name for each"):
+        adapters(["small", None], **longer(this, 3))
+
+
 def test_one_pass_of_the_base(tmp_path):
     """A frozen layer is computed once for all rows, whoever's they are."""
     this = case("llama")
