@@ -4,9 +4,10 @@ r"""Gathers the result.json files of finished runs into one CSV and a table of m
         --csv results.csv --plot results.png
 
 FOLDER is searched for runs at any depth. `--by` are config keys, one group per combination of
-their values; the deviation is that of a sample (n - 1). A metric with "before " in front is that of
-the untouched model, one with "baseline " that of a rule without learning. Settings of the adapter
-read "full" where a run has none.
+their values; "sweep" is the name of the sweep's folder, and a group of the config (lora) the choice
+in it. The deviation is that of a sample (n - 1). A metric with "before " in front is that of the
+untouched model, one with "baseline " that of a rule without learning. Settings of the adapter read
+"full" where a run has none.
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ def main() -> None:
         if result["status"] != "completed":
             print(f"left out ({result['status']}): {path}")
             continue
-        config = OmegaConf.load(path.parent / ".hydra" / "config.yaml")
-        group = {key: setting(config, key) for key in arguments.by}
+        group = {key: setting(path.parent, key) for key in arguments.by}
         values = {key: round(result[key], 6) for key in COLUMNS if key in result}
         for kind in ("before", "baseline"):
             named = {f"{kind} {key}": value for key, value in result.get(kind, {}).items()}
@@ -86,8 +86,14 @@ def main() -> None:
         plot(groups, arguments.metric[0], arguments.plot)
 
 
-def setting(config, key: str) -> object:
-    """A run's setting."""
+def setting(run: Path, key: str) -> object:
+    """A run's setting, its sweep's name, or its choice of a group."""
+    if key == "sweep":
+        return run.parent.name
+    choices = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    if key in choices:
+        return choices[key]
+    config = OmegaConf.load(run / ".hydra" / "config.yaml")
     if key.startswith("lora.") and config.lora.method == "full":
         return "full"
     return OmegaConf.select(config, key)

@@ -276,6 +276,8 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     assert run_cli("train", f"resume={run_dir}")[0] == 0
     assert outcome(run_dir) == uninterrupted
     resumed = json.loads((run_dir / "result.json").read_text())
+    retained = resumed["before"].pop("val/retained_similarity")  # is in the checkpoint
+    assert retained == pytest.approx(1.0, abs=1e-6)
     assert resumed["before"] == stopped["before"]
     assert ("test/accuracy" in resumed["before"]) == (moment != "test")
 
