@@ -13,22 +13,19 @@ from torch import nn
 
 from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
+from .earlier import refuse_used_folder
+from .forward import check_packing
 from .lora import UserError
 from .lora.vocabulary import vocabulary_rows
 from .memory import PROBE_ROWS, Memory
-from .modeling import check_packing
 from .module import LoraModule
 from .optim import build_scheduler
 from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .storage import undone_on_mistake
 from .tasks import build_task
-from .train import (
-    build,
-    build_trainer,
-    check_windows,
-    refuse_used_folder,
-)
+from .train import build
+from .trainer import build_trainer, check_windows
 from .vocabulary import token_ids
 
 FEW_ROWS = 8

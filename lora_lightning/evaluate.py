@@ -18,7 +18,7 @@ from .modeling import load_model_config, max_positions
 from .precision import with_precision
 from .quiet import quiet_libraries
 from .storage import read_sidecar
-from .train import build_trainer
+from .trainer import build_trainer
 
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:

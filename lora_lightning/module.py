@@ -15,13 +15,14 @@ from torchmetrics import MetricCollection
 
 from .combinations import refuse_combinations
 from .first_look import found_before, look
+from .forward import check_packing, compile_layers, offloaded_activations
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
 from .lora.loftq import make_up
 from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
-from .modeling import check_packing, compile_layers, load_tokenizer, offloaded_activations
+from .modeling import load_tokenizer
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, average_gradients, broadcast, place_adapter
 from .settings import ModelConfig, OptimConfig

@@ -163,8 +163,8 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
     goes_on |= outside and cluster.started_again()
     if goes_on and _is_complete(run_dir):
         return
+    from .earlier import refuse_other_run, refuse_used_folder
     from .storage import undone_on_mistake
-    from .train import refuse_other_run, refuse_used_folder
 
     with undone_on_mistake(run_dir):
         if goes_on:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import inspect
 import json
 import signal
 import sys
@@ -12,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import write_card
 from .checkpoint import read_checkpoint
-from .cluster import check_nodes
 from .config import (
     Settings,
     config_hash,
-    instantiate_all,
-    instantiate_one,
     saved_settings,
     settings_of,
 )
 from .data.datamodule import LoraDataModule
+from .earlier import continue_csv, earlier_result, last_checkpoint, refuse_used_folder
 from .lock import locked
 from .lora import UserError
-from .lora.errors import did_you_mean
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
-from .precision import chosen_for_the_user, for_lightning, with_precision
+from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .retention import Retention
 from .settings import PAUSE
@@ -55,13 +49,10 @@ from .storage import (
     writable,
     write_json,
 )
-from .strategies import refuse_full, refuse_strategy
 from .tasks import Task, build_task
+from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
 from .warm_start import refuse_other_start, refuse_other_tokens
-from .zero import ZeroStrategy
-
-CHECKPOINTS = "checkpoints"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -95,7 +86,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     quiet_libraries()
     checkpoint = last_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
-    earlier = _earlier_result(run_dir) if checkpoint else {}
+    earlier = earlier_result(run_dir) if checkpoint else {}
     asked, config = config, with_precision(config, earlier.get("precision"))
     settings = settings_of(config)
     result["precision"] = config.trainer.precision
@@ -184,7 +175,7 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        step = _continue_csv(trainer, checkpoint)
+        step = continue_csv(trainer, checkpoint)
         if trainer.is_global_zero:
             print(f"goes on from step {step} ({checkpoint.name})", flush=True)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -253,105 +244,6 @@ def _check_start(adapter: str, settings: Settings) -> None:
     refuse_other_start(adapter, theirs, settings.model, settings.lora)
 
 
-def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
-    """The Lightning Trainer that the config describes.
-
-    Raises:
-        UserError: Lightning does not take the settings.
-    """
-    arguments = OmegaConf.to_container(config.trainer, resolve=True)
-    assert isinstance(arguments, dict)
-    check_nodes(int(arguments.get("num_nodes") or 1))
-    if isinstance(arguments.get("strategy"), dict):
-        arguments["strategy"] = instantiate_one(config.trainer, "strategy")
-    refuse_strategy(str(arguments.get("strategy")))
-    refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
-    if isinstance(arguments.get("strategy"), ZeroStrategy):
-        ZeroStrategy.check(config.optim.name, str(arguments.get("precision")))
-    arguments |= changes
-    arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
-    known = inspect.signature(L.Trainer).parameters
-    for key in map(str, arguments):
-        if key not in known:
-            raise UserError(
-                f"trainer.{key}: Lightning's Trainer takes no such argument."
-                f"{did_you_mean(key, known)}"
-            )
-    loggers = instantiate_all(config.logger)
-    # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
-    bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)
-    callbacks = [
-        callback
-        for callback in instantiate_all(config.callbacks)
-        if (bar or not isinstance(callback, ProgressBar))
-        and (logs or not isinstance(callback, LearningRateMonitor))
-    ]
-    try:
-        return L.Trainer(
-            **{
-                "callbacks": callbacks,
-                "logger": loggers or False,
-                "default_root_dir": config.output_dir,
-                "use_distributed_sampler": False,
-                **{str(key): value for key, value in arguments.items()},
-            }
-        )
-    except Exception as error:
-        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
-        told = isinstance(error, (TypeError, ValueError, RuntimeError))
-        if not told and type(error).__name__ != "MisconfigurationException":
-            raise
-        said = str(error).rstrip(".!")
-        if "gpu backend" in said:
-            said += ". Without a GPU: trainer=cpu"
-        raise UserError(f"trainer: {said}.") from error
-
-
-def check_windows(trainer: L.Trainer) -> None:
-    """A validation amid an accumulation window could not be resumed exactly."""
-    every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
-    if window == 1 or every is None or every == 1.0:
-        return
-    if not isinstance(every, int) or every % window:
-        raise UserError(
-            f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
-            "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
-        )
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint a run goes on from; None if it was stopped before the first."""
-    path = run_dir / CHECKPOINTS / "last.ckpt"
-    return path if path.is_file() else None
-
-
-def _earlier_result(run_dir: Path) -> dict[str, Any]:
-    """The result of the run that is gone on with, as far as it came."""
-    try:
-        return dict(json.loads((run_dir / RESULT).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
-    """Raises UserError if the folder holds a run of other settings."""
-    recorded = _earlier_result(run_dir).get("config_hash", config_hash(config))
-    if recorded != config_hash(config):
-        raise UserError(
-            f"{run_dir} holds a run of other settings, which cannot be gone on with by these. Give "
-            f"another output_dir, or go on with that run: lora-lightning train resume={run_dir}."
-        )
-
-
-def refuse_used_folder(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run already."""
-    if (run_dir / RESULT).exists() or (run_dir / CHECKPOINTS).exists():
-        raise UserError(
-            f"{run_dir} holds a run already. To go on with it: lora-lightning train "
-            f"resume={run_dir}. For a new run give another output_dir."
-        )
-
-
 def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
     """Has the run pause at a rung, where the sweep that it is a job of says so."""
     path = Path(config.output_dir) / PAUSE
@@ -362,30 +254,6 @@ def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
     told = json.loads(path.read_text())
     last.pause_at = float(told["at"]), str(config.task.monitor)
     last.rungs = [float(share) for share in told["rungs"]]
-
-
-def _continue_csv(trainer: L.Trainer, checkpoint: Path) -> int:
-    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file.
-
-    Returns:
-        The checkpoint's step.
-    """
-    step: int = read_checkpoint(checkpoint)["global_step"]
-    for logger in trainer.loggers:
-        if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
-            continue
-        path = Path(logger.log_dir) / "metrics.csv"
-        rows = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as handle:
-                rows = list(csv.DictReader(handle))
-        logger.experiment.metrics += [
-            {name: value for name, value in row.items() if value != ""}
-            for row in rows
-            if int(row["step"]) < step
-        ]
-        logger.save()
-    return step
 
 
 def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:

@@ -250,8 +250,8 @@ def test_every_monitor_is_measured(runs):
 def test_merge_gives_a_plain_model(run_cli, runs, name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+    from lora_lightning.forward import classification_logits
     from lora_lightning.inference import PROBES, Predictor, load_trained
-    from lora_lightning.modeling import classification_logits
 
     adapter = runs[name] / "adapter"
     status, out, err = run_cli("merge", f"adapter={adapter}", "output=merged")

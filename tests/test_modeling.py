@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from lora_lightning.forward import compile_layers, offloaded_activations, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.modeling import compile_layers, offloaded_activations, uncompiled
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import ModelConfig
 from lora_lightning.tasks import build_task

@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lora_lightning import callbacks
-from lora_lightning.callbacks import ProgressBar, RunClock, Throughput, _batch_counts
+from lora_lightning.callbacks import ProgressBar, RunClock, Throughput, measured
 from lora_lightning.config import compose_config, settings_of
 from lora_lightning.data.collate import PackingCollator, PaddingCollator
+from lora_lightning.forward import classification_logits
 from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import LoraLayer
-from lora_lightning.modeling import classification_logits
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import ModelConfig, OptimConfig
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
@@ -439,7 +438,7 @@ def test_a_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
 def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch):
     """By a clock that says half a second a batch, and a hundred a validation."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
 
     class Clock(L.Callback):
         def on_train_batch_start(self, *_):
@@ -451,7 +450,9 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     rows = make_rows(11)
     padded, rest = batches_of(rows, [4, 4, 3])[:2], rows[8:]
     packed = PackingCollator()([{**row, "labels": row["input_ids"]} for row in rest])
-    counts = [_batch_counts(batch).tolist() for batch in (*padded, packed, [padded[0], packed])]
+    counts = [
+        measured._batch_counts(batch).tolist() for batch in (*padded, packed, [padded[0], packed])
+    ]
     lengths = [len(row["input_ids"]) for row in rows]
     expected = [[4, sum(lengths[:4])], [4, sum(lengths[4:8])], [3, sum(lengths[8:])]]
     assert counts == [*expected, [7, sum(lengths[:4] + lengths[8:])]]

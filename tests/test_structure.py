@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "vocabulary", "warm_start", "zero"}
+MODEL_SIDE |= {"checkpoint", "forward", "vocabulary", "warm_start", "zero"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -32,6 +32,7 @@ ALLOWED = {
     "checkpoint": {"lora"},
     "cluster": {"lora"},
     "modeling": FOUNDATION | {"cpu", "parallel", "quantization", "skeleton", "vocabulary"},
+    "forward": {"lora"},
     "vocabulary": FOUNDATION,
     "warm_start": FOUNDATION | {"checkpoint"},
     "skeleton": FOUNDATION,
@@ -41,7 +42,7 @@ ALLOWED = {
     "metrics": set(),
     "head": {"parallel"},
     "precision": {"lora"},
-    "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel"},
+    "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward"},
     "data": FOUNDATION | {"tasks", "strategies", "vocabulary"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
@@ -51,9 +52,11 @@ ALLOWED = {
     "storage": MODEL_SIDE | {"module", "lock"},
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,
+    "trainer": RUN_SIDE | {"cluster", "precision"},
+    "earlier": RUN_SIDE,
     "train": RUN_SIDE
-    | {"cluster", "precision", "outcome", "card", "signals", "lock", "memory", "retention"}
-    | {"__init__"},
+    | {"trainer", "earlier", "precision", "outcome", "card", "signals", "lock", "memory"}
+    | {"retention", "__init__"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
@@ -68,8 +71,8 @@ ALLOWED = {
     "portable": {"lora", "storage", "stored"},
     "layouts": {"lora"},
     "imported": RUN_SIDE | {"checkpoint", "layouts"},
-    "check": RUN_SIDE | {"train", "memory", "precision"},
-    "evaluate": RUN_SIDE | {"train", "inference", "precision"},
+    "check": RUN_SIDE | {"train", "trainer", "earlier", "memory", "precision"},
+    "evaluate": RUN_SIDE | {"trainer", "inference", "precision"},
     "cli": RUN_SIDE
     | {
         "cluster",
@@ -89,7 +92,7 @@ ALLOWED = {
         "report",
         "__init__",
     },
-    "start": RUN_SIDE | {"cluster", "launch", "train", "usage"},
+    "start": RUN_SIDE | {"cluster", "earlier", "launch", "train", "usage"},
     "__main__": {"cli"},
     "__init__": RUN_SIDE | {"inference"},
 }
@@ -105,6 +108,8 @@ ONLY_IN = {
         "retention",
         "outcome",
         "train",
+        "trainer",
+        "earlier",
         "packed",
     },
     "peft": set(),

@@ -7,9 +7,8 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,6 +23,7 @@ from ..lora.layer import LoraLayer
 from ..lora.stacked import Stack, own_layers, stacked_model
 from ..module import LoraModule
 from ..train import train
+from .frozen import share_frozen
 from .randomness import (
     SlotwiseRandomness,
     random_state,
@@ -31,94 +31,9 @@ from .randomness import (
     set_torch_state,
     torch_state,
 )
+from .slot import Backward, Forward, Pass, Slot
 
 LOG = "log.txt"
-
-
-@dataclass
-class Forward:
-    """A run's call of its backbone: inputs, and the state of torch that they are to meet."""
-
-    leaves: list[Any]
-    shape: Any
-    training: bool
-    grad: bool
-    inference: bool
-    autocast: tuple[bool, torch.dtype]
-    order: tuple[int, int]
-    answer: Any = None
-    error: BaseException | None = None
-
-    @property
-    def key(self) -> Any:
-        """Equal for calls that can be stacked."""
-        leaves = tuple(
-            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in self.leaves
-        )
-        return self.order, leaves, str(self.shape), self.training, self.grad, self.autocast
-
-    def asks_the_same(self, other: Forward) -> bool:
-        """Whether the inputs are equal too, of two calls that can be stacked."""
-        pairs = zip(self.leaves, other.leaves, strict=True)
-        return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
-
-    @property
-    def tokens(self) -> int:
-        """Rows x positions."""
-        return next(leaf.shape[:2].numel() for leaf in self.leaves if isinstance(leaf, Tensor))
-
-
-@dataclass
-class Pass:
-    """A stacked forward pass that waits for the gradients of its outputs."""
-
-    slots: list[Slot]
-    outputs: list[Tensor]
-    """Outputs that have a gradient."""
-    parts: dict[int, list[Tensor]]
-    """By slot, its rows of each of them, cut off from the graph."""
-
-
-@dataclass
-class Backward:
-    """A run's word that its part of a pass's outputs has its gradient."""
-
-    of: Pass
-    answer: Any = None
-    error: BaseException | None = None
-
-
-@dataclass
-class Slot:
-    """A run, its thread, and what it waits for."""
-
-    number: int
-    folder: Path
-    config: DictConfig
-    out: TextIO
-    thread: threading.Thread | None = None
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    request: Forward | Backward | None = None
-    random: Any = None
-    """State of the generators while another thread works."""
-    module: LoraModule | None = None
-    trainer: L.Trainer | None = None
-    has_fit: bool = False
-    is_base: bool = False
-    """Whether the backbone gives what the bare base gives, as before training: each B is zero."""
-    passed: Pass | None = None
-    """The pass whose backward is still to come."""
-    ended: bool = False
-    error: BaseException | None = None
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """How far the run is: tests before training, batches, tests after it."""
-        assert self.trainer is not None
-        if self.trainer.state.fn == "fit":
-            return 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return (2 if self.has_fit else 0), 0
 
 
 class SlotStrategy(SingleDeviceStrategy):
@@ -279,7 +194,7 @@ class Pack:
         shared = next((other.module for other in self.slots if other.module is not None), None)
         if shared is not None:
             assert shared.model is not None
-            _share_frozen(model, shared.model)
+            share_frozen(model, shared.model)
         slot.module = module
         alone = backbone.forward
 
@@ -452,34 +367,6 @@ def _adds_nothing(backbone: nn.Module) -> bool:
     """Whether all that is trained of a backbone are LoRA layers whose update is still zero."""
     layers = [backbone.get_submodule(name) for name in own_layers(backbone)]
     return all(isinstance(layer, LoraLayer) and not layer.lora_B.any() for layer in layers)
-
-
-def _share_frozen(model: nn.Module, first: nn.Module) -> None:
-    """Puts the first model's frozen tensors in the place of a model's own, which are equal."""
-    theirs = _frozen(first)
-    for name, (module, leaf, tensor) in _frozen(model).items():
-        if name not in theirs:
-            continue
-        other = theirs[name][2]
-        if other is tensor:
-            continue
-        if not torch.equal(other, tensor.to(other.device)):
-            raise UserError(f"{name} is frozen, and not the same in all runs of this pack.")
-        store = module._parameters if leaf in module._parameters else module._buffers
-        store[leaf] = other  # type: ignore[assignment]
-
-
-def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Frozen parameters and buffers of the base by their names in the bare model."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoraLayer):
-            continue  # its own may be frozen too
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not tensor.requires_grad:
-                name = f"{path}.{leaf}".replace(".base_layer.", ".")
-                found[name] = (module, leaf, tensor)
-    return found
 
 
 def device_of(config: DictConfig) -> torch.device:

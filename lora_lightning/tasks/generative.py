@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from ..forward import uncompiled
 from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
-from ..modeling import load_generator, uncompiled
+from ..modeling import load_generator
 from ..parallel import Shards, any_rank
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task

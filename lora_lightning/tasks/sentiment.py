@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
+from ..forward import classification_logits
 from ..lora.errors import UserError, did_you_mean
-from ..modeling import classification_logits, load_classifier
+from ..modeling import load_classifier
 from ..parallel import Shards
 from ..settings import ModelConfig, SentimentConfig
 from .base import IGNORE, LossOutput, Task, need_columns, pick_column

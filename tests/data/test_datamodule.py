@@ -16,8 +16,9 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
-from lora_lightning.data.datamodule import LoraDataModule, make_splits
+from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sampler import FILLER
+from lora_lightning.data.splits import make_splits
 from lora_lightning.lora.errors import UserError
 from lora_lightning.settings import DataConfig, SentimentConfig
 from lora_lightning.strategies import ShardedStrategy

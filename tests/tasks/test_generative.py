@@ -11,9 +11,10 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from lora_lightning.data.collate import PackingCollator, PaddingCollator
+from lora_lightning.forward import check_packing
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.metrics import Perplexity, Rouge, TokenAccuracy
-from lora_lightning.modeling import check_packing, load_model_config, load_tokenizer
+from lora_lightning.modeling import load_model_config, load_tokenizer
 from lora_lightning.settings import ModelConfig
 from lora_lightning.tasks import IGNORE, build_task
 

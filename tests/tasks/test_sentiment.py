@@ -12,8 +12,9 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from transformers import AutoTokenizer
 
 from lora_lightning.data.collate import PaddingCollator
+from lora_lightning.forward import classification_logits
 from lora_lightning.lora.errors import UserError
-from lora_lightning.modeling import classification_logits, load_classifier, load_tokenizer
+from lora_lightning.modeling import load_classifier, load_tokenizer
 from lora_lightning.settings import ModelConfig, SentimentConfig
 from lora_lightning.tasks import IGNORE, LossOutput, SentimentTask, build_task
 

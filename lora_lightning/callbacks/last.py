@@ -1,0 +1,145 @@
+"""The checkpoint that a killed, stopped or paused run goes on from."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from ..checkpoint import check_written
+from ..lora import UserError
+from ..signals import Stopped, StopSignals
+
+
+class Paused(Exception):
+    """A run has saved its state at a rung of successive halving and goes no further now.
+
+    Args:
+        rung: share of all steps that was asked for, step, planned steps, and name and value of the
+            monitored metric there.
+    """
+
+    def __init__(self, rung: dict[str, Any]) -> None:
+        super().__init__(f"paused at step {rung['step']} of {rung['planned']}")
+        self.rung = rung
+
+
+def _steps_between_validations(trainer: L.Trainer) -> float:
+    """Optimizer steps from one validation to the next."""
+    count, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    between = float(trainer.val_check_batch or math.inf)
+    if trainer.check_val_every_n_epoch is None:  # counted over all epochs
+        return between / count
+    if between < batches:
+        return between / count
+    return math.ceil(batches / count) * trainer.check_val_every_n_epoch
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, from which a killed run goes on exactly.
+
+    It is written every so many optimizer steps and after every epoch, at points where no gradient
+    is half accumulated and no other callback has yet to see a validation. Writing is atomic: a
+    kill in mid-write leaves the previous one.
+
+    Args:
+        folder: where last.ckpt goes.
+        every_n_steps: optimizer steps between two writes.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 50) -> None:
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self.pause_at: tuple[float, str] | None = None
+        """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
+        self.rungs: list[float] = []
+        """Shares of all steps of all rungs, this one and others."""
+        self.signals: StopSignals | None = None
+        """Tells when the run is to save and end."""
+        self._told = 0
+        self._rung: dict[str, Any] | None = None
+        self._saved_at = self._validated_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = self._validated_at = trainer.global_step
+        if self.pause_at is None:
+            return
+        share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
+        if share * planned < 1:
+            raise UserError(
+                f"launcher.halving: a rung at {share:.3g} of {planned} optimizer steps is less "
+                "than one step. Give fewer rungs, a smaller eta, or a larger min_resource."
+            )
+        interval = _steps_between_validations(trainer)
+        at = [interval * max(1, math.ceil(rung * planned / interval - 0.5)) for rung in self.rungs]
+        if len({*at, planned}) <= len(at) or (at and max(at) >= planned):
+            raise UserError(
+                f"launcher.halving: rungs at {', '.join(f'{rung:.3g}' for rung in self.rungs)} of "
+                f"{planned} optimizer steps need a validation each, before the last step, and "
+                f"there is one every {interval:g} steps. Validate more often, "
+                "trainer.val_check_interval=0.5 or less, or give fewer rungs."
+            )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.pause_at is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        share, metric = self.pause_at
+        planned = int(trainer.estimated_stepping_batches)
+        interval = trainer.global_step - self._validated_at
+        self._validated_at = trainer.global_step
+        near = trainer.global_step >= share * planned - interval / 2
+        if near and metric in trainer.callback_metrics:
+            self._rung = {
+                "share": share,
+                "step": trainer.global_step,
+                "planned": planned,
+                "monitor": metric,
+                "value": float(trainer.callback_metrics[metric]),
+                "loss": float(trainer.callback_metrics.get("val/loss", math.inf)),
+            }
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        self._told = 0 if self.signals is None else self.signals.agreed()
+        due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
+        if not (due or self._told) or loop._should_accumulate():
+            return
+        # Lightning does not make up for a validation or an epoch's end that was due here.
+        fetcher = trainer.fit_loop._data_fetcher
+        if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
+            return
+        self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Under max_steps Lightning would run an epoch's end a second time, and it does not store
+        # that a run was told to stop: there the checkpoint in mid-epoch has to do.
+        if trainer.max_steps == -1 and not trainer.should_stop:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved_at = trainer.global_step
+        for logger in trainer.loggers:  # what the checkpoint knows of will not be logged again
+            logger.save()
+        # Lightning writes through the folder for temporary files, from which a move may be a copy.
+        beside = self.path.with_name(f".{self.path.name}")
+        try:
+            trainer.save_checkpoint(beside, weights_only=False)
+            if trainer.is_global_zero:
+                check_written(beside, trainer.lightning_module.state_dict())
+                os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write {self.path}: {error}. The checkpoint before it is whole: free some "
+                "space and go on with resume=."
+            ) from None
+        if self._rung is not None:
+            raise Paused(self._rung)
+        if self._told:
+            raise Stopped(self._told)

@@ -1,0 +1,156 @@
+"""What a run shows beside its scalars: the bar, the adapter, its updates' norms, predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from ..module import LoraModule
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, which also says which model a validation or test is of.
+
+    The loss that it shows is read at most twice a second, since reading waits for the device.
+    """
+
+    READ_EVERY = 0.5
+    """Seconds."""
+    _read_at = -math.inf
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        shown = self._metric_component
+        if time.monotonic() - self._read_at < self.READ_EVERY:
+            self._metric_component = None  # the bar moves on, what stands beside it stays
+        else:
+            self._read_at = time.monotonic()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
+        self._metric_component = shown
+
+    @property
+    def validation_description(self) -> str:
+        """Text before the bar of a validation."""
+        best = self.trainer.state.fn == "validate"
+        return "Validation of the best" if best else "Validation"
+
+    @property
+    def test_description(self) -> str:
+        """Text before the bar of a test."""
+        return "Test of the best" if self.trainer.global_step else "Test before training"
+
+
+class AdapterSummary(RichModelSummary):
+    """Shows what the adapter covers; for a model without one, Lightning's own summary."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
+        if adapter is None:
+            super().on_fit_start(trainer, pl_module)
+        elif trainer.is_global_zero:
+            told = str(adapter.summary())
+            Console().print(told, highlight=False, markup=False, soft_wrap=True)
+
+
+class UpdateNorms(Callback):
+    """Logs the Frobenius norm of each adapted layer's update s B A after every validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
+        if adapter is None or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        norms = {
+            f"update_norm/{name}": layer.update_norm() for name, layer in adapter.layers.items()
+        }
+        values = {name: norm.item() for name, norm in norms.items()}
+        values["update_norm/total"] = sum(value**2 for value in values.values()) ** 0.5
+        # The step that Lightning logs this validation's metrics at.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+
+
+class SamplePredictions(Callback):
+    """Shows predictions on the same few validation rows, after every validation.
+
+    They are a table in TensorBoard's text tab, and lines of `samples.jsonl`.
+
+    Args:
+        count: number of rows.
+        folder: where samples.jsonl goes; None: there is none.
+    """
+
+    def __init__(self, count: int = 8, folder: str | None = None) -> None:
+        self.count = count
+        self.file = None if folder is None else Path(folder) / "samples.jsonl"
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+        assert isinstance(pl_module, LoraModule)
+        idle = not trainer.is_global_zero and pl_module.shards is None
+        if trainer.sanity_checking or idle or not (loggers or self.file):
+            return
+        rows = _spread(len(data.encoded["val"]), self.count)
+        predictions = _predict(pl_module, data, rows)  # of a base in shares, by all processes
+        if not trainer.is_global_zero:
+            return
+        samples = [
+            {
+                **data.task.describe(data.raw["val"][row]),
+                "prediction": data.task.show_prediction(prediction),
+            }
+            for row, prediction in zip(rows, predictions, strict=True)
+        ]
+        lines = ["| input | target | prediction |", "|---|---|---|"]
+        lines += [f"| {' | '.join(map(_cell, sample.values()))} |" for sample in samples]
+        for logger in loggers:
+            logger.experiment.add_text(
+                "samples/val", "\n".join(lines), global_step=trainer.global_step
+            )
+        if self.file is not None:
+            self._write(self.file, trainer.global_step, samples)
+
+    @staticmethod
+    def _write(path: Path, step: int, samples: list[dict[str, str]]) -> None:
+        """Appends samples of a step; a resumed run takes back those of steps it repeats."""
+        kept: list[str] = []
+        if path.is_file():
+            old = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in old if json.loads(line)["step"] < step]
+        new = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text("\n".join([*kept, *new]) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")[:300]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` indices spread evenly over `total`."""
+    return [index * total // count for index in range(count)] if total > count else [*range(total)]
+
+
+@torch.no_grad()
+def _predict(module: LoraModule, data: Any, rows: list[int]) -> list[dict[str, Any]]:
+    batch = data.collate()([dict(data.encoded["val"][row]) for row in rows])
+    batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
+    was_training = module.training
+    module.eval()
+    predictions = module.predict_step(batch, 0)
+    module.train(was_training)
+    return predictions

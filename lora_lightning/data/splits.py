@@ -1,0 +1,73 @@
+"""Validation and test rows cut from those to train on, where there are none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ..lora.errors import UserError
+from ..settings import DataConfig
+from .sources import SPLITS
+
+
+def make_splits(
+    raw: dict[str, Any], config: DataConfig, *, strata: Any = lambda rows: None
+) -> dict[str, Any]:
+    """Adds the validation and test splits that are absent, cut from the training rows.
+
+    Equal rows never end up on both sides of a cut.
+
+    Args:
+        raw: datasets by split.
+        config: fractions and seed.
+        strata: gives each row's group, of which each split gets its share.
+
+    Raises:
+        UserError: too few rows to cut.
+    """
+    if "train" not in raw:
+        return raw
+    wanted = {
+        split: getattr(config, f"{split}_fraction")
+        for split in SPLITS[1:]
+        if split not in raw and getattr(config, f"{split}_fraction") > 0
+    }
+    if not wanted:
+        return raw
+    rows = raw["train"]
+    parts = _cut(rows, strata(rows), wanted, config.split_seed)
+    empty = [split for split, indices in parts.items() if not indices]
+    if empty:
+        raise UserError(
+            f"the training data has only {len(rows)} rows, too few to cut off "
+            f"{' and '.join(empty)} data: give data.val and data.test, or larger fractions."
+        )
+    return {**raw, **{split: rows.select(indices) for split, indices in parts.items()}}
+
+
+def _cut(
+    rows: Any, strata: list[Any] | None, fractions: dict[str, float], seed: int
+) -> dict[str, list[int]]:
+    """Row indices by split. Each stratum is dealt in a random order, equal rows together."""
+    twins: dict[str, list[int]] = {}
+    names = sorted(name for name in rows.column_names if name.lower() not in ("id", "idx"))
+    for index, row in enumerate(zip(*(rows[name][:] for name in names), strict=True)):
+        content = json.dumps(dict(zip(names, row, strict=True)), sort_keys=True, default=str)
+        twins.setdefault(content, []).append(index)
+    groups: dict[Any, list[list[int]]] = {}
+    for indices in twins.values():
+        groups.setdefault(strata[indices[0]] if strata else None, []).append(indices)
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, list[int]] = {split: [] for split in ("train", *fractions)}
+    for key in sorted(groups, key=str):
+        members = groups[key]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        start = 0
+        for split, fraction in fractions.items():
+            stop = start + round(fraction * len(members))
+            parts[split] += [i for m in order[start:stop] for i in members[m]]
+            start = stop
+        parts["train"] += [i for m in order[start:] for i in members[m]]
+    return {split: sorted(indices) for split, indices in parts.items()}

@@ -1,0 +1,76 @@
+"""What a run's folder holds of the run so far: whether it can be gone on with, and from where."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+
+from .checkpoint import read_checkpoint
+from .config import config_hash
+from .lora import UserError
+from .storage import RESULT
+
+CHECKPOINTS = "checkpoints"
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint a run goes on from; None if it was stopped before the first."""
+    path = run_dir / CHECKPOINTS / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def earlier_result(run_dir: Path) -> dict[str, Any]:
+    """The result of the run that is gone on with, as far as it came."""
+    try:
+        return dict(json.loads((run_dir / RESULT).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
+    """Raises UserError if the folder holds a run of other settings."""
+    recorded = earlier_result(run_dir).get("config_hash", config_hash(config))
+    if recorded != config_hash(config):
+        raise UserError(
+            f"{run_dir} holds a run of other settings, which cannot be gone on with by these. Give "
+            f"another output_dir, or go on with that run: lora-lightning train resume={run_dir}."
+        )
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """Raises UserError if the folder holds a run already."""
+    if (run_dir / RESULT).exists() or (run_dir / CHECKPOINTS).exists():
+        raise UserError(
+            f"{run_dir} holds a run already. To go on with it: lora-lightning train "
+            f"resume={run_dir}. For a new run give another output_dir."
+        )
+
+
+def continue_csv(trainer: L.Trainer, checkpoint: Path) -> int:
+    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file.
+
+    Returns:
+        The checkpoint's step.
+    """
+    step: int = read_checkpoint(checkpoint)["global_step"]
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
+            continue
+        path = Path(logger.log_dir) / "metrics.csv"
+        rows = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as handle:
+                rows = list(csv.DictReader(handle))
+        logger.experiment.metrics += [
+            {name: value for name, value in row.items() if value != ""}
+            for row in rows
+            if int(row["step"]) < step
+        ]
+        logger.save()
+    return step

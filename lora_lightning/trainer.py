@@ -1,0 +1,84 @@
+"""Lightning's Trainer, as a config describes it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from omegaconf import DictConfig, OmegaConf
+
+from .cluster import check_nodes
+from .config import instantiate_all, instantiate_one
+from .lora import UserError
+from .lora.errors import did_you_mean
+from .precision import for_lightning
+from .strategies import refuse_full, refuse_strategy
+from .zero import ZeroStrategy
+
+
+def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
+    """The Lightning Trainer that the config describes.
+
+    Raises:
+        UserError: Lightning does not take the settings.
+    """
+    arguments = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(arguments, dict)
+    check_nodes(int(arguments.get("num_nodes") or 1))
+    if isinstance(arguments.get("strategy"), dict):
+        arguments["strategy"] = instantiate_one(config.trainer, "strategy")
+    refuse_strategy(str(arguments.get("strategy")))
+    refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
+    if isinstance(arguments.get("strategy"), ZeroStrategy):
+        ZeroStrategy.check(config.optim.name, str(arguments.get("precision")))
+    arguments |= changes
+    arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
+    known = inspect.signature(L.Trainer).parameters
+    for key in map(str, arguments):
+        if key not in known:
+            raise UserError(
+                f"trainer.{key}: Lightning's Trainer takes no such argument."
+                f"{did_you_mean(key, known)}"
+            )
+    loggers = instantiate_all(config.logger)
+    # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
+    bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)
+    callbacks = [
+        callback
+        for callback in instantiate_all(config.callbacks)
+        if (bar or not isinstance(callback, ProgressBar))
+        and (logs or not isinstance(callback, LearningRateMonitor))
+    ]
+    try:
+        return L.Trainer(
+            **{
+                "callbacks": callbacks,
+                "logger": loggers or False,
+                "default_root_dir": config.output_dir,
+                "use_distributed_sampler": False,
+                **{str(key): value for key, value in arguments.items()},
+            }
+        )
+    except Exception as error:
+        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
+        told = isinstance(error, (TypeError, ValueError, RuntimeError))
+        if not told and type(error).__name__ != "MisconfigurationException":
+            raise
+        said = str(error).rstrip(".!")
+        if "gpu backend" in said:
+            said += ". Without a GPU: trainer=cpu"
+        raise UserError(f"trainer: {said}.") from error
+
+
+def check_windows(trainer: L.Trainer) -> None:
+    """A validation amid an accumulation window could not be resumed exactly."""
+    every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if window == 1 or every is None or every == 1.0:
+        return
+    if not isinstance(every, int) or every % window:
+        raise UserError(
+            f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
+            "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
+        )
