@@ -17,6 +17,9 @@ from .module import LoraModule
 from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
 
+FEW_STEPS = 20
+"""Fewer optimizer steps than these hardly teach anything: a user is told."""
+
 
 def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
     """What a rule without learning reaches on the test rows that text is generated for.
@@ -115,8 +118,14 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
         f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
         f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s.",
-        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB)",
+        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB with the tokenizer)",
         f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',
         f"Curves:  tensorboard --logdir {run_dir}",
     ]
+    if result["steps"] < FEW_STEPS:
+        lines.insert(
+            -3,
+            f"Only {result['steps']} optimizer steps were taken: for more, a smaller "
+            "data.batch_size or a larger trainer.max_epochs.",
+        )
     print("\n" + "\n".join(lines), flush=True)

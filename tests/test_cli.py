@@ -405,8 +405,11 @@ def test_resume_of_a_finished_run_does_nothing(run_cli, tiny_bert, rows_jsonl, f
 def test_output_dir_with_blanks_and_quotes(run_cli, tiny_bert, rows_jsonl, fast):
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
     folder = Path("my runs, it's")
-    status, _, err = run_cli("train", *fast, *where, f'output_dir="{folder}"')
+    status, out, err = run_cli("train", *fast, *where, f'output_dir="{folder}"')
     assert status == 0, err
+    steps = json.loads((folder / "result.json").read_text())["steps"]
+    assert (f"Only {steps} optimizer steps were taken" in out) == (steps < 20)
+    assert " MB with the tokenizer)" in out
     assert (folder / "result.json").is_file()
     assert os.listdir() == [str(folder)]
 
