@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lora.checks import check_trained
 from .lora.errors import UserError
 
 
@@ -37,9 +38,103 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of zip, pickle, or what a damaged pickle calls
         raise _damaged(path, error) from None
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
+    if (
+        not isinstance(weights, dict)
+        or not all(isinstance(tensor, Tensor) for tensor in weights.values())
+        or not isinstance(settings, dict)
+    ):
         raise UserError(f"{path} is no checkpoint of lora_lightning.")
-    return content
+    return content  # type: ignore[no-any-return]
+
+
+def check_resumable(content: dict[str, Any], path: Path) -> None:
+    """Makes sure that a run can go on from a checkpoint, and from the step that it tells.
+
+    Raises:
+        UserError: something is absent or of another kind than a run writes.
+    """
+    problem = _missing(content)
+    if problem is not None:
+        raise UserError(
+            f"a run cannot go on from {path}: {problem}. Something else than a run has written it. "
+            "What it has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+        )
+
+
+def _missing(content: dict[str, Any]) -> str | None:
+    for key, kind in _KINDS.items():
+        if not isinstance(content.get(key), kind):
+            return f"its {key!r} is absent or of the wrong kind"
+    place: Any = content["loops"]
+    for key in _STEPS:
+        place = place.get(key) if isinstance(place, dict) else None
+    if place != content["global_step"]:
+        return (
+            f"its loops have made {place} steps, and its 'global_step' is {content['global_step']}"
+        )
+    if not re.match(r"\d+\.\d+", content["pytorch-lightning_version"]):
+        return "its version of Lightning is none"
+    return None
+
+
+_KINDS = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "data_ranks": int,
+}
+_STEPS = (
+    *("fit_loop", "epoch_loop.automatic_optimization.optim_progress"),
+    *("optimizer", "step", "total", "completed"),
+)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg")
+"""What optimizers keep in the shape of a parameter."""
+
+
+def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the state of an optimizer in a checkpoint is one of this optimizer.
+
+    Args:
+        saved: the checkpoint's "optimizer_states".
+        optimizer: as it is before the first step.
+
+    Raises:
+        UserError: it is not, or it holds values that are not finite.
+    """
+    problem = _unfit(saved, optimizer)
+    if problem is not None:
+        raise UserError(
+            f"the optimizer's state in this checkpoint does not fit the run: {problem}. What the "
+            "checkpoint has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+        )
+
+
+def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        (one,) = saved
+        groups, states = one["param_groups"], one["state"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            return f"it has groups of {sizes} tensors"
+        if not all(isinstance(group["lr"], (int, float, Tensor)) for group in groups):
+            return "a learning rate is no number"
+        for index, state in states.items():
+            for name, value in state.items():
+                shape = parameters[index].shape
+                if name in _MOMENTS and value is not None and value.shape != shape:
+                    return f"{name} of tensor {index} is {tuple(value.shape)}, not {tuple(shape)}"
+                if isinstance(value, Tensor) and not value.isfinite().all():
+                    return f"{name} of tensor {index} holds values that are not finite"
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -62,8 +157,9 @@ def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
     """Makes sure that a checkpoint holds what is trained, before an older one makes way for it.
 
     Raises:
-        UserError: the file cannot be read, or its tensors are not those in memory.
+        UserError: the file cannot be read or is not what is in memory, or that is ruined.
     """
+    check_trained(live, kept="The checkpoint before it was left as it is.")
     found = _read(path)["state_dict"]
     same = found.keys() == live.keys() and all(
         torch.equal(found[name], tensor.detach().cpu()) for name, tensor in live.items()

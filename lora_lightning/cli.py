@@ -105,7 +105,8 @@ def _guarded(action: Callable[[], Any]) -> Any:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
-        print(said or "interrupted", file=sys.stderr)
+        if cluster.tells():
+            print(said or "interrupted", file=sys.stderr)
         signum = getattr(error, "signum", signal.SIGINT)
         cluster.requeue_if_warned(signum)
         sys.exit(EXIT_BY_SIGNAL + signum)

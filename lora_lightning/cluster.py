@@ -87,8 +87,23 @@ def let_rank_zero_tell() -> None:
 
     Comes back where the mistake is this process's alone.
     """
-    if started_by_rank_zero():
+    if not tells():
         time.sleep(PATIENCE)
+
+
+def tells() -> bool:
+    """Whether this process is the one of its run whose messages a user sees first."""
+    return not started_by_rank_zero() and not (from_outside() and rank() > 0)
+
+
+LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset) by (remote )?peer|remote process exited|Broken pipe"
+)
+
+
+def has_lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended: what gloo and NCCL say."""
+    return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def end_with_starter() -> None:

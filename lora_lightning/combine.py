@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from .lora import UserError
 from .lora.combine import METHODS, Update, combine
 from .lora.errors import did_you_mean
-from .storage import SIDECAR
+from .storage import SIDECAR, read_sidecar
 from .stored import Stored, key_of, write_like
 
 WHOLE = ("same", "first", "mean")
@@ -139,11 +138,7 @@ def _base_of(stored: Stored) -> dict[str, Any]:
 
 
 def _sidecar(stored: Stored) -> dict[str, Any]:
-    try:
-        sidecar = json.loads((stored.folder / SIDECAR).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return sidecar if isinstance(sidecar, dict) else {}
+    return read_sidecar(stored.folder) if (stored.folder / SIDECAR).is_file() else {}
 
 
 def _tokens_of(stored: Stored) -> list[Any]:

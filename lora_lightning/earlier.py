@@ -11,7 +11,6 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from .checkpoint import read_checkpoint
 from .config import config_hash
 from .lora import UserError
 from .storage import RESULT
@@ -33,6 +32,12 @@ def earlier_result(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
+def completed_result(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a run that has come to its end; None if it has not."""
+    result = earlier_result(run_dir)
+    return result if result.get("status") == "completed" else None
+
+
 def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
     """Raises UserError if the folder holds a run of other settings."""
     recorded = earlier_result(run_dir).get("config_hash", config_hash(config))
@@ -52,13 +57,8 @@ def refuse_used_folder(run_dir: Path) -> None:
         )
 
 
-def continue_csv(trainer: L.Trainer, checkpoint: Path) -> int:
-    """Keeps the rows up to the checkpoint; Lightning's CSVLogger alone would start a new file.
-
-    Returns:
-        The checkpoint's step.
-    """
-    step: int = read_checkpoint(checkpoint)["global_step"]
+def continue_csv(trainer: L.Trainer, step: int) -> None:
+    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file."""
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
@@ -73,4 +73,3 @@ def continue_csv(trainer: L.Trainer, checkpoint: Path) -> int:
             if int(row["step"]) < step
         ]
         logger.save()
-    return step

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from .checkpoint import check_optimizer
 from .combinations import refuse_combinations
 from .first_look import found_before, look
 from .forward import check_packing, compile_layers, offloaded_activations
@@ -20,6 +21,7 @@ from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
 from .lora.loftq import make_up
+from .lora.summary import count
 from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
 from .modeling import load_tokenizer
@@ -120,6 +122,8 @@ class LoraModule(L.LightningModule):
         self._batch = 0
         self._recent: list[tuple[int, int, int, Tensor]] = []
         """Step, epoch, last batch and loss of the steps since a loss was last looked at."""
+        self.total_parameters = 0
+        """Of the model, before a strategy takes shares that are tied for two."""
 
     # Building --------------------------------------------------------------------------------
 
@@ -152,6 +156,7 @@ class LoraModule(L.LightningModule):
         if self.model_config.compile is not None:
             compile_layers(model)
         self.adopt(model, adapter)
+        self.total_parameters = count(model.parameters())
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
         self._check_monitor()
@@ -269,6 +274,9 @@ class LoraModule(L.LightningModule):
         # loaders before it has read their state, and then forgets to give it to them.
         self.trainer.fit_loop._load_combined_loader_states()
 
+    def on_train_end(self) -> None:
+        self._check_loss()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx
         index = self.current_epoch * 1_000_000_007 + batch_idx
@@ -352,9 +360,10 @@ class LoraModule(L.LightningModule):
                 }
                 path.write_text(json.dumps(content, indent=2, default=str) + "\n")
             told = f" The rows of that step are in {path}."
+        half = self.trainer.precision == "16-mixed" or self.model_config.dtype == "float16"
+        or_else = ", or use bfloat16 in the place of float16" if half else ""
         raise UserError(
-            f"the training loss is {loss.item()} at step {step}: lower optim.lr, or use "
-            f"model.dtype=bfloat16 instead of float16.{told}"
+            f"the training loss is {loss.item()} at step {step}: lower optim.lr{or_else}.{told}"
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -459,6 +468,8 @@ class LoraModule(L.LightningModule):
                 f"written, and {now} do now, so its steps would be of other batches. Go on with as "
                 "many, or start a new run from what it has learned: adapter=CHECKPOINT.ckpt."
             )
+        if fits:
+            check_optimizer(checkpoint.get("optimizer_states"), self.build_optimizer())
         if saved != self.task.state():
             raise UserError(
                 "the data or its labels differ from those that the checkpoint was trained with: "

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from .callbacks import RunClock
 from .config import Settings
 from .data.datamodule import LoraDataModule
-from .lora.summary import count
 from .module import LoraModule
 from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
@@ -52,7 +51,7 @@ def measured(
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": count(parameters),
+        "total_parameters": module.total_parameters,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": round(clock.seconds, 3),

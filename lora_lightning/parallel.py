@@ -105,6 +105,7 @@ def loading_options(
         ) from None
     with torch.device("meta"):
         skeleton = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
+    _check_heads(model_config, shards.tensor)
     plans: dict[str, Any] = {}
     if shards.data > 1:
         plans["fsdp_plan"] = dict.fromkeys(_repeated_layers(skeleton), "free_full_weight")
@@ -119,6 +120,19 @@ def loading_options(
         plans["tp_plan"] = {f"{prefix}.{name}": style for name, style in plan.items()}
     config = DistributedConfig(fsdp_size=shards.data, tp_size=shards.tensor, **plans)
     return {"distributed_config": config}
+
+
+def _check_heads(model_config: Any, tensor: int) -> None:
+    """Raises UserError for heads of attention that cannot be cut evenly."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text or model_config, key, None)
+        if isinstance(heads, int) and heads % tensor:
+            raise UserError(
+                f"tensor parallelism over {tensor} processes: the model's {key} is {heads}, which "
+                "cannot be cut evenly. Give another trainer.strategy.tensor_parallel_size, or use "
+                "trainer=fsdp2 or trainer=ddp."
+            )
 
 
 def _repeated_layers(model: nn.Module) -> list[str]:

@@ -215,14 +215,15 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
         nonlocal composed
         composed = True
         sys.argv = whole  # Lightning starts its other ranks with this command line
+        config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
+        sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
         from .train import train
 
-        config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
         try:
             with environment(FULL_ERROR, full_error):
-                result = train(config, resume=resume)
+                result = _job(config) if sweeps else train(config, resume=resume)
         except UserError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if sweeps:
                 raise  # another launcher names the job, and goes on with the others first
             mistakes.append(error)
             return None
@@ -245,6 +246,16 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
         sys.argv = whole
     if mistakes:
         raise mistakes[0]
+
+
+def _job(config: Any) -> dict[str, Any]:
+    """A job of a sweep by a launcher that is not ours; one that had been begun goes on."""
+    from .earlier import completed_result, refuse_other_run
+    from .train import train
+
+    run_dir = Path(config.output_dir)
+    refuse_other_run(run_dir, config)
+    return completed_result(run_dir) or train(config, resume=True)
 
 
 @contextmanager
@@ -300,8 +311,9 @@ def _resume(folder: str, others: list[str]) -> None:
 
 def _is_complete(run_dir: Path) -> bool:
     """Whether the folder's run has come to its end, which is said then."""
-    result_file = run_dir / "result.json"
-    complete = result_file.is_file() and '"status": "completed"' in result_file.read_text()
+    from .earlier import completed_result
+
+    complete = completed_result(run_dir) is not None
     if complete:
         print(f"{run_dir} is complete: nothing to resume.")
     return complete

@@ -18,6 +18,7 @@ import torch
 
 from .lock import LOCK, locked
 from .lora import UserError, save_adapter
+from .lora.checks import check_trained
 from .lora.state import WEIGHTS_NAME, replaced_folder
 from .lora.vocabulary import before_growth
 from .modeling import fingerprint
@@ -33,6 +34,8 @@ RUN_ENTRIES = (
     *(".hydra", RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations that transformers has itself; other names are those of repositories of code."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
@@ -61,6 +64,7 @@ def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, 
             content["weights_sha256"] = digest(staging / WEIGHTS_NAME)
         (staging / SIDECAR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
+    check_trained(module.trainable_tensors(), kept=f"{folder} was not written.")
     if module.adapter is not None:
         save_adapter(
             module.adapter,
@@ -166,7 +170,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
             parts = value if isinstance(value, list) else [value]
             if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
                 raise TypeError(f"task_state.{key} must be plain")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(folder, error) from None
     return dict(content)
 
@@ -174,14 +178,16 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that came with an adapter, without what its maker must not decide for its user.
 
-    That is what would run code or write files: classes to build, a model's own code, interpolations
-    (which read the environment), the place of the cache.
+    That is what would run code or write files: classes to build, a model's own code, attention
+    kernels from the hub, interpolations (which read the environment), the place of the cache.
     """
     kept = {group: dict(settings[group]) for group in OWN_GROUPS if group in settings}
     if "${" in json.dumps(kept):
         raise TypeError("settings must be plain values")
     for group, key in (("model", "trust_remote_code"), ("data", "cache_dir")):
         kept[group].pop(key, None)
+    if kept["model"].get("attn_implementation") not in ATTENTION:
+        kept["model"].pop("attn_implementation", None)
     return kept
 
 
@@ -189,7 +195,8 @@ def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
 def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
     """Takes a run's folder, and clears it again if the block ends in a mistake of the user.
 
-    What was there before stays, and so does a run that has come as far as a checkpoint.
+    What was there before stays, and so does a run that has come as far as a checkpoint, or to a
+    step whose rows it has kept.
 
     Args:
         run_dir: the run's folder; it and its parents are removed again where the block made them.
@@ -209,7 +216,8 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
             new += [run_dir / LOCK] if first else []  # not one that another process holds
             yield
     except UserError:
-        undo = always or not any((run_dir / "checkpoints").glob("*"))
+        trained = any((run_dir / "checkpoints").glob("*")) or (run_dir / BAD_STEP).exists()
+        undo = always or not trained
         raise
     finally:
         if undo:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .lora import LoraConfig, UserError, read_adapter
+from .lora.checks import check_values
 from .lora.combine import Update
 from .lora.state import (
     CONFIG_NAME,
@@ -87,8 +87,7 @@ def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:
             f"{folder}: A and B of {module} are {tuple(a.shape)} and {tuple(b.shape)}, which do "
             "not fit together."
         )
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise UserError(f"{folder} holds values that are not finite in {module}.")
+    check_values({f"{module}.A": a, f"{module}.B": b}, source=str(folder))
 
 
 def write_like(
@@ -98,12 +97,27 @@ def write_like(
     with replaced_folder(output, marker=CONFIG_NAME) as staging:
         for path in first.iterdir():
             if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+                _refuse_way_out(path)
                 shutil.copyfile(path, staging / path.name)
         write_files(staging, config, tensors)
         if (staging / SIDECAR).is_file():
             sidecar = json.loads((staging / SIDECAR).read_text(encoding="utf-8"))
             sidecar["weights_sha256"] = digest(staging / WEIGHTS_NAME)
             (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
+
+
+def _refuse_way_out(path: Path) -> None:
+    """Raises UserError for a link in an adapter folder to a file elsewhere, as a trap would have.
+
+    The hub's cache is all links, from snapshots/REVISION to blobs beside it.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    cached = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
+    if real.parent != folder and not cached:
+        raise UserError(
+            f"{path} is a link to {real}, outside of the adapter's folder: it is not copied. Take "
+            "it away, or put the file itself in its place."
+        )
 
 
 def copy_adapter(folder: Path, output: Path) -> None:

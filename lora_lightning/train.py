@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from omegaconf import DictConfig
 
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import write_card
-from .checkpoint import read_checkpoint
+from .checkpoint import check_resumable, read_checkpoint
+from .cluster import has_lost_another
 from .config import (
     Settings,
     config_hash,
@@ -64,7 +66,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, run_dir: Path, signum: int) -> None:
-        super().__init__(f"interrupted. To go on: lora-lightning train resume={run_dir}")
+        begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
+        super().__init__(f"interrupted. To go on{begins}: lora-lightning train resume={run_dir}")
         self.signum = signum
 
 
@@ -104,14 +107,16 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
-            stack.callback(_record, run_dir, result)
+            stack.push(lambda kind, error, trace: _record(run_dir, result, error))
         _run_to_its_end(config, settings, run_dir, checkpoint, result, changes)
     return result
 
 
-def _record(run_dir: Path, result: dict[str, Any]) -> None:
+def _record(run_dir: Path, result: dict[str, Any], error: BaseException | None) -> None:
+    """Writes how a run has ended; where that cannot be written too, the first mistake is told."""
     if run_dir.is_dir():
-        write_json(run_dir / RESULT, result)
+        with suppress(UserError) if error is not None else nullcontext():
+            write_json(run_dir / RESULT, result)
 
 
 def _run_to_its_end(
@@ -138,9 +143,25 @@ def _run_to_its_end(
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
         raise Interrupted(run_dir, signal.SIGINT) from None
+    except OSError as error:
+        result["status"] = "failed"
+        result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        goes_on = last_checkpoint(run_dir) is not None
+        way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "begin anew"
+        raise UserError(
+            f"the disk is full: {error}. Nothing that was there before is lost: free some space "
+            f"and {way}."
+        ) from error
     except BaseException as error:
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        if has_lost_another(error):
+            raise UserError(
+                "another process of this run has died, or was killed. To go on: lora-lightning "
+                f"train resume={run_dir}"
+            ) from error
         raise
 
 
@@ -175,7 +196,10 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        step = continue_csv(trainer, checkpoint)
+        content = read_checkpoint(checkpoint)
+        check_resumable(content, checkpoint)
+        step = content["global_step"]
+        continue_csv(trainer, step)
         if trainer.is_global_zero:
             print(f"goes on from step {step} ({checkpoint.name})", flush=True)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

@@ -6,6 +6,7 @@ What was whole before stays whole, and the message says how to go on.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -17,11 +18,16 @@ import time
 import zipfile
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from lora_lightning.callbacks import BestCheckpoint
+from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
 from lora_lightning.lock import locked
+from lora_lightning.lora import UserError
+from lora_lightning.lora import state as lora_state
 from lora_lightning.module import LoraModule
 from lora_lightning.train import train
 
@@ -99,6 +105,125 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     whole = resumed(run)
     assert whole.returncode == 0, whole.stderr
     assert json.loads((run / "result.json").read_text())["status"] == "completed"
+
+
+def test_a_disk_that_is_full_for_a_log_is_told(settings, tmp_path, run_cli):
+    """The device that every write finds full, in the place of a log; no traceback, and a way on."""
+    run = tmp_path / "run"
+    (run / "csv").mkdir(parents=True)
+    (run / "csv" / "metrics.csv").symlink_to("/dev/full")
+    saves = "callbacks.last.every_n_steps=1000"
+    status, _, err = run_cli("train", *settings, saves, f"output_dir={run}")
+    assert status == 2
+    assert "error: the disk is full: " in err
+    assert "Traceback" not in err
+
+
+RUINS = {"inf": "no longer finite", "nan": "no longer finite", "zero": "all zero"}
+
+
+@pytest.mark.parametrize("ruin", RUINS)
+def test_ruined_weights_do_not_take_a_good_checkpoints_place(ruin, settings, tmp_path, monkeypatch):
+    """Weights that turn bad after the loss of the last step was still a number."""
+    run, step = tmp_path / "run", LoraModule.optimizer_step
+
+    def ruined(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        if self.trainer.global_step < 5:
+            return
+        with torch.no_grad():
+            for tensor in self.trainable_tensors().values():
+                if ruin == "zero":
+                    tensor.zero_()
+                else:
+                    tensor.view(-1)[0] = float(ruin)
+
+    monkeypatch.setattr(LoraModule, "optimizer_step", ruined)
+    with pytest.raises(UserError, match=RUINS[ruin]):
+        train(compose_config([*settings, "callbacks.best=null", f"output_dir={run}"]))
+    kept = read_checkpoint(run / LAST)
+    assert kept["global_step"] == 4
+    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+    assert any(tensor.any() for tensor in kept["state_dict"].values())
+    assert not list((run / "checkpoints").glob(".*"))
+    assert not (run / "adapter").exists()
+
+
+@pytest.mark.parametrize("file", ["last", "best", "adapter"])
+def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp_path, monkeypatch):
+    """A disk that turns a value between the writing of a file and its reading."""
+    run, tampered = tmp_path / "run", []
+
+    def turned(write):
+        def wrapped(*args, **kwargs):
+            found = write(*args, **kwargs)
+            (path,) = (Path(str(a)) for a in args if isinstance(a, (str, Path)))
+            if file in path.name and len(tampered) < 1:
+                tampered.append(path)
+                if path.suffix == ".ckpt":
+                    content = torch.load(path, weights_only=True)
+                    next(iter(content["state_dict"].values())).view(-1)[0] += 1
+                    torch.save(content, path)
+                else:
+                    raw = bytearray(path.read_bytes())
+                    raw[-1] ^= 1
+                    path.write_bytes(raw)
+            return found
+
+        return wrapped
+
+    if file == "adapter":
+        monkeypatch.setattr(lora_state, "save_file", turned(lora_state.save_file))
+    else:
+        save = L.Trainer.save_checkpoint
+        monkeypatch.setattr(L.Trainer, "save_checkpoint", turned(save))
+    with pytest.raises(UserError, match="disk or file system is at fault"):
+        train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={run}"]))
+    assert tampered
+    assert not (run / LAST).exists() or file != "last"
+    assert not (run / "adapter").exists()
+
+
+def change(content: dict, key: str, value: object) -> None:
+    *path, last = key.split("/")
+    place = content
+    for part in path:
+        place = place[int(part) if part.isdigit() else part]
+    if value is None:
+        del place[last]
+    elif isinstance(value, torch.Tensor) and value.dim() == 0:
+        place[last].fill_(value)
+    else:
+        place[last] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        *[(key, None, f"'{key}' is absent") for key in ("loops", "callbacks", "optimizer_states")],
+        *[(key, None, f"'{key}' is absent") for key in ("lr_schedulers", "global_step", "epoch")],
+        *[(key, None, f"'{key}' is absent") for key in ("data_ranks", "pytorch-lightning_version")],
+        ("global_step", "x", "'global_step' is absent or of the wrong kind"),
+        ("global_step", 10**12, "steps, and its 'global_step' is 10000"),
+        ("loops", {"fit_loop": {}}, "loops have made None steps"),
+        ("pytorch-lightning_version", "garbage", "version"),
+        ("hyper_parameters", [1], "no checkpoint of lora_lightning"),
+        ("optimizer_states/0/state/0/exp_avg", torch.zeros(3), "exp_avg of tensor 0 is (3,)"),
+        ("optimizer_states/0/state/0/exp_avg", torch.tensor(math.nan), "not finite"),
+        ("optimizer_states/0/param_groups/0/lr", "x", "a learning rate is no number"),
+        ("optimizer_states/0/param_groups/0/params", [0], "it has groups of"),
+    ],
+)
+def test_a_checkpoint_that_no_run_wrote_is_told(key, value, said, stopped, tmp_path, run_cli):
+    """Whole by its checksums, and changed: saved anew by another hand."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    content = torch.load(run / LAST, weights_only=True)
+    change(content, key, value)
+    torch.save(content, run / LAST)
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    assert said in " ".join(err.split())
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("damage", ["cut", "turned", "turned inside", "empty", "other"])
@@ -238,8 +363,12 @@ def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatc
     assert result["tokens_per_second"] > 0
 
 
-def test_the_rows_of_a_step_whose_loss_is_no_number(settings, tmp_path, monkeypatch):
-    """The file names the rows that were in the batch, not those of a later look at the loss."""
+@pytest.mark.parametrize("more", [[], ["trainer.max_steps=4", "callbacks.best=null"]])
+def test_the_rows_of_a_step_whose_loss_is_no_number(more, settings, tmp_path, monkeypatch):
+    """The file names the rows that were in the batch, not those of a later look at the loss.
+
+    And so it does where that step was the last, and nothing is saved after it.
+    """
     seen = []
     whole = LoraModule.training_step
 
@@ -261,7 +390,7 @@ def test_the_rows_of_a_step_whose_loss_is_no_number(settings, tmp_path, monkeypa
             compose_config(
                 [
                     *(*settings, "trainer.log_every_n_steps=7", "callbacks.last.every_n_steps=100"),
-                    *(f"output_dir={run}", "seed=5"),
+                    *(f"output_dir={run}", "seed=5", *more),
                 ]
             )
         )
@@ -271,6 +400,30 @@ def test_the_rows_of_a_step_whose_loss_is_no_number(settings, tmp_path, monkeypa
     assert sorted(row["text"].lower() for row in told["rows"]) == texts[3]
     assert texts[3] not in texts[:3]
     assert not (run / LAST).exists(), "the weights of that step are not kept"
+
+
+def test_the_best_is_found_where_the_run_has_been_moved(settings, tmp_path):
+    """And with its score: a worse one, later, must not take its place."""
+    train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={tmp_path / 'run'}"]))
+    run = shutil.move(tmp_path / "run", tmp_path / "moved")
+    found = read_checkpoint(run / LAST)["callbacks"]
+    state = next(state for key, state in found.items() if key.startswith("BestCheckpoint"))
+    assert state["dirpath"] == str(tmp_path / "run" / "checkpoints")
+    best = BestCheckpoint(dirpath=run / "checkpoints", monitor="val/loss")
+    best.load_state_dict(state)
+    assert Path(best.best_model_path).is_file()
+    assert list(best.best_k_models) == [best.best_model_path] == [best.kth_best_model_path]
+    assert best.best_model_score == best.kth_value == state["best_model_score"]
+
+
+def test_the_rows_are_kept_where_the_loss_fails_before_a_checkpoint(settings, tmp_path, run_cli):
+    run = tmp_path / "run"
+    more = ["optim.lr=1e30", "trainer.gradient_clip_val=null", "trainer.log_every_n_steps=1"]
+    status, _, err = run_cli("train", *settings, *more, f"output_dir={run}")
+    assert status == 2
+    assert f"The rows of that step are in {run / 'bad_step.json'}" in " ".join(err.split())
+    assert json.loads((run / "bad_step.json").read_text())["rows"]
+    assert "float16" not in err
 
 
 def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypatch):

@@ -337,6 +337,29 @@ def test_a_sweep_whose_jobs_are_sampled(sweep, tmp_path, launcher):
     assert [(tmp_path / name).stat().st_mtime_ns for name in folders] == before
 
 
+def test_a_sweep_by_another_launcher_goes_on(run_cli, tmp_path, monkeypatch, sweep):
+    """The same command again: what is complete stays, what was stopped goes on."""
+    monkeypatch.chdir(tmp_path)
+    command = [*sweep, "hydra/launcher=basic", "callbacks.last.every_n_steps=2"]
+    status, _, err = run_cli(*command)
+    assert status == 0, err
+    first, second = Path("sweep/0/result.json"), Path("sweep/1/result.json")
+    result, before = json.loads(second.read_text()), first.stat().st_mtime_ns
+    second.write_text(json.dumps({**result, "status": "running"}))
+    weights = Path("sweep/1/adapter/adapter_model.safetensors")
+    trained = weights.read_bytes()
+    weights.unlink()
+    status, out, err = run_cli(*command)
+    assert status == 0, err
+    assert "goes on from step" in out
+    assert first.stat().st_mtime_ns == before
+    assert json.loads(second.read_text())["status"] == "completed"
+    assert weights.read_bytes() == trained
+    status, _, err = run_cli(*command, "optim.lr=1e-4")
+    assert status == 2
+    assert "holds a run of other settings" in err
+
+
 @pytest.mark.slow
 def test_a_sweep_by_submitit(run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
     """Hydra's launcher for SLURM, with its executor of this machine: a folder for each job."""

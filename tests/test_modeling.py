@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_lightning.forward import compile_layers, offloaded_activations, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.module import LoraModule
+from lora_lightning.parallel import loading_options
 from lora_lightning.settings import ModelConfig
 from lora_lightning.tasks import build_task
 
@@ -106,3 +109,14 @@ def test_a_model_without_layers_to_compile():
 def test_only_layers_can_be_compiled():
     with pytest.raises(UserError, match="model.compile must be layer or null, got 'all'"):
         ModelConfig(compile="all")
+
+
+@pytest.mark.parametrize(("heads", "pairs"), [(3, 3), (4, 1)])
+def test_heads_that_cannot_be_cut_are_told(heads, pairs):
+    """transformers would cut the matrices all the same, and fail in the first step."""
+    config = LlamaConfig(
+        hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=pairs, vocab_size=64
+    )
+    with pytest.raises(UserError, match=r"_heads is \d, which cannot be cut evenly"):
+        loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=2))
+    assert loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=1)) == {}

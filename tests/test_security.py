@@ -6,8 +6,10 @@ Files are damaged and forged in many ways; nothing but our own error ever comes 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 import struct
 from contextlib import suppress
@@ -21,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lora_lightning.checkpoint import read_checkpoint
+from lora_lightning.combine import combine_adapters
 from lora_lightning.config import compose_config
 from lora_lightning.evaluate import evaluate
 from lora_lightning.inference import load_trained
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
 from lora_lightning.storage import SIDECAR, read_sidecar
+from lora_lightning.stored import Stored
 from lora_lightning.train import train
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -124,6 +128,39 @@ def test_a_forged_safetensors_header(header, length, body, model, adapter, tmp_p
     size = struct.pack("<Q", len(text) if length is None else length)
     (folder / WEIGHTS).write_bytes(size + text + body)
     loads_or_tells(model, folder)
+
+
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "C64")
+DTYPES += ("I64", "I8", "U64", "U16", "BOOL", "F8_E4M3FNUZ", "X9")
+
+
+@FUZZ
+@given(data=st.data())
+def test_tensors_of_any_type_and_shape(data, model, adapter, tmp_path):
+    """Headers that are whole: names of the adapter, other types, shapes, and bytes to match."""
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged", dirs_exist_ok=True))
+    content = (adapter / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header, start = json.loads(content[8 : 8 + size]), 0
+    changed = data.draw(st.lists(st.sampled_from(sorted(header)), max_size=3))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if name in changed:
+            entry["dtype"] = data.draw(st.sampled_from(DTYPES))
+            if data.draw(st.booleans()):
+                entry["shape"] = data.draw(st.lists(st.integers(0, 9), max_size=3))
+        bits = int("0" + re.sub(r"^\D*(\d*).*", r"\1", entry["dtype"])) or 8
+        bits = 16 if entry["dtype"] == "BF16" else bits
+        stop = start + math.prod(entry["shape"]) * bits // 8
+        entry["data_offsets"], start = [start, stop], stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    body = data.draw(st.sampled_from([b"\0", b"\xff", b"\x3c"])) * start
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    loads_or_tells(model, folder)
+    with suppress(UserError):
+        Stored.read(folder)
 
 
 @FUZZ
@@ -244,6 +281,73 @@ def test_values_that_are_not_numbers_are_refused(model, adapter, tmp_path):
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(UserError, match="not finite"):
         load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool, torch.complex64],
+    ids=str,
+)
+def test_weights_of_a_type_that_no_adapter_has_are_refused(kind, model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
+    tensors = {name: tensor.to(kind) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
+        with pytest.raises(UserError, match="an adapter is stored in float32"):
+            read()
+
+
+def test_what_is_finite_in_64_bits_alone_is_refused(model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
+    tensors = {k: v.double().fill_(1e300) for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
+        with pytest.raises(UserError, match="not finite"):
+            read()
+
+
+@pytest.mark.parametrize("name", [CONFIG, SIDECAR])
+def test_json_too_deep_to_read_is_told(name, run, model, tmp_path):
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    (folder / name).write_text("[" * 200_000)
+    with pytest.raises(UserError, match=name):
+        load_trained(folder)
+
+
+def test_a_number_too_large_to_be_one_is_told(model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "lora_alpha": 10**400}))
+    with pytest.raises(UserError, match="lora_alpha|lora.alpha|wrong type"):
+        load_adapter(model, folder)
+
+
+def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_path):
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    for asked, kept in (("some/kernels@main", None), ("sdpa", "sdpa")):
+        content["settings"]["model"]["attn_implementation"] = asked
+        (folder / SIDECAR).write_text(json.dumps(content))
+        assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
+
+
+def test_a_link_out_of_an_adapter_is_not_followed(run, tmp_path):
+    """combine copies what lies beside the weights: a link would carry a file of the user's away."""
+    secret = tmp_path / "secret"
+    secret.write_text("PRIVATE")
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    (folder / "notes.txt").symlink_to(secret)
+    with pytest.raises(UserError, match="notes.txt is a link to .*secret"):
+        combine_adapters([folder, folder], tmp_path / "out", weights=[1.0, 1.0])
+    assert not (tmp_path / "out").exists()
+    cache = tmp_path / "models--me--adapter"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    for path in (run / "adapter").iterdir():
+        shutil.copyfile(path, cache / "blobs" / f"blob-{path.name}")
+        (cache / "snapshots/abc" / path.name).symlink_to(f"../../blobs/blob-{path.name}")
+    combine_adapters([cache / "snapshots/abc"], tmp_path / "out", weights=[1.0])
+    assert (tmp_path / "out" / SIDECAR).is_file()
 
 
 def test_a_token_of_the_environment_is_written_nowhere(

@@ -22,11 +22,15 @@ class ProgressBar(RichProgressBar):
     """Lightning's, which also says which model a validation or test is of.
 
     The loss that it shows is read at most twice a second, since reading waits for the device.
+    Where there is no terminal, as in the log of a job, a line tells now and then how far it is.
     """
 
     READ_EVERY = 0.5
     """Seconds."""
+    LINE_EVERY = 30.0
+    """Seconds."""
     _read_at = -math.inf
+    _line_at = 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
@@ -38,17 +42,37 @@ class ProgressBar(RichProgressBar):
             self._read_at = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
         self._metric_component = shown
+        if self.is_enabled and not Console().is_terminal:
+            self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        now = time.monotonic()
+        self._line_at = self._line_at or now
+        if now - self._line_at < self.LINE_EVERY:
+            return
+        self._line_at = now
+        loss = trainer.callback_metrics.get("train/loss")
+        print(
+            f"epoch {trainer.current_epoch}, step {trainer.global_step} of "
+            f"{trainer.estimated_stepping_batches:.0f}"
+            f"{'' if loss is None else f', train/loss {loss:.4f}'}",
+            flush=True,
+        )
 
     @property
     def validation_description(self) -> str:
         """Text before the bar of a validation."""
-        best = self.trainer.state.fn == "validate"
-        return "Validation of the best" if best else "Validation"
+        return f"Validation{self._of_the_best if self.trainer.state.fn == 'validate' else ''}"
 
     @property
     def test_description(self) -> str:
         """Text before the bar of a test."""
-        return "Test of the best" if self.trainer.global_step else "Test before training"
+        return f"Test{self._of_the_best}" if self.trainer.global_step else "Test before training"
+
+    @property
+    def _of_the_best(self) -> str:
+        kept = self.trainer.checkpoint_callbacks
+        return " of the best" if any(getattr(one, "best_model_path", "") for one in kept) else ""
 
 
 class AdapterSummary(RichModelSummary):

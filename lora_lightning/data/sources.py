@@ -180,7 +180,7 @@ def _read_json(option: str, path: Path) -> Any:
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return _read_as_lines(option, path)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -252,7 +252,7 @@ def _check_text(option: str, path: Path) -> None:
             if lines_of_json and decoded.strip():
                 try:
                     row = json.loads(decoded)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{option}: {path} is not JSON in line {number}: {error}."
                     ) from None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .errors import UserError
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: str) -> None:
@@ -29,16 +33,49 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: s
             f"{source} does not fit the model: {'; '.join(problems)}. "
             "Was it trained on another base model, or with other targets or rank?"
         )
-    bad = [
-        name
-        for name, tensor in given.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
+    counts = [name for name, tensor in own.items() if tensor.dtype not in FLOATS]
+    same = {name for name in counts if given[name].dtype == own[name].dtype}
+    check_values({k: tensor for k, tensor in given.items() if k not in same}, source=source)
+
+
+def check_values(tensors: dict[str, Tensor], *, source: str) -> None:
+    """Raises UserError unless all are floating-point numbers that are finite in fp32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{source} holds {name} as {str(tensor.dtype).removeprefix('torch.')}: an adapter "
+                "is stored in float32, float16, bfloat16 or float64."
+            )
+    bad = _not_finite(tensors)
     if bad:
         raise UserError(
             f"{source} holds values that are not finite in {_some(bad)}: "
             "the run that wrote it diverged, or the file is damaged."
         )
+
+
+def check_trained(tensors: Mapping[str, Tensor], *, kept: str) -> None:
+    """Raises UserError if training has ruined its weights, before they take a good file's place.
+
+    Args:
+        tensors: what is trained.
+        kept: what is not overwritten.
+    """
+    bad = _not_finite(tensors)
+    if bad:
+        raise UserError(
+            f"the trained weights are no longer finite, in {_some(bad)}: lower optim.lr. {kept}"
+        )
+    if tensors and not any(tensor.any() for tensor in tensors.values()):
+        raise UserError(f"the trained weights are all zero, which no training leaves. {kept}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()
+    ]
 
 
 def _some(names: list[str]) -> str:

@@ -137,7 +137,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise UserError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}.")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{config_path} is not readable JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -281,7 +281,7 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             modules_to_save=list(raw.get("modules_to_save") or []),
             trainable_token_indices=raw.get("trainable_token_indices") or None,
         )
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
 
 

@@ -170,8 +170,12 @@ def test_one_that_is_killed_takes_the_others_along(victim, common, tmp_path):
     (second,) = children(process.pid)
     os.kill((process.pid, second)[victim], signal.SIGKILL)
     killed = time.monotonic()
+    said = process.communicate(timeout=30)[0] if victim == 1 else ""
     process.wait(timeout=30)
     assert process.returncode != 0
+    if victim == 1:
+        assert "error: another process of this run has died, or was killed. To go on:" in said
+        assert "Traceback" not in said
     while Path(f"/proc/{second}").exists() and time.monotonic() < killed + 30:
         time.sleep(0.1)
     assert not Path(f"/proc/{second}").exists() or victim == 1

@@ -1,4 +1,4 @@
-"""The checkpoint that a killed, stopped or paused run goes on from."""
+"""Checkpoints: the best, and the last, that a killed, stopped or paused run goes on from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from ..checkpoint import check_written
 from ..lora import UserError
@@ -37,6 +37,29 @@ def _steps_between_validations(trainer: L.Trainer) -> float:
     if between < batches:
         return between / count
     return math.ceil(batches / count) * trainer.check_val_every_n_epoch
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which reads again what it has written, before an older one makes way for it.
+
+    It finds its files in its own folder too where the run has been moved.
+    """
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            check_written(Path(filepath), trainer.lightning_module.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: Any) -> str:
+            return str(Path(str(self.dirpath)) / Path(str(path)).name) if path else ""
+
+        moved = dict(state_dict, dirpath=self.dirpath)
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[key] = here(moved.get(key))
+        best = moved.get("best_k_models") or {}
+        moved["best_k_models"] = {here(path): score for path, score in best.items()}
+        super().load_state_dict(moved)
 
 
 class LastCheckpoint(Checkpoint):
@@ -134,11 +157,12 @@ class LastCheckpoint(Checkpoint):
                 check_written(beside, trainer.lightning_module.state_dict())
                 os.replace(beside, self.path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write {self.path}: {error}. The checkpoint before it is whole: free some "
                 "space and go on with resume=."
             ) from None
+        finally:
+            beside.unlink(missing_ok=True)
         if self._rung is not None:
             raise Paused(self._rung)
         if self._told:
