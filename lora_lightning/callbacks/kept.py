@@ -162,7 +162,8 @@ class LastCheckpoint(Checkpoint):
                 "space and go on with resume=."
             ) from None
         finally:
-            beside.unlink(missing_ok=True)
+            if trainer.is_global_zero:
+                beside.unlink(missing_ok=True)
         if self._rung is not None:
             raise Paused(self._rung)
         if self._told:
