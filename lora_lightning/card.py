@@ -85,9 +85,18 @@ def _use(settings: Settings, module: LoraModule) -> str:
     assert module.model is not None
     tokens, rows = module.model_config.new_tokens, vocabulary_rows(module.model)
     if settings.lora is not None and kind is not None and "://" not in base:
-        count = f", num_labels={len(labels)}" if labels else ""
-        lines += ["", "```python", "from peft import PeftModel", f"from transformers import {kind}"]
-        lines += ["", f'base = {kind}.from_pretrained("{base}"{count})']
+        more = f", num_labels={len(labels)}" if labels else ""
+        more += f', revision="{settings.model.revision}"' if settings.model.revision else ""
+        classes, quantised = kind, ""
+        if settings.lora.init == "loftq":  # it makes up for what this quantisation took away
+            classes, more = f"{kind}, BitsAndBytesConfig", f"{more}, quantization_config=quantized"
+            base_config: Any = module.model.config
+            options = base_config.quantization_config.to_diff_dict()
+            given = {key: value for key, value in options.items() if not key.startswith("_")}
+            quantised = f"quantized = BitsAndBytesConfig(**{given!r})"
+        lines += ["", "```python", "from peft import PeftModel"]
+        lines += [f"from transformers import {classes}", "", *([quantised] if quantised else [])]
+        lines += [f'base = {kind}.from_pretrained("{base}"{more})']
         if tokens:
             lines.append(f"base.resize_token_embeddings({rows})")
         lines += ['model = PeftModel.from_pretrained(base, "THIS_FOLDER")', "```"]
@@ -95,6 +104,13 @@ def _use(settings: Settings, module: LoraModule) -> str:
         named = ", ".join(f"`{token}`" for token in tokens)
         grow = f"`base.resize_token_embeddings({rows})`"
         lines += ["", f"New tokens: {named}. PEFT wants {grow} before it loads the adapter."]
+    if settings.lora is not None and settings.model.quantization:
+        belongs = (
+            "and goes on no other (`lora-lightning merge` makes a model of it that does)"
+            if settings.lora.init == "loftq"
+            else "and goes on it in any precision"
+        )
+        lines += ["", f"Trained on its base in {settings.model.quantization}, {belongs}."]
     if labels:
         lines += ["", f"Labels, in order: {', '.join(map(str, labels))}."]
     return "\n".join(lines)

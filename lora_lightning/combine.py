@@ -199,7 +199,10 @@ def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
     """The new adapter_config.json: alpha is the rank, so that the scaling is 1 everywhere."""
     targets = [one.raw.get("target_modules") or [] for one in stored]
     keys = {name: key_of(one.config, name) for one in stored for name in one.updates}
+    # Short names mean all layers; where an adapter has some of them, each is named.
+    some = ("layers_to_transform", "layers_pattern", "exclude_modules")
     lists = all(isinstance(names, list) for names in targets)
+    lists &= not any(one.raw.get(key) for one in stored for key in some)
     common = max(ranks.values())
     pattern = {keys[name]: rank for name, rank in sorted(ranks.items()) if rank != common}
     return {
@@ -218,8 +221,5 @@ def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
         else sorted(name for name, key in keys.items() if name == key),
         "target_parameters": sorted({p for one in stored for p in one.config.target_parameters})
         or None,
-        "modules_to_save": sorted(
-            {name for one in stored for name in one.raw.get("modules_to_save") or []}
-        )
-        or None,
+        "modules_to_save": stored[0].raw.get("modules_to_save") or None,
     }

@@ -223,6 +223,10 @@ def _pairs(source: Source, a: str, b: str, *others: str) -> dict[str, tuple[Tens
             if tensor.dim() != 2 or other.dim() != 2:
                 raise UserError(f"{source.path}: {key} is no linear layer's adapter.")
             found[key] = tensor, other
+    for name in source.tensors:
+        ending = next(end for end in (a, b, *others) if name.endswith(end))
+        if (key := name.removesuffix(ending)) not in found:
+            raise UserError(f"{source.path} holds {name}, and no {key + a}.")
     return found
 
 

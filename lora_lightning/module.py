@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from .metrics import MeanLoss
 from .modeling import load_tokenizer
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, average_gradients, broadcast, place_adapter
+from .quantization import experts_left
 from .settings import ModelConfig, OptimConfig
 from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy, scale_gradients
 from .tasks import Task, build_task
@@ -248,6 +250,9 @@ class LoraModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._check_packing()
         self._check_types()
+        if self.model_config.quantization is not None and self.trainer.is_global_zero:
+            assert self.model is not None
+            print(experts_left(self.model), end="", file=sys.stderr)
         if self.shards is not None:
             broadcast(self.trainable_tensors().values())
 

@@ -85,14 +85,15 @@ def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> li
     ]
 
 
-def adapter_size(model: nn.Module, config: LoraConfig) -> tuple[int, int]:
+def adapter_size(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> tuple[int, int]:
     """Numbers that an adapter trains, and bytes of its weights' file.
 
     Args:
         model: without an adapter, as it is again afterwards; its weights need no values.
         config: of the adapter.
+        strict: whether a pattern of single modules that finds none is a mistake.
     """
-    adapter = Adapter(model, config)
+    adapter = Adapter(model, config, strict=strict)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = weights_bytes(adapter.exported_tensors())
     adapter.remove()
@@ -171,7 +172,9 @@ def _adapters(config: DictConfig) -> str:
         ]
         for name, lora in sets.items():
             for rank in sorted(ranks):
-                trained, size = adapter_size(model, replace(lora, rank=rank))
+                as_given = name == "as given" or lora.targets == chosen.targets
+                sized = replace(lora, rank=rank)
+                trained, size = adapter_size(model, sized, strict=as_given)
                 share = f"{100 * trained / count:.2f} %"
                 setting = f"  lora.targets={_typed(lora.targets)}" if rank == min(ranks) else ""
                 lines.append(f"{name:<17} {rank:>4} {trained:>13,} {share:>8} {size:>14,}{setting}")

@@ -29,7 +29,7 @@ def write_canonical(folder: str | Path, output: str | Path) -> tuple[int, float]
     """Writes the same adapter with one rank and one alpha for all modules.
 
     Lower ranks are filled up with zeros, which is exact. Other scalings go into B: exact where
-    their ratio is a power of two, else rounded once in fp32.
+    their ratio is a power of two, else rounded once in fp32, which B then has.
 
     Args:
         folder: an adapter folder.
@@ -50,6 +50,8 @@ def write_canonical(folder: str | Path, output: str | Path) -> tuple[int, float]
         missing = rank - update.lora_A.shape[0]
         exact = update.lora_B.double() * (update.scaling / common)
         scaled = exact.to(update.lora_B.dtype)
+        if not torch.equal(scaled.double(), exact):
+            scaled = exact.float()
         off = (scaled.double() - exact).abs() / exact.abs().clamp_min(1e-300)
         rounding = max(rounding, float(off.max()))
         tensors[f"{module}.{name_a}"] = torch.nn.functional.pad(update.lora_A, (0, 0, 0, missing))
@@ -80,12 +82,14 @@ def engine_problems(folder: str | Path, engine: str) -> list[str]:
     raw, tensors = read_adapter(folder)
     from_peft_config(raw)
     kind = belongs_to_quantised(Path(folder))
-    own = [f"made for a base in {kind} (lora.init=loftq): merge it"] if kind else []
+    own = [f"made for a base in {kind}, by lora.init=loftq: merge it"] if kind else []
     return [*own, *_of_both(raw), *ENGINES[engine](raw, list(tensors))]
 
 
 def _of_both(raw: dict[str, Any]) -> list[str]:
     found = []
+    if raw.get("task_type") == "SEQ_2_SEQ_LM":
+        found.append("an encoder-decoder's, of which it serves no adapters: merge it into its base")
     if raw.get("use_dora"):
         found.append("DoRA: its magnitudes are refused or passed over; merge it into its base")
     if any(not name.endswith(".weight") for name in raw.get("target_parameters") or []):

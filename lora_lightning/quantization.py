@@ -58,6 +58,26 @@ def quantization_options(
     }
 
 
+def experts_left(model: nn.Module) -> str:
+    """What a user is told of experts' weights, which bitsandbytes leaves as they are; "" of none.
+
+    It takes linear layers in hand, and transformers keeps the experts of a layer in one tensor.
+    """
+    kinds = {
+        str(parameter.dtype).removeprefix("torch.")
+        for module in model.modules()
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.is_floating_point() and not parameter.requires_grad
+    }
+    if not kinds:
+        return ""
+    return (
+        f"NOTE the weights of experts are not quantised and stay {', '.join(sorted(kinds))}: only "
+        "linear layers are. What that comes to: lora-lightning check.\n"
+    )
+
+
 def train_in_one_format(model: nn.Module) -> None:
     """Keeps 4-bit layers from repacking their weights in evaluation.
 

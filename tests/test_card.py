@@ -15,20 +15,24 @@ from lora_lightning.config import compose_config, config_hash
 from lora_lightning.inference import load_trained
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "full"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "full", "loftq"])
 def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
     data = tmp_path / "mine.jsonl"
     rows = (
         make_rows(24)
-        if kind != "llama"
+        if kind in ("bert", "full")
         else [{"document": f"a {i}", "summary": "c"} for i in range(24)]
     )
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    base = chat_llama if kind == "llama" else tiny_bert
+    base = chat_llama if kind in ("llama", "loftq") else tiny_bert
     settings = [*fast, f"data.train={data}", f"model.name_or_path={base}"]
-    if kind == "llama":
+    if kind in ("llama", "loftq"):
         settings += ["task=summarization", "task.max_new_tokens=4"]
-    settings += ["lora=full"] if kind == "full" else ["lora.use_dora=true", "lora.rank=3"]
+    if kind == "loftq":
+        pytest.importorskip("bitsandbytes")
+        settings += ["lora=loftq", "model.quantization=nf4", "lora.rank=3"]
+    else:
+        settings += ["lora=full"] if kind == "full" else ["lora.use_dora=true", "lora.rank=3"]
     run = tmp_path / "run"
     status, _, err = run_cli("train", *settings, f"output_dir={run}")
     assert status == 0, err
@@ -37,7 +41,7 @@ def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
 
     _, front, text = card.split("---\n", 2)
     front = yaml.safe_load(front)
-    task = "text-generation" if kind == "llama" else "text-classification"
+    task = "text-generation" if kind in ("llama", "loftq") else "text-classification"
     assert front["pipeline_tag"] == task
     assert front.get("library_name") == (None if kind == "full" else "peft")
     assert "base_model" not in front  # a folder of this machine
@@ -61,3 +65,4 @@ def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
     with torch.no_grad():
         expected = ours.model(input_ids=ids).logits
         torch.testing.assert_close(names["model"](input_ids=ids).logits, expected)
+    assert ("Trained on its base in nf4, and goes on no other" in text) == (kind == "loftq")

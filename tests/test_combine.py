@@ -62,6 +62,46 @@ def test_ties_by_its_three_steps():
     assert merged.tolist() == [[4.0, -2.5, 5.0, 2.0]]
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_before_its_sum_or_election(method):
+    """Each update loses entries by the generator's draws, in order; then the sum, or TIES."""
+    updates = [Update(torch.randn(3, 8), torch.randn(6, 3), 0.5) for _ in range(3)]
+    weights, made = [1.0, -0.5, 2.0], torch.Generator().manual_seed(7)
+    dropped = []
+    for update in updates:
+        dense = 0.5 * update.lora_B @ update.lora_A
+        kept = torch.bernoulli(torch.full_like(dense, 0.6), generator=made)
+        dropped.append(torch.where(kept > 0, dense / 0.6, 0.0))
+    expected = torch.zeros(6, 8)
+    for row in range(6):
+        for column in range(8):
+            entries = [float(d[row, column]) for d in dropped]
+            if method == "dare_linear":
+                expected[row, column] = sum(w * e for w, e in zip(weights, entries, strict=True))
+                continue
+            sign = 1.0 if sum(entries) >= 0 else -1.0
+            pairs = zip(weights, entries, strict=True)
+            agree = [w * e for w, e in pairs if e * sign > 0]
+            expected[row, column] = sum(agree) / max(len(agree), 1)
+    generator = torch.Generator().manual_seed(7)
+    new = combine(updates, weights, method=method, rank=6, density=0.6, generator=generator)
+    torch.testing.assert_close(new.dense(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_wide_matrices_are_near_to_the_nearest_and_the_same_again():
+    """Beyond 1024 a few steps of iteration take the place of the whole decomposition."""
+    torch.manual_seed(0)
+    updates = [Update(torch.randn(4, 1100), torch.randn(1080, 4), 1.0) for _ in range(2)]
+    exact = updates[0].dense() + updates[1].dense()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # of no account
+        found.append(combine(updates, [1.0, 1.0], method="dare_linear", rank=5, density=1.0))
+    assert torch.equal(found[0].lora_A, found[1].lora_A)
+    best = torch.linalg.svdvals(exact)[5:].square().sum().sqrt()
+    assert (found[0].dense() - exact).norm() <= 1.001 * best
+
+
 def test_dare_drops_and_rescales():
     delta = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) + 3
     dropped = dare(delta, 0.25, generator=torch.Generator().manual_seed(1))
@@ -218,6 +258,44 @@ def test_heads(folders, tmp_path):
         combine_adapters([pair[0], three], tmp_path / "new")
     with pytest.raises(UserError, match="weights add up to zero"):
         combine_adapters(pair, tmp_path / "new", whole="mean", weights=[1.0, -1.0])
+
+
+def test_a_head_that_the_first_does_not_have(base, folders, tmp_path):
+    """whole=first takes what the first trains whole, here nothing, and says nothing else."""
+    head = {"base_model.model.lm_head.weight": torch.ones(64, 32)}
+    other = changed(folders[1], tmp_path / "head", config={"modules_to_save": ["lm_head"]}, **head)
+    combine_adapters([folders[0], other], tmp_path / "new", whole="first", weights=[1.0, 1.0])
+    expected = dense_sum(base, folders[:2], [1.0, 1.0])
+    for model in (
+        load_adapter(base(), tmp_path / "new").model,
+        peft.PeftModel.from_pretrained(base(), tmp_path / "new"),
+    ):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"layers_to_transform": [0]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}]
+)
+def test_adapters_of_some_layers(settings, base, folders, tmp_path):
+    """As PEFT writes them: short names, and apart from them which layers are meant."""
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], **settings)
+    some = peft.get_peft_model(base(), config)
+    torch.manual_seed(3)
+    for name, parameter in some.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.2)
+    some.save_pretrained(tmp_path / "some")
+    pair = [
+        changed(tmp_path / "some", tmp_path / "same", config={"base_model_name_or_path": "tiny"}),
+        folders[2],
+    ]
+    combine_adapters(pair, tmp_path / "new", weights=[1.0, 0.5])
+    expected = dense_sum(base, pair, [1.0, 0.5])
+    for model in (
+        load_adapter(base(), tmp_path / "new").model,
+        peft.PeftModel.from_pretrained(base(), tmp_path / "new"),
+    ):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_mistakes_are_told_and_nothing_is_written(folders, tmp_path):

@@ -6,6 +6,7 @@ The truth is each layout written down by hand, from dense updates that are known
 from __future__ import annotations
 
 import json
+import re
 
 import peft
 import pytest
@@ -85,6 +86,26 @@ def test_kohya(base, tiny_llama, tmp_path):
         read_layout(tmp_path / "k.safetensors", base())
     folder = imported(tmp_path / "k.safetensors", tmp_path / "new", tiny_llama, alpha=ALPHA)
     same_everywhere(base, folder, with_updates(base(), updates))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "name"),
+    [
+        (".lora_down.weight", ".lora_up.weight", "lora_te_model_layers_{}_self_attn_q_proj"),
+        (".lora_A", ".lora_B", "transformer.h.{}.attn.proj"),
+        (".lora_a.weight", ".lora_b.weight", "layers.{}.attn.output_proj"),
+    ],
+)
+def test_half_a_pair_is_told(a, b, name, base, tmp_path):
+    """Of a layer that the model has, and of one that it does not have."""
+    down, up = drawn(0, HIDDEN, HIDDEN)
+    for lost, layer in ((a, 1), (b, 1), (a, 9)):
+        tensors = {name.format(0) + a: down, name.format(0) + b: up}
+        tensors |= {name.format(layer) + a: down.clone(), name.format(layer) + b: up.clone()}
+        del tensors[name.format(layer) + lost]
+        save_file(tensors, tmp_path / "half.safetensors")
+        with pytest.raises(UserError, match=f"and no {re.escape(name.format(layer) + lost)}"):
+            read_layout(tmp_path / "half.safetensors", base(), alpha=ALPHA)
 
 
 @pytest.mark.parametrize("parts", ["qkv", "qv", "k"])

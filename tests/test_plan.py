@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning.config import compose_config, settings_of
 from lora_lightning.lora.targets import target_sets
@@ -150,6 +150,36 @@ def test_adapters_are_as_large_as_a_runs_files(
     row = re.search(r"query and value +3 +([\d,]+) +[\d.]+ % +([\d,]+)", out)
     assert int(row[1].replace(",", "")) == result["trainable_parameters"]
     assert int(row[2].replace(",", "")) == written
+
+
+def test_patterns_of_single_modules_count_where_they_find_some(run_cli, tiny_llama, tmp_path):
+    """down_proj has a rank of its own, which the narrower sets do not have; o_proj has, in one."""
+    place = bare(tiny_llama, tmp_path / "bare")
+    pattern = "+lora.rank_pattern={down_proj: 5, o_proj: 2}"
+    status, out, err = run_cli("plan", *BASE, f"model.name_or_path={place}", "task=lm", pattern)
+    assert status == 0, err
+    rows = dict(
+        re.findall(r"^(query and value|attention|all linear layers) +4 +([\d,]+)", out, re.M)
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    sets = {
+        "query and value": ["q_proj", "v_proj"],
+        "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "all linear layers": [*"qkvo", "gate", "up", "down"],
+    }
+    for name, ends in sets.items():
+        expected = 0
+        for module, layer in model.named_modules():
+            end = next((e for e in ends if module.endswith(e if "_" in e else f"{e}_proj")), None)
+            if end is not None and module.endswith("_proj"):
+                own = {"down_proj": 5, "o_proj": 2}.get(module.rpartition(".")[2], 4)
+                expected += own * sum(layer.weight.shape)
+        assert int(rows[name].replace(",", "")) == expected
+    status, _, err = run_cli(
+        "plan", *BASE, f"model.name_or_path={place}", "+lora.rank_pattern={x: 5}"
+    )
+    assert status == 2
+    assert "rank_pattern" in err
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

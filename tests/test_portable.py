@@ -8,7 +8,7 @@ import math
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
@@ -74,6 +74,20 @@ def test_canonical(rslora, base, tmp_path):
     torch.testing.assert_close(theirs, expected, **close)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_canonical_of_a_file_in_16_bits_does_not_round_to_16_bits(kind, base, tmp_path):
+    source = stored(base, tmp_path / "source", **PATTERNS)
+    path = source / "adapter_model.safetensors"
+    save_file({name: tensor.to(kind) for name, tensor in load_file(path).items()}, path)
+    expected = logits(load_adapter(base(), source).model)
+    assert 0 < write_canonical(source, tmp_path / "new")[1] < 1e-7
+    for model in (
+        load_adapter(base(), tmp_path / "new").model,
+        peft.PeftModel.from_pretrained(base(), tmp_path / "new"),
+    ):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_canonical_already_keeps_its_bytes(base, tmp_path):
     source = stored(base, tmp_path / "source", rank=3, alpha=5)
     assert write_canonical(source, tmp_path / "new") == (3, 0.0)
@@ -128,6 +142,14 @@ def test_the_command(base, tmp_path, run_cli):
         status, _, err = run_cli("export", *arguments)
         assert status == 2
         assert message in " ".join(err.split())
+
+
+def test_an_encoder_decoders_adapter_is_for_neither(base, tmp_path):
+    folder = stored(base, tmp_path / "a", rank=8)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_2_SEQ_LM"}))
+    for engine in ("vllm", "lorax"):
+        assert "encoder-decoder" in "; ".join(engine_problems(folder, engine))
 
 
 def test_dora_is_refused(base, tmp_path):

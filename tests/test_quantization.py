@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from lora_lightning.data.collate import PaddingCollator
 from lora_lightning.inference import PROBES, load_trained
@@ -19,6 +19,7 @@ from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import dequantized
 from lora_lightning.lora.loftq import make_up, weight_of
 from lora_lightning.modeling import load_classifier, load_generator
+from lora_lightning.quantization import experts_left
 from lora_lightning.settings import ModelConfig
 
 KINDS = ("nf4", "int8")
@@ -124,6 +125,21 @@ def test_bytes(kind, least, most, tiny_llama):
     assert adapter.summary().total - adapter.summary().trainable == whole
     with pytest.raises(UserError, match="its weight is quantised"):
         adapter.merge()
+
+
+def test_experts_that_stay_as_they_are_are_told(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = generator(tmp_path, "nf4").requires_grad_(False)
+    kinds = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
+    assert kinds["gate_up_proj"] == kinds["down_proj"] == torch.float32
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    assert "the weights of experts are not quantised and stay float32" in experts_left(model)
+    assert experts_left(generator(tiny_llama, "nf4").requires_grad_(False)) == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "forward", "vocabulary", "warm_start", "zero"}
+MODEL_SIDE |= {"checkpoint", "forward", "quantization", "vocabulary", "warm_start", "zero"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -55,8 +55,8 @@ ALLOWED = {
     "trainer": RUN_SIDE | {"cluster", "precision"},
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
-    | {"trainer", "earlier", "precision", "outcome", "card", "signals", "lock", "memory"}
-    | {"retention", "__init__"},
+    | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
+    | {"memory", "retention", "__init__"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},

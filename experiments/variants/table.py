@@ -85,16 +85,17 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
     import peft
     import torch
 
-    from lora_lightning.config import compose_config, settings_of
-    from lora_lightning.lora import save_adapter
+    from lora_lightning.config import compose_config, saved_settings, settings_of
     from lora_lightning.modeling import load_generator
     from lora_lightning.portable import engine_problems
+    from lora_lightning.storage import save_trained
     from lora_lightning.tasks import build_task
     from lora_lightning.train import build
 
     common = ["task=summarization", f"model.name_or_path={work.model}", "model.dtype=float32"]
     common += [f"data.train={work.train}", f"data.val={work.train}", "data.test_fraction=0"]
-    settings = settings_of(compose_config([*common, *overrides]))
+    config = compose_config([*common, *overrides])
+    settings = settings_of(config)
     module, data = build(settings, build_task(settings.task), seed=0)
     data.setup("fit")
     module.configure_model()
@@ -109,7 +110,8 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
     with torch.no_grad():
         for tensor in trained:
             tensor.add_(torch.randn_like(tensor) * 0.02)
-    stored = save_adapter(adapter, Path(tempfile.mkdtemp()) / "adapter")
+    stored = Path(tempfile.mkdtemp()) / "adapter"
+    save_trained(module, stored, saved_settings(config), base="")
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
         ours_logits = model(input_ids=ids).logits

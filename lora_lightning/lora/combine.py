@@ -83,7 +83,9 @@ def combine(
         merged = ties(deltas, weights)
     rank = min(rank, *merged.shape)
     steps = None if min(merged.shape) <= SMALL else 4
-    return Update(*principal(merged, rank, scaling=1.0, steps=steps), 1.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the iteration begins with a random matrix
+        return Update(*principal(merged, rank, scaling=1.0, steps=steps), 1.0)
 
 
 def reduced(update: Update, rank: int) -> Update:
