@@ -119,7 +119,7 @@ def plot(groups: dict[tuple[str, ...], list[dict]], metric: str, path: Path) -> 
         values = [float(run[metric]) for run in members]
         axes.plot([place] * len(values), values, "o", color="C0", alpha=0.7)
         axes.hlines(statistics.mean(values), place - 0.2, place + 0.2, color="C1")
-    axes.set_xticks(range(len(groups)), [" ".join(group) for group in groups])
+    axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups])
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(metric)
     axes.grid(axis="y", alpha=0.3)
