@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 
 TRAIN = [sys.executable, "-m", "lora_lightning", "train"]
+GROWTH = 1.05
+"""More memory in the last quarter of a run than in its second is a leak."""
 ADAPTER = "adapter/adapter_model.safetensors"
 STATUS = {"SIGKILL": 137, "SIGTERM": 143, "SIGUSR1": 138}
 ENDS_WITHIN = 60.0
@@ -62,6 +64,11 @@ def main() -> None:
         problems.append(f"files left behind: {left}")
     if sorted(os.listdir("/dev/shm")) != shared:
         problems.append("something is left in shared memory")
+    memory, open_files = by_quarter(samples)
+    if memory[-1] > GROWTH * memory[0]:
+        problems.append(f"memory has grown: {memory} MiB by quarter, from the second on")
+    if open_files[-1] > open_files[0]:
+        problems.append(f"file handles have grown: {open_files} by quarter, from the second on")
     if arguments.csv:
         write(arguments.csv, arguments.strategy, legs)
     tell(arguments, samples, legs, problems)
@@ -218,10 +225,19 @@ def write(path: Path, strategy: str, legs: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def tell(arguments: argparse.Namespace, samples: list, legs: list[dict], problems: list) -> None:
-    result = json.loads((arguments.folder / "soaked/result.json").read_text())
+def by_quarter(samples: list[tuple[float, int]]) -> tuple[list[int], list[float]]:
+    """Medians of memory in MiB and of file handles, of the second to the last quarter of a run."""
     quarter = len(samples) // 4
     parts = [samples[quarter * part : quarter * (part + 1)] for part in (1, 2, 3)]
+    return (
+        [round(statistics.median(memory for memory, _ in part)) for part in parts],
+        [statistics.median(count for _, count in part) for part in parts],
+    )
+
+
+def tell(arguments: argparse.Namespace, samples: list, legs: list[dict], problems: list) -> None:
+    result = json.loads((arguments.folder / "soaked/result.json").read_text())
+    memory, open_files = by_quarter(samples)
     counts = {name: sum(leg["signal"] == name for leg in legs) for name in STATUS}
     print(
         json.dumps(
@@ -230,10 +246,8 @@ def tell(arguments: argparse.Namespace, samples: list, legs: list[dict], problem
                 "steps": result["steps"],
                 "ended": counts,
                 "slowest to be gone, s": max(leg["seconds"] for leg in legs),
-                "MiB in the second, third and last quarter": [
-                    round(statistics.median(memory for memory, _ in part)) for part in parts
-                ],
-                "file handles": [statistics.median(count for _, count in part) for part in parts],
+                "MiB in the second, third and last quarter": memory,
+                "file handles": open_files,
                 "problems": problems,
             },
             indent=2,

@@ -72,6 +72,7 @@ WAYS = {
     "deepspeed": (2, ["trainer=deepspeed", "data.batch_size=4", PARTS]),
     "fsdp2-tp": (4, ["trainer=tp", "trainer.strategy.tensor_parallel_size=2", "data.batch_size=4"]),
 }
+NAMES = ("lora_A", "lora_B", "weight", "bias")
 DEFAULT = ("ddp", "fsdp2")
 """Ways of the summaries that are quick enough for every run of the tests."""
 WHOLE_MODEL = ("llama-summarization", "llama-parts")
@@ -189,6 +190,20 @@ def test_metrics_over_uneven_ranks_equal_those_of_one_process(runs):
         assert two[name] == one[name]
     # A process stands in for the absent row of each epoch's last batch with another.
     assert one["tokens"] <= two["tokens"] <= one["tokens"] + 2 * 30
+
+
+@each_pair
+def test_checkpoints_hold_what_is_trained_and_nothing_else(runs):
+    """The same names and shapes whoever wrote them: of the adapter's file and a trained head."""
+    trained = load_file(runs[0] / "adapter" / "adapter_model.safetensors")
+    for pattern in ("last.ckpt", "best-*.ckpt"):
+        for run in runs[:2]:
+            (path,) = (run / "checkpoints").glob(pattern)
+            kept = torch.load(path, weights_only=True)["state_dict"]
+            assert len(kept) == len(trained)
+            assert sum(t.numel() for t in kept.values()) == sum(t.numel() for t in trained.values())
+            assert all(name.split(".")[-1] in NAMES for name in kept)
+            assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 @each_pair
