@@ -426,7 +426,8 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     monkeypatch.setattr(
         LoraModule, "on_test_end", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=False
     )
-    with pytest.raises(KeyboardInterrupt, match="To go on: lora-lightning train resume="):
+    told = r"To go on \(from the start: no checkpoint was due yet\): lora-lightning train resume="
+    with pytest.raises(KeyboardInterrupt, match=told):
         small("test_before=true")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "interrupted"
