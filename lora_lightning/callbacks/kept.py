@@ -47,8 +47,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        try:
             check_written(Path(filepath), trainer.lightning_module.state_dict())
+        except UserError:
+            Path(filepath).unlink(missing_ok=True)
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def here(path: Any) -> str:
