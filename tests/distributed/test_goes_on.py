@@ -235,6 +235,20 @@ def test_what_torchrun_starts_again_goes_on(common, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("way", ["fsdp2", "tp"])
+def test_a_base_in_shares_under_torchrun(way, common, tmp_path):
+    """The trainer of that name takes the processes that are there, and starts none."""
+    epochs, settings = "trainer.max_epochs=2", pair(way)
+    agent = [
+        *(*torchrun("--standalone", "--nproc-per-node=2"), *settings, *common, epochs),
+        "output_dir=run",
+    ]
+    agent.remove("trainer=torchrun")
+    finish(start(agent, tmp_path))
+    finish(start([*TRAIN, *settings, *common, epochs, "output_dir=whole"], tmp_path))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(common, tmp_path):
     """Two tasks with SLURM's environment, and a scontrol that notes what it is asked."""
     tools = tmp_path / "bin"
