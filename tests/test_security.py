@@ -351,12 +351,19 @@ def test_a_link_out_of_an_adapter_is_not_followed(run, tmp_path):
 
 
 def test_a_token_of_the_environment_is_written_nowhere(
-    fast, tiny_bert, rows_jsonl, tmp_path, monkeypatch
+    fast, tiny_bert, rows_jsonl, tmp_path, monkeypatch, run_cli
 ):
+    """By the command, which leaves Hydra's files and logs too, where it ends well and where not."""
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefSECRET")
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
     run = tmp_path / "run"
-    train(compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={run}"]))
-    files = [path for path in run.rglob("*") if path.is_file()]
-    assert len(files) > 8
+    said = run_cli("train", *fast, *where, "trainer.max_epochs=1", f"output_dir={run}")
+    assert said[0] == 0
+    failed = run_cli("train", *fast, *where, "optim.lr=x", f"output_dir={tmp_path / 'failed'}")
+    assert failed[0] == 2
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "hydra.yaml", "result.json", "last.ckpt"} <= {
+        path.name for path in files
+    }
     assert not [path for path in files if b"SECRET" in path.read_bytes()]
+    assert "SECRET" not in "".join(map(str, (*said, *failed)))
