@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+)
 
 from lora_lightning.forward import compile_layers, offloaded_activations, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
@@ -120,3 +125,11 @@ def test_heads_that_cannot_be_cut_are_told(heads, pairs):
     with pytest.raises(UserError, match=r"_heads is \d, which cannot be cut evenly"):
         loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=2))
     assert loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=1)) == {}
+
+
+def test_an_encoders_layers_are_gathered_each_for_itself():
+    """transformers has no plan of its own for BERT: it would gather the whole model at once."""
+    config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=3)
+    shards = SimpleNamespace(data=2, tensor=1)
+    options = loading_options(AutoModelForSequenceClassification, config, shards)
+    assert list(options["distributed_config"].fsdp_plan) == ["bert.encoder.layer.*"]

@@ -3,6 +3,7 @@
     load_in_shares.py MODEL TENSOR_SIZE
 
 Prints, by rank, the MiB at the peak above those before; pages of the file itself are not counted.
+Then the modules that FSDP2 gathers each when its turn comes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.modeling import load_generator, load_tokenizer
 from lora_lightning.parallel import DATA, TENSOR, Shards
@@ -51,6 +53,8 @@ def main(folder: str, tensor: int) -> None:
     dist.all_gather_object(found, held)
     if dist.get_rank() == 0:
         print("MiB", *(round(value, 1) for value in found))
+        units = (name for name, module in model.named_modules() if isinstance(module, FSDPModule))
+        print("units", *(name or "whole" for name in units))
     del model
     dist.destroy_process_group()
 

@@ -31,7 +31,8 @@ def large(tiny_llama, tmp_path_factory) -> tuple[Path, float]:
     return folder, sum(2 * p.numel() for p in model.parameters()) / 2**20
 
 
-def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
+def loaded(folder: Path, processes: int, tensor: int) -> tuple[list[float], set[str]]:
+    """MiB at the peak by rank, and the modules that are gathered each for itself."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -43,8 +44,8 @@ def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("MiB ")]
-    return [float(value) for value in line.split()[1:]]
+    told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    return [float(value) for value in told["MiB"]], set(told["units"])
 
 
 @pytest.mark.slow
@@ -52,9 +53,12 @@ def peaks(folder: Path, processes: int, tensor: int) -> list[float]:
 def test_no_process_holds_the_whole_base(tensor, large):
     folder, whole = large
     assert whole > 250  # beside which what libraries take does not count
-    (alone,) = peaks(folder, 1, 1)
+    (alone,), units = loaded(folder, 1, 1)
+    assert units == set()
     assert alone > 0.9 * whole
-    found = peaks(folder, 2, tensor)
+    found, units = loaded(folder, 2, tensor)
+    layers = {f"model.layers.{number}" for number in range(8)}
+    assert units >= layers if tensor == 1 else not units
     assert len(found) == 2
     assert max(found) < 0.75 * whole
     assert sum(found) > 0.9 * whole
