@@ -172,7 +172,7 @@ def _adapters(config: DictConfig) -> str:
         ]
         for name, lora in sets.items():
             for rank in sorted(ranks):
-                as_given = name == "as given" or lora.targets == chosen.targets
+                as_given = lora.targets == chosen.targets
                 sized = replace(lora, rank=rank)
                 trained, size = adapter_size(model, sized, strict=as_given)
                 share = f"{100 * trained / count:.2f} %"

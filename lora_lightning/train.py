@@ -143,20 +143,16 @@ def _run_to_its_end(
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
         raise Interrupted(run_dir, signal.SIGINT) from None
-    except OSError as error:
-        result["status"] = "failed"
-        result["error"] = f"{type(error).__name__}: {error}"[:2000]
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        goes_on = last_checkpoint(run_dir) is not None
-        way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "begin anew"
-        raise UserError(
-            f"the disk is full: {error}. Nothing that was there before is lost: free some space "
-            f"and {way}."
-        ) from error
     except BaseException as error:
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            goes_on = last_checkpoint(run_dir) is not None
+            way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "begin anew"
+            raise UserError(
+                f"the disk is full: {error}. Nothing that was there before is lost: free some "
+                f"space and {way}."
+            ) from error
         if has_lost_another(error):
             raise UserError(
                 "another process of this run has died, or was killed. To go on: lora-lightning "

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import make_rows
 
+from lora_lightning.callbacks import ProgressBar
+
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
@@ -412,6 +414,20 @@ def test_output_dir_with_blanks_and_quotes(run_cli, tiny_bert, rows_jsonl, fast)
     assert " MB with the tokenizer)" in out
     assert (folder / "result.json").is_file()
     assert os.listdir() == [str(folder)]
+
+
+def test_a_log_that_is_no_terminal_tells_how_far_a_run_is(
+    run_cli, tiny_bert, rows_jsonl, fast, monkeypatch
+):
+    monkeypatch.setattr(ProgressBar, "LINE_EVERY", 0.0)
+    hidden = ("trainer.enable_progress_bar=false", "callbacks.progress_bar=null")
+    shown = [item for item in fast if item not in hidden]
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", "output_dir=run"]
+    status, out, err = run_cli("train", *shown, *where)
+    assert status == 0, err
+    steps = json.loads(Path("run/result.json").read_text())["steps"]
+    told = re.findall(r"^epoch 0, step (\d+) of (\d+), train/loss \d\.\d{4}$", out, flags=re.M)
+    assert told == [(str(step), str(steps)) for step in range(1, steps + 1)]
 
 
 def test_what_could_not_go_on_is_told(run_cli, tmp_path):

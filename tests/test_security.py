@@ -73,6 +73,22 @@ def run(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
     return folder
 
 
+def with_config(adapter: Path, folder: Path, **changes: object) -> Path:
+    """A copy whose adapter_config.json has other values."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def with_weights(adapter: Path, folder: Path, change) -> Path:
+    """A copy whose tensors have been changed, each by the function."""
+    shutil.copytree(adapter, folder)
+    tensors = {name: change(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
 def loads_or_tells(model: torch.nn.Module, folder: Path) -> None:
     """Loads what is there, or raises UserError; the model is as before then."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -267,9 +283,7 @@ def test_an_adapter_cannot_read_the_environment(run, tmp_path):
 
 
 def test_a_rank_that_the_file_does_not_have_takes_no_memory(model, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "r": 10**9}))
+    folder = with_config(adapter, tmp_path / "forged", r=10**9)
     with pytest.raises(UserError, match="rank"):
         load_adapter(model, folder)
 
@@ -289,25 +303,21 @@ def test_values_that_are_not_numbers_are_refused(model, adapter, tmp_path):
     ids=str,
 )
 def test_weights_of_a_type_that_no_adapter_has_are_refused(kind, model, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
-    tensors = {name: tensor.to(kind) for name, tensor in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS)
+    folder = with_weights(adapter, tmp_path / "forged", lambda tensor: tensor.to(kind))
     for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
         with pytest.raises(UserError, match="an adapter is stored in float32"):
             read()
 
 
 def test_what_is_finite_in_64_bits_alone_is_refused(model, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
-    tensors = {k: v.double().fill_(1e300) for k, v in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS)
+    folder = with_weights(adapter, tmp_path / "forged", lambda t: t.double().fill_(1e300))
     for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
         with pytest.raises(UserError, match="not finite"):
             read()
 
 
 @pytest.mark.parametrize("name", [CONFIG, SIDECAR])
-def test_json_too_deep_to_read_is_told(name, run, model, tmp_path):
+def test_json_too_deep_to_read_is_told(name, run, tmp_path):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
     (folder / name).write_text("[" * 200_000)
     with pytest.raises(UserError, match=name):
@@ -315,9 +325,7 @@ def test_json_too_deep_to_read_is_told(name, run, model, tmp_path):
 
 
 def test_a_number_too_large_to_be_one_is_told(model, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "forged"))
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "lora_alpha": 10**400}))
+    folder = with_config(adapter, tmp_path / "forged", lora_alpha=10**400)
     with pytest.raises(UserError, match="lora_alpha|lora.alpha|wrong type"):
         load_adapter(model, folder)
 

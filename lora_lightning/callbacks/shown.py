@@ -42,7 +42,7 @@ class ProgressBar(RichProgressBar):
             self._read_at = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
         self._metric_component = shown
-        if self.is_enabled and not Console().is_terminal:
+        if self._console is not None and not self._console.is_terminal:
             self._tell(trainer)
 
     def _tell(self, trainer: L.Trainer) -> None:
