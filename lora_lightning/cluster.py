@@ -106,6 +106,17 @@ def has_lost_another(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
+def leave() -> None:
+    """Leaves the other processes of a run that has ended, if there are any.
+
+    Lightning does so for NCCL alone; a process that ends amid those of gloo may be aborted by it.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def end_with_starter() -> None:
     """Within a process that Lightning's rank 0 has started: ends it when that one is gone."""
     starter = os.getppid()

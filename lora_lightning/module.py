@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from .lora.tokens import rows_of_tokens
 from .metrics import MeanLoss
 from .modeling import load_tokenizer
 from .optim import build_optimizer, build_scheduler
-from .parallel import Shards, average_gradients, broadcast, place_adapter
+from .parallel import Shards, broadcast
+from .placement import Placement, place_adapter
 from .quantization import experts_left
 from .settings import ModelConfig, OptimConfig
 from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy, scale_gradients
@@ -118,13 +119,14 @@ class LoraModule(L.LightningModule):
         """Settings that such an adapter has come to."""
         self.shards: Shards | None = None
         """The processes over which the base is spread, where it is."""
-        self._shares: set[nn.Parameter] = set()
+        self.placement: Placement | None = None
+        """What of the adapter this process holds then."""
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
         self._batch = 0
         self._recent: list[tuple[int, int, int, Tensor]] = []
         """Step, epoch, last batch and loss of the steps since a loss was last looked at."""
-        self.total_parameters = 0
+        self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
     # Building --------------------------------------------------------------------------------
@@ -148,17 +150,18 @@ class LoraModule(L.LightningModule):
             adapter = None
             if self.lora_config is not None:
                 adapter = self._put_on(model, self.lora_config, whole)
-                if self.shards is not None:
-                    self._shares = place_adapter(adapter, self.shards)
                 if self.start_from is not None and not self.start_from.endswith(".ckpt"):
                     load_values(adapter, self.start_from)
+        self.total_parameters = count(model.parameters())
+        self.trained_parameters = count(p for p in model.parameters() if p.requires_grad)
+        if adapter is not None and self.shards is not None:
+            self.placement = place_adapter(adapter, self.shards)
         if self.model_config.gradient_checkpointing:
             # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
             model.enable_input_require_grads()  # type: ignore[operator]
         if self.model_config.compile is not None:
             compile_layers(model)
         self.adopt(model, adapter)
-        self.total_parameters = count(model.parameters())
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
         self._check_monitor()
@@ -238,6 +241,10 @@ class LoraModule(L.LightningModule):
                 f"Known: {', '.join(known)}."
             )
 
+    def whole_adapter(self) -> AbstractContextManager[None]:
+        """Has an adapter that is in shares be whole for the time of a block, in all processes."""
+        return nullcontext() if self.placement is None else self.placement.whole()
+
     def trainable_tensors(self) -> dict[str, Tensor]:
         """All that is trained and stored, by name: the adapter, or the whole model."""
         if self.adapter is not None:
@@ -254,7 +261,8 @@ class LoraModule(L.LightningModule):
             assert self.model is not None
             print(experts_left(self.model), end="", file=sys.stderr)
         if self.shards is not None:
-            broadcast(self.trainable_tensors().values())
+            with self.whole_adapter():
+                broadcast(self.trainable_tensors().values())
 
     def _check_types(self) -> None:
         for name, tensor in self.trainable_tensors().items():
@@ -322,9 +330,8 @@ class LoraModule(L.LightningModule):
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.shards is not None:
-            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            average_gradients(trained, self._shares, self.shards)
+        if self.placement is not None:
+            self.placement.average_gradients(p for p in self.parameters() if p.requires_grad)
         totals = torch.stack([self._step_loss, self._step_count])
         loss, count = self.trainer.strategy.reduce(totals, reduce_op="sum")
         self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
@@ -335,6 +342,16 @@ class LoraModule(L.LightningModule):
         self._recent.append((self.global_step, self.current_epoch, self._batch, mean))
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_loss()
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        if self.placement is None or not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        trained = self.trainer.precision_plugin.main_params(optimizer)
+        self.placement.clip_by_norm(trained, float(gradient_clip_val))
 
     def _check_loss(self) -> None:
         """Makes sure that losses are numbers. This waits for the device: not at every step.
@@ -431,12 +448,13 @@ class LoraModule(L.LightningModule):
     def state_dict(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """What is trained, and nothing of the frozen base."""
+        """What is trained, whole, and nothing of the frozen base; all processes have to ask."""
         if self.model is None:
             return super().state_dict(*args, **kwargs)
         keep_vars = kwargs.pop("keep_vars", False)
-        kept = {id(tensor) for tensor in self.trainable_tensors().values()}
-        state = super().state_dict(*args, keep_vars=True, **kwargs)
+        with self.whole_adapter():
+            kept = {id(tensor) for tensor in self.trainable_tensors().values()}
+            state = super().state_dict(*args, keep_vars=True, **kwargs)
         return {
             name: tensor if keep_vars else tensor.detach()
             for name, tensor in state.items()
@@ -451,8 +469,9 @@ class LoraModule(L.LightningModule):
         """
         if self.model is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        check_tensors(self.state_dict(), dict(state_dict), source="the checkpoint")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        with self.whole_adapter():
+            check_tensors(self.state_dict(), dict(state_dict), source="the checkpoint")
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_loss()  # before a good checkpoint is overwritten
@@ -474,7 +493,8 @@ class LoraModule(L.LightningModule):
                 "many, or start a new run from what it has learned: adapter=CHECKPOINT.ckpt."
             )
         if fits:
-            check_optimizer(checkpoint.get("optimizer_states"), self.build_optimizer())
+            with self.whole_adapter():
+                check_optimizer(checkpoint.get("optimizer_states"), self.build_optimizer())
         if saved != self.task.state():
             raise UserError(
                 "the data or its labels differ from those that the checkpoint was trained with: "

@@ -44,13 +44,11 @@ def measured(
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     """Numbers of a run that has ended: those of its metrics, its size, time and memory."""
-    assert module.model is not None
-    parameters = list(module.model.parameters())
     return {
         **metrics,
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "trainable_parameters": module.trained_parameters,
         "total_parameters": module.total_parameters,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

@@ -1,11 +1,9 @@
-"""A frozen base in shares, one to each process, and the adapter that all of them train whole.
+"""A frozen base in shares, one to each process.
 
 transformers shards the base while it reads the file, so that no process ever holds all of it: by
 layers that are gathered when their turn comes (FSDP2, Zhao et al. 2023, arXiv:2304.11277), by rows
 and columns of their matrices (tensor parallelism, Shoeybi et al. 2019, arXiv:1909.08053), or both.
-The adapter is small. It stays in plain fp32 tensors, the same in every process, whose gradients are
-averaged once a step; so an optimizer, a checkpoint or an export never has anything to gather, and
-what was trained one way goes on in another.
+Where the adapter lies then, `placement` says.
 
 This file alone knows of DTensor.
 """
@@ -21,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .lora import Adapter, UserError
+from .lora import UserError
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """Lightning's names of the dimensions of its device mesh."""
@@ -42,11 +39,6 @@ _BERT = {
 }
 TENSOR_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
 """By model_type: how each layer's matrices are cut."""
-_SHARED: dict[str | None, str] = {"colwise": "lora_B", "rowwise": "lora_A"}
-"""By the style of a base layer: the matrix of which each process uses a share."""
-_WHOLE = {None, "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
-_WHOLE |= {"embedding_rowwise", "embedding_colwise", "replicate"}
-"""Styles of layers whose inputs and outputs are whole in every process."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,11 @@ class Shards:
     def data_rank(self) -> int:
         """This process's place among those that see different rows."""
         return self.mesh[DATA].get_local_rank()
+
+    @functools.cached_property
+    def data_group(self) -> dist.ProcessGroup:
+        """The processes that hold what this one does, and see other rows."""
+        return self.mesh[DATA].get_group()
 
     @functools.cached_property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -141,10 +138,11 @@ def _repeated_layers(model: nn.Module) -> list[str]:
 
     named = model.named_modules()
     found = [name for name, module in named if isinstance(module, GradientCheckpointingLayer)]
-    return list(dict.fromkeys(map(_with_wildcards, found)))
+    return list(dict.fromkeys(map(with_wildcards, found)))
 
 
-def _with_wildcards(name: str) -> str:
+def with_wildcards(name: str) -> str:
+    """A name in which each number is a *, as plans have it."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -197,132 +195,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def place_adapter(adapter: Adapter, shards: Shards) -> set[nn.Parameter]:
-    """Has the adapter's layers compute as the base's plan demands.
-
-    Column by column: every process makes all of A x and its own share of the outputs. Row by row:
-    every process has a share of the inputs, and the parts of A x are summed.
-
-    Returns:
-        Parameters of whose gradient each process has a share, zeros elsewhere.
-
-    Raises:
-        UserError: a layer is cut in a way that an adapter cannot follow.
-    """
-    if adapter.config.bias != "none":
-        raise UserError(
-            f"lora.bias={adapter.config.bias} would train biases of the base itself, which is "
-            "sharded. Use lora.bias=none, or trainer=ddp."
-        )
-    if shards.tensor == 1:
-        return set()
-    plan: dict[str, str] = adapter.model.tp_plan  # type: ignore[assignment]
-    shares: set[nn.Parameter] = set()
-    for name, layer in adapter.layers.items():
-        style = plan.get(_with_wildcards(name))
-        shared = _SHARED.get(style)
-        if shared is not None:
-            layer.add_update = functools.partial(_add_by_shares, shards=shards, shared=shared)
-            shares.add(getattr(layer, shared))
-        elif style not in _WHOLE:
-            raise UserError(
-                f"lora.targets: {name} is cut as {style} in tensor parallelism, which an adapter "
-                "cannot follow. Leave it out, or use trainer=fsdp2."
-            )
-    return shares
-
-
-def _add_by_shares(
-    output: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    shards: Shards,
-    shared: str,
-) -> Tensor:
-    """`add_low_rank` where output (B shared) or x (A shared) is this process's share of the whole.
-
-    In both the narrow product in the middle is whole: of a share of x its parts are summed, of
-    shares of the output its gradients are.
-    """
-    if shared == "lora_A":
-        lora_A = _share(lora_A, 1, x.shape[-1], shards)
-        down = _SummedForward.apply(F.linear(x, lora_A.to(x.dtype)), shards.tensor_group)
-    else:
-        lora_B = _share(lora_B, 0, output.shape[-1], shards)
-        down = _SummedBackward.apply(F.linear(x, lora_A.to(x.dtype)), shards.tensor_group)
-    up = F.linear(down * scaling, lora_B.to(down.dtype))
-    return output + up.to(output.dtype)
-
-
-def _share(matrix: Tensor, dim: int, size: int, shards: Shards) -> Tensor:
-    """This process's rows (dim 0) or columns (1): the cut of torch.chunk, the last may be short."""
-    each = -(-matrix.shape[dim] // shards.tensor)
-    return matrix.narrow(dim, shards.tensor_rank * each, size)
-
-
-class _SummedForward(torch.autograd.Function):
-    """The sum over the processes of a group; its gradient is the same in all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = part.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _SummedBackward(torch.autograd.Function):
-    """The tensor itself; its gradient is the sum of those of the processes of a group."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Gives every process rank 0's values: those drawn on different GPUs may differ."""
     for tensor in tensors:
         dist.broadcast(tensor, src=0)
-
-
-@torch.no_grad()
-def average_gradients(
-    parameters: Iterable[nn.Parameter], shares: set[nn.Parameter], shards: Shards
-) -> None:
-    """Makes each gradient the mean over the processes that see different rows.
-
-    Args:
-        parameters: all that is trained, in the same order everywhere.
-        shares: those of which each process of a tensor group has a share of the gradient.
-        shards: the processes.
-    """
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    if not trained:
-        return
-    parts = [
-        parameter.grad.reshape(-1) * (shards.tensor if parameter in shares else 1)  # type: ignore[union-attr]
-        for parameter in trained
-    ]
-    flat = torch.cat(parts)
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    sizes = [parameter.numel() for parameter in trained]
-    for parameter, mean in zip(trained, flat.split(sizes), strict=True):
-        parameter.grad.copy_(mean.view_as(parameter))  # type: ignore[union-attr]
 
 
 def gathers_layers(model: nn.Module) -> bool:

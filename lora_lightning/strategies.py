@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
 
 from .lora import UserError
 from .parallel import Shards
 from .zero import ZeroStrategy
 
+BY_ELEMENT = (
+    *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
+    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+)
+"""Optimizers that treat each number by itself, so that they can treat shares of a matrix."""
+
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Several processes, each with a share of the frozen base and all of the adapter.
+    """Several processes, each with a share of the frozen base: see `parallel` and `placement`.
 
     Args:
         tensor_parallel_size: processes that share the matrices of a layer; None: all of a machine.
@@ -50,14 +57,41 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = total // tensor, tensor
         super().setup_environment()
 
-    # What is trained is whole in every process: its checkpoint is that of any other strategy.
+    @staticmethod
+    def check(optimizer: str) -> None:
+        """Raises UserError for an optimizer that would not do the same on shares of a matrix."""
+        if optimizer not in BY_ELEMENT:
+            raise UserError(
+                f"optim.name={optimizer} looks at whole matrices, and in tensor parallelism each "
+                "process has a share of them: use AdamW or SGD, or trainer=fsdp2 or trainer=ddp."
+            )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if Shards(self.device_mesh).tensor > 1:
+            for optimizer in self.optimizers:
+                self.check(type(optimizer).__name__)
+
+    # A checkpoint holds what is trained whole: it is that of any other strategy.
     lightning_restore_optimizer: Any = True
     lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
     load_model_state_dict: Any = Strategy.load_model_state_dict
-    optimizer_state: Any = Strategy.optimizer_state
-    load_optimizer_state_dict: Any = Strategy.load_optimizer_state_dict
     save_checkpoint: Any = Strategy.save_checkpoint
     load_checkpoint: Any = Strategy.load_checkpoint
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of the optimizer with whole matrices; every process has to ask."""
+        state = Strategy.optimizer_state(self, optimizer)
+        return self._placement.whole_state(optimizer, state)  # type: ignore[no-any-return]
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        pairs = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        shares = [self._placement.share_of_state(optimizer, state) for optimizer, state in pairs]
+        Strategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": shares})
+
+    @property
+    def _placement(self) -> Any:
+        return self.lightning_module.placement  # type: ignore[union-attr]
 
 
 def refuse_strategy(name: str) -> None:
@@ -90,7 +124,7 @@ def refuse_full(strategy: object, *, full: bool) -> None:
         )
 
 
-def scale_gradients(strategy: Strategy, optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
+def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) -> None:
     """Multiplies the gradients of the coming step of the optimizer by a factor."""
     if isinstance(strategy, ZeroStrategy):
         strategy.scale_gradients(factor)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import write_card
 from .checkpoint import check_resumable, read_checkpoint
-from .cluster import has_lost_another
+from .cluster import has_lost_another, leave
 from .config import (
     Settings,
     config_hash,
@@ -132,6 +132,7 @@ def _run_to_its_end(
         with StopSignals() as signals, memory_advice(config):
             _run(config, settings, run_dir, checkpoint, result, signals, changes)
         result["status"] = "completed"
+        leave()
     except Paused as pause:
         result["status"] = "paused"
         result["rungs"] = [*result["rungs"], pause.rung]
@@ -204,8 +205,9 @@ def _run(
     signals.raise_if_told()
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
-    if trainer.is_global_zero:
-        save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base)
+    with module.whole_adapter():
+        if trainer.is_global_zero:
+            save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base)
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))

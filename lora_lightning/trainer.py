@@ -14,7 +14,7 @@ from .config import instantiate_all, instantiate_one
 from .lora import UserError
 from .lora.errors import did_you_mean
 from .precision import for_lightning
-from .strategies import refuse_full, refuse_strategy
+from .strategies import ShardedStrategy, refuse_full, refuse_strategy
 from .zero import ZeroStrategy
 
 
@@ -33,6 +33,8 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
     if isinstance(arguments.get("strategy"), ZeroStrategy):
         ZeroStrategy.check(config.optim.name, str(arguments.get("precision")))
+    if isinstance(sharded := arguments.get("strategy"), ShardedStrategy) and sharded.asked != 1:
+        ShardedStrategy.check(config.optim.name)
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters

@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "forward", "quantization", "vocabulary", "warm_start", "zero"}
+MODEL_SIDE |= {"checkpoint", "forward", "placement", "quantization", "vocabulary"}
+MODEL_SIDE |= {"warm_start", "zero"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -26,6 +27,7 @@ ALLOWED = {
     "config": FOUNDATION,
     "cpu": set(),
     "parallel": {"lora"},
+    "placement": {"lora", "parallel"},
     "zero": {"lora"},
     "strategies": {"lora", "parallel", "zero"},
     "signals": set(),

@@ -47,10 +47,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
+        live = trainer.lightning_module.state_dict()
         if not trainer.is_global_zero:
             return
         try:
-            check_written(Path(filepath), trainer.lightning_module.state_dict())
+            check_written(Path(filepath), live)
         except UserError:
             Path(filepath).unlink(missing_ok=True)
             raise
@@ -158,8 +159,9 @@ class LastCheckpoint(Checkpoint):
         beside = self.path.with_name(f".{self.path.name}")
         try:
             trainer.save_checkpoint(beside, weights_only=False)
+            live = trainer.lightning_module.state_dict()
             if trainer.is_global_zero:
-                check_written(beside, trainer.lightning_module.state_dict())
+                check_written(beside, live)
                 os.replace(beside, self.path)
         except OSError as error:
             raise UserError(

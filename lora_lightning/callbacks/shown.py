@@ -79,11 +79,12 @@ class AdapterSummary(RichModelSummary):
     """Shows what the adapter covers; for a model without one, Lightning's own summary."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
-        if adapter is None:
+        if not isinstance(pl_module, LoraModule) or pl_module.adapter is None:
             super().on_fit_start(trainer, pl_module)
-        elif trainer.is_global_zero:
-            told = str(adapter.summary())
+            return
+        with pl_module.whole_adapter():
+            told = str(pl_module.adapter.summary())
+        if trainer.is_global_zero:
             Console().print(told, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -91,12 +92,15 @@ class UpdateNorms(Callback):
     """Logs the Frobenius norm of each adapted layer's update s B A after every validation."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        adapter = pl_module.adapter if isinstance(pl_module, LoraModule) else None
-        if adapter is None or trainer.sanity_checking or not trainer.is_global_zero:
+        if not isinstance(pl_module, LoraModule) or pl_module.adapter is None:
             return
-        norms = {
-            f"update_norm/{name}": layer.update_norm() for name, layer in adapter.layers.items()
-        }
+        if trainer.sanity_checking:
+            return
+        layers = pl_module.adapter.layers
+        with pl_module.whole_adapter():
+            norms = {f"update_norm/{name}": layer.update_norm() for name, layer in layers.items()}
+        if not trainer.is_global_zero:
+            return
         values = {name: norm.item() for name, norm in norms.items()}
         values["update_norm/total"] = sum(value**2 for value in values.values()) ** 0.5
         # The step that Lightning logs this validation's metrics at.

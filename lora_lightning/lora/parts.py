@@ -86,6 +86,17 @@ def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
     return full
 
 
+def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
+    """Sized parts of the rows from `start` to `stop`: those outside have no rows."""
+    found, row = [], 0
+    for part in parts:
+        end = row + (part.size or 0)
+        size = max(0, min(end, stop) - max(row, start))
+        found.append(Part(part.name, size, part.adapted))
+        row = end
+    return tuple(found)
+
+
 def refuse_interleaved(where: str, name: str, model_config: Any) -> None:
     """Raises UserError for a fused layer whose parts are known not to be contiguous rows."""
     kind = getattr(model_config, "model_type", None)

@@ -170,6 +170,9 @@ def test_losses_and_weights_equal_those_of_one_process(runs):
     for name in ("train/loss", "val/loss"):
         assert len(logged(one, name)) >= 2
         assert logged(other, name) == pytest.approx(logged(one, name), rel=1e-5)
+    norms = logged(one, "update_norm/total")
+    assert norms[-1] > 0
+    assert logged(other, "update_norm/total") == pytest.approx(norms, rel=1e-4)
     truth, ours = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
     assert set(ours) == set(truth)
     for name, tensor in truth.items():
