@@ -126,7 +126,7 @@ def logged(run_dir: Path) -> dict[int, dict[str, str]]:
 
 def best_step(run_dir: Path) -> int:
     (best,) = (run_dir / "checkpoints").glob("best-*.ckpt")
-    return int(best.stem.partition("step=")[2])
+    return int(best.stem.partition("step-")[2])
 
 
 def resume(copy: Path, at: Path, overrides: list[str]) -> tuple[bytes, dict]:

@@ -180,12 +180,14 @@ def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
     best_step = min(accuracies, key=accuracies.__getitem__) + 1
     assert best_step < 200
     exported = load_file(run.dir / "adapter" / "adapter_model.safetensors")
-    for name, same in ((f"best-step={best_step}.ckpt", True), ("last.ckpt", False)):
+    for name, same in ((f"best-step-{best_step}.ckpt", True), ("last.ckpt", False)):
         module = LoraModule.load_from_checkpoint(run.dir / "checkpoints" / name)
         stored = module.adapter.named_tensors()
         assert {f"base_model.model.{key}" for key in stored} == set(exported)
         equal = [torch.equal(exported[f"base_model.model.{k}"], t) for k, t in stored.items()]
         assert all(equal) if same else not any(equal)
+    typed = compose_config([f"adapter={run.dir / 'checkpoints' / f'best-step-{best_step}.ckpt'}"])
+    assert typed.adapter.endswith(".ckpt")  # without quotes
 
 
 # Logs --------------------------------------------------------------------------------------------
