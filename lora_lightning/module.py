@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,6 +22,7 @@ from .lora.eva import Start
 from .lora.loftq import make_up
 from .lora.summary import count
 from .lora.tokens import rows_of_tokens
+from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import load_tokenizer
 from .optim import build_optimizer, build_scheduler
@@ -38,8 +37,6 @@ from .warm_start import load_values, values_of
 
 RANKS = "data_ranks"
 """In a checkpoint: how many processes saw different rows."""
-BAD_STEP = "bad_step.json"
-"""In a run's folder: the rows of a step whose loss was not a number."""
 Batch = dict[str, Tensor] | list[dict[str, Tensor]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
 
@@ -124,8 +121,7 @@ class LoraModule(L.LightningModule):
         self._step_loss = torch.zeros(())
         self._step_count = torch.zeros(())
         self._batch = 0
-        self._recent: list[tuple[int, int, int, Tensor]] = []
-        """Step, epoch, last batch and loss of the steps since a loss was last looked at."""
+        self._losses = StepLosses()
         self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
@@ -288,7 +284,7 @@ class LoraModule(L.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
 
     def on_train_end(self) -> None:
-        self._check_loss()
+        self._check_losses()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx
@@ -339,9 +335,9 @@ class LoraModule(L.LightningModule):
         scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / count)
         mean = loss / count
         self.log("train/loss", mean, prog_bar=True)
-        self._recent.append((self.global_step, self.current_epoch, self._batch, mean))
+        self._losses.add(self.trainer, self._batch, mean)
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_loss()
+            self._check_losses()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -353,40 +349,9 @@ class LoraModule(L.LightningModule):
         trained = self.trainer.precision_plugin.main_params(optimizer)
         self.placement.clip_by_norm(trained, float(gradient_clip_val))
 
-    def _check_loss(self) -> None:
-        """Makes sure that losses are numbers. This waits for the device: not at every step.
-
-        Raises:
-            UserError: one is not. The rows of its step are in the run's folder then.
-        """
-        recent, self._recent = self._recent, []
-        if not recent:
-            return
-        finite = torch.stack([loss for *_, loss in recent]).isfinite().tolist()
-        if all(finite):
-            return
-        step, epoch, batch, loss = recent[finite.index(False)]
-        data = getattr(self.trainer, "datamodule", None)
-        told = ""
-        if isinstance(getattr(data, "encoded", None), dict):
-            count = self.trainer.accumulate_grad_batches
-            batches = range(batch - batch % count, batch + 1)
-            path = Path(self.trainer.default_root_dir) / BAD_STEP
-            if self.trainer.is_global_zero:
-                content = {
-                    "step": step,
-                    "epoch": epoch,
-                    "batches": list(batches),
-                    "loss": str(loss.item()),
-                    "rows": data.rows_trained_on(epoch, batches),  # type: ignore[union-attr]
-                }
-                path.write_text(json.dumps(content, indent=2, default=str) + "\n")
-            told = f" The rows of that step are in {path}."
+    def _check_losses(self) -> None:
         half = self.trainer.precision == "16-mixed" or self.model_config.dtype == "float16"
-        or_else = ", or use bfloat16 in the place of float16" if half else ""
-        raise UserError(
-            f"the training loss is {loss.item()} at step {step}: lower optim.lr{or_else}.{told}"
-        )
+        self._losses.check(self.trainer, half=half)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.val_metrics, self.val_loss)
@@ -474,7 +439,7 @@ class LoraModule(L.LightningModule):
             return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_loss()  # before a good checkpoint is overwritten
+        self._check_losses()  # before a good checkpoint is overwritten
         # Among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
         if self._from_data is not None:

@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a typo in a config is told in a moment.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -330,13 +331,12 @@ class OptimConfig:
     """Further arguments of the schedule, e.g. {num_cycles: 2}."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr must be positive, got {self.lr}.")
-        if self.weight_decay < 0:
-            raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}.")
-        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio > 0:
-            raise UserError(
-                f"optim.loraplus_lr_ratio must be positive, got {self.loraplus_lr_ratio}."
-            )
-        if self.warmup < 0:
-            raise UserError(f"optim.warmup must not be negative, got {self.warmup}.")
+        # What is far beyond any use overflows within an optimizer.
+        for name, most in (("lr", 1e30), ("loraplus_lr_ratio", 1e6)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise UserError(f"optim.{name} must be positive, at most {most:g}, got {value}.")
+        for name in ("weight_decay", "warmup"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"optim.{name} must be finite and not negative, got {value}.")

@@ -21,8 +21,9 @@ from .lora import UserError, save_adapter
 from .lora.checks import check_trained
 from .lora.state import WEIGHTS_NAME, replaced_folder
 from .lora.vocabulary import before_growth
+from .losses import BAD_STEP
 from .modeling import fingerprint
-from .module import BAD_STEP, LoraModule
+from .module import LoraModule
 from .settings import OWN_GROUPS
 
 SIDECAR = "lora_lightning.json"

@@ -623,6 +623,13 @@ TRAINING = [
     Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "'linea'", "'linear'"),
     Case("rate", lambda p: p.train("optim.lr=-1"), "optim.lr", "positive"),
     Case("rate not a number", lambda p: p.train("optim.lr=nan"), "optim.lr", "positive"),
+    Case("rate beyond use", lambda p: p.train("optim.lr=1e38"), "optim.lr", "at most 1e+30"),
+    Case(
+        "decay without end",
+        lambda p: p.train("optim.weight_decay=inf"),
+        "optim.weight_decay",
+        "finite",
+    ),
     Case("decay", lambda p: p.train("optim.weight_decay=-1"), "optim.weight_decay", "negative"),
     Case("monitor", lambda p: p.train("task.monitor=val/acc"), "task.monitor", "'val/accuracy'"),
     Case("monitor, check", lambda p: p.check("task.monitor=val/acc"), "val/acc", "'val/accuracy'"),
