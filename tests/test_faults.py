@@ -42,7 +42,7 @@ def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
         *fast,
         *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
         *(f"data.cache_dir={cache}", "callbacks.early_stopping=null", "lora.rank=2"),
-        *("trainer.max_epochs=40", "callbacks.last.every_n_steps=2"),
+        *("trainer.max_epochs=24", "callbacks.last.every_n_steps=2"),
     ]
 
 

@@ -74,8 +74,13 @@ WAYS = {
 }
 DEFAULT = ("ddp", "fsdp2")
 """Ways of the summaries that are quick enough for every run of the tests."""
-WHOLE_MODEL = ("llama-summarization", "llama-parts")
-"""Tasks that go every way; the others go the first three."""
+TAKEN = {
+    "llama-summarization": list(WAYS),
+    "llama-sentiment": ["tp"],
+    "bert-sentiment": ["ddp", "fsdp2", "tp"],
+    "llama-parts": ["fsdp2", "tp", "fsdp2-tp"],
+}
+"""Ways that each task goes."""
 PAIRS = [
     pytest.param(
         task,
@@ -83,7 +88,7 @@ PAIRS = [
         marks=() if task == "llama-summarization" and way in DEFAULT else pytest.mark.slow,
     )
     for task in TASKS
-    for way in (WAYS if task in WHOLE_MODEL else list(WAYS)[:3])
+    for way in TAKEN[task]
 ]
 each_pair = pytest.mark.parametrize(("one", "runs"), PAIRS, indirect=True, scope="module")
 
@@ -229,8 +234,14 @@ def test_nothing_is_said_that_no_user_can_act_on(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("one", ["llama-summarization", "bert-sentiment"], indirect=True)
-@pytest.mark.parametrize("way", ["fsdp2", "tp", "deepspeed"])
+@pytest.mark.parametrize(
+    ("one", "way"),
+    [
+        *(("llama-summarization", way) for way in ("fsdp2", "tp", "deepspeed")),
+        ("bert-sentiment", "tp"),
+    ],
+    indirect=["one"],
+)
 def test_an_fp32_adapter_on_a_bf16_base_in_shares(way, one):
     """What is trained is fp32, and close to that of one process on the same bf16 base."""
     if way == "deepspeed":

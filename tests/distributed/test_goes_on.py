@@ -32,14 +32,14 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def common(tiny_llama, tmp_path_factory) -> list[str]:
-    """180 steps of a decoder, saved every other step."""
+    """108 steps of a decoder, saved every other step."""
     folder = tmp_path_factory.mktemp("rows")
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(41)))
     return [
         *("trainer.precision=32-true", "trainer.enable_progress_bar=false"),
         *("callbacks.progress_bar=null", "callbacks.rich_summary=null", "test_before=false"),
-        *("trainer.max_epochs=30", "callbacks.last.every_n_steps=2"),
+        *("trainer.max_epochs=18", "callbacks.last.every_n_steps=2"),
         *("callbacks.early_stopping=null", "lora.rank=4", "optim.lr=1e-3"),
         *(f"model.name_or_path={tiny_llama}", f"data.cache_dir={folder / 'cache'}"),
         *(f"data.{split}={data}" for split in ("train", "val", "test")),
@@ -202,7 +202,7 @@ def test_two_agents_of_torchrun_have_one_folder(named, common, tmp_path):
     """Two machines on loopback, a process each. With an id, one of them is killed on the way."""
     there = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     name = ["--rdzv-id=night", "--max-restarts=3"] if named else []
-    epochs = "trainer.max_epochs=30" if named else "trainer.max_epochs=2"
+    epochs = "trainer.max_epochs=18" if named else "trainer.max_epochs=2"
     command = [
         *torchrun("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", there, *name),
         *("trainer.num_nodes=2", "trainer.devices=1", *WAYS["ddp"][1:], *common, epochs),
