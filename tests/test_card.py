@@ -64,5 +64,9 @@ def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         expected = ours.model(input_ids=ids).logits
+        for module in names["model"].modules():
+            # bitsandbytes' kernel for some CPUs wants inputs of 64 and more, and these have 32.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         torch.testing.assert_close(names["model"](input_ids=ids).logits, expected)
     assert ("Trained on its base in nf4, and goes on no other" in text) == (kind == "loftq")

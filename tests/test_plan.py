@@ -63,6 +63,7 @@ def with_values(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 SHORT = ["data.max_length=32"]
 TEXT = [*SHORT, "task.max_new_tokens=8"]
 LM, INSTRUCT = ["task=lm", *TEXT], ["task=instruct", *TEXT]
+IN_16_BITS = ["trainer.precision=bf16-true", "model.dtype=bfloat16"]
 EXPERTS = "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]"
 CASES = {
     "rows joined": ("tiny_llama", LM),
@@ -70,6 +71,7 @@ CASES = {
     "experts adapted": ("tiny_mixtral", [*INSTRUCT, EXPERTS]),
     "DoRA": ("tiny_llama", [*INSTRUCT, "lora=dora"]),
     "encoder, whole": ("tiny_bert", [*SHORT, "lora=full"]),
+    "encoder in 16 bits, its head in 32": ("tiny_bert", [*SHORT, *IN_16_BITS]),
     "encoder-decoder, LoRA-FA": ("tiny_t5", ["task=summarization", *TEXT, "lora=lora_fa"]),
 }
 

@@ -154,7 +154,7 @@ class Adapter:
                 self._pristine[f"{name}.{leaf}"] = parameter.detach().clone()
             low = [p.dtype for p in module.parameters() if p.dtype in LOW_PRECISION]
             if low:
-                module.to(torch.float32)
+                _widen(module)
                 self._hooks += _cast_around(module, low[0])
             module.requires_grad_(True)
         for name, parameter in self.model.named_parameters():
@@ -377,6 +377,20 @@ def _is_bias(name: str) -> bool:
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, parameter)
+
+
+def _widen(module: nn.Module) -> None:
+    """Has a module be fp32, with new parameters: `Module.to` cannot change those without values."""
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.dtype in LOW_PRECISION:
+                if parameter not in wide:
+                    wide[parameter] = nn.Parameter(parameter.detach().float())
+                setattr(part, name, wide[parameter])
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.dtype in LOW_PRECISION:
+                setattr(part, name, buffer.float())
 
 
 def _cast_around(module: nn.Module, outside: torch.dtype) -> list[Any]:
