@@ -47,6 +47,11 @@ def _refuse_quantised(model: ModelConfig, lora: LoraConfig | None, *, in_shares:
 
 
 def _refuse_in_shares(model: ModelConfig, lora: LoraConfig) -> None:
+    if lora.bias != "none":
+        raise UserError(
+            f"lora.bias={lora.bias} would train biases of the base itself, which is sharded. Use "
+            "lora.bias=none, or trainer=ddp."
+        )
     if model.new_tokens or lora.trainable_token_indices:
         option = "model.new_tokens" if model.new_tokens else "lora.trainable_token_indices"
         raise UserError(

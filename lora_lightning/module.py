@@ -342,12 +342,13 @@ class LoraModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
+        placement = self.placement
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        if self.placement is None or not by_norm:
+        if placement is None or not placement.cuts or not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         trained = self.trainer.precision_plugin.main_params(optimizer)
-        self.placement.clip_by_norm(trained, float(gradient_clip_val))
+        placement.clip_by_norm(trained, float(gradient_clip_val))
 
     def _check_losses(self) -> None:
         half = self.trainer.precision == "16-mixed" or self.model_config.dtype == "float16"

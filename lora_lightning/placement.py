@@ -240,11 +240,6 @@ def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
     Raises:
         UserError: a layer is cut in a way that an adapter cannot follow.
     """
-    if adapter.config.bias != "none":
-        raise UserError(
-            f"lora.bias={adapter.config.bias} would train biases of the base itself, which is "
-            "sharded. Use lora.bias=none, or trainer=ddp."
-        )
     if shards.tensor == 1:
         return Placement(shards, [])
     plan: dict[str, str] = adapter.model.tp_plan  # type: ignore[assignment]
@@ -253,9 +248,10 @@ def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
         style = plan.get(with_wildcards(name))
         matrix = _SHARED.get(style)
         if matrix is not None:
-            group = shards.tensor_group
-            add = _add_to_share if matrix == "lora_B" else _add_of_shares
-            layer.add_update = functools.partial(add, group=group)
+            summed = _SummedBackward if matrix == "lora_B" else _SummedForward
+            layer.add_update = functools.partial(
+                _add_by_shares, summed=summed, group=shards.tensor_group
+            )
             shared.append(_shared_out(layer, matrix, shards))
         elif style not in _WHOLE:
             raise UserError(
@@ -282,40 +278,23 @@ def _shared_out(layer: LoraLayer, matrix: str, shards: Shards) -> _Shared:
     return _Shared(layer, matrix, Cut(0, tuple(rows)), parts)
 
 
-# In both of these A x is whole: of shares of x its parts are summed, of shares of the output its
-# gradients are.
-
-
-def _add_to_share(
+def _add_by_shares(
     output: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     *,
+    summed: type[torch.autograd.Function],
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """`add_low_rank` where output and B are this process's shares of the whole."""
-    down = _SummedBackward.apply(F.linear(x, lora_A.to(x.dtype)), group)
-    return _add_up(output, down * scaling, lora_B)
+    """`add_low_rank` where output and B, or x and A, are this process's shares of the whole.
 
-
-def _add_of_shares(
-    output: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """`add_low_rank` where x and A are this process's shares of the whole."""
-    down = _SummedForward.apply(F.linear(x, lora_A.to(x.dtype)), group)
-    return _add_up(output, down * scaling, lora_B)
-
-
-def _add_up(output: Tensor, down: Tensor, lora_B: Tensor) -> Tensor:
-    return output + F.linear(down, lora_B.to(down.dtype)).to(output.dtype)
+    In both A x is whole: of shares of x its parts are summed, of shares of the output its gradients
+    are.
+    """
+    down = summed.apply(F.linear(x, lora_A.to(x.dtype)), group)
+    return output + F.linear(down * scaling, lora_B.to(down.dtype)).to(output.dtype)
 
 
 class _SummedForward(torch.autograd.Function):

@@ -29,12 +29,13 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     check_nodes(int(arguments.get("num_nodes") or 1))
     if isinstance(arguments.get("strategy"), dict):
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
-    refuse_strategy(str(arguments.get("strategy")))
-    refuse_full(arguments.get("strategy"), full=config.lora.method == "full")
-    if isinstance(arguments.get("strategy"), ZeroStrategy):
-        ZeroStrategy.check(config.optim.name, str(arguments.get("precision")))
-    if isinstance(sharded := arguments.get("strategy"), ShardedStrategy) and sharded.asked != 1:
-        ShardedStrategy.check(config.optim.name)
+    strategy = arguments.get("strategy")
+    refuse_strategy(str(strategy))
+    refuse_full(strategy, full=config.lora.method == "full")
+    if isinstance(strategy, ZeroStrategy):
+        strategy.check(config.optim.name, str(arguments.get("precision")))
+    if isinstance(strategy, ShardedStrategy) and strategy.asked != 1:
+        strategy.check(config.optim.name)
     arguments |= changes
     arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
     known = inspect.signature(L.Trainer).parameters

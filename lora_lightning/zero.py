@@ -19,8 +19,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from .lora import UserError
 
-BY_ELEMENT = ("Adam", "AdamW", "SGD")
-"""Optimizers that treat each number by itself, so that they can treat any share of them."""
+SUPPORTED = ("Adam", "AdamW", "SGD")
+"""Optimizers that are tried on shares of what is trained."""
 BUCKET = 50_000_000
 """Numbers that are averaged over the processes at a time."""
 
@@ -58,10 +58,10 @@ class ZeroStrategy(DDPStrategy):
         Raises:
             UserError: DeepSpeed is absent, or the settings would give another result with it.
         """
-        if optimizer not in BY_ELEMENT:
+        if optimizer not in SUPPORTED:
             raise UserError(
                 f"optim.name={optimizer} would not do the same on shares of the parameters, which "
-                f"trainer=deepspeed gives it: use {' or '.join(BY_ELEMENT)}, or trainer=ddp."
+                f"trainer=deepspeed gives it: use {' or '.join(SUPPORTED)}, or trainer=ddp."
             )
         if precision == "16-mixed":
             raise UserError(
