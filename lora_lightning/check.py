@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from .combinations import refuse_combinations
 from .config import Settings, settings_of
 from .data.datamodule import LoraDataModule
 from .earlier import refuse_used_folder
@@ -18,11 +19,14 @@ from .forward import check_packing
 from .lora import UserError
 from .lora.vocabulary import vocabulary_rows
 from .memory import PROBE_ROWS, Memory
+from .modeling import load_model_config
 from .module import LoraModule
 from .optim import build_scheduler
+from .parallel import check_heads
 from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .storage import undone_on_mistake
+from .strategies import ShardedStrategy
 from .tasks import build_task
 from .train import build
 from .trainer import build_trainer, check_windows
@@ -50,7 +54,9 @@ def check(config: DictConfig) -> str:
     with undone_on_mistake(output, always=True):
         task = build_task(settings.task)
         module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
-        check_windows(build_trainer(config))
+        trainer = build_trainer(config)
+        check_windows(trainer)
+        _refuse_in_shares(trainer.strategy, settings, config.adapter)
         data.setup("fit")
         module.configure_model()
         build_scheduler(module.build_optimizer(), settings.optim, total_steps=1)
@@ -71,6 +77,13 @@ def check(config: DictConfig) -> str:
             _memory(module, data, settings, device),
         ]
     return "\n\n".join([*sections, "All checks passed."])
+
+
+def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None) -> None:
+    """Refuses what cannot be had on a base in shares, which here is read whole."""
+    if isinstance(strategy, ShardedStrategy):
+        refuse_combinations(settings.model, settings.lora, start_from=adapter, in_shares=True)
+        check_heads(load_model_config(settings.model), strategy.tensor_size)
 
 
 def _modules(module: LoraModule) -> str:

@@ -102,7 +102,7 @@ def loading_options(
         ) from None
     with torch.device("meta"):
         skeleton = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
-    _check_heads(model_config, shards.tensor)
+    check_heads(model_config, shards.tensor)
     plans: dict[str, Any] = {}
     if shards.data > 1:
         plans["fsdp_plan"] = dict.fromkeys(_repeated_layers(skeleton), "free_full_weight")
@@ -119,7 +119,7 @@ def loading_options(
     return {"distributed_config": config}
 
 
-def _check_heads(model_config: Any, tensor: int) -> None:
+def check_heads(model_config: Any, tensor: int) -> None:
     """Raises UserError for heads of attention that cannot be cut evenly."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
     for key in ("num_attention_heads", "num_key_value_heads"):

@@ -46,9 +46,13 @@ class ShardedStrategy(ModelParallelStrategy):
         )
         self.asked = tensor_parallel_size
 
+    @property
+    def tensor_size(self) -> int:
+        """Processes that are to share the matrices of a layer."""
+        return self.num_processes if self.asked is None else self.asked
+
     def setup_environment(self) -> None:
-        total = self.num_nodes * self.num_processes
-        tensor = self.num_processes if self.asked is None else self.asked
+        total, tensor = self.num_nodes * self.num_processes, self.tensor_size
         if tensor < 1 or total % tensor:
             raise UserError(
                 f"trainer.strategy.tensor_parallel_size={tensor} does not divide the "

@@ -1098,6 +1098,29 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
     assert contents(place.root) == before
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["trainer=tp", "lora.use_dora=true"], "lora.use_dora=true needs whole weights"),
+        (["trainer=fsdp2", "lora.init=pissa"], "lora.init=pissa needs whole weights"),
+        (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
+        (
+            ["trainer=tp", "trainer.devices=3"],
+            "num_attention_heads is 4, which cannot be cut evenly",
+        ),
+    ],
+)
+def test_check_refuses_what_a_base_in_shares_cannot_have(settings, says, place, run_cli):
+    """No process is started for it."""
+    before = contents(place.root)
+    two = ["trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+    status, _, err = run_cli(*place.check(*two, *settings))
+    assert status == 2
+    assert err.count("error: ") == 1
+    assert says in " ".join(err.split())
+    assert contents(place.root) == before
+
+
 def test_nearly_full_disk(place, run_cli, monkeypatch):
     usage = shutil.disk_usage(place.root)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))

@@ -74,7 +74,7 @@ ALLOWED = {
     "portable": {"lora", "storage", "stored"},
     "layouts": {"lora"},
     "imported": RUN_SIDE | {"checkpoint", "layouts"},
-    "check": RUN_SIDE | {"train", "trainer", "earlier", "memory", "precision"},
+    "check": RUN_SIDE | {"combinations", "train", "trainer", "earlier", "memory", "precision"},
     "evaluate": RUN_SIDE | {"trainer", "inference", "precision"},
     "cli": RUN_SIDE
     | {
