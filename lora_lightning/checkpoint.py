@@ -153,13 +153,21 @@ def _damaged(path: Path, error: Exception) -> UserError:
     )
 
 
-def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
-    """Makes sure that a checkpoint holds what is trained, before an older one makes way for it.
+def check_kept(live: Mapping[str, Tensor]) -> None:
+    """Makes sure that trained weights are worth a checkpoint.
 
     Raises:
-        UserError: the file cannot be read or is not what is in memory, or that is ruined.
+        UserError: they are ruined: not finite, or all zero.
     """
     check_trained(live, kept="The checkpoint before it was left as it is.")
+
+
+def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
+    """Makes sure that a checkpoint holds the trained weights, before it replaces an older one.
+
+    Raises:
+        UserError: the file cannot be read, or holds others.
+    """
     found = _read(path)["state_dict"]
     same = found.keys() == live.keys() and all(
         torch.equal(found[name], tensor.detach().cpu()) for name, tensor in live.items()

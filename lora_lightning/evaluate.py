@@ -15,7 +15,7 @@ from .inference import Predictor, load_trained
 from .lora import UserError
 from .lora.vocabulary import vocabulary_rows
 from .modeling import load_model_config, max_positions
-from .precision import with_precision
+from .precision import fast_products, with_precision
 from .quiet import quiet_libraries
 from .storage import read_sidecar
 from .trainer import build_trainer
@@ -32,7 +32,18 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     quiet_libraries()
     config = with_precision(config, trains=False)
     settings = settings_of(config)
-    module = load_trained(folder, model=_as_model_settings(config))
+    # On all devices only where that is typed: all would test a share of the rows each.
+    free = config.trainer.devices == "auto" and config.trainer.strategy == "auto"
+    trainer = build_trainer(
+        config,
+        logger=False,
+        callbacks=[],
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),  # else the bar would mix with the metrics' JSON
+        **({"devices": 1} if free else {}),
+    )
+    device = trainer.strategy.root_device
+    module = load_trained(folder, model=_as_model_settings(config), device=device)
     assert module.model is not None
     task = module.task
     task.config = type(task.config)(**settings.task)
@@ -46,14 +57,8 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         length_limit=max_positions(load_model_config(module.model_config)),
         rows=vocabulary_rows(module.model),
     )
-    trainer = build_trainer(
-        config,
-        logger=False,
-        callbacks=[],
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),  # else the bar would mix with the metrics' JSON
-    )
-    found = trainer.test(module, data, verbose=False)
+    with fast_products(config.trainer.precision, str(config.trainer.accelerator)):
+        found = trainer.test(module, data, verbose=False)
     if not found:
         raise UserError("there is no test data: give data.test=FILE.")
     return {name: round(float(value), 6) for name, value in found[0].items()} | {

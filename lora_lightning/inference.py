@@ -37,7 +37,10 @@ from .vocabulary import refuse_unknown
 
 
 def load_trained(
-    folder: str | Path, *, model: dict[str, Any] | None = None, device: str | None = None
+    folder: str | Path,
+    *,
+    model: dict[str, Any] | None = None,
+    device: str | torch.device | None = None,
 ) -> LoraModule:
     """A LoraModule with the adapter that a run left in `folder`, in eval mode.
 
@@ -68,11 +71,12 @@ def load_trained(
     own = {"tokenizer": str(folder), "new_tokens": []}  # which that one has
     tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), **own}))
     module = LoraModule(task, config, settings.lora, tokenizer=tokenizer)
-    base, _ = task.build_model(config, tokenizer)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with device:  # read from the file to where it is used
+        base, _ = task.build_model(config, tokenizer)
     module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
     check_weights(folder, sidecar)  # after what tells more: names, shapes, values
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module.to(device).eval()
 
 

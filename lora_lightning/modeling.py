@@ -142,10 +142,10 @@ def load_classifier(
     settings.problem_type = "single_label_classification"
     new = _new_modules(model, missing)
     trained = list(dict.fromkeys([*head_modules(model), *new]))
-    if shards is not None:
-        torch.set_rng_state(random)  # of the head, whose first values are those of one process
+    if shards is not None or any(p.is_cuda for p in model.parameters()):
+        torch.set_rng_state(random)  # a head's first values are the same on all devices
         for name in trained:
-            take_whole(model, name, draw_anew=name in new)
+            take_whole(model, name, draw_again=name in new)
     return model, trained
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,17 +20,25 @@ from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
 from .lora.loftq import make_up
+from .lora.rng import fork_rng
 from .lora.summary import count
 from .lora.tokens import rows_of_tokens
 from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import load_tokenizer
-from .optim import build_optimizer, build_scheduler
-from .parallel import Shards, broadcast
+from .optim import build_optimizer, build_scheduler, keep_implementation
+from .parallel import Shards, broadcast, local_rank_in_environment
 from .placement import Placement, place_adapter
 from .quantization import experts_left
 from .settings import ModelConfig, OptimConfig
-from .strategies import ShardedStrategy, data_ranks, refuse_full, refuse_strategy, scale_gradients
+from .strategies import (
+    ShardedStrategy,
+    data_ranks,
+    refuse_full,
+    refuse_strategy,
+    scale_gradients,
+    sum_over_ranks,
+)
 from .tasks import Task, build_task
 from .vocabulary import token_ids
 from .warm_start import load_values, values_of
@@ -118,8 +126,8 @@ class LoraModule(L.LightningModule):
         """The processes over which the base is spread, where it is."""
         self.placement: Placement | None = None
         """What of the adapter this process holds then."""
-        self._step_loss = torch.zeros(())
-        self._step_count = torch.zeros(())
+        self._totals: Tensor | None = None
+        """Loss and targets of the micro-batches since the last step, (2)."""
         self._batch = 0
         self._losses = StepLosses()
         self.total_parameters = self.trained_parameters = 0
@@ -140,7 +148,10 @@ class LoraModule(L.LightningModule):
             start_from=self.start_from,
             in_shares=self.shards is not None,
         )
-        with torch.random.fork_rng():
+        with ExitStack() as stack:
+            if self.shards is not None:
+                stack.enter_context(local_rank_in_environment(self.trainer.local_rank))
+            stack.enter_context(fork_rng(self._device_of_model()))
             torch.manual_seed(self.seed)
             model, whole = self.task.build_model(self.model_config, self.tokenizer, self.shards)
             adapter = None
@@ -161,6 +172,11 @@ class LoraModule(L.LightningModule):
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
         self._check_monitor()
+
+    def _device_of_model(self) -> torch.device:
+        """Where the model is built: a Trainer sets its device before it asks."""
+        trainer = self._trainer
+        return torch.get_default_device() if trainer is None else trainer.strategy.root_device
 
     def _put_on(self, model: nn.Module, config: LoraConfig, whole: list[str]) -> Adapter:
         """The adapter on a model, some modules of which are trained whole."""
@@ -185,7 +201,8 @@ class LoraModule(L.LightningModule):
         adapter.start_at(matrices)
         if config.init == "loftq" and not self._goes_on():
             original = replace(self.model_config, quantization=None)
-            make_up(adapter, self.task.build_model(original, self.tokenizer)[0])
+            with torch.device("cpu"):  # beside the quantised one there is no room for it
+                make_up(adapter, self.task.build_model(original, self.tokenizer)[0])
         for layer in adapter.token_rows.values() if new else ():
             layer.start_at_mean()
         return adapter
@@ -256,7 +273,7 @@ class LoraModule(L.LightningModule):
         if self.model_config.quantization is not None and self.trainer.is_global_zero:
             assert self.model is not None
             print(experts_left(self.model), end="", file=sys.stderr)
-        if self.shards is not None:
+        if self.trainer.world_size > 1:
             with self.whole_adapter():
                 broadcast(self.trainable_tensors().values())
 
@@ -312,8 +329,8 @@ class LoraModule(L.LightningModule):
         offloads = self.model_config.offload_activations
         with offloaded_activations() if offloads else nullcontext():
             output = self.task.loss(self.model, batch)
-        self._step_loss = self._step_loss.to(self.device) + output.total.detach()
-        self._step_count = self._step_count.to(self.device) + output.count.detach()
+        totals = torch.stack([output.total.detach().float(), output.count.detach().float()])
+        self._totals = totals if self._totals is None else self._totals + totals
         return output.total
 
     def optimizer_zero_grad(self, *args: Any) -> None:
@@ -328,13 +345,14 @@ class LoraModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.placement is not None:
             self.placement.average_gradients(p for p in self.parameters() if p.requires_grad)
-        totals = torch.stack([self._step_loss, self._step_count])
-        loss, count = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        self._step_loss, self._step_count = torch.zeros(()), torch.zeros(())
+        totals, self._totals = self._totals, None
+        assert totals is not None
+        loss, count = sum_over_ranks(self.trainer.strategy, totals)
         count = count.clamp(min=1)
         scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / count)
         mean = loss / count
-        self.log("train/loss", mean, prog_bar=True)
+        bar = self.trainer.progress_bar_callback
+        self.log("train/loss", mean, prog_bar=not getattr(bar, "reads_loss", bar is None))
         self._losses.add(self.trainer, self._batch, mean)
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_losses()
@@ -398,7 +416,10 @@ class LoraModule(L.LightningModule):
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer over all that is trained."""
         from_zero = [] if self.adapter is None else self.adapter.from_zero()
-        return build_optimizer(self.named_parameters(), self.optim_config, from_zero=from_zero)
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        return build_optimizer(
+            self.named_parameters(), self.optim_config, from_zero=from_zero, scaled=scaled
+        )
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
@@ -460,7 +481,9 @@ class LoraModule(L.LightningModule):
             )
         if fits:
             with self.whole_adapter():
-                check_optimizer(checkpoint.get("optimizer_states"), self.build_optimizer())
+                optimizer = self.build_optimizer()
+            check_optimizer(checkpoint.get("optimizer_states"), optimizer)
+            keep_implementation(checkpoint["optimizer_states"][0]["param_groups"], optimizer)
         if saved != self.task.state():
             raise UserError(
                 "the data or its labels differ from those that the checkpoint was trained with: "

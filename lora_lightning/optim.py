@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ def build_optimizer(
     config: OptimConfig,
     *,
     from_zero: Collection[nn.Parameter] = (),
+    scaled: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer over the parameters that require a gradient, and no others.
 
@@ -25,6 +27,8 @@ def build_optimizer(
         config: which optimizer.
         from_zero: those of LoRA's matrices that start at zero, whose rate is
             `config.loraplus_lr_ratio` times that of the rest (LoRA+).
+        scaled: whether gradients carry a loss scale (16-mixed): a fused step would undo it itself,
+            after they are clipped.
     """
     faster = set(from_zero) if config.loraplus_lr_ratio is not None else set()
     matrices: list[nn.Parameter] = []
@@ -50,9 +54,12 @@ def build_optimizer(
         raise UserError(
             f"optim.name: torch.optim has no {config.name!r}.{did_you_mean(config.name, known)}"
         )
+    options = dict(config.options)
+    if not scaled and _can_fuse(known[config.name], options, matrices + vectors + [*faster]):
+        options["fused"] = True
     try:
         return known[config.name](
-            [group for group in groups if group["params"]], lr=config.lr, **config.options
+            [group for group in groups if group["params"]], lr=config.lr, **options
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optim: {config.name} does not take these settings: {error}.") from None
@@ -79,6 +86,26 @@ def build_scheduler(
         scheduler_specific_kwargs=dict(config.scheduler_options) or None,
     )
     return schedule
+
+
+def _can_fuse(
+    optimizer: Callable[..., Any], options: dict[str, Any], parameters: list[nn.Parameter]
+) -> bool:
+    """Whether one kernel can update all parameters, where nothing else is asked for."""
+    asked = {"fused", "foreach", "capturable", "differentiable"} & options.keys()
+    can = "fused" in inspect.signature(optimizer).parameters
+    return can and not asked and all(parameter.is_cuda for parameter in parameters)
+
+
+def keep_implementation(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Has a checkpoint's groups step as this optimizer does, which may be on another device.
+
+    Args:
+        saved: the groups of the optimizer's state in the checkpoint.
+        optimizer: of this run.
+    """
+    for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
+        theirs.update({name: ours[name] for name in ("fused", "foreach") if name in ours})
 
 
 def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:

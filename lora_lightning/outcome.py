@@ -44,6 +44,7 @@ def measured(
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     """Numbers of a run that has ended: those of its metrics, its size, time and memory."""
+    device = trainer.strategy.root_device
     return {
         **metrics,
         "objective": metrics.get(config.task.monitor),
@@ -55,8 +56,8 @@ def measured(
         "seconds": round(clock.seconds, 3),
         "tokens": clock.tokens,
         "tokens_per_second": round(clock.tokens / max(clock.seconds, 1e-9), 1),
-        "peak_memory_mib": round(peak_memory_mib(module.device), 1),
-        "device": str(module.device),
+        "peak_memory_mib": round(peak_memory_mib(device), 1),
+        "device": str(device),
         "world_size": trainer.world_size,
         "seed": config.seed,
         "tags": list(config.tags),

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +102,7 @@ def loading_options(
         raise UserError(
             "a sharded base needs a newer transformers: pip install 'transformers>=5.23'."
         ) from None
+    check_accelerator(shards.mesh.device_type)
     with torch.device("meta"):
         skeleton = auto_class.from_config(model_config, trust_remote_code=trust_remote_code)
     check_heads(model_config, shards.tensor)
@@ -117,6 +120,34 @@ def loading_options(
         plans["tp_plan"] = {f"{prefix}.{name}": style for name, style in plan.items()}
     config = DistributedConfig(fsdp_size=shards.data, tp_size=shards.tensor, **plans)
     return {"distributed_config": config}
+
+
+def check_accelerator(device_type: str) -> None:
+    """Raises UserError for processes on another kind of device than transformers shards on."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type != device_type:
+        raise UserError(
+            f"trainer.accelerator={device_type}: transformers shards a base on the machine's "
+            f"accelerator, {accelerator.type}. To rehearse on a CPU, hide it: "
+            'CUDA_VISIBLE_DEVICES="" lora-lightning ...'
+        )
+
+
+@contextmanager
+def local_rank_in_environment(local_rank: int) -> Iterator[None]:
+    """Sets LOCAL_RANK, from which transformers takes its device while it shards a model.
+
+    srun sets SLURM_LOCALID alone, and each task of a node would take the first GPU.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def check_heads(model_config: Any, tensor: int) -> None:
@@ -146,15 +177,14 @@ def with_wildcards(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def take_whole(model: nn.Module, name: str, *, draw_anew: bool) -> None:
-    """Puts a module with plain tensors, the same in every process, in the place of a sharded one.
-
-    They are drawn on the CPU, as those of one process are.
+def take_whole(model: nn.Module, name: str, *, draw_again: bool) -> None:
+    """Replaces a module by one with plain tensors on the CPU, the same in every process.
 
     Args:
-        model: the sharded model.
+        model: sharded, or on a GPU.
         name: the module's.
-        draw_anew: whether its values are to be drawn again, as by one process alone.
+        draw_again: whether its first values are drawn again: by the CPU's generator, so that they
+            are the same on any device and in any number of processes.
 
     Raises:
         UserError: it is a unit of its own of FSDP2, as the head of a language model is.
@@ -169,12 +199,10 @@ def take_whole(model: nn.Module, name: str, *, draw_anew: bool) -> None:
         )
     tensors = [*module.parameters(), *module.buffers()]
     memo = {
-        id(tensor): _same_kind(tensor, whole(tensor).detach().cpu().clone())
-        for tensor in tensors
-        if isinstance(tensor, DTensor)
+        id(tensor): _same_kind(tensor, whole(tensor).detach().cpu().clone()) for tensor in tensors
     }
     plain = copy.deepcopy(module, memo)
-    if draw_anew:
+    if draw_again:
         for part in plain.modules():
             part._is_hf_initialized = False  # type: ignore[assignment]
             for tensor in part.parameters(recurse=False):
@@ -184,9 +212,9 @@ def take_whole(model: nn.Module, name: str, *, draw_anew: bool) -> None:
     setattr(model.get_submodule(parent), leaf, plain)
 
 
-def _same_kind(sharded: Tensor, plain: Tensor) -> Tensor:
-    if isinstance(sharded, nn.Parameter):
-        return nn.Parameter(plain, requires_grad=sharded.requires_grad)
+def _same_kind(original: Tensor, plain: Tensor) -> Tensor:
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(plain, requires_grad=original.requires_grad)
     return plain
 
 

@@ -225,9 +225,10 @@ def _average(gradients: list[Any], group: dist.ProcessGroup | None) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    means = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(
+        gradients, [mean.view_as(one) for one, mean in zip(gradients, means, strict=True)]
+    )
 
 
 def place_adapter(adapter: Adapter, shards: Shards) -> Placement:

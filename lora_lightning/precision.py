@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,17 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from .lora import UserError
 
-PRECISIONS = ("auto", "32-true", "bf16-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "tf32", "bf16-true", "bf16-mixed", "16-mixed")
 OF_DTYPE = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-mixed"}
-TO_LOAD = {"32-true": "float32", "bf16-true": "bfloat16"}
+TO_LOAD = {"32-true": "float32", "tf32": "float32", "bf16-true": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Precision:
     """How a run computes. What is trained is fp32 in every case.
 
-    32-true: all in fp32. bf16-true: frozen weights and activations in bf16. bf16-mixed, 16-mixed:
-    frozen weights as `dtype` says, products in 16 bits by autocast.
+    32-true: all in fp32. tf32: the same, with fp32 products in TF32 on a GPU. bf16-true: frozen
+    weights and activations in bf16. bf16-mixed, 16-mixed: frozen weights as `dtype` says, products
+    in 16 bits by autocast. With 16 bits, what fp32 products remain use TF32 too.
     """
 
     name: str
@@ -29,20 +32,45 @@ class Precision:
 
 
 def for_lightning(name: str) -> str:
-    """What Lightning's Trainer is told: its own bf16-true would cast the adapter too."""
-    return "32-true" if name == "bf16-true" else name
+    """What Lightning's Trainer is given: its own bf16-true would cast the adapter too."""
+    return "32-true" if name in ("bf16-true", "tf32") else name
+
+
+@contextmanager
+def fast_products(precision: str, accelerator: str) -> Iterator[None]:
+    """Lets fp32 products of a GPU use TF32 within the block, unless the precision is 32-true.
+
+    Args:
+        precision: one of `PRECISIONS`, settled.
+        accelerator: `trainer.accelerator`.
+    """
+    if precision == "32-true" or not _on_gpu(accelerator):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def settle_precision(
-    asked: str | int | None, dtype: str, *, full: bool, accelerator: str = "auto"
+    asked: str | int | None,
+    dtype: str,
+    *,
+    full: bool,
+    accelerator: str = "auto",
+    sharded: bool = False,
 ) -> Precision:
-    """The precision of a run. "auto" takes bf16 where the hardware is fast at it.
+    """The precision of a run. "auto" takes 16 bits where the hardware is fast at them.
 
     Args:
         asked: `trainer.precision`.
         dtype: `model.dtype`; "auto": what suits the precision.
         full: whether the whole model is trained, whose weights then have to be fp32.
         accelerator: `trainer.accelerator`.
+        sharded: whether processes hold shares of the base or of the optimizer's state.
 
     Raises:
         UserError: no such precision, or one in which training would silently go wrong.
@@ -65,17 +93,24 @@ def settle_precision(
             f"lora=full with model.dtype={dtype} would round away most updates: use "
             "model.dtype=float32 with trainer.precision=bf16-mixed."
         )
-    if "16-mixed" in (name, OF_DTYPE.get(dtype)) and not _on_gpu(accelerator):
-        given = f"trainer.precision={asked}" if name == "16-mixed" else f"model.dtype={dtype}"
+    half = "16-mixed" in (name, OF_DTYPE.get(dtype))
+    if (half or name == "tf32") and not _on_gpu(accelerator):
+        given = (
+            f"model.dtype={dtype}" if half and name != "16-mixed" else f"trainer.precision={asked}"
+        )
         raise UserError(
             f"{given} needs a GPU, and none is used here: take trainer.precision=bf16-mixed or "
             "32-true."
         )
+    if half and sharded:
+        raise UserError(
+            "trainer.precision=16-mixed skips steps whose gradients overflow, which processes that "
+            "hold shares cannot agree on: use bf16-true or 32-true, or trainer=ddp."
+        )
     if name == "auto":
-        fast = bf16_is_fast(accelerator)
-        name = OF_DTYPE.get(dtype, "bf16-true" if fast else "32-true")
-        if full:
-            name = "bf16-mixed" if fast else "32-true"
+        name = OF_DTYPE.get(dtype, _fastest(accelerator, full=full, sharded=sharded))
+        if name == "16-mixed" and dtype == "auto" and not full:
+            dtype = "float16"
     if full and name == "bf16-true":
         raise UserError(
             "lora=full with trainer.precision=bf16-true would round away most updates: use "
@@ -95,6 +130,13 @@ def settle_precision(
     return Precision(name, dtype)
 
 
+def _fastest(accelerator: str, *, full: bool, sharded: bool) -> str:
+    """The precision that the hardware is fastest at."""
+    if bf16_is_fast(accelerator):
+        return "bf16-mixed" if full else "bf16-true"
+    return "16-mixed" if not sharded and fp16_is_fast(accelerator) else "32-true"
+
+
 def with_precision(
     config: DictConfig, recorded: str | None = None, *, trains: bool = True
 ) -> DictConfig:
@@ -109,11 +151,17 @@ def with_precision(
         UserError: as `settle_precision`.
     """
     asked = config.trainer.get("precision", "auto")
+    accelerator = str(config.trainer.get("accelerator", "auto"))
+    strategy = str(config.trainer.get("strategy", ""))
+    dtype = config.model.dtype
+    if not trains and dtype == "float16" and not _on_gpu(accelerator):
+        dtype = "float32"  # an adapter trained on a GPU without bf16
     precision = settle_precision(
         recorded if recorded is not None and asked == "auto" else asked,
-        config.model.dtype,
+        dtype,
         full=trains and config.lora.method == "full",
-        accelerator=str(config.trainer.get("accelerator", "auto")),
+        accelerator=accelerator,
+        sharded="ShardedStrategy" in strategy or "ZeroStrategy" in strategy,
     )
     settled = config.copy()
     OmegaConf.update(settled, "trainer.precision", precision.name, force_add=True)
@@ -143,6 +191,11 @@ def bf16_is_fast(accelerator: str = "auto") -> bool:
     # torch has no public question for these.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def fp16_is_fast(accelerator: str = "auto") -> bool:
+    """Whether this machine's GPU multiplies fp16 matrices by tensor cores (Volta, Turing)."""
+    return _on_gpu(accelerator) and torch.cuda.get_device_capability() >= (7, 0)
 
 
 def _on_gpu(accelerator: str) -> bool:

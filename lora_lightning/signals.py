@@ -15,6 +15,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
@@ -33,11 +34,53 @@ class Stopped(Exception):
         self.signum = signum
 
 
+class SharedNumber:
+    """A number that all processes exchange at each step or batch; the highest counts.
+
+    They read it one step later, so that the host never waits for a device that is still busy.
+    """
+
+    def __init__(self) -> None:
+        self._sent: Tensor | None = None
+        self._arrives: torch.cuda.Event | None = None
+
+    def exchange(self, trainer: L.Trainer, number: int) -> int:
+        """Sends a number, and returns the highest that was sent at the step before (first: 0).
+
+        A process alone gets its own number at once. All processes have to call it at every step.
+        """
+        if trainer.world_size == 1:
+            return number
+        found = self._read()
+        sent = torch.full((), number, device=trainer.strategy.root_device)
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        if sent.is_cuda:
+            host = torch.empty((), dtype=sent.dtype, pin_memory=True)
+            sent = host.copy_(sent, non_blocking=True)
+            self._arrives = torch.cuda.Event()
+            self._arrives.record()
+        self._sent = sent
+        return found
+
+    def highest(self, trainer: L.Trainer, number: int) -> int:
+        """The highest number of all processes now, for which the device is waited for."""
+        found = self.exchange(trainer, number)
+        return found if trainer.world_size == 1 else self._read()
+
+    def _read(self) -> int:
+        if self._sent is None:
+            return 0
+        if self._arrives is not None:
+            self._arrives.synchronize()
+        return int(self._sent)
+
+
 class StopSignals(Callback):
     """Notes the signals that tell a run to end, and sees that all its processes end at one step.
 
-    In training the callback that keeps `last.ckpt` asks `agreed` at every step where it could
-    save. A test or a validation ends at once: what it has measured would be measured again.
+    In training the callback that keeps `last.ckpt` sends what was received to all processes, and
+    saves before it ends the run. A test or a validation ends at once: what it has measured would
+    be measured again.
 
     Lightning's own handler of SIGTERM is replaced: its processes talk to each other within it, and
     at every step it has a GPU waited for.
@@ -46,8 +89,8 @@ class StopSignals(Callback):
     def __init__(self) -> None:
         self.received = 0
         self.saves = False
-        """Whether another callback asks `agreed`, and saves before it ends the run."""
-        self._group: Any = None
+        """Whether another callback sends what was received, and saves before it ends the run."""
+        self._shared = SharedNumber()
         self._before: dict[int, Any] = {}
         self._heard = -math.inf
         """When Python last came to handle a signal."""
@@ -108,28 +151,25 @@ class StopSignals(Callback):
         self._heard = time.monotonic()
         self._before[signal.SIGINT](number, frame)
 
-    def raise_if_told(self) -> None:
-        """Raises Stopped if a signal has come to this process."""
-        if self.received:
-            raise Stopped(self.received)
-
-    def agreed(self) -> int:
-        """The signal that has come to any of the run's processes; all of them have to ask."""
-        if self._group is None:
-            return self.received
-        number = torch.tensor(self.received)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        return int(number)
+    def raise_if_told(self, trainer: L.Trainer) -> None:
+        """Raises Stopped if a signal has come to any process; all have to ask."""
+        if signum := self._shared.highest(trainer, self.received):
+            raise Stopped(signum)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")  # of CPU tensors: no GPU is waited for
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        if not self.saves and (told := self.agreed()):
-            raise Stopped(told)
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        if not self.saves:
+            self._raise_in_all(trainer)
+
+    def _raise_in_all(self, trainer: L.Trainer) -> None:
+        """Raises Stopped in all processes, which are at the same batch, if one got a signal."""
+        if signum := self._shared.exchange(trainer, self.received):
+            raise Stopped(signum)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
@@ -137,8 +177,8 @@ class StopSignals(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
 
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        self.raise_if_told()
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._raise_in_all(trainer)
 
-    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
-        self.raise_if_told()
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._raise_in_all(trainer)

@@ -1,26 +1,96 @@
-"""Lightning's strategy for a base in shares: see `parallel`."""
+"""Lightning's strategies as this package needs them: on one device, in copies, and sharded."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .lora import UserError
 from .parallel import Shards
-from .zero import ZeroStrategy
 
 BY_ELEMENT = (
     *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 )
 """Optimizers that treat each number by itself, so that they can treat shares of a matrix."""
+
+
+class _Resident(Strategy):
+    """Leaves the module on its device when a loop of the Trainer ends.
+
+    Lightning moves it to the host's memory after every fit, validation and test: a copy of the
+    frozen base from each process, four times a run.
+    """
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class OneDeviceStrategy(SingleDeviceStrategy, _Resident):
+    """One device."""
+
+
+class DataParallelStrategy(DDPStrategy, _Resident):
+    """Several processes, each with the whole model and rows of its own (DDP).
+
+    Frozen tensors are not broadcast: every process reads them from the same files. Buffers are
+    constants here, and gradients are stored once.
+
+    Args:
+        kwargs: as Lightning's DDPStrategy.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        super().__init__(**{sync: False, "gradient_as_bucket_view": True, **kwargs})
+
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        assert self.model is not None
+        ignore_frozen(self.model)
+
+
+def ignore_frozen(model: nn.Module) -> None:
+    """Keeps DDP, and Lightning's tests and validations, from broadcasting frozen tensors."""
+    frozen = [name for name, tensor in model.named_parameters() if not tensor.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+
+
+def resident(chosen: Strategy | str) -> Strategy | str:
+    """Lightning's strategy as one of ours, where we have one.
+
+    Args:
+        chosen: what Lightning takes, or has chosen.
+    """
+    if type(chosen) is SingleDeviceStrategy:
+        return OneDeviceStrategy(chosen.root_device)
+    if isinstance(chosen, str) and chosen in StrategyRegistry:
+        entry = StrategyRegistry[chosen]
+        if entry["strategy"] is DDPStrategy and entry["init_params"].get("start_method") == "popen":
+            return DataParallelStrategy(**entry["init_params"])
+    return chosen
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -129,14 +199,24 @@ def refuse_full(strategy: object, *, full: bool) -> None:
 
 
 def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) -> None:
-    """Multiplies the gradients of the coming step of the optimizer by a factor."""
-    if isinstance(strategy, ZeroStrategy):
+    """Multiplies the gradients of the coming step of the optimizer by a factor, a scalar."""
+    if hasattr(strategy, "scale_gradients"):
         strategy.scale_gradients(factor)
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def sum_over_ranks(strategy: Strategy, tensor: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place.
+
+    Unlike `Strategy.reduce` it sets no barrier first, for which NCCL stops the host.
+    """
+    if getattr(strategy, "world_size", 1) > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def data_ranks(trainer: Trainer) -> int:

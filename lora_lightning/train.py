@@ -33,7 +33,7 @@ from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
-from .precision import chosen_for_the_user, with_precision
+from .precision import chosen_for_the_user, fast_products, with_precision
 from .quiet import quiet_libraries
 from .retention import Retention
 from .settings import PAUSE
@@ -129,7 +129,9 @@ def _run_to_its_end(
 ) -> None:
     """The run, and in `result` how it ended."""
     try:
-        with StopSignals() as signals, memory_advice(config):
+        accelerator = str(config.trainer.get("accelerator", "auto"))
+        products = fast_products(config.trainer.precision, accelerator)
+        with StopSignals() as signals, memory_advice(config), products:
             _run(config, settings, run_dir, checkpoint, result, signals, changes)
         result["status"] = "completed"
         leave()
@@ -189,7 +191,7 @@ def _run(
 
     if config.test_before and checkpoint is None:
         result["before"] = _evaluate(trainer.test, module, data)
-        signals.raise_if_told()
+        signals.raise_if_told(trainer)
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
@@ -202,7 +204,7 @@ def _run(
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    signals.raise_if_told()
+    signals.raise_if_told(trainer)
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():

@@ -6,7 +6,10 @@ import inspect
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from .cluster import check_nodes
@@ -14,7 +17,7 @@ from .config import instantiate_all, instantiate_one
 from .lora import UserError
 from .lora.errors import did_you_mean
 from .precision import for_lightning
-from .strategies import ShardedStrategy, refuse_full, refuse_strategy
+from .strategies import ShardedStrategy, refuse_full, refuse_strategy, resident
 from .zero import ZeroStrategy
 
 
@@ -37,7 +40,13 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     if isinstance(strategy, ShardedStrategy) and strategy.asked != 1:
         strategy.check(config.optim.name)
     arguments |= changes
-    arguments["precision"] = for_lightning(str(arguments.get("precision", "32-true")))
+    precision = for_lightning(str(arguments.pop("precision", "32-true")))
+    if precision == "16-mixed":
+        plugins = arguments.get("plugins") or []
+        given = plugins if isinstance(plugins, list) else [plugins]
+        arguments["plugins"] = [*given, half_precision(str(arguments.get("accelerator")))]
+    else:
+        arguments["precision"] = precision
     known = inspect.signature(L.Trainer).parameters
     for key in map(str, arguments):
         if key not in known:
@@ -55,6 +64,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         and (logs or not isinstance(callback, LearningRateMonitor))
     ]
     try:
+        arguments["strategy"] = _strategy(arguments)
         return L.Trainer(
             **{
                 "callbacks": callbacks,
@@ -73,6 +83,42 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         if "gpu backend" in said:
             said += ". Without a GPU: trainer=cpu"
         raise UserError(f"trainer: {said}.") from error
+
+
+FIRST_SCALE = 2.0**8
+"""Of the loss in 16-mixed. torch's 2**16 suits a mean. The loss here is a sum over targets: scaled
+by so much it overflows in fp16, and each of the first steps is skipped until the scale is lower."""
+
+
+def half_precision(accelerator: str) -> MixedPrecision:
+    """Lightning's 16-mixed, with a loss scale that suits a summed loss.
+
+    Args:
+        accelerator: `trainer.accelerator`.
+    """
+    device = accelerator if accelerator in ("cpu", "mps") else "cuda"
+    scaler = torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
+    return MixedPrecision("16-mixed", device, scaler=scaler)
+
+
+def _strategy(arguments: dict[Any, Any]) -> Any:
+    """The strategy of a run: "auto" and Lightning's ddp become ours, which stay on the device."""
+    strategy = arguments.get("strategy") or "auto"
+    if strategy != "auto":
+        return resident(strategy)
+    chosen = L.Trainer(
+        accelerator=arguments.get("accelerator", "auto"),
+        devices=arguments.get("devices", "auto"),
+        num_nodes=arguments.get("num_nodes") or 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).strategy
+    if isinstance(chosen, SingleDeviceStrategy):
+        return resident(chosen)
+    forks = chosen.launcher is not None and chosen.launcher.is_interactive_compatible
+    return "auto" if forks else resident("ddp")  # it forks in a notebook
 
 
 def check_windows(trainer: L.Trainer) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
 from .lora import UserError
+from .strategies import DataParallelStrategy
 
 SUPPORTED = ("Adam", "AdamW", "SGD")
 """Optimizers that are tried on shares of what is trained."""
@@ -25,7 +25,7 @@ BUCKET = 50_000_000
 """Numbers that are averaged over the processes at a time."""
 
 
-class ZeroStrategy(DDPStrategy):
+class ZeroStrategy(DataParallelStrategy):
     """Several processes, each with all of the model and a share of its optimizer (ZeRO-2).
 
     A process keeps the averaged gradients and the optimizer's state of its share of what is trained

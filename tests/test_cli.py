@@ -202,6 +202,32 @@ def test_evaluate_gives_the_metrics_of_the_run(run_cli, runs, name):
     assert json.loads(Path("m.json").read_text()) == metrics
 
 
+def test_evaluate_uses_one_device_and_loads_onto_it(run_cli, adapter, monkeypatch):
+    """Of several GPUs each process would load a copy of the base onto the first."""
+    from lora_lightning import evaluate, trainer
+
+    asked, places = [], []
+
+    def build(config, **changes):
+        asked.append(changes.get("devices", config.trainer.devices))
+        return trainer.build_trainer(config, **{**changes, "devices": 1})
+
+    def load(folder, **kwargs):
+        places.append(kwargs["device"])
+        return own(folder, **kwargs)
+
+    own = evaluate.load_trained
+    monkeypatch.setattr(evaluate, "build_trainer", build)
+    monkeypatch.setattr(evaluate, "load_trained", load)
+    for typed in ([], ["trainer=ddp", "trainer.devices=2"], ["trainer.devices=2"]):
+        status, _, err = run_cli(
+            "evaluate", f"adapter={adapter}", *typed, "trainer.accelerator=cpu", "data.limit_test=8"
+        )
+        assert status == 0, err
+    assert asked == [1, 2, 2]
+    assert places == [torch.device("cpu")] * 3
+
+
 def test_evaluate_on_other_data(run_cli, adapter):
     from lora_lightning.inference import Predictor, load_trained
 

@@ -11,15 +11,16 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lora_lightning.callbacks import ProgressBar, RunClock, Throughput, measured
+from lora_lightning.callbacks import LastCheckpoint, ProgressBar, RunClock, Throughput, measured
 from lora_lightning.config import compose_config, settings_of
 from lora_lightning.data.collate import PackingCollator, PaddingCollator
 from lora_lightning.forward import classification_logits
@@ -27,6 +28,8 @@ from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import LoraLayer
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import ModelConfig, OptimConfig
+from lora_lightning.signals import StopSignals
+from lora_lightning.strategies import OneDeviceStrategy
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 from lora_lightning.train import build, train
 
@@ -433,6 +436,93 @@ def test_a_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
     trainer.fit(module, DataLoader(batches, batch_size=None))
     assert trainer.global_step == 3
     assert first.waits.found == []
+
+
+class Copies(TorchDispatchMode):
+    """Notes what is copied between the host and the device, and where in our code.
+
+    transformers' own question of each pass, whether a mask or joined rows are there, is answered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
+        if name == "_local_scalar_dense" and "masking_utils.py" in callers:
+            return True
+        found = function(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            if isinstance(found, torch.Tensor) and found.device != source.device:
+                frames = [f for f in traceback.extract_stack() if "lightning" in f.filename]
+                self.found.append(f"{Path(frames[-1].filename).name}:{frames[-1].lineno}")
+        return found
+
+
+class _Stream(IterableDataset):
+    """Batches whose number is not known, so that Lightning asks no device for it."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Done(Exception):
+    """Ends a training after its third step."""
+
+
+class Watched(L.Callback):
+    def __init__(self) -> None:
+        self.copies = Copies()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:  # Lightning makes its metrics in the first step
+            self.copies.found.clear()
+        self.copies.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.copies.__exit__(None, None, None)
+        if batch_idx == 3:
+            raise Done
+
+
+@pytest.mark.parametrize("kind", ["sentiment", "lm"])
+def test_training_step_copies_nothing_between_host_and_device(tiny_llama, kind, monkeypatch):
+    """The meta device stands for a GPU: reading a value from it raises, and copies are counted."""
+    rows = make_rows(16)
+    if kind == "lm":
+        rows = [{**row, "labels": row["input_ids"]} for row in rows]
+        module = LoraModule({"name": "lm"}, ModelConfig(name_or_path=str(tiny_llama)), LORA)
+        module.configure_model()
+    else:
+        module = make_module(tiny_llama, optim=OptimConfig())
+    watched = Watched()
+    monkeypatch.setattr(module, "_check_losses", lambda: None)  # reads them where they are logged
+    monkeypatch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # not of meta
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=OneDeviceStrategy("meta"),
+        max_steps=4,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=2,
+        callbacks=[watched, LastCheckpoint("unused"), StopSignals()],
+    )
+    batches = [PaddingCollator(1)(rows[i : i + 4]) for i in range(0, 16, 4)]
+    with pytest.raises(NotImplementedError, match="out of meta") as ended:  # Lightning's teardown
+        trainer.fit(module, DataLoader(_Stream(batches), batch_size=None))
+    assert isinstance(ended.value.__context__, Done)
+    assert module.device.type == "meta"
+    assert trainer.global_step == 2
+    assert watched.copies.found == []
 
 
 def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning.lora import UserError
-from lora_lightning.optim import build_optimizer, build_scheduler
+from lora_lightning.optim import build_optimizer, build_scheduler, keep_implementation
 from lora_lightning.settings import OptimConfig
 
 
@@ -83,3 +83,40 @@ def test_unknown_schedule_is_told():
     optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         build_scheduler(optimizer, OptimConfig(scheduler="cosin"), 10)
+
+
+def test_optimizer_on_a_gpu_is_fused_unless_losses_are_scaled(monkeypatch):
+    """The meta device stands for the GPU: torch's fused step refuses a device that it lacks."""
+    made = {}
+
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, params, fused=None, **options):
+            made.update(fused=fused, **options)
+            super().__init__(params, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+
+    def fused(**settings) -> bool | None:
+        scaled = settings.pop("scaled", False)
+        config = OptimConfig(**settings)
+        build_optimizer(_model().named_parameters(), config, scaled=scaled)
+        return made["fused"]
+
+    assert fused() is True
+    assert fused(loraplus_lr_ratio=None) is True
+    assert fused(scaled=True) is None
+    assert fused(options={"fused": False}) is False
+    assert fused(options={"capturable": True}) is None
+    monkeypatch.setattr(nn.Parameter, "is_cuda", False)
+    assert fused() is None
+
+
+def test_checkpoint_of_another_device_steps_as_this_one_does():
+    """A checkpoint's groups say `fused`, which a resumed run on a CPU would take over."""
+    model = _model()
+    saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).state_dict()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    keep_implementation(saved["param_groups"], optimizer)
+    optimizer.load_state_dict(saved)
+    assert [group["fused"] for group in optimizer.param_groups] == [None]

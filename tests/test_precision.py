@@ -39,6 +39,7 @@ from lora_lightning.train import train
     ],
 )
 def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
+    monkeypatch.setattr(precision, "fp16_is_fast", lambda accelerator: False)
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
     found = settle_precision(asked, dtype, full=full)
     assert (found.name, found.dtype) == expected
@@ -51,6 +52,7 @@ def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
         ("bf17", "auto", False, "no such precision"),
         ("bf16-true", "float32", False, "contradicts"),
         ("auto", "float16", False, "model.dtype=float16 needs a GPU"),
+        ("tf32", "auto", False, "trainer.precision=tf32 needs a GPU"),
         ("auto", "bfloat16", True, "round away"),
         ("bf16-true", "auto", True, "round away"),
     ],
@@ -58,6 +60,52 @@ def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
 def test_types_that_would_go_wrong_are_refused(asked, dtype, full, message):
     with pytest.raises(UserError, match=message):
         settle_precision(asked, dtype, full=full, accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "full", "sharded", "expected"),
+    [
+        ("auto", "auto", False, False, ("16-mixed", "float16")),
+        ("auto", "auto", True, False, ("16-mixed", "float32")),
+        ("auto", "auto", False, True, ("32-true", "float32")),
+        ("auto", "float32", False, False, ("32-true", "float32")),
+        ("tf32", "auto", False, True, ("tf32", "float32")),
+        ("tf32", "auto", True, False, ("tf32", "float32")),
+    ],
+)
+def test_gpu_without_bf16_takes_fp16(monkeypatch, asked, dtype, full, sharded, expected):
+    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+    monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = settle_precision(asked, dtype, full=full, sharded=sharded)
+    assert (found.name, found.dtype) == expected
+
+
+def test_scaled_losses_are_refused_where_processes_hold_shares(monkeypatch):
+    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+    for name in ("fsdp2", "tp", "deepspeed"):
+        config = compose_config([f"trainer={name}", "trainer.precision=16-mixed"])
+        with pytest.raises(UserError, match=r"trainer\.precision=16-mixed skips steps"):
+            with_precision(config)
+
+
+def test_adapter_trained_in_fp16_is_evaluated_on_a_cpu_in_fp32():
+    config = compose_config(["trainer=cpu", "model.dtype=float16"])
+    found = with_precision(config, trains=False)
+    assert (found.trainer.precision, found.model.dtype) == ("32-true", "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "within"), [("32-true", "highest"), ("tf32", "high"), ("bf16-true", "high")]
+)
+def test_fp32_products_use_tf32_unless_the_precision_is_32_true(monkeypatch, name, within):
+    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: accelerator == "gpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    with precision.fast_products(name, "cpu"):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with precision.fast_products(name, "gpu"):
+        assert torch.get_float32_matmul_precision() == within
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..checkpoint import check_written
+from ..checkpoint import check_kept, check_written
 from ..lora import UserError
-from ..signals import Stopped, StopSignals
+from ..signals import SharedNumber, Stopped, StopSignals
 
 
 class Paused(Exception):
@@ -51,6 +59,7 @@ class BestCheckpoint(ModelCheckpoint):
         if not trainer.is_global_zero:
             return
         try:
+            check_kept(live)
             check_written(Path(filepath), live)
         except UserError:
             Path(filepath).unlink(missing_ok=True)
@@ -68,20 +77,37 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(moved)
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, from which a killed run goes on exactly.
+class _Caught(TorchCheckpointIO):
+    """Keeps the content of a checkpoint that a Trainer saves, and writes no file."""
 
-    It is written every so many optimizer steps and after every epoch, at points where no gradient
-    is half accumulated and no other callback has yet to see a validation. Writing is atomic: a
-    kill in mid-write leaves the previous one.
+    content: Any = None
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.content = checkpoint
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, from which a killed run resumes exactly.
+
+    It is saved every so many minutes or optimizer steps and after every epoch, at points where no
+    gradient is half accumulated and no other callback has yet to see a validation. Rank 0 copies
+    the state to the host's memory; a thread writes it, reads it again and compares, while training
+    continues. Writing is atomic: a kill in mid-write leaves the previous file.
 
     Args:
         folder: where last.ckpt goes.
-        every_n_steps: optimizer steps between two writes.
+        every_n_minutes: minutes between two saves; None: time does not count.
+        every_n_steps: optimizer steps between two saves; None: steps do not count.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 50) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_n_minutes: float | None = 5.0,
+        every_n_steps: int | None = None,
+    ) -> None:
         self.path = Path(folder) / "last.ckpt"
+        self.every_n_minutes = every_n_minutes
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
         """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
@@ -89,12 +115,18 @@ class LastCheckpoint(Checkpoint):
         """Shares of all steps of all rungs, this one and others."""
         self.signals: StopSignals | None = None
         """Tells when the run is to save and end."""
-        self._told = 0
+        self._shared = SharedNumber()
+        self._is_time = False
+        self._signum = 0
         self._rung: dict[str, Any] | None = None
         self._saved_at = self._validated_at = 0
+        self._saved_time = 0.0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="last.ckpt")
+        self._written: Future[None] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = self._validated_at = trainer.global_step
+        self._saved_time = time.monotonic()
         if self.pause_at is None:
             return
         share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
@@ -131,13 +163,22 @@ class LastCheckpoint(Checkpoint):
                 "loss": float(trainer.callback_metrics.get("val/loss", math.inf)),
             }
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        minutes = (time.monotonic() - self._saved_time) / 60
+        is_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
+        received = 0 if self.signals is None else self.signals.received
+        number = self._shared.exchange(trainer, 2 * received + is_time)
+        self._signum, self._is_time = number // 2, bool(number % 2)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        self._told = 0 if self.signals is None else self.signals.agreed()
-        due = trainer.global_step - self._saved_at >= self.every_n_steps or self._rung is not None
-        if not (due or self._told) or loop._should_accumulate():
+        steps = trainer.global_step - self._saved_at
+        due = self._is_time or (self.every_n_steps is not None and steps >= self.every_n_steps)
+        if not (due or self._signum or self._rung is not None) or loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
@@ -151,27 +192,75 @@ class LastCheckpoint(Checkpoint):
         if trainer.max_steps == -1 and not trainer.should_stop:
             self._save(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._wait()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        with suppress(UserError):  # what has happened before is what the user has to hear of
+            self._wait()
+
     def _save(self, trainer: L.Trainer) -> None:
-        self._saved_at = trainer.global_step
+        self._wait()
+        self._saved_at, self._saved_time, self._is_time = (
+            trainer.global_step,
+            time.monotonic(),
+            False,
+        )
         for logger in trainer.loggers:  # what the checkpoint knows of will not be logged again
             logger.save()
-        # Lightning writes through the folder for temporary files, from which a move may be a copy.
-        beside = self.path.with_name(f".{self.path.name}")
+        usual, caught = trainer.strategy.checkpoint_io, _Caught()
+        trainer.strategy.checkpoint_io = caught
         try:
-            trainer.save_checkpoint(beside, weights_only=False)
-            live = trainer.lightning_module.state_dict()
-            if trainer.is_global_zero:
-                check_written(beside, live)
-                os.replace(beside, self.path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error}. The checkpoint before it is whole: free some "
-                "space and go on with resume=."
-            ) from None
+            trainer.save_checkpoint(self.path, weights_only=False)
         finally:
-            if trainer.is_global_zero:
-                beside.unlink(missing_ok=True)
+            trainer.strategy.checkpoint_io = usual
+        if caught.content is not None:  # in rank 0
+            content = _copied(caught.content)
+            check_kept(content["state_dict"])
+            self._written = self._writer.submit(_write, self.path, content)
+        if self._rung is not None or self._signum:
+            self._wait()
         if self._rung is not None:
             raise Paused(self._rung)
-        if self._told:
-            raise Stopped(self._told)
+        if self._signum:
+            raise Stopped(self._signum)
+
+    def _wait(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+            UserError: it could not be written, or reads otherwise.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+
+def _copied(content: Any) -> Any:
+    """A checkpoint's content in memory of its own, on the CPU."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True)
+        return copy.deepcopy(value)
+
+    return tree_map(copied, content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint beside its place, reads it again, and puts it there."""
+    beside = path.with_name(f".{path.name}")
+    try:
+        TorchCheckpointIO().save_checkpoint(dict(content), beside)
+        check_written(beside, content["state_dict"])
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error}. The checkpoint before it is whole: free some space and "
+            "continue with resume=."
+        ) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)

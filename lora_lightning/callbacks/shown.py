@@ -21,7 +21,8 @@ from ..module import LoraModule
 class ProgressBar(RichProgressBar):
     """Lightning's, which also says which model a validation or test is of.
 
-    The loss that it shows is read at most twice a second, since reading waits for the device.
+    It reads the training loss itself, at most twice a second, since reading waits for the device:
+    Lightning would read what is logged for a bar after every batch.
     Where there is no terminal, as in the log of a job, a line tells now and then how far it is.
     """
 
@@ -29,6 +30,8 @@ class ProgressBar(RichProgressBar):
     """Seconds."""
     LINE_EVERY = 30.0
     """Seconds."""
+    reads_loss = True
+    """The module logs its training loss for no bar then."""
     _read_at = -math.inf
     _line_at = 0.0
 
@@ -44,6 +47,12 @@ class ProgressBar(RichProgressBar):
         self._metric_component = shown
         if self._console is not None and not self._console.is_terminal:
             self._tell(trainer)
+
+    def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> Any:
+        """What stands beside the bar."""
+        loss = trainer.callback_metrics.get("train/loss")
+        own = {} if loss is None else {"train/loss": loss.item()}
+        return {**own, **super().get_metrics(trainer, model)}
 
     def _tell(self, trainer: L.Trainer) -> None:
         now = time.monotonic()

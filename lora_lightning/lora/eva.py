@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 from .errors import UserError
 from .match import Match, match_targets
+from .rng import fork_rng
 
 SETTLED = 0.99
 """Cosine similarity of a component with that of the batch before, from which it has converged."""
@@ -77,7 +78,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if OVERSAMPLING * count >= smaller:
         _, singular, vectors = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        with fork_rng(matrix.device):
             torch.manual_seed(0)
             _, singular, v = torch.svd_lowrank(matrix, OVERSAMPLING * count, niter=2)
         vectors = v.t()

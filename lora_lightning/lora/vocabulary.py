@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .errors import UserError
+from .rng import fork_rng
 from .tokens import MATRIX
 
 MOST_NEW = 2**16
@@ -39,7 +40,7 @@ def grow(model: nn.Module, rows: int) -> None:
     if rows <= before:
         return
     try:
-        with torch.random.fork_rng():
+        with fork_rng(next(model.parameters()).device):
             resize(rows, mean_resizing=False)
     except NotImplementedError as error:
         raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -22,6 +21,7 @@ from ..lora import UserError
 from ..lora.layer import LoraLayer
 from ..lora.stacked import Stack, own_layers, stacked_model
 from ..module import LoraModule
+from ..strategies import OneDeviceStrategy
 from ..train import train
 from .frozen import share_frozen
 from .randomness import (
@@ -36,7 +36,7 @@ from .slot import Backward, Forward, Pass, Slot
 LOG = "log.txt"
 
 
-class SlotStrategy(SingleDeviceStrategy):
+class SlotStrategy(OneDeviceStrategy):
     """One device, whose frozen base several runs share."""
 
     def __init__(self, pack: Pack, slot: Slot, device: torch.device) -> None:
@@ -60,13 +60,6 @@ class SlotStrategy(SingleDeviceStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         self.pack.finish_backward(self.slot)
-
-    def teardown(self) -> None:
-        # Lightning's own would take the base off the device while others still use it.
-        self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()
 
 
 class Pack:
