@@ -41,6 +41,7 @@ def main() -> None:
     """
     arguments = sys.argv[1:]
     end_with_parent()
+    _set_allocator()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
@@ -54,6 +55,16 @@ def main() -> None:
         return
     verb, rest = arguments[0], arguments[1:]
     _guarded(lambda: _dispatch(verb, rest))
+
+
+def _set_allocator() -> None:
+    """Lets torch grow its blocks of a GPU's memory; batches of many lengths would leave holes.
+
+    torch reads it when it is imported. What the user has set stays.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 def _dispatch(verb: str, arguments: list[str]) -> None:

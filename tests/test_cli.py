@@ -468,3 +468,20 @@ def test_what_could_not_go_on_is_told(run_cli, tmp_path):
     status, _, err = run_cli("train", "debug=limit", "launcher.jobs=2")
     assert status == 2
     assert "launcher.jobs=2 is for the jobs of a sweep: add -m" in " ".join(err.split())
+
+
+def test_commands_let_gpu_memory_grow_before_torch_is_imported():
+    code = (
+        "import sys, os, lora_lightning.cli as cli; sys.argv = ['lora-lightning', '--version'];"
+        "cli.main(); print('torch' in sys.modules, os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
+    )
+
+    def said(**own: str) -> str:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=kept | own, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+
+    assert said() == "False expandable_segments:True"
+    assert said(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") == "False max_split_size_mb:64"
+    assert said(PYTORCH_ALLOC_CONF="max_split_size_mb:64") == "False None"
