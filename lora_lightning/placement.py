@@ -102,6 +102,30 @@ class _Shared:
             self.layer.parts = self.parts[0 if whole else 1]
 
 
+class ShareOfDropout(nn.Dropout):
+    """Dropout of this process's columns of an input that is shared out.
+
+    It draws for all columns, as one process does, and takes its own: processes of a tensor group
+    have the same generator, and would drop the same places of each share.
+
+    Args:
+        p: probability of dropping an element.
+        cut: how the columns are shared out.
+        rank: of this process in the tensor group.
+    """
+
+    def __init__(self, p: float, cut: Cut, rank: int) -> None:
+        super().__init__(p)
+        self.start, self.stop, self.width = *cut.bounds[rank : rank + 2], cut.bounds[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Like torch's; x is (..., columns of this process)."""
+        if not self.training or self.p == 0.0:
+            return x
+        drawn = F.dropout(x.new_ones(*x.shape[:-1], self.width), self.p)
+        return x * drawn[..., self.start : self.stop]
+
+
 class Placement:
     """Which process holds what of an adapter.
 
@@ -254,6 +278,9 @@ def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
                 _add_by_shares, summed=summed, group=shards.tensor_group
             )
             shared.append(_shared_out(layer, matrix, shards))
+            if matrix == "lora_A" and isinstance(layer.dropout, nn.Dropout):
+                cut = shared[-1].cut
+                layer.dropout = ShareOfDropout(layer.dropout.p, cut, shards.tensor_rank)
         elif style not in _WHOLE:
             raise UserError(
                 f"lora.targets: {name} is cut as {style} in tensor parallelism, which an adapter "

@@ -15,7 +15,7 @@ from conftest import make_rows
 
 from lora_lightning import UserError
 from lora_lightning.lora.parts import Part, within
-from lora_lightning.placement import Cut, even_bounds
+from lora_lightning.placement import Cut, ShareOfDropout, even_bounds
 from lora_lightning.strategies import BY_ELEMENT, ShardedStrategy
 
 SCRIPT = Path(__file__).with_name("held_in_shares.py")
@@ -191,3 +191,16 @@ def test_others_do_the_same_on_shares(name):
         first.step()
         second.step()
     torch.testing.assert_close(torch.cat(halves), whole.detach(), atol=1e-12, rtol=0)
+
+
+def test_dropout_of_shares_is_that_of_the_whole():
+    x, bounds = torch.randn(6, 5, 7), even_bounds(7, 3)
+    torch.manual_seed(4)
+    whole = torch.nn.functional.dropout(x, 0.4)
+    shares = []
+    for rank in range(3):
+        torch.manual_seed(4)
+        dropout = ShareOfDropout(0.4, Cut(1, bounds), rank)
+        shares.append(dropout(x[..., bounds[rank] : bounds[rank + 1]]))
+    torch.testing.assert_close(torch.cat(shares, -1), whole)
+    assert dropout.eval()(shares[-1]) is shares[-1]
