@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -25,7 +26,7 @@ from .lora.summary import count
 from .lora.tokens import rows_of_tokens
 from .losses import StepLosses
 from .metrics import MeanLoss
-from .modeling import load_tokenizer
+from .modeling import fingerprint, load_tokenizer
 from .optim import build_optimizer, build_scheduler, keep_implementation
 from .parallel import Shards, broadcast, local_rank_in_environment
 from .placement import Placement, place_adapter
@@ -276,6 +277,20 @@ class LoraModule(L.LightningModule):
         if self.trainer.world_size > 1:
             with self.whole_adapter():
                 broadcast(self.trainable_tensors().values())
+            if self.shards is None:
+                self._check_same_base()
+
+    def _check_same_base(self) -> None:
+        """Raises UserError where processes have read different files; none of it is broadcast."""
+        frozen = ((n, p) for n, p in self.named_parameters() if not p.requires_grad)
+        number = int(fingerprint(frozen)[:15], 16)
+        largest = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if largest[0] != -largest[1]:
+            raise UserError(
+                f"model.name_or_path={self.model_config.name_or_path}: the processes of this run "
+                "have loaded different weights. Give all of them the same files."
+            )
 
     def _check_types(self) -> None:
         for name, tensor in self.trainable_tensors().items():
