@@ -106,6 +106,15 @@ def test_cfg_shows_the_config_and_runs_nothing(run_cli):
     assert not list(Path().iterdir())
 
 
+def test_config_dir_adds_presets_from_outside_the_package(run_cli, tmp_path):
+    preset = tmp_path / "my" / "experiment" / "mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\nlora:\n  rank: 5\n")
+    status, out, err = run_cli("train", "--config-dir", "my", "experiment=mine", "--cfg", "job")
+    assert status == 0, err
+    assert "rank: 5" in out
+
+
 # Completion ---------------------------------------------------------------------------------
 
 
