@@ -23,9 +23,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "throughput"))
@@ -134,8 +137,8 @@ def make(kind: str, folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def predicted(overrides: list[str]) -> dict[str, float]:
-    """What plan says, in MiB, by part and in all."""
+def predicted(overrides: list[str], device: torch.device | None = None) -> dict[str, float]:
+    """What plan says of a device, the CPU by default, in MiB, by part and in all."""
     import torch
 
     from lora_lightning.config import compose_config
@@ -143,7 +146,7 @@ def predicted(overrides: list[str]) -> dict[str, float]:
     from lora_lightning.rehearsal import rehearsal
 
     config = with_precision(compose_config(overrides))
-    with rehearsal(config, torch.device("cpu")) as rehearsed:
+    with rehearsal(config, device or torch.device("cpu")) as rehearsed:
         parts = rehearsed.step(config.data.batch_size)
     found = {part: round(size / MIB, 1) for part, size in parts.items()}
     return {**found, "predicted": round(sum(parts.values()) / MIB, 1)}
@@ -152,9 +155,10 @@ def predicted(overrides: list[str]) -> dict[str, float]:
 def run(overrides: list[str]) -> float:
     """The peak that training has in a process of its own, in MiB."""
     command = [sys.executable, str(HERE / "measure.py"), "--train", *overrides]
+    path = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH")]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{HERE}:{HERE.parent.parent}",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "HF_HUB_OFFLINE": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**17),
     }

@@ -32,14 +32,20 @@ class Work:
     targets: tuple[int, ...] = ()
     max_length: int = 512
     batch_size: int = 8
+    accumulate: int = 1
+    """Batches of an optimizer step."""
     steps: int = 4
     rank: int = 8
     lr: float = 1e-4
 
     @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulate
+
+    @property
     def timed(self) -> slice:
         """The rows of all steps but the first."""
-        return slice(self.batch_size, self.batch_size * self.steps)
+        return slice(self.rows_per_step, self.rows_per_step * self.steps)
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,13 @@ class Contestant:
     library: str
     precision: str
     checkpointing: bool = False
+    quantization: str | None = None
+    """nf4: the base in 4 bits."""
     overrides: tuple[str, ...] = field(default=())
 
 
 def ours(precision: str, *overrides: str, name: str = "ours") -> Contestant:
+    """Ours, which takes quantisation and the rest as overrides."""
     return Contestant(f"{name} {precision}", "ours", precision, overrides=overrides)
 
 
@@ -70,7 +79,7 @@ def run(contestant: Contestant, work: Work, folder: Path, timeout: float) -> dic
         **os.environ,
         "BENCH_STEPS": str(work.steps),
         "BENCH_RESULT": str(result),
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -81,11 +90,13 @@ def run(contestant: Contestant, work: Work, folder: Path, timeout: float) -> dic
             "model": work.model,
             "ordered": work.ordered,
             "batch_size": work.batch_size,
+            "accumulate": work.accumulate,
             "steps": work.steps,
             "rank": work.rank,
             "lr": work.lr,
             "precision": contestant.precision,
             "checkpointing": contestant.checkpointing,
+            "quantization": contestant.quantization,
             "max_length": work.max_length,
             "output": str(output / "run"),
         }
@@ -130,6 +141,7 @@ def ours_command(contestant: Contestant, work: Work, output: Path) -> list[str]:
         "data.test_fraction=0",
         f"data.max_length={work.max_length}",
         f"data.batch_size={work.batch_size}",
+        f"trainer.accumulate_grad_batches={work.accumulate}",
         f"lora.rank={work.rank}",
         f"optim.lr={work.lr}",
         "optim.scheduler=constant",

@@ -13,7 +13,11 @@ class LightningClock(L.Callback):
 
     def __init__(self) -> None:
         self.clock = Clock()
+        self.steps = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            return  # amid an accumulation
+        self.steps = trainer.global_step
         self.clock.step()
         self.clock.loss(float(trainer.callback_metrics["train/loss"]))

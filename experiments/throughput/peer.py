@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from clock import Clock
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
@@ -50,7 +51,11 @@ def main(library: str, work: dict[str, Any]) -> None:
     auto = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     head = {"num_labels": 2} if encoder else {}
     dtype = torch.bfloat16 if work["precision"] == "bf16-true" else torch.float32
-    model = auto.from_pretrained(work["model"], dtype=dtype, **head)
+    model = auto.from_pretrained(work["model"], dtype=dtype, **head, **quantized(work, dtype))
+    if work["quantization"]:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=work["checkpointing"]
+        )
     adapter = LoraConfig(
         r=work["rank"],
         lora_alpha=2 * work["rank"],
@@ -60,6 +65,7 @@ def main(library: str, work: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {
         "output_dir": work["output"],
         "per_device_train_batch_size": work["batch_size"],
+        "gradient_accumulation_steps": work["accumulate"],
         "max_steps": work["steps"],
         "learning_rate": work["lr"],
         "lr_scheduler_type": "constant",
@@ -80,6 +86,20 @@ def main(library: str, work: dict[str, Any]) -> None:
         trainer = plain_trainer(model, adapter, tokenizer, rows, arguments, encoder=encoder)
     trainer.add_callback(TrainerClock())
     trainer.train()
+
+
+def quantized(work: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained for a base in 4 bits."""
+    if not work["quantization"]:
+        return {}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=work["quantization"],
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
 
 
 def plain_trainer(

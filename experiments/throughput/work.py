@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,42 @@ from contest import Work, ours, ours_command
 
 LENGTHS = {"source": (163, 0.48), "target": (32, 0.42)}
 """Tokens of DialogSum's dialogues and summaries: median and sigma of a log-normal distribution."""
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 65536,
+    "tie_word_embeddings": True,
+}
+"""The shape of SmolLM2-135M, for longer rows."""
 
 
 def decoder_work(
-    folder: Path, rows: int, *, length: int | None = None, max_length: int = 2048, **settings: Any
+    folder: Path,
+    rows: int,
+    *,
+    model: Path | None = None,
+    length: int | None = None,
+    max_length: int = 2048,
+    **settings: Any,
 ) -> Work:
-    """Rows of random tokens for a Llama of 135 M parameters; `length`: all of as many tokens."""
-    model = folder / "llama-135m"
-    if not model.exists():
-        make_llama(model)
+    """Rows of random tokens for a decoder.
+
+    Args:
+        folder: where the rows go, and the model.
+        rows: how many.
+        model: folder of the decoder; None: a Llama of 135 M parameters, made on the spot.
+        length: of all rows, in tokens; None: like DialogSum's.
+        max_length: of the work.
+        settings: others of the work.
+    """
+    if model is None:
+        model = folder / "llama-135m"
+        if not model.exists():
+            make_llama(model)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -44,32 +73,46 @@ def decoder_work(
     return ordered(work, folder)
 
 
-def make_llama(folder: Path) -> None:
-    """Saves the decoder, in bf16 as models of its kind are, with the tokenizer that ships."""
+def make_llama(
+    folder: Path, sizes: dict[str, Any] = SMOLLM2_135M, *, device: str = "cpu", seed: int = 0
+) -> None:
+    """Saves a Llama with random weights, in bf16 as models of its kind are, and a tokenizer.
+
+    The tokenizer is the one that ships: it has fewer tokens than the model has rows for.
+
+    Args:
+        folder: where to.
+        sizes: arguments of LlamaConfig.
+        device: where the weights are drawn.
+        seed: of the draw.
+    """
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     import lora_lightning
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(
         Path(lora_lightning.__file__).parent / "embedded" / "tiny_lm"
     )
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=65536,
-        tie_word_embeddings=True,
+        **sizes,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    try:
+        beside.rename(folder)  # so that a folder that is there is whole
+    except OSError:  # another process has made it meanwhile
+        if not folder.exists():
+            raise
+        shutil.rmtree(beside)
 
 
 def encoder_work(folder: Path, data: str | None, **settings: Any) -> Work:
@@ -95,7 +138,7 @@ def ordered(work: Work, folder: Path) -> Work:
     _, data = build(settings, build_task(settings.task), seed=0)
     data.setup("fit")
     order = [row for batch in data.train_dataloader().batch_sampler for row in batch]
-    needed = work.batch_size * work.steps
+    needed = work.rows_per_step * work.steps
     raw, encoded = data.raw["train"], data.encoded["train"]
     path = Path(work.train).with_suffix(f".{work.batch_size}.ordered.jsonl")
     path = folder / path.name
