@@ -16,12 +16,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, which wait for each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# The checks for a GPU, which tests/gpu goes through.
+sys.path.append(str(Path(__file__).parent.parent / "experiments" / "gpu"))
+GPUS = torch.cuda.is_available()
 
 WORDS = (
     "the a film food hotel was is very not never good bad fine poor lovely awful slow quick warm "
     "cold and but service staff room story price cheap dear clean dirty again return would loved "
     "hated enjoyed waste time money boring funny sad happy tasty bland . ! , ?"
 ).split()
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what is marked gpu where there is none."""
+    if not GPUS:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="torch.cuda is not available"))
+
+
+@pytest.fixture(autouse=True)
+def _gpus_for_their_own_tests(request, monkeypatch):
+    """Lets a test that is not marked gpu find none, itself and in the processes that it starts."""
+    if GPUS and request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 @pytest.fixture(scope="session", autouse=True)
