@@ -87,7 +87,7 @@ def check_packing(model: nn.Module) -> None:
     model.eval()
     alone = model(input_ids=second, use_cache=False).logits
     seeing = model(input_ids=joined, use_cache=False).logits[:, first.shape[1] :]
-    error = torch.tensor(float("inf"))
+    error: Tensor | float = float("inf")
     if accepts(model, "position_ids"):
         positions = torch.cat(counts)[None]
         packed = model(input_ids=joined, position_ids=positions, use_cache=False).logits

@@ -124,7 +124,7 @@ class Retention(Callback):
             mask = batch["attention_mask"][..., None]
             means.append((hidden * mask).sum(1) / mask.sum(1))
         unit = nn.functional.normalize(torch.cat(means), dim=-1)
-        first, second = torch.triu_indices(len(unit), len(unit), 1)
+        first, second = torch.triu_indices(len(unit), len(unit), 1, device="cpu")
         return (unit @ unit.t()).cpu()[first, second]
 
     def _on(self, module: LoraModule) -> Iterator[dict[str, Tensor]]:

@@ -114,7 +114,7 @@ class PackingCollator:
             }
             for name, values in joined.items():
                 batch[name].append(values + [padding[name]] * (longest - len(values)))
-        return {name: torch.tensor(values) for name, values in batch.items()}
+        return {name: torch.tensor(values, device="cpu") for name, values in batch.items()}
 
 
 def _positions(row: dict[str, Any]) -> Sequence[int]:
@@ -150,19 +150,19 @@ class PaddingCollator:
                 longest = max(len(row["labels"]) for row in rows)
                 batch["labels"] = self._pad(rows, "labels", IGNORE, longest)
             else:
-                batch["labels"] = torch.tensor([row["labels"] for row in rows])
+                batch["labels"] = torch.tensor([row["labels"] for row in rows], device="cpu")
         if "generate" in rows[0]:
-            batch["generate"] = torch.tensor([row["generate"] for row in rows])
+            batch["generate"] = torch.tensor([row["generate"] for row in rows], device="cpu")
         return batch
 
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:
-        out = torch.full((len(rows), width), value, dtype=torch.long)
+        out = torch.full((len(rows), width), value, dtype=torch.long, device="cpu")
         for index, row in enumerate(rows):
-            out[index, self._place(len(row[name]), width)] = torch.tensor(row[name])
+            out[index, self._place(len(row[name]), width)] = torch.tensor(row[name], device="cpu")
         return out
 
     def _mask(self, rows: list[dict[str, Any]], width: int) -> Tensor:
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
         for index, row in enumerate(rows):
             mask[index, self._place(len(row["input_ids"]), width)] = 1
         return mask

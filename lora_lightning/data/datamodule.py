@@ -277,7 +277,9 @@ class LoraDataModule(L.LightningDataModule):
         tokens = self.tokens_on(device_type)
         size = self.config.batch_size
         size = size if tokens is None else max(1, min(size, tokens // self.max_length))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        # Lightning may make a GPU the default device while this runs (configure_model).
+        order = torch.randperm(len(rows), generator=generator, device="cpu")
         collate = self.collate(packing=self.task.joins_rows)
         for chosen in order.split(size):
             yield self.task.locate(collate([rows[index] for index in chosen.tolist()]))

@@ -37,13 +37,13 @@ class StreamedComponents:
     def __init__(self, count: int) -> None:
         self.count = count
         self.seen = 0
-        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.settled = torch.zeros(count, dtype=torch.bool, device="cpu")
         """Which components the last batch has hardly turned."""
-        self._mean = torch.zeros(())
+        self._mean = torch.zeros((), device="cpu")
         self._total = 0.0
-        self.components = torch.zeros(0, 0)
+        self.components = torch.zeros(0, 0, device="cpu")
         """(count, in), orthonormal, the largest first."""
-        self._singular = torch.zeros(0)
+        self._singular = torch.zeros(0, device="cpu")
 
     def update(self, rows: Tensor) -> None:
         """Takes in rows, (n, in)."""

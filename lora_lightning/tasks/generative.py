@@ -279,13 +279,13 @@ class GenerativeTask(Task):
         """
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             place = (
                 slice(0, len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
             )
-            ids[row, place] = torch.tensor(prompt)
+            ids[row, place] = torch.tensor(prompt, device="cpu")
             mask[row, place] = 1
         device = next(model.parameters()).device
         ends = self._ends(model)

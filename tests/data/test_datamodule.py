@@ -16,6 +16,7 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
+from lora_lightning.data.collate import PackingCollator
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
@@ -281,6 +282,27 @@ def test_filler_row_has_no_label(build, rows_jsonl):
     examples = data.train_dataloader().dataset
     assert examples[FILLER]["labels"] == IGNORE
     assert examples[FILLER]["input_ids"] == examples[0]["input_ids"]
+
+
+def test_batches_under_another_default_device_are_on_the_cpu(build, rows_jsonl):
+    """Lightning calls configure_model, where EVA looks at the data, with a GPU as the default."""
+    data = build(rows_jsonl)
+    loaders = [data.train_dataloader(), data.val_dataloader()]
+    packs = PackingCollator(0)
+    expected = [list(loader.batch_sampler) for loader in loaders]
+    batches = list(data.training_batches("cpu"))
+    with torch.device("meta"):
+        assert [list(loader.batch_sampler) for loader in loaders] == expected
+        found = list(data.training_batches("cpu"))
+        others = [data.longest_batch("train", 4)]
+        for loader, (indices, *_) in zip(loaders, expected, strict=True):
+            rows = loader.dataset.__getitems__(indices)
+            others.append(loader.collate_fn([{**row, "generate": True} for row in rows]))
+            others.append(packs([{**row, "labels": row["input_ids"]} for row in rows]))
+    for batch in (*found, *others):
+        assert {tensor.device.type for tensor in batch.values()} == {"cpu"}
+    for batch, same in zip(found, batches, strict=True):
+        assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
 
 
 def test_longest_batch(build, rows_jsonl):
