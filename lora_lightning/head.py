@@ -15,7 +15,7 @@ from .parallel import gathers_layers
 
 CHUNK = 2**25
 """Logits that exist at a time: rows x vocabulary."""
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 
 
 def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:

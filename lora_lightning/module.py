@@ -37,7 +37,7 @@ from .warm_start import load_values, values_of
 
 RANKS = "data_ranks"
 """In a checkpoint: how many processes saw different rows."""
-Batch = dict[str, Tensor] | list[dict[str, Tensor]]
+Batch = dict[str, Any] | list[dict[str, Any]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
 
 
@@ -276,7 +276,8 @@ class LoraModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and data.packs:
             assert self.model is not None
-            check_packing(self.model)
+            with self.trainer.precision_plugin.forward_context():
+                check_packing(self.model)
 
     def on_train_start(self) -> None:
         # configure_optimizers asks for the number of steps, for which Lightning makes the data
@@ -306,7 +307,7 @@ class LoraModule(L.LightningModule):
         # undone here and in on_before_optimizer_step, where the true count is known.
         return self.training_loss(last) * self.trainer.accumulate_grad_batches
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
@@ -468,5 +469,5 @@ class LoraModule(L.LightningModule):
             )
 
 
-def _parts(batch: Batch) -> list[dict[str, Tensor]]:
+def _parts(batch: Batch) -> list[dict[str, Any]]:
     return batch if isinstance(batch, list) else [batch]

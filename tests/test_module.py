@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from conftest import Waits
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -367,29 +366,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
         fit(module, batches_of(make_rows(4), [4]))
 
 
-class Waits(TorchDispatchMode):
-    """Notes the operations for whose result a program would have to wait for a GPU.
-
-    Those of transformers' own masks are left out: it looks, once a forward pass, whether there are
-    padded or joined rows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            part is not None and part.dtype == torch.bool for part in args[1]
-        )
-        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
-            callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
-            if "masking_utils.py" not in callers:
-                self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 class First(L.Callback):
     """Watches the second step, and what the callbacks after it do at its end."""
 
@@ -475,6 +451,21 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     assert found == [(3, 8), (4, 8)]  # the last one at the end
     seen = sum(lengths[:8]) + sum(lengths[4:8])
     assert float(lines[0]["throughput/tokens_per_second"]) == pytest.approx(seen / 1.5)
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [("bf16-mixed", True), ("32-true", False)])
+def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, precision, mixed):
+    """Flash attention takes no fp32, which an fp32 base gives it outside of autocast."""
+    contexts = []
+    monkeypatch.setattr(
+        "lora_lightning.module.check_packing",
+        lambda model: contexts.append(torch.is_autocast_enabled("cpu")),
+    )
+    module = make_module(tiny_llama)
+    module.trainer = L.Trainer(accelerator="cpu", precision=precision, logger=False)
+    module.trainer.datamodule = SimpleNamespace(packs=True)
+    module.on_test_start()
+    assert contexts == [mixed]
 
 
 # Checkpoints -------------------------------------------------------------------------------------

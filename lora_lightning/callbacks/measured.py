@@ -110,7 +110,7 @@ class Throughput(Callback):
             logger.log_metrics(rates, step=trainer.global_step)
 
 
-def _batch_counts(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
+def _batch_counts(batch: dict[str, Any] | list[dict[str, Any]]) -> Tensor:
     """Rows of a batch and its tokens without padding, (2), on the batch's device."""
     if isinstance(batch, list):
         return torch.stack([_batch_counts(part) for part in batch]).sum(0)

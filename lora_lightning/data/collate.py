@@ -29,15 +29,12 @@ class MicroBatches:
     collator: PaddingCollator | PackingCollator
     max_tokens: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(self.collator, PackingCollator):
-            lanes = self.collator(rows)
-            count = max(1, self.max_tokens // lanes["input_ids"].shape[1])
-            parts = {name: tensor.split(count) for name, tensor in lanes.items()}
-            return [
-                dict(zip(parts, tensors, strict=True))
-                for tensors in zip(*parts.values(), strict=True)
-            ]
+            lanes = self.collator.lanes(rows)
+            count = max(1, self.max_tokens // max(map(_filled, lanes)))
+            groups = (lanes[start : start + count] for start in range(0, len(lanes), count))
+            return [self.collator.join(group) for group in groups]
         rows = sorted(rows, key=_width, reverse=True)
         cuts = _cuts([_width(row) for row in rows], self.max_tokens)
         return [self.collator(rows[start:stop]) for start, stop in pairwise(cuts)]
@@ -73,6 +70,10 @@ def _width(row: dict[str, Any]) -> int:
     return max(len(row["input_ids"]), len(labels) if isinstance(labels, list) else 0)
 
 
+LANE = 512
+"""Positions of a lane of joined rows, unless a row is longer."""
+
+
 @dataclass
 class PackingCollator:
     """Joins rows to a few long ones, whose position ids tell where each begins.
@@ -81,16 +82,25 @@ class PackingCollator:
     attention: no row sees another. The first token of a row is never a target. Rows are put, in
     their order, into the first lane that has room; what stays empty at a lane's end is padded.
 
+    Flash attention takes `bounds` instead: where each row begins, and the padding of a lane, in all
+    lanes one behind the other, and the end (int32). The longest of these stretches is `longest`.
+
     Args:
         pad_token_id: id that fills the end of a lane.
-        width: length of a lane, unless a row is longer. Attention costs its square where the
-            kernel masks what it has computed.
+        width: length of a lane, unless a row is longer; None: one lane holds all rows. Attention
+            costs its square where the kernel masks what it has computed.
     """
 
     pad_token_id: int = 0
-    width: int = 512
+    width: int | None = LANE
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.join(self.lanes(rows))
+
+    def lanes(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The rows of each lane."""
+        if self.width is None:
+            return [rows]
         room = max(self.width, *(len(row["input_ids"]) for row in rows))
         lanes: list[list[dict[str, Any]]] = []
         free: list[int] = []
@@ -102,19 +112,36 @@ class PackingCollator:
                 free.append(room)
             lanes[index].append(row)
             free[index] -= length
-        longest = room - min(free)
+        return lanes
+
+    def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The batch of some lanes, as long as the longest of them."""
+        width = max(map(_filled, lanes))
         padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "filled": 0}
-        batch: dict[str, list[list[int]]] = {name: [] for name in padding}
-        for lane in lanes:
+        batch: dict[str, Any] = {name: [] for name in padding}
+        bounds: list[int] = []
+        for number, lane in enumerate(lanes):
             joined = {
                 "input_ids": [token for row in lane for token in row["input_ids"]],
                 "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
                 "position_ids": [place for row in lane for place in _positions(row)],
                 "filled": [1 for row in lane for _ in row["input_ids"]],
             }
+            places = joined["position_ids"]
+            bounds += [number * width + i for i, place in enumerate(places) if place == 0]
+            bounds += [number * width + len(places)] if len(places) < width else []
             for name, values in joined.items():
-                batch[name].append(values + [padding[name]] * (longest - len(values)))
-        return {name: torch.tensor(values, device="cpu") for name, values in batch.items()}
+                batch[name].append(values + [padding[name]] * (width - len(values)))
+        batch = {name: torch.tensor(values, device="cpu") for name, values in batch.items()}
+        bounds.append(len(lanes) * width)
+        batch["bounds"] = torch.tensor(bounds, dtype=torch.int32, device="cpu")
+        batch["longest"] = max(stop - start for start, stop in pairwise(bounds))
+        return batch
+
+
+def _filled(lane: list[dict[str, Any]]) -> int:
+    """Positions of a lane's rows."""
+    return sum(len(row["input_ids"]) for row in lane)
 
 
 def _positions(row: dict[str, Any]) -> Sequence[int]:
@@ -136,7 +163,7 @@ class PaddingCollator:
     pad_token_id: int
     padding_side: str = "right"
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": self._pad(rows, "input_ids", self.pad_token_id, width),

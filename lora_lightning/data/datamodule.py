@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..forward import uses_flash
 from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..strategies import data_ranks, in_step
@@ -237,10 +237,12 @@ class LoraDataModule(L.LightningDataModule):
         return [{name: str(value)[:500] for name, value in row.items()} for row in rows]
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
-        collate: Any = self.collate(
-            packing=self.task.joins_rows or (shuffle and self.config.packing)
-        )
+        packing = self.task.joins_rows or (shuffle and self.config.packing)
+        collate: Any = self.collate(packing=packing)
         max_tokens = self.max_tokens
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if packing and uses_flash(getattr(module, "model", None)):
+            collate.width = max_tokens  # no kernel masks what it has computed
         return ResumableDataLoader(
             Examples(self.encoded[split]),
             batch_sampler=self._batches(split, shuffle=shuffle),
@@ -271,7 +273,7 @@ class LoraDataModule(L.LightningDataModule):
         pad = self.tokenizer.pad_token_id
         return PackingCollator(pad) if packing else PaddingCollator(pad)
 
-    def training_batches(self, device_type: str) -> Iterator[dict[str, Tensor]]:
+    def training_batches(self, device_type: str) -> Iterator[dict[str, Any]]:
         """All training rows once, in an order of the seed: the same on all ranks, in any run."""
         rows = Examples(self.encoded["train"])
         tokens = self.tokens_on(device_type)
@@ -284,7 +286,7 @@ class LoraDataModule(L.LightningDataModule):
         for chosen in order.split(size):
             yield self.task.locate(collate([rows[index] for index in chosen.tolist()]))
 
-    def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
+    def longest_batch(self, split: str, size: int) -> dict[str, Any]:
         """A batch of the longest rows of a split: the one that needs the most memory."""
         lengths = self.encoded[split]["length"][:]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]

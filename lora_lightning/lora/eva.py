@@ -204,8 +204,8 @@ def _look(
 def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The rows of a layer's inputs, (n, in), that are of tokens that count.
 
-    Inputs are (rows, positions, in), or the same flattened, as a router sees them; those of another
-    shape count whole: what a pooler sees has no padding.
+    Inputs are (rows, positions, in), or the same flattened, as a router sees them, or as one row,
+    as for flash attention; those of another shape count whole: what a pooler sees has no padding.
     """
     flat = inputs.flatten(0, -2)
     keep = torch.ones(len(flat), dtype=torch.bool, device=inputs.device)
@@ -214,7 +214,7 @@ def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     if labels is not None and labels.dim() > 1:
         masks.append(labels != -100)
     for each in masks:
-        if inputs.shape[:-1] in (each.shape, (each.numel(),)):
+        if inputs.shape[:-1] in (each.shape, (each.numel(),), (1, each.numel())):
             keep &= each.flatten()
     return flat[keep]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -16,6 +17,14 @@ from ..settings import ModelConfig
 
 IGNORE = -100
 """Label of a position or row that takes no part in loss and metrics."""
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch whose tensors are on a device; its numbers stay as they are."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 @dataclass
@@ -120,7 +129,7 @@ class Task(ABC):
             shards: processes over which the base is spread.
         """
 
-    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Adds to a batch what `loss` would otherwise have to wait for its device to know.
 
         Called while the batch is still in the host's memory.
@@ -128,7 +137,7 @@ class Task(ABC):
         return batch
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         """The loss over a batch: the one place that decides what is learned."""
 
     @abstractmethod
@@ -144,17 +153,17 @@ class Task(ABC):
         self,
         metrics: MetricCollection,
         model: nn.Module,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
         """Adds a batch, and what `loss` gave for it, to the metrics."""
 
     @abstractmethod
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The model's logits for inputs without labels."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Readable predictions, one dict for each row of a batch."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from ..forward import uncompiled
+from ..forward import causal_inputs, uncompiled
 from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
@@ -142,7 +142,7 @@ class GenerativeTask(Task):
         self.tokenizer = tokenizer
         return load_generator(config, tokenizer, shards), []
 
-    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Adds `places`: where the logits are that predict the batch's targets.
 
         A batch without a target gets one place, whose label is to be ignored: a rank that meets
@@ -153,32 +153,29 @@ class GenerativeTask(Task):
         learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()
         return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}
 
-    def _wanted(self, batch: dict[str, Tensor]) -> Tensor:
+    def _wanted(self, batch: dict[str, Any]) -> Tensor:
         """The label that is predicted at each position: a causal model's is the one after it."""
+        labels: Tensor = batch["labels"]
         if self.encoder_decoder:
-            return batch["labels"]
-        return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+            return labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         if "places" not in batch:
             batch = self.locate(batch)
         targets = self._wanted(batch).flatten()[batch["places"]]
         total, correct = loss_at(model, self._inputs(model, batch), batch["places"], targets)
         return LossOutput(total, (targets != IGNORE).sum(), correct)
 
-    def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model reads of a batch.
-
-        A causal model needs no attention mask: padding is on the right, where no token looks. And
-        attention kernels are at their fastest without one.
-        """
+    def _inputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model reads of a batch."""
         if not self.encoder_decoder:
-            return {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
+            return causal_inputs(model, batch)
         shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return {**inputs, "decoder_input_ids": shifted}
 
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         shown = batch["attention_mask"] == 1
         if self.encoder_decoder:
             batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
@@ -232,7 +229,7 @@ class GenerativeTask(Task):
         self,
         metrics: MetricCollection,
         model: nn.Module,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
         metrics["perplexity"].update(output.total, output.count)
@@ -264,7 +261,7 @@ class GenerativeTask(Task):
         self._compare(metrics, predictions, references)
         return {name: float(value) for name, value in metrics.compute().items()}
 
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [
             {"generated": self.decode(ids)} for ids in self.generate(model, self._prompts(batch))
         ]
@@ -325,7 +322,7 @@ class GenerativeTask(Task):
         """Text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _prompts(self, batch: dict[str, Tensor]) -> list[list[int]]:
+    def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
         """Each row's tokens up to its last target."""
         starts = None if self.encoder_decoder or "labels" not in batch else _last_runs(batch)
         prompts = []
@@ -336,7 +333,7 @@ class GenerativeTask(Task):
             prompts.append(ids[:stop][mask[:stop].bool()].tolist())
         return prompts
 
-    def _answers(self, batch: dict[str, Tensor]) -> list[list[int]]:
+    def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
         """Each row's last target."""
         labels = batch["labels"]
         if self.encoder_decoder:
@@ -374,7 +371,7 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(inner) :]
 
 
-def _last_runs(batch: dict[str, Tensor]) -> list[tuple[int, int]]:
+def _last_runs(batch: dict[str, Any]) -> list[tuple[int, int]]:
     """Start and stop of each row's last stretch of labels; (width, width) where there is none."""
     runs = []
     for labels in batch["labels"]:

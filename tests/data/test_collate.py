@@ -117,6 +117,9 @@ def test_micro_batches_of_packed_lanes():
     rows = rows_of([6, 5, 4, 7, 3])
     whole = PackingCollator(0, width=10)(rows)
     parts = MicroBatches(PackingCollator(0, width=10), 25)(rows)
-    assert [part["input_ids"].shape[0] for part in parts] == [2, 1]
-    for name, tensor in whole.items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 10), (1, 7)]
+    for name in ("input_ids", "labels", "position_ids", "filled"):
+        lanes = [lane for part in parts for lane in part[name]]
+        for lane, expected in zip(lanes, whole[name], strict=True):
+            assert torch.equal(lane, expected[: len(lane)])
+    assert [part["bounds"].tolist() for part in parts] == [[0, 6, 10, 15, 18, 20], [0, 7]]

@@ -21,9 +21,10 @@ from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
 from lora_lightning.lora.errors import UserError
-from lora_lightning.settings import DataConfig, SentimentConfig
+from lora_lightning.modeling import load_tokenizer
+from lora_lightning.settings import DataConfig, ModelConfig, SentimentConfig
 from lora_lightning.strategies import ShardedStrategy
-from lora_lightning.tasks import IGNORE, SentimentTask
+from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 
 
 class CountingTask(SentimentTask):
@@ -300,9 +301,42 @@ def test_batches_under_another_default_device_are_on_the_cpu(build, rows_jsonl):
             others.append(loader.collate_fn([{**row, "generate": True} for row in rows]))
             others.append(packs([{**row, "labels": row["input_ids"]} for row in rows]))
     for batch in (*found, *others):
-        assert {tensor.device.type for tensor in batch.values()} == {"cpu"}
+        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}
     for batch, same in zip(found, batches, strict=True):
         assert all(torch.equal(tensor, same[name]) for name, tensor in batch.items())
+
+
+@pytest.mark.parametrize(
+    ("attention", "max_tokens", "lanes"),
+    [
+        ("sdpa", None, [2]),
+        ("flash_attention_2", None, [1]),
+        ("flash_attention_2", 200, [1] * 4),
+    ],
+)
+def test_joined_rows_are_one_lane_for_flash_attention(
+    build, rows_jsonl, tiny_llama, attention, max_tokens, lanes
+):
+    data = build(
+        rows_jsonl,
+        task=build_task({"name": "lm", "max_new_tokens": 2}),
+        tokenizer=load_tokenizer(ModelConfig(name_or_path=str(tiny_llama))),
+        max_tokens=max_tokens,
+    )
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=model),
+        strategy=SimpleNamespace(root_device=torch.device("cuda")),
+        distributed_sampler_kwargs=None,
+    )
+    (batch,) = data.train_dataloader()
+    parts = [batch] if max_tokens is None else batch
+    assert [len(part["input_ids"]) for part in parts] == lanes
+    assert sum(int(part["filled"].sum()) for part in parts) == sum(data.encoded["train"]["length"])
+    if attention != "sdpa":
+        assert all((part["filled"] == 1).all() for part in parts)
+        assert all(part["input_ids"].numel() <= (max_tokens or 10**9) for part in parts)
 
 
 def test_longest_batch(build, rows_jsonl):
