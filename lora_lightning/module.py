@@ -122,6 +122,10 @@ class LoraModule(L.LightningModule):
         self._step_count = torch.zeros(())
         self._batch = 0
         self._losses = StepLosses()
+        self._collected: list[Any] = []
+        """What the task is to measure at the end of a validation or test."""
+        self._largest_batch = 0
+        """Rows, in that validation or test."""
         self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
@@ -371,10 +375,14 @@ class LoraModule(L.LightningModule):
     ) -> None:
         assert self.model is not None
         assert metrics is not None
-        for part in _parts(batch):
+        parts = _parts(batch)
+        for part in parts:
             output = self.task.loss(self.model, part)
             self.task.update_metrics(metrics, self.model, part, output)
             mean_loss.update(output.total, output.count)
+            self._collected += self.task.collect(part)
+        rows = sum(len(part["input_ids"]) for part in parts)
+        self._largest_batch = max(self._largest_batch, rows)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics, self.val_loss)
@@ -385,7 +393,10 @@ class LoraModule(L.LightningModule):
     def _log_metrics(
         self, stage: str, metrics: MetricCollection | None, mean_loss: MeanLoss
     ) -> None:
+        assert self.model is not None
         assert metrics is not None
+        with self.trainer.precision_plugin.forward_context():
+            self.task.finish_epoch(metrics, self.model, self._collected, self._largest_batch)
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         values = {f"{stage}/loss": mean_loss.compute(), **values}
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
@@ -393,6 +404,7 @@ class LoraModule(L.LightningModule):
             self.log(name, value, prog_bar=name in shown)
         metrics.reset()
         mean_loss.reset()
+        self._collected, self._largest_batch = [], 0
 
     # Optimizer -------------------------------------------------------------------------------
 

@@ -207,10 +207,10 @@ def gathers_layers(model: nn.Module) -> bool:
     return bool(getattr(model, "_is_fsdp_managed_module", False))
 
 
-def any_rank(model: nn.Module, flag: bool) -> bool:
-    """Whether the flag is set in any of the processes that go through the model together."""
+def most(model: nn.Module, number: int) -> int:
+    """The largest number of any of the processes that go through the model together."""
     if not gathers_layers(model):
-        return flag
-    found = torch.tensor(int(flag), device=next(model.parameters()).device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        return number
+    largest = torch.tensor(number, device=next(model.parameters()).device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

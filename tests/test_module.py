@@ -468,6 +468,63 @@ def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, p
     assert contexts == [mixed]
 
 
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_t5"])
+def test_text_is_generated_once_an_epoch_as_for_each_row(kind, request, monkeypatch):
+    """Batches of 4, two of them cut to micro-batches; 7 rows are marked, of 12."""
+    folder = request.getfixturevalue(kind)
+    settings = {"name": "summarization", "max_new_tokens": 6, "text_metrics": ["rouge", "bleu"]}
+    module = LoraModule(settings, ModelConfig(name_or_path=str(folder)), LORA, SGD, seed=3)
+    both = kind == "tiny_t5"
+    module.task.encoder_decoder = both
+    module.configure_model()
+    model, task = module.model, module.task
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # else the same token follows everything
+        parameter.data.normal_(std=0.4, generator=generator)
+    rows = []
+    for index, length in enumerate([3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 7, 5]):
+        ids = torch.randint(4, 40, (length + 2,), generator=generator).tolist()
+        prompt, answer = ids[:length], ids[length:]
+        row = {"input_ids": prompt, "labels": answer}
+        if not both:
+            row = {"input_ids": ids, "labels": [IGNORE] * length + answer}
+        rows.append({**row, "generate": index not in (0, 4, 5, 6, 7)})
+    pad = PaddingCollator(1)
+    batches = [pad(rows[:4]), [pad(rows[4:6]), pad(rows[6:8])], [pad(rows[8:9]), pad(rows[9:])]]
+    calls, texts = [], {}
+    generate = model.generate
+
+    def counted(**inputs):
+        calls.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    compare = task._compare
+
+    def noted(metrics, predictions, references):
+        texts.update(zip(references, predictions, strict=True))
+        compare(metrics, predictions, references)
+
+    monkeypatch.setattr(task, "_compare", noted)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    for _ in range(2):  # the second epoch has its own rows alone
+        calls.clear()
+        (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+        assert calls == [4, 3]
+    expected = {}
+    for row in rows:
+        if row["generate"]:
+            (answer,) = task._answers(pad([row]))
+            (prediction,) = task.predict(model, pad([row]))
+            expected[task.decode(answer)] = prediction["generated"]
+    assert texts == expected
+    assert len(set(texts.values())) > 3
+    truth = task.compare(list(expected.values()), list(expected))
+    assert {name: found[f"val/{name}"] for name in truth} == pytest.approx(truth)
+
+
 # Checkpoints -------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,8 @@ def _positions(row: dict[str, Any]) -> Sequence[int]:
 class PaddingCollator:
     """Pads rows to the longest of the batch; the attention mask goes by position.
 
+    What tells which rows text is generated for stays a list: no device has to be waited for.
+
     Args:
         pad_token_id: id that fills the end of shorter rows; a row's own tokens of that id stay
             visible.
@@ -165,7 +167,7 @@ class PaddingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._pad(rows, "input_ids", self.pad_token_id, width),
             "attention_mask": self._mask(rows, width),
         }
@@ -179,7 +181,7 @@ class PaddingCollator:
             else:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows], device="cpu")
         if "generate" in rows[0]:
-            batch["generate"] = torch.tensor([row["generate"] for row in rows], device="cpu")
+            batch["generate"] = [bool(row["generate"]) for row in rows]
         return batch
 
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:

@@ -158,6 +158,24 @@ class Task(ABC):
     ) -> None:
         """Adds a batch, and what `loss` gave for it, to the metrics."""
 
+    def collect(self, batch: dict[str, Any]) -> list[Any]:
+        """What `finish_epoch` is to be given of a batch's rows, on the host."""
+        return []
+
+    def finish_epoch(  # noqa: B027, most tasks measure batch by batch
+        self, metrics: MetricCollection, model: nn.Module, rows: list[Any], batch_size: int
+    ) -> None:
+        """Adds to the metrics, at the end of an epoch, what is measured for many rows at once.
+
+        Where processes gather a base's layers from each other, all have to call it.
+
+        Args:
+            metrics: to add to.
+            model: in the state that the epoch has measured.
+            rows: all that `collect` gave for the epoch's batches.
+            batch_size: rows to compute at a time.
+        """
+
     @abstractmethod
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The model's logits for inputs without labels."""

@@ -14,7 +14,7 @@ from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
 from ..modeling import load_generator
-from ..parallel import Shards, any_rank
+from ..parallel import Shards, most
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
@@ -234,17 +234,36 @@ class GenerativeTask(Task):
     ) -> None:
         metrics["perplexity"].update(output.total, output.count)
         metrics["token_accuracy"].update(output.outputs, output.count)
-        chosen = batch.get("generate")
-        if chosen is None or not any_rank(model, bool(chosen.any())):
-            return
-        rows = {name: tensor for name, tensor in batch.items() if name != "places"}
-        if not chosen.any():  # another process needs this one's share of the base
-            self.predict(model, {name: tensor[:1] for name, tensor in rows.items()})
-            return
-        part = {name: tensor[chosen] for name, tensor in rows.items()}
-        predictions = [row["generated"] for row in self.predict(model, part)]
-        references = [self.decode(ids) for ids in self._answers(part)]
-        self._compare(metrics, predictions, references)
+
+    def collect(self, batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer of each row that text is to be generated for."""
+        marked = [row for row, generate in enumerate(batch.get("generate", [])) if generate]
+        if not marked:
+            return []
+        names = ("input_ids", "attention_mask", "labels")
+        rows = {name: batch[name].cpu()[marked] for name in names}
+        return list(zip(self._prompts(rows), self._answers(rows), strict=True))
+
+    def finish_epoch(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        rows: list[tuple[list[int], list[int]]],
+        batch_size: int,
+    ) -> None:
+        """Generates text for the rows, those of like length together, and compares it."""
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        predictions = [""] * len(rows)
+        for number in range(most(model, len(batches))):
+            if number >= len(batches):  # another process needs this one's share of the base
+                self.generate(model, [[self.tokenizer.eos_token_id]])
+                continue
+            texts = self.generate(model, [rows[row][0] for row in batches[number]])
+            for row, ids in zip(batches[number], texts, strict=True):
+                predictions[row] = self.decode(ids)
+        if rows:
+            self._compare(metrics, predictions, [self.decode(answer) for _, answer in rows])
 
     def _compare(
         self, metrics: MetricCollection, predictions: list[str], references: list[str]
