@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import gathers_layers
+from .parallel import gathered, gathers_layers, most
 
 CHUNK = 2**25
 """Logits that exist at a time: rows x vocabulary."""
@@ -59,7 +59,8 @@ def loss_at(
     """
     head = _head_of(model)
     rows = max(1, CHUNK // _vocabulary(model))
-    whole = len(targets) <= rows or gathers_layers(model)  # a head in shares is no module to call
+    in_shares = gathers_layers(model)  # where all processes have to go the same way
+    whole = len(targets) <= rows and not in_shares
     if head is None or whole or not _REPLAYED.get(model, True):
         return _cross_entropy(logits_at(model, inputs, places), targets)
     found: list[Tensor] = []
@@ -70,19 +71,23 @@ def loss_at(
 
     with _before(head, keep):
         own = model(**inputs, use_cache=False).logits.squeeze(0)
-    if model not in _REPLAYED:
-        with torch.no_grad():
-            _REPLAYED[model] = _close(_finish(model, head(found[0][:1])), own)
-        if not _REPLAYED[model]:
-            return loss_at(model, inputs, places, targets)
 
     def part(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return _cross_entropy(_finish(model, head(hidden)), wanted)
 
     learns = torch.is_grad_enabled()  # within a Function it never is
-    trained = [p for p in head.parameters() if learns and p.requires_grad]
-    total, correct = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
-    return total, correct
+    with gathered(model, head) if in_shares else nullcontext():
+        if model not in _REPLAYED:
+            with torch.no_grad():
+                differs = not _close(_finish(model, head(found[0][:1])), own)
+            _REPLAYED[model] = not most(model, int(differs))
+        if _REPLAYED[model]:
+            trained = [p for p in head.parameters() if learns and p.requires_grad]
+            total, correct = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
+            # FSDP2 readies the last layers' weights for the backward pass when that reaches what
+            # the model has returned.
+            return total + 0 * own.sum() if in_shares else total, correct
+    return loss_at(model, inputs, places, targets)
 
 
 _REPLAYED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
