@@ -35,8 +35,8 @@ class LossOutput:
     """Loss summed over targets, a scalar with a graph."""
     count: Tensor
     """Number of targets, a scalar: `total / count` is the mean."""
-    outputs: Tensor
-    """What `update_metrics` needs beside them."""
+    outputs: Tensor | None
+    """What `update_metrics` needs beside them; it may be missing while the model is training."""
 
 
 class Task(ABC):

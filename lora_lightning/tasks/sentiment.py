@@ -212,6 +212,7 @@ class SentimentTask(Task):
         batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
+        assert output.outputs is not None
         kept = batch["labels"] != IGNORE
         logits, labels = output.outputs[kept], batch["labels"][kept]
         if not len(labels):
