@@ -343,24 +343,21 @@ class GenerativeTask(Task):
 
     def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
         """Each row's tokens up to its last target."""
-        starts = None if self.encoder_decoder or "labels" not in batch else _last_runs(batch)
-        prompts = []
-        for row, (ids, mask) in enumerate(
-            zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ):
-            stop = None if starts is None else starts[row][0]
-            prompts.append(ids[:stop][mask[:stop].bool()].tolist())
-        return prompts
+        ids, shown = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        stops = [len(row) for row in ids]
+        if "labels" in batch and not self.encoder_decoder:
+            stops = [start for start, _ in map(_last_run, batch["labels"].tolist())]
+        return [
+            [token for token, seen in zip(row[:stop], mask[:stop], strict=True) if seen]
+            for row, mask, stop in zip(ids, shown, stops, strict=True)
+        ]
 
     def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
         """Each row's last target."""
-        labels = batch["labels"]
+        labels = batch["labels"].tolist()
         if self.encoder_decoder:
-            return [row[row != IGNORE].tolist() for row in labels]
-        return [
-            row[start:stop].tolist()
-            for row, (start, stop) in zip(labels, _last_runs(batch), strict=True)
-        ]
+            return [[label for label in row if label != IGNORE] for row in labels]
+        return [row[slice(*_last_run(row))] for row in labels]
 
     # What people see -------------------------------------------------------------------------
 
@@ -390,15 +387,14 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(inner) :]
 
 
-def _last_runs(batch: dict[str, Any]) -> list[tuple[int, int]]:
-    """Start and stop of each row's last stretch of labels; (width, width) where there is none."""
-    runs = []
-    for labels in batch["labels"]:
-        learned = labels != IGNORE
-        places = learned.nonzero().flatten().tolist()
-        stop = places[-1] + 1 if places else len(labels)
-        start = stop
-        while start and learned[start - 1]:
-            start -= 1
-        runs.append((start, stop) if places else (len(labels), len(labels)))
-    return runs
+def _last_run(labels: list[int]) -> tuple[int, int]:
+    """Start and stop of a row's last stretch of labels; its length twice where there is none."""
+    stop = len(labels)
+    while stop and labels[stop - 1] == IGNORE:
+        stop -= 1
+    if not stop:
+        return len(labels), len(labels)
+    start = stop
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return start, stop

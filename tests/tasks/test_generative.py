@@ -654,13 +654,16 @@ def test_batched_generation_equals_one_by_one(kind, request):
             new = torch.cat([new, torch.tensor([[token]])], 1)
         assert found == expected
     batch = PaddingCollator(tokenizer.pad_token_id)(rows)
-    assert task._prompts(batch) == [
+    with Waits() as waits:
+        prompts, answers = task._prompts(batch), task._answers(batch)
+    assert prompts == [
         row["input_ids"]
         if task.encoder_decoder
         else row["input_ids"][: row["labels"].count(IGNORE)]
         for row in rows
     ]
-    assert task._answers(batch) == [[i for i in row["labels"] if i != IGNORE] for row in rows]
+    assert answers == [[i for i in row["labels"] if i != IGNORE] for row in rows]
+    assert waits.found == []  # a batch is fetched whole, not token by token
 
 
 def test_rouge_sums_over_ranks_as_one():
