@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -416,6 +417,17 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
 
+    class WithoutTensors(Throughput):
+        """Fails where counting would launch a kernel."""
+
+        def on_train_batch_end(self, *args):
+            with NoTensors():
+                super().on_train_batch_end(*args)
+
+    class NoTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            raise AssertionError(function)
+
     class Clock(L.Callback):
         def on_train_batch_start(self, *_):
             clock.now += 0.5
@@ -426,12 +438,11 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     rows = make_rows(11)
     padded, rest = batches_of(rows, [4, 4, 3])[:2], rows[8:]
     packed = PackingCollator()([{**row, "labels": row["input_ids"]} for row in rest])
-    counts = [
-        measured._batch_counts(batch).tolist() for batch in (*padded, packed, [padded[0], packed])
-    ]
+    located = [SentimentTask().locate(batch) for batch in (*padded, packed)]
+    counts = [measured._batch_counts(batch) for batch in (*located, located[::2])]
     lengths = [len(row["input_ids"]) for row in rows]
-    expected = [[4, sum(lengths[:4])], [4, sum(lengths[4:8])], [3, sum(lengths[8:])]]
-    assert counts == [*expected, [7, sum(lengths[:4] + lengths[8:])]]
+    expected = [(4, sum(lengths[:4])), (4, sum(lengths[4:8])), (3, sum(lengths[8:]))]
+    assert counts == [*expected, (7, sum(lengths[:4] + lengths[8:]))]
     module, logger = make_module(tiny_llama), CSVLogger(tmp_path)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -441,7 +452,7 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
         val_check_interval=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[Clock(), Throughput()],
+        callbacks=[Clock(), WithoutTensors()],
     )
     loader = DataLoader([padded[0], padded[1], padded[1], padded[0]], batch_size=None)
     trainer.fit(module, loader, DataLoader(padded[:1], batch_size=None))
@@ -523,6 +534,29 @@ def test_text_is_generated_once_an_epoch_as_for_each_row(kind, request, monkeypa
     assert len(set(texts.values())) > 3
     truth = task.compare(list(expected.values()), list(expected))
     assert {name: found[f"val/{name}"] for name in truth} == pytest.approx(truth)
+
+
+def test_a_runs_clock_stops_when_the_device_is_done(monkeypatch):
+    clock = SimpleNamespace(now=10.0)
+    waited = []
+
+    def synchronize(device):
+        waited.append(str(device))
+        clock.now += 7
+
+    monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    strategy = SimpleNamespace(root_device=torch.device("cuda", 3))
+    trainer = SimpleNamespace(strategy=strategy, world_size=1)
+    run = RunClock()
+    run.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    for _ in range(2):
+        clock.now += 2
+        run.on_train_batch_end(trainer, None, None, [{"rows": 2, "tokens": 5}], 0)
+    assert run.state_dict() == {"seconds": 4, "tokens": 10}
+    assert waited == []
+    run.on_train_end(trainer, None)
+    assert (run.seconds, run.tokens, waited) == (11, 10, ["cuda:3"])
 
 
 # Checkpoints -------------------------------------------------------------------------------------

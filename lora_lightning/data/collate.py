@@ -82,6 +82,8 @@ class PackingCollator:
     attention: no row sees another. The first token of a row is never a target. Rows are put, in
     their order, into the first lane that has room; what stays empty at a lane's end is padded.
 
+    `rows` and `tokens` are their numbers, without padding; a block of documents has many rows.
+
     Flash attention takes `bounds` instead: where each row begins, and the padding of a lane, in all
     lanes one behind the other, and the end (int32). The longest of these stretches is `longest`.
 
@@ -117,18 +119,21 @@ class PackingCollator:
     def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """The batch of some lanes, as long as the longest of them."""
         width = max(map(_filled, lanes))
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "filled": 0}
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
         batch: dict[str, Any] = {name: [] for name in padding}
         bounds: list[int] = []
+        rows = tokens = 0
         for number, lane in enumerate(lanes):
             joined = {
                 "input_ids": [token for row in lane for token in row["input_ids"]],
                 "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
                 "position_ids": [place for row in lane for place in _positions(row)],
-                "filled": [1 for row in lane for _ in row["input_ids"]],
             }
             places = joined["position_ids"]
-            bounds += [number * width + i for i, place in enumerate(places) if place == 0]
+            starts = [number * width + i for i, place in enumerate(places) if place == 0]
+            rows += len(starts)
+            tokens += len(places)
+            bounds += starts
             bounds += [number * width + len(places)] if len(places) < width else []
             for name, values in joined.items():
                 batch[name].append(values + [padding[name]] * (width - len(values)))
@@ -136,7 +141,7 @@ class PackingCollator:
         bounds.append(len(lanes) * width)
         batch["bounds"] = torch.tensor(bounds, dtype=torch.int32, device="cpu")
         batch["longest"] = max(stop - start for start, stop in pairwise(bounds))
-        return batch
+        return {**batch, "rows": rows, "tokens": tokens}
 
 
 def _filled(lane: list[dict[str, Any]]) -> int:

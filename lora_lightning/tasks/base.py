@@ -130,11 +130,15 @@ class Task(ABC):
         """
 
     def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds to a batch what `loss` would otherwise have to wait for its device to know.
+        """Adds to a batch what would otherwise have to be counted on its device, and waited for.
 
-        Called while the batch is still in the host's memory.
+        Called while the batch is still in the host's memory: `rows`, and `tokens` without padding.
         """
-        return batch
+        if "tokens" in batch:
+            return batch
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        tokens = ids.numel() if mask is None else int((mask == 1).sum())
+        return {**batch, "rows": len(ids), "tokens": tokens}
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:

@@ -143,11 +143,12 @@ class GenerativeTask(Task):
         return load_generator(config, tokenizer, shards), []
 
     def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds `places`: where the logits are that predict the batch's targets.
+        """Adds `places` too: where the logits are that predict the batch's targets.
 
         A batch without a target gets one place, whose label is to be ignored: a rank that meets
-        one goes through the same steps as the others. A batch to predict for stays as it is.
+        one goes through the same steps as the others. A batch to predict for has none.
         """
+        batch = super().locate(batch)
         if "labels" not in batch:
             return batch
         learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()

@@ -118,8 +118,9 @@ def test_micro_batches_of_packed_lanes():
     whole = PackingCollator(0, width=10)(rows)
     parts = MicroBatches(PackingCollator(0, width=10), 25)(rows)
     assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 10), (1, 7)]
-    for name in ("input_ids", "labels", "position_ids", "filled"):
+    for name in ("input_ids", "labels", "position_ids"):
         lanes = [lane for part in parts for lane in part[name]]
         for lane, expected in zip(lanes, whole[name], strict=True):
             assert torch.equal(lane, expected[: len(lane)])
+    assert [(part["rows"], part["tokens"]) for part in parts] == [(4, 18), (1, 7)]
     assert [part["bounds"].tolist() for part in parts] == [[0, 6, 10, 15, 18, 20], [0, 7]]
