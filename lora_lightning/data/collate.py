@@ -32,11 +32,13 @@ class MicroBatches:
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(self.collator, PackingCollator):
             lanes = self.collator.lanes(rows)
-            count = max(1, self.max_tokens // max(map(_filled, lanes)))
+            width = self.collator.rounded(max(map(_filled, lanes)))
+            count = max(1, self.max_tokens // width)
             groups = (lanes[start : start + count] for start in range(0, len(lanes), count))
             return [self.collator.join(group) for group in groups]
         rows = sorted(rows, key=_width, reverse=True)
-        cuts = _cuts([_width(row) for row in rows], self.max_tokens)
+        widths = [self.collator.rounded(_width(row)) for row in rows]
+        cuts = _cuts(widths, self.max_tokens)
         return [self.collator(rows[start:stop]) for start, stop in pairwise(cuts)]
 
 
@@ -91,10 +93,12 @@ class PackingCollator:
         pad_token_id: id that fills the end of a lane.
         width: length of a lane, unless a row is longer; None: one lane holds all rows. Attention
             costs its square where the kernel masks what it has computed.
+        multiple: lanes are filled up to a multiple of it.
     """
 
     pad_token_id: int = 0
     width: int | None = LANE
+    multiple: int = 1
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return self.join(self.lanes(rows))
@@ -118,7 +122,7 @@ class PackingCollator:
 
     def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """The batch of some lanes, as long as the longest of them."""
-        width = max(map(_filled, lanes))
+        width = self.rounded(max(map(_filled, lanes)))
         padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
         batch: dict[str, Any] = {name: [] for name in padding}
         bounds: list[int] = []
@@ -143,6 +147,10 @@ class PackingCollator:
         batch["longest"] = max(stop - start for start, stop in pairwise(bounds))
         return {**batch, "rows": rows, "tokens": tokens}
 
+    def rounded(self, width: int) -> int:
+        """Positions of a batch whose longest lane has so many."""
+        return -(-width // self.multiple) * self.multiple
+
 
 def _filled(lane: list[dict[str, Any]]) -> int:
     """Positions of a lane's rows."""
@@ -165,13 +173,17 @@ class PaddingCollator:
         pad_token_id: id that fills the end of shorter rows; a row's own tokens of that id stay
             visible.
         padding_side: "right" for training, "left" where a decoder generates.
+        multiple: rows are filled up to a multiple of it.
+        limit: longest input that the model takes, None if unlimited.
     """
 
     pad_token_id: int
     padding_side: str = "right"
+    multiple: int = 1
+    limit: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
+        width = self.rounded(max(len(row["input_ids"]) for row in rows))
         batch: dict[str, Any] = {
             "input_ids": self._pad(rows, "input_ids", self.pad_token_id, width),
             "attention_mask": self._mask(rows, width),
@@ -181,13 +193,18 @@ class PaddingCollator:
         if "labels" in rows[0]:
             labels = rows[0]["labels"]
             if isinstance(labels, list):  # of another length than the inputs in encoder-decoders
-                longest = max(len(row["labels"]) for row in rows)
+                longest = self.rounded(max(len(row["labels"]) for row in rows))
                 batch["labels"] = self._pad(rows, "labels", IGNORE, longest)
             else:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows], device="cpu")
         if "generate" in rows[0]:
             batch["generate"] = [bool(row["generate"]) for row in rows]
         return batch
+
+    def rounded(self, width: int) -> int:
+        """Positions of a batch whose longest row has so many."""
+        rounded = -(-width // self.multiple) * self.multiple
+        return rounded if self.limit is None else min(rounded, max(width, self.limit))
 
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:
         out = torch.full((len(rows), width), value, dtype=torch.long, device="cpu")

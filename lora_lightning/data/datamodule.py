@@ -28,6 +28,9 @@ from .splits import make_splits
 CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
 CPU_TOKENS = 1024
 """Tokens computed at a time on a CPU, unless told otherwise: see experiments/throughput."""
+GPU_MULTIPLE = 8
+"""Rows of a batch have a multiple of so many positions on a GPU, whose kernels go by blocks, and
+which copies a mask whose rows do not begin at such a block."""
 
 
 class LoraDataModule(L.LightningDataModule):
@@ -60,6 +63,7 @@ class LoraDataModule(L.LightningDataModule):
         self.task = task
         self.tokenizer = tokenizer
         self.config = config
+        self.length_limit = length_limit
         self.rows = rows
         self.seed = seed
         if config.packing and not task.packs:
@@ -242,7 +246,8 @@ class LoraDataModule(L.LightningDataModule):
         max_tokens = self.max_tokens
         module: Any = getattr(self.trainer, "lightning_module", None)
         if packing and uses_flash(getattr(module, "model", None)):
-            collate.width = max_tokens  # no kernel masks what it has computed
+            # Its kernel computes nothing that it masks, and has no mask.
+            collate.width, collate.multiple = max_tokens, 1
         return ResumableDataLoader(
             Examples(self.encoded[split]),
             batch_sampler=self._batches(split, shuffle=shuffle),
@@ -271,7 +276,12 @@ class LoraDataModule(L.LightningDataModule):
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
         """Makes a batch of rows of this data."""
         pad = self.tokenizer.pad_token_id
-        return PackingCollator(pad) if packing else PaddingCollator(pad)
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        multiple = GPU_MULTIPLE if on_gpu else 1
+        if packing:
+            return PackingCollator(pad, multiple=multiple)
+        return PaddingCollator(pad, multiple=multiple, limit=self.length_limit)
 
     def training_batches(self, device_type: str) -> Iterator[dict[str, Any]]:
         """All training rows once, in an order of the seed: the same on all ranks, in any run."""

@@ -338,6 +338,22 @@ def test_joined_rows_are_one_lane_for_flash_attention(
         assert all(part["tokens"] <= (max_tokens or 10**9) for part in parts)
 
 
+@pytest.mark.parametrize(("device", "multiple"), [("cuda", 8), ("cpu", 1)])
+def test_batches_for_a_gpu_have_rounded_widths(build, rows_jsonl, device, multiple):
+    data = build(rows_jsonl, batch_size=4, max_tokens=None, limit=17)
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device(device)), distributed_sampler_kwargs=None
+    )
+    widths = [
+        (batch["input_ids"].shape[1], int(batch["attention_mask"].sum(1).max()))
+        for loader in (data.train_dataloader(), data.val_dataloader())
+        for batch in loader
+    ]
+    assert {width for width, _ in widths} > {17}  # the longest that the model takes
+    for width, longest in widths:
+        assert width == min(-(-longest // multiple) * multiple, 17)
+
+
 def test_longest_batch(build, rows_jsonl):
     data = build(rows_jsonl)
     batch = data.longest_batch("train", 4)

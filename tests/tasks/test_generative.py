@@ -370,10 +370,13 @@ def test_gradients_equal_a_float64_reference(kind, request):
     model, adapter = adapted(task, config, tokenizer)
     pad = PaddingCollator(tokenizer.pad_token_id)
     ways = {"batch": [pad(rows)], "micro-batches": [pad(rows[:2]), pad(rows[2:])]}
+    ways["rounded"] = [PaddingCollator(tokenizer.pad_token_id, multiple=8)(rows)]
     if task.packs:
         ways["packed"] = [PackingCollator()(rows)]
         ways["packed in lanes"] = [PackingCollator(tokenizer.pad_token_id, width=24)(rows)]
         assert len(ways["packed in lanes"][0]["input_ids"]) > 1
+        rounded = PackingCollator(tokenizer.pad_token_id, width=23, multiple=8)
+        ways["packed in rounded lanes"] = [rounded(rows)]
         ways["packed micro-batches"] = [PackingCollator()(rows[:3]), PackingCollator()(rows[3:])]
 
     def gradients(parts):
