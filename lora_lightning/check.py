@@ -27,7 +27,7 @@ from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
 from .storage import undone_on_mistake
 from .strategies import ShardedStrategy
-from .tasks import build_task
+from .tasks import build_task, to_device
 from .train import build
 from .trainer import build_trainer, check_windows
 from .vocabulary import token_ids
@@ -64,7 +64,8 @@ def check(config: DictConfig) -> str:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
         if data.packs:
-            check_packing(module.model)
+            with trainer.precision_plugin.forward_context():
+                check_packing(module.model)
         sections = [
             *([told] if told else []),
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
@@ -180,7 +181,7 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
         for matrix in (layer.lora_A, layer.lora_B):
             if not matrix.any():
                 nn.init.normal_(matrix, std=0.02)
-    batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
+    batch = to_device(data.longest_batch("train", PROBE_ROWS), device)
     assert module.model is not None
     module.train()
     output = module.task.loss(module.model, batch)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import read_checkpoint
 from .lora import LoraConfig, UserError
 from .lora.eva import Start, start_from_data
 from .lora.state import from_peft_config, read_adapter
-from .tasks import Task
+from .tasks import Task, to_device
 
 LAYERS = ("targets", "exclude", "layers", "layers_pattern")
 RANKS = ("rank", "alpha", "alpha_ratio", "scale", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -58,7 +58,7 @@ def look(
 
     both = getattr(task, "encoder_decoder", False)
     batches = (
-        {name: tensor.to(device) for name, tensor in (_apart(batch) if both else batch).items()}
+        to_device(_apart(batch) if both else batch, device)
         for batch in data.training_batches(device.type)
     )
     with bar:
@@ -87,7 +87,7 @@ def found_before(source: str, config: LoraConfig) -> LoraConfig:
     )
 
 
-def _apart(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _apart(batch: dict[str, Any]) -> dict[str, Any]:
     """Gives labels another width than inputs, by which encoder and decoder are told apart."""
     if batch["labels"].shape != batch["input_ids"].shape:
         return batch

@@ -19,6 +19,39 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
+def uses_flash(model: nn.Module | None) -> bool:
+    """Whether the model's attention is one of the flash kernels beside torch's own."""
+    config = getattr(model, "config", None)
+    return "flash" in str(getattr(config, "_attn_implementation", None))
+
+
+def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a causal model reads of a batch.
+
+    It needs no attention mask: padding is on the right, where no token looks, and attention kernels
+    are at their fastest without one.
+
+    transformers has a flash kernel keep joined rows apart in a batch of one row alone, and there
+    looks for their bounds on the device, in every layer. So the kernel gets all lanes as one row,
+    and the bounds with them.
+    """
+    names = ("input_ids", "position_ids")
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    ids = batch["input_ids"]
+    if not uses_flash(model) or ("bounds" not in batch and len(ids) > 1):
+        return inputs
+    inputs = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
+    taken = inspect.signature(model.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
+        return inputs
+    longest = batch.get("longest", ids.shape[1])
+    bounds = batch.get("bounds")
+    if bounds is None:  # a row that is alone
+        bounds = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=ids.device)
+    inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    return inputs | {"max_length_q": longest, "max_length_k": longest}
+
+
 def compile_layers(model: nn.Module) -> None:
     """Compiles each of the model's repeated layers; the same code then serves them all.
 
@@ -73,25 +106,41 @@ def offloaded_activations() -> AbstractContextManager[Any]:
 def check_packing(model: nn.Module) -> None:
     """Makes sure that rows joined to one, told apart by position ids, do not see each other.
 
+    To be called in the context that training steps run in, which may change types.
+
     Raises:
         UserError: they do, in this model with this attention.
     """
     device = next(model.parameters()).device
-    first, second = (
-        torch.arange(3, 10, device=device)[None],
-        torch.arange(8, 3, -1, device=device)[None],
-    )
-    joined = torch.cat([first, second], dim=1)
-    counts = [torch.arange(part.shape[1], device=device) for part in (first, second)]
+    first, second = [3, 4, 5, 6, 7, 8, 9], [8, 7, 6, 5, 4]
+    start, stop = len(first), len(second)
+    ids = [first + second, second + [0] * start]  # the second lane is padded
+    places = [[*range(start), *range(stop)], [*range(stop)] + [0] * start]
+    bounds = [0, start, start + stop, start + 2 * stop, 2 * (start + stop)]
+
+    def logits(**batch: Any) -> Tensor:
+        inputs = {
+            name: torch.tensor(value, device=device) if isinstance(value, list) else value
+            for name, value in batch.items()
+        }
+        shape = inputs["input_ids"].shape
+        return model(**causal_inputs(model, inputs), use_cache=False).logits.view(*shape, -1)  # type: ignore[no-any-return]
+
+    def joined(lanes: int) -> Tensor:
+        kept = torch.tensor(bounds[: 2 * lanes + 1], dtype=torch.int32, device=device)
+        return logits(
+            input_ids=ids[:lanes], position_ids=places[:lanes], bounds=kept, longest=start
+        )
+
     was_training = model.training
     model.eval()
-    alone = model(input_ids=second, use_cache=False).logits
-    seeing = model(input_ids=joined, use_cache=False).logits[:, first.shape[1] :]
-    error = torch.tensor(float("inf"))
+    alone = logits(input_ids=[second])[0]
+    seeing = logits(input_ids=ids[:1])[0, start:]
+    error: Tensor | float = float("inf")
     if accepts(model, "position_ids"):
-        positions = torch.cat(counts)[None]
-        packed = model(input_ids=joined, position_ids=positions, use_cache=False).logits
-        error = (packed[:, first.shape[1] :] - alone).abs().max()
+        one, two = joined(1), joined(2)
+        packed = torch.stack([one[0, start:], two[0, start:], two[1, :stop]])
+        error = (packed - alone).abs().max()
     model.train(was_training)
     if not error <= 0.05 * (seeing - alone).abs().max():
         raise UserError(
@@ -102,7 +151,7 @@ def check_packing(model: nn.Module) -> None:
         )
 
 
-def classification_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def classification_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Class logits, (rows, classes).
 
     A decoder is pooled at the last position that the attention mask admits. transformers pools at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parallel import gathers_layers
+from .parallel import gathered, gathers_layers, most
 
 CHUNK = 2**25
-"""Logits that exist at a time: rows x vocabulary."""
-Inputs = dict[str, Tensor]
+"""Logits that exist at a time: rows x vocabulary; on a GPU of `LARGE_GPU` bytes four times that.
+
+A large vocabulary's head is read once for each chunk, and few rows do not keep a GPU busy.
+"""
+LARGE_GPU = 40 * 10**9
+Inputs = dict[str, Any]
 
 
 def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
 
 def loss_at(
     model: nn.Module, inputs: Inputs, places: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy summed over chosen positions, and how many of them are predicted rightly.
 
     Where there are many, their logits are made, and their gradients with them, some at a time: the
@@ -55,14 +59,18 @@ def loss_at(
         targets: (count), token ids, of which -100 counts for nothing.
 
     Returns:
-        Two scalars: the sum, in fp32, and the count.
+        Two scalars: the sum, in fp32, and the count; None while the model is training, where
+        nobody asks for it.
     """
     head = _head_of(model)
-    rows = max(1, CHUNK // _vocabulary(model))
-    whole = len(targets) <= rows or gathers_layers(model)  # a head in shares is no module to call
+    rows = max(1, _chunk(places.device) // _vocabulary(model))
+    in_shares = gathers_layers(model)  # where all processes have to go the same way
+    whole = len(targets) <= rows and not in_shares
     if head is None or whole or not _REPLAYED.get(model, True):
-        return _cross_entropy(logits_at(model, inputs, places), targets)
+        logits = logits_at(model, inputs, places)
+        return _cross_entropy(logits, targets), None if model.training else _right(logits, targets)
     found: list[Tensor] = []
+    right: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden.flatten(0, 1)[places])
@@ -70,19 +78,28 @@ def loss_at(
 
     with _before(head, keep):
         own = model(**inputs, use_cache=False).logits.squeeze(0)
-    if model not in _REPLAYED:
-        with torch.no_grad():
-            _REPLAYED[model] = _close(_finish(model, head(found[0][:1])), own)
-        if not _REPLAYED[model]:
-            return loss_at(model, inputs, places, targets)
 
-    def part(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return _cross_entropy(_finish(model, head(hidden)), wanted)
+    def part(hidden: Tensor, wanted: Tensor) -> Tensor:
+        logits = _finish(model, head(hidden))
+        if not model.training:
+            right.append(_right(logits, wanted))
+        return _cross_entropy(logits, wanted)
 
     learns = torch.is_grad_enabled()  # within a Function it never is
-    trained = [p for p in head.parameters() if learns and p.requires_grad]
-    total, correct = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
-    return total, correct
+    with gathered(model, head) if in_shares else nullcontext():
+        if model not in _REPLAYED:
+            with torch.no_grad():
+                differs = not _close(_finish(model, head(found[0][:1])), own)
+            _REPLAYED[model] = not most(model, int(differs))
+        if _REPLAYED[model]:
+            trained = [p for p in head.parameters() if learns and p.requires_grad]
+            total = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
+            if in_shares:
+                # FSDP2 readies the last layers' weights for the backward pass when that reaches
+                # what the model has returned.
+                total = total + 0 * own.sum()
+            return total, torch.stack(right).sum() if right else None
+    return loss_at(model, inputs, places, targets)
 
 
 _REPLAYED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -116,24 +133,22 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        part: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        part: Callable[[Tensor, Tensor], Tensor],
         rows: int,
         targets: Tensor,
         hidden: Tensor,
         *trained: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[3:]
         total = torch.zeros((), device=hidden.device)
-        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         grads = [torch.zeros_like(tensor) for tensor in trained]
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             with torch.set_grad_enabled(any(wanted)):
                 states = hidden[chunk].detach().requires_grad_(wanted[0])
-                loss, right = part(states, targets[chunk])
+                loss = part(states, targets[chunk])
             total += loss.detach()
-            correct += right
             if not any(wanted):
                 continue
             sources = [states, *trained] if wanted[0] else trained
@@ -143,22 +158,33 @@ class _ChunkedLoss(torch.autograd.Function):
             for grad, more in zip(grads, found, strict=True):
                 grad += more
         ctx.save_for_backward(grad_hidden, *grads)
-        ctx.mark_non_differentiable(correct)
-        return total, correct
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
         return None, None, None, *grads
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss in fp32, and the number of targets that have the highest logit."""
-    correct = (logits.detach().argmax(-1) == targets).sum()
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), correct
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss in fp32."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _right(logits: Tensor, targets: Tensor) -> Tensor:
+    """The number of targets that have the highest logit."""
+    return (logits.detach().argmax(-1) == targets).sum()
+
+
+def _chunk(device: torch.device) -> int:
+    """Logits that exist at a time on a device."""
+    if device.type == "cuda":
+        large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
+        return 4 * CHUNK if large else CHUNK
+    return CHUNK
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:

@@ -32,7 +32,7 @@ from .storage import (
     refuse_quantised,
     save_tokenizer,
 )
-from .tasks import build_task
+from .tasks import build_task, to_device
 from .vocabulary import refuse_unknown
 
 
@@ -141,9 +141,9 @@ class Predictor:
         refuse_unknown(ids, rows, self.module.tokenizer, where=where)
 
     @torch.inference_mode()
-    def _predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def _predict(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         device = next(self.module.parameters()).device
-        return self.module.predict_step({k: v.to(device) for k, v in batch.items()}, 0)
+        return self.module.predict_step(to_device(batch, device), 0)
 
 
 def predict_text(predictor: Predictor, text: str) -> dict[str, Any]:

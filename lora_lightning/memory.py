@@ -14,6 +14,7 @@ from .config import Settings
 from .data.datamodule import LoraDataModule
 from .lora import UserError
 from .module import LoraModule
+from .tasks import to_device
 
 PROBE_ROWS = 4
 STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}
@@ -41,7 +42,7 @@ class Memory:
         self.frozen = sum(p.numel() * p.element_size() for p in tensors if not p.requires_grad)
         self.trained = sum(p.numel() * p.element_size() for p in tensors if p.requires_grad)
         self.states = STATES.get(settings.optim.name, 2)
-        batch = {k: v.to(device) for k, v in data.longest_batch("train", PROBE_ROWS).items()}
+        batch = to_device(data.longest_batch("train", PROBE_ROWS), device)
         probed, width = batch["input_ids"].shape
         self.of_a_row = saved_bytes(module, batch) / probed
         self.batch_size = settings.data.batch_size
@@ -62,7 +63,7 @@ class Memory:
         }
 
 
-def saved_bytes(module: LoraModule, batch: dict[str, Tensor]) -> int:
+def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
     """Bytes that autograd holds between forward and backward, parameters not counted."""
     assert module.model is not None
     own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}

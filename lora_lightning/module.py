@@ -46,7 +46,7 @@ from .warm_start import load_values, values_of
 
 RANKS = "data_ranks"
 """In a checkpoint: how many processes saw different rows."""
-Batch = dict[str, Tensor] | list[dict[str, Tensor]]
+Batch = dict[str, Any] | list[dict[str, Any]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
 
 
@@ -131,6 +131,10 @@ class LoraModule(L.LightningModule):
         """Loss and targets of the micro-batches since the last step, (2)."""
         self._batch = 0
         self._losses = StepLosses()
+        self._collected: list[Any] = []
+        """What the task is to measure at the end of a validation or test."""
+        self._largest_batch = 0
+        """Rows, in that validation or test."""
         self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
@@ -308,7 +312,8 @@ class LoraModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and data.packs:
             assert self.model is not None
-            check_packing(self.model)
+            with self.trainer.precision_plugin.forward_context():
+                check_packing(self.model)
 
     def on_train_start(self) -> None:
         # configure_optimizers asks for the number of steps, for which Lightning makes the data
@@ -338,7 +343,7 @@ class LoraModule(L.LightningModule):
         # undone here and in on_before_optimizer_step, where the true count is known.
         return self.training_loss(last) * self.trainer.accumulate_grad_batches
 
-    def training_loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def training_loss(self, batch: dict[str, Any]) -> Tensor:
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
@@ -403,10 +408,14 @@ class LoraModule(L.LightningModule):
     ) -> None:
         assert self.model is not None
         assert metrics is not None
-        for part in _parts(batch):
+        parts = _parts(batch)
+        for part in parts:
             output = self.task.loss(self.model, part)
             self.task.update_metrics(metrics, self.model, part, output)
             mean_loss.update(output.total, output.count)
+            self._collected += self.task.collect(part)
+        rows = sum(len(part["input_ids"]) for part in parts)
+        self._largest_batch = max(self._largest_batch, rows)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics, self.val_loss)
@@ -417,7 +426,10 @@ class LoraModule(L.LightningModule):
     def _log_metrics(
         self, stage: str, metrics: MetricCollection | None, mean_loss: MeanLoss
     ) -> None:
+        assert self.model is not None
         assert metrics is not None
+        with self.trainer.precision_plugin.forward_context():
+            self.task.finish_epoch(metrics, self.model, self._collected, self._largest_batch)
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         values = {f"{stage}/loss": mean_loss.compute(), **values}
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
@@ -425,6 +437,7 @@ class LoraModule(L.LightningModule):
             self.log(name, value, prog_bar=name in shown)
         metrics.reset()
         mean_loss.reset()
+        self._collected, self._largest_batch = [], 0
 
     # Optimizer -------------------------------------------------------------------------------
 
@@ -506,5 +519,5 @@ class LoraModule(L.LightningModule):
             )
 
 
-def _parts(batch: Batch) -> list[dict[str, Tensor]]:
+def _parts(batch: Batch) -> list[dict[str, Any]]:
     return batch if isinstance(batch, list) else [batch]

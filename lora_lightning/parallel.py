@@ -235,10 +235,47 @@ def gathers_layers(model: nn.Module) -> bool:
     return bool(getattr(model, "_is_fsdp_managed_module", False))
 
 
-def any_rank(model: nn.Module, flag: bool) -> bool:
-    """Whether the flag is set in any of the processes that go through the model together."""
+@contextmanager
+def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Holds a part of a model whole, to be called apart from the model's own forward pass.
+
+    Of a base whose layers are gathered from other processes (FSDP2) all processes have to enter.
+    The part's weights are gathered once, and dropped at the end where they were in shares before.
+    FSDP2's hooks are off meanwhile: they would drop the weights after each call, and count it as a
+    pass of the model.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    shares = {id(tensor) for tensor in module.parameters() if isinstance(tensor, DTensor)}
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    owners = [
+        unit for unit in units if shares & {id(p) for p in unit.parameters(recurse=False)}
+    ] or [unit for unit in units if unit is model and shares]
+    for unit in owners:
+        unit.unshard()
+    hooks = [
+        (registered, dict(registered))
+        for part in module.modules()
+        for registered in (part._forward_pre_hooks, part._forward_hooks)
+    ]
+    for registered, _ in hooks:
+        for number, hook in list(registered.items()):
+            if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+                del registered[number]
+    try:
+        yield
+    finally:
+        for registered, before in hooks:
+            registered.clear()
+            registered.update(before)
+        for unit in owners:
+            unit.reshard()
+
+
+def most(model: nn.Module, number: int) -> int:
+    """The largest number of any of the processes that go through the model together."""
     if not gathers_layers(model):
-        return flag
-    found = torch.tensor(int(flag), device=next(model.parameters()).device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found)
+        return number
+    largest = torch.tensor(number, device=next(model.parameters()).device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .alive import Alive
 from .config import settings_of
-from .data.collate import PackingCollator
+from .data.collate import LANE
 from .data.datamodule import longest_input, tokens_at_a_time
 from .head import trust_head
 from .lora import UserError
@@ -58,7 +58,7 @@ class Rehearsal:
         self.task.suppose()
         self.length = longest_input(settings.data, max_positions(model_config))
         self.joined = settings.data.packing or self.task.joins_rows
-        self.rows_in_lane = max(1, PackingCollator.width // self.length) if self.joined else 1
+        self.rows_in_lane = max(1, LANE // self.length) if self.joined else 1
         tokens = tokens_at_a_time(settings.data, device.type)
         lanes = None if tokens is None else max(1, tokens // (self.rows_in_lane * self.length))
         self.at_a_time = None if lanes is None else lanes * self.rows_in_lane

@@ -16,7 +16,7 @@ from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError
 from .module import LoraModule
-from .tasks import IGNORE
+from .tasks import IGNORE, to_device
 
 COLUMNS = ("text", "sentence", "document", "content")
 POSITIONS = 2048
@@ -43,7 +43,7 @@ class Retention(Callback):
         self.texts = texts
         self.count = count
         self.max_length = max_length
-        self._batches: list[dict[str, Tensor]] = []
+        self._batches: list[dict[str, Any]] = []
         self._reference: Tensor | None = None
         self.before: dict[str, float] = {}
 
@@ -124,15 +124,15 @@ class Retention(Callback):
             mask = batch["attention_mask"][..., None]
             means.append((hidden * mask).sum(1) / mask.sum(1))
         unit = nn.functional.normalize(torch.cat(means), dim=-1)
-        first, second = torch.triu_indices(len(unit), len(unit), 1)
+        first, second = torch.triu_indices(len(unit), len(unit), 1, device="cpu")
         return (unit @ unit.t()).cpu()[first, second]
 
-    def _on(self, module: LoraModule) -> Iterator[dict[str, Tensor]]:
+    def _on(self, module: LoraModule) -> Iterator[dict[str, Any]]:
         """The batches, on the module's device, with the module in eval mode meanwhile."""
         training = module.training
         module.eval()
         for batch in self._batches:
-            yield {name: tensor.to(module.device) for name, tensor in batch.items()}
+            yield to_device(batch, module.device)
         module.train(training)
 
 
@@ -142,7 +142,7 @@ def _has_loss(module: LoraModule) -> bool:
     return module.task.generative and not model.config.is_encoder_decoder
 
 
-def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str, Tensor]]:
+def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     """Texts of like length together, padded on the right."""
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -224,6 +226,37 @@ def rows_jsonl(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(80)))
     return path
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose result a program would have to wait for a GPU.
+
+    Those of transformers' own masks are left out: it looks, once a forward pass, whether there are
+    padded or joined rows. The device "meta" may stand for the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            part is not None and part.dtype == torch.bool for part in args[1]
+        )
+        reads = name == "_local_scalar_dense"
+        if masks or reads or name in ("nonzero", "masked_select"):
+            callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
+            if "masking_utils.py" not in callers:
+                self.found.append(name)
+        if reads and args[0].is_meta:
+            return True
+        result = function(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_"):  # from the second argument, or to a new tensor
+            source = args[1] if name == "copy_" else args[0]
+            if source.device != result.device:
+                self.found.append(f"{source.device} -> {result.device}")
+        return result
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from conftest import Waits
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -370,29 +370,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
         fit(module, batches_of(make_rows(4), [4]))
 
 
-class Waits(TorchDispatchMode):
-    """Notes the operations for whose result a program would have to wait for a GPU.
-
-    Those of transformers' own masks are left out: it looks, once a forward pass, whether there are
-    padded or joined rows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            part is not None and part.dtype == torch.bool for part in args[1]
-        )
-        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select"):
-            callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
-            if "masking_utils.py" not in callers:
-                self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 class First(L.Callback):
     """Watches the second step, and what the callbacks after it do at its end."""
 
@@ -530,6 +507,17 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
 
+    class WithoutTensors(Throughput):
+        """Fails where counting would launch a kernel."""
+
+        def on_train_batch_end(self, *args):
+            with NoTensors():
+                super().on_train_batch_end(*args)
+
+    class NoTensors(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            raise AssertionError(function)
+
     class Clock(L.Callback):
         def on_train_batch_start(self, *_):
             clock.now += 0.5
@@ -540,12 +528,11 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     rows = make_rows(11)
     padded, rest = batches_of(rows, [4, 4, 3])[:2], rows[8:]
     packed = PackingCollator()([{**row, "labels": row["input_ids"]} for row in rest])
-    counts = [
-        measured._batch_counts(batch).tolist() for batch in (*padded, packed, [padded[0], packed])
-    ]
+    located = [SentimentTask().locate(batch) for batch in (*padded, packed)]
+    counts = [measured._batch_counts(batch) for batch in (*located, located[::2])]
     lengths = [len(row["input_ids"]) for row in rows]
-    expected = [[4, sum(lengths[:4])], [4, sum(lengths[4:8])], [3, sum(lengths[8:])]]
-    assert counts == [*expected, [7, sum(lengths[:4] + lengths[8:])]]
+    expected = [(4, sum(lengths[:4])), (4, sum(lengths[4:8])), (3, sum(lengths[8:]))]
+    assert counts == [*expected, (7, sum(lengths[:4] + lengths[8:]))]
     module, logger = make_module(tiny_llama), CSVLogger(tmp_path)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -555,7 +542,7 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
         val_check_interval=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[Clock(), Throughput()],
+        callbacks=[Clock(), WithoutTensors()],
     )
     loader = DataLoader([padded[0], padded[1], padded[1], padded[0]], batch_size=None)
     trainer.fit(module, loader, DataLoader(padded[:1], batch_size=None))
@@ -565,6 +552,101 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
     assert found == [(3, 8), (4, 8)]  # the last one at the end
     seen = sum(lengths[:8]) + sum(lengths[4:8])
     assert float(lines[0]["throughput/tokens_per_second"]) == pytest.approx(seen / 1.5)
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [("bf16-mixed", True), ("32-true", False)])
+def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, precision, mixed):
+    """Flash attention takes no fp32, which an fp32 base gives it outside of autocast."""
+    contexts = []
+    monkeypatch.setattr(
+        "lora_lightning.module.check_packing",
+        lambda model: contexts.append(torch.is_autocast_enabled("cpu")),
+    )
+    module = make_module(tiny_llama)
+    module.trainer = L.Trainer(accelerator="cpu", precision=precision, logger=False)
+    module.trainer.datamodule = SimpleNamespace(packs=True)
+    module.on_test_start()
+    assert contexts == [mixed]
+
+
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_t5"])
+def test_text_is_generated_once_an_epoch_as_for_each_row(kind, request, monkeypatch):
+    """Batches of 4, two of them cut to micro-batches; 7 rows are marked, of 12."""
+    folder = request.getfixturevalue(kind)
+    settings = {"name": "summarization", "max_new_tokens": 6, "text_metrics": ["rouge", "bleu"]}
+    module = LoraModule(settings, ModelConfig(name_or_path=str(folder)), LORA, SGD, seed=3)
+    both = kind == "tiny_t5"
+    module.task.encoder_decoder = both
+    module.configure_model()
+    model, task = module.model, module.task
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # else the same token follows everything
+        parameter.data.normal_(std=0.4, generator=generator)
+    rows = []
+    for index, length in enumerate([3, 9, 4, 7, 5, 8, 6, 3, 9, 4, 7, 5]):
+        ids = torch.randint(4, 40, (length + 2,), generator=generator).tolist()
+        prompt, answer = ids[:length], ids[length:]
+        row = {"input_ids": prompt, "labels": answer}
+        if not both:
+            row = {"input_ids": ids, "labels": [IGNORE] * length + answer}
+        rows.append({**row, "generate": index not in (0, 4, 5, 6, 7)})
+    pad = PaddingCollator(1)
+    batches = [pad(rows[:4]), [pad(rows[4:6]), pad(rows[6:8])], [pad(rows[8:9]), pad(rows[9:])]]
+    calls, texts = [], {}
+    generate = model.generate
+
+    def counted(**inputs):
+        calls.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    compare = task._compare
+
+    def noted(metrics, predictions, references):
+        texts.update(zip(references, predictions, strict=True))
+        compare(metrics, predictions, references)
+
+    monkeypatch.setattr(task, "_compare", noted)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    for _ in range(2):  # the second epoch has its own rows alone
+        calls.clear()
+        (found,) = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)
+        assert calls == [4, 3]
+    expected = {}
+    for row in rows:
+        if row["generate"]:
+            (answer,) = task._answers(pad([row]))
+            (prediction,) = task.predict(model, pad([row]))
+            expected[task.decode(answer)] = prediction["generated"]
+    assert texts == expected
+    assert len(set(texts.values())) > 3
+    truth = task.compare(list(expected.values()), list(expected))
+    assert {name: found[f"val/{name}"] for name in truth} == pytest.approx(truth)
+
+
+def test_a_runs_clock_stops_when_the_device_is_done(monkeypatch):
+    clock = SimpleNamespace(now=10.0)
+    waited = []
+
+    def synchronize(device):
+        waited.append(str(device))
+        clock.now += 7
+
+    monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    strategy = SimpleNamespace(root_device=torch.device("cuda", 3))
+    trainer = SimpleNamespace(strategy=strategy, world_size=1)
+    run = RunClock()
+    run.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    for _ in range(2):
+        clock.now += 2
+        run.on_train_batch_end(trainer, None, None, [{"rows": 2, "tokens": 5}], 0)
+    assert run.state_dict() == {"seconds": 4, "tokens": 10}
+    assert waited == []
+    run.on_train_end(trainer, None)
+    assert (run.seconds, run.tokens, waited) == (11, 10, ["cuda:3"])
 
 
 # Checkpoints -------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ ALLOWED = {
     "head": {"parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward"},
-    "data": FOUNDATION | {"tasks", "strategies", "vocabulary"},
+    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
     "losses": {"lora"},

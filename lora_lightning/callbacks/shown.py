@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from ..module import LoraModule
+from ..tasks import to_device
 
 
 class ProgressBar(RichProgressBar):
@@ -185,9 +186,8 @@ def _spread(total: int, count: int) -> list[int]:
 @torch.no_grad()
 def _predict(module: LoraModule, data: Any, rows: list[int]) -> list[dict[str, Any]]:
     batch = data.collate()([dict(data.encoded["val"][row]) for row in rows])
-    batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
     was_training = module.training
     module.eval()
-    predictions = module.predict_step(batch, 0)
+    predictions = module.predict_step(to_device(batch, module.device), 0)
     module.train(was_training)
     return predictions

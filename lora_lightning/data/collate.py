@@ -29,17 +29,16 @@ class MicroBatches:
     collator: PaddingCollator | PackingCollator
     max_tokens: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(self.collator, PackingCollator):
-            lanes = self.collator(rows)
-            count = max(1, self.max_tokens // lanes["input_ids"].shape[1])
-            parts = {name: tensor.split(count) for name, tensor in lanes.items()}
-            return [
-                dict(zip(parts, tensors, strict=True))
-                for tensors in zip(*parts.values(), strict=True)
-            ]
+            lanes = self.collator.lanes(rows)
+            width = self.collator.rounded(max(map(_filled, lanes)))
+            count = max(1, self.max_tokens // width)
+            groups = (lanes[start : start + count] for start in range(0, len(lanes), count))
+            return [self.collator.join(group) for group in groups]
         rows = sorted(rows, key=_width, reverse=True)
-        cuts = _cuts([_width(row) for row in rows], self.max_tokens)
+        widths = [self.collator.rounded(_width(row)) for row in rows]
+        cuts = _cuts(widths, self.max_tokens)
         return [self.collator(rows[start:stop]) for start, stop in pairwise(cuts)]
 
 
@@ -73,6 +72,10 @@ def _width(row: dict[str, Any]) -> int:
     return max(len(row["input_ids"]), len(labels) if isinstance(labels, list) else 0)
 
 
+LANE = 512
+"""Positions of a lane of joined rows, unless a row is longer."""
+
+
 @dataclass
 class PackingCollator:
     """Joins rows to a few long ones, whose position ids tell where each begins.
@@ -81,16 +84,29 @@ class PackingCollator:
     attention: no row sees another. The first token of a row is never a target. Rows are put, in
     their order, into the first lane that has room; what stays empty at a lane's end is padded.
 
+    `rows` and `tokens` are their numbers, without padding; a block of documents has many rows.
+
+    Flash attention takes `bounds` instead: where each row begins, and the padding of a lane, in all
+    lanes one behind the other, and the end (int32). The longest of these stretches is `longest`.
+
     Args:
         pad_token_id: id that fills the end of a lane.
-        width: length of a lane, unless a row is longer. Attention costs its square where the
-            kernel masks what it has computed.
+        width: length of a lane, unless a row is longer; None: one lane holds all rows. Attention
+            costs its square where the kernel masks what it has computed.
+        multiple: lanes are filled up to a multiple of it.
     """
 
     pad_token_id: int = 0
-    width: int = 512
+    width: int | None = LANE
+    multiple: int = 1
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.join(self.lanes(rows))
+
+    def lanes(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The rows of each lane."""
+        if self.width is None:
+            return [rows]
         room = max(self.width, *(len(row["input_ids"]) for row in rows))
         lanes: list[list[dict[str, Any]]] = []
         free: list[int] = []
@@ -102,19 +118,43 @@ class PackingCollator:
                 free.append(room)
             lanes[index].append(row)
             free[index] -= length
-        longest = room - min(free)
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0, "filled": 0}
-        batch: dict[str, list[list[int]]] = {name: [] for name in padding}
-        for lane in lanes:
+        return lanes
+
+    def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The batch of some lanes, as long as the longest of them."""
+        width = self.rounded(max(map(_filled, lanes)))
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
+        batch: dict[str, Any] = {name: [] for name in padding}
+        bounds: list[int] = []
+        rows = tokens = 0
+        for number, lane in enumerate(lanes):
             joined = {
                 "input_ids": [token for row in lane for token in row["input_ids"]],
                 "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
                 "position_ids": [place for row in lane for place in _positions(row)],
-                "filled": [1 for row in lane for _ in row["input_ids"]],
             }
+            places = joined["position_ids"]
+            starts = [number * width + i for i, place in enumerate(places) if place == 0]
+            rows += len(starts)
+            tokens += len(places)
+            bounds += starts
+            bounds += [number * width + len(places)] if len(places) < width else []
             for name, values in joined.items():
-                batch[name].append(values + [padding[name]] * (longest - len(values)))
-        return {name: torch.tensor(values) for name, values in batch.items()}
+                batch[name].append(values + [padding[name]] * (width - len(values)))
+        batch = {name: torch.tensor(values, device="cpu") for name, values in batch.items()}
+        bounds.append(len(lanes) * width)
+        batch["bounds"] = torch.tensor(bounds, dtype=torch.int32, device="cpu")
+        batch["longest"] = max(stop - start for start, stop in pairwise(bounds))
+        return {**batch, "rows": rows, "tokens": tokens}
+
+    def rounded(self, width: int) -> int:
+        """Positions of a batch whose longest lane has so many."""
+        return -(-width // self.multiple) * self.multiple
+
+
+def _filled(lane: list[dict[str, Any]]) -> int:
+    """Positions of a lane's rows."""
+    return sum(len(row["input_ids"]) for row in lane)
 
 
 def _positions(row: dict[str, Any]) -> Sequence[int]:
@@ -127,18 +167,24 @@ def _positions(row: dict[str, Any]) -> Sequence[int]:
 class PaddingCollator:
     """Pads rows to the longest of the batch; the attention mask goes by position.
 
+    What tells which rows text is generated for stays a list: no device has to be waited for.
+
     Args:
         pad_token_id: id that fills the end of shorter rows; a row's own tokens of that id stay
             visible.
         padding_side: "right" for training, "left" where a decoder generates.
+        multiple: rows are filled up to a multiple of it.
+        limit: longest input that the model takes, None if unlimited.
     """
 
     pad_token_id: int
     padding_side: str = "right"
+    multiple: int = 1
+    limit: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        batch = {
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = self.rounded(max(len(row["input_ids"]) for row in rows))
+        batch: dict[str, Any] = {
             "input_ids": self._pad(rows, "input_ids", self.pad_token_id, width),
             "attention_mask": self._mask(rows, width),
         }
@@ -147,22 +193,27 @@ class PaddingCollator:
         if "labels" in rows[0]:
             labels = rows[0]["labels"]
             if isinstance(labels, list):  # of another length than the inputs in encoder-decoders
-                longest = max(len(row["labels"]) for row in rows)
+                longest = self.rounded(max(len(row["labels"]) for row in rows))
                 batch["labels"] = self._pad(rows, "labels", IGNORE, longest)
             else:
-                batch["labels"] = torch.tensor([row["labels"] for row in rows])
+                batch["labels"] = torch.tensor([row["labels"] for row in rows], device="cpu")
         if "generate" in rows[0]:
-            batch["generate"] = torch.tensor([row["generate"] for row in rows])
+            batch["generate"] = [bool(row["generate"]) for row in rows]
         return batch
 
+    def rounded(self, width: int) -> int:
+        """Positions of a batch whose longest row has so many."""
+        rounded = -(-width // self.multiple) * self.multiple
+        return rounded if self.limit is None else min(rounded, max(width, self.limit))
+
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:
-        out = torch.full((len(rows), width), value, dtype=torch.long)
+        out = torch.full((len(rows), width), value, dtype=torch.long, device="cpu")
         for index, row in enumerate(rows):
-            out[index, self._place(len(row[name]), width)] = torch.tensor(row[name])
+            out[index, self._place(len(row[name]), width)] = torch.tensor(row[name], device="cpu")
         return out
 
     def _mask(self, rows: list[dict[str, Any]], width: int) -> Tensor:
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
         for index, row in enumerate(rows):
             mask[index, self._place(len(row["input_ids"]), width)] = 1
         return mask

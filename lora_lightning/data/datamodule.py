@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..forward import uses_flash
 from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..strategies import data_ranks, in_step
@@ -28,6 +28,9 @@ from .splits import make_splits
 CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
 CPU_TOKENS = 1024
 """Tokens computed at a time on a CPU, unless told otherwise: see experiments/throughput."""
+GPU_MULTIPLE = 8
+"""Rows of a batch have a multiple of so many positions on a GPU, whose kernels go by blocks, and
+which copies a mask whose rows do not begin at such a block."""
 
 
 class LoraDataModule(L.LightningDataModule):
@@ -60,6 +63,7 @@ class LoraDataModule(L.LightningDataModule):
         self.task = task
         self.tokenizer = tokenizer
         self.config = config
+        self.length_limit = length_limit
         self.rows = rows
         self.seed = seed
         if config.packing and not task.packs:
@@ -237,10 +241,13 @@ class LoraDataModule(L.LightningDataModule):
         return [{name: str(value)[:500] for name, value in row.items()} for row in rows]
 
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
-        collate: Any = self.collate(
-            packing=self.task.joins_rows or (shuffle and self.config.packing)
-        )
+        packing = self.task.joins_rows or (shuffle and self.config.packing)
+        collate: Any = self.collate(packing=packing)
         max_tokens = self.max_tokens
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        if packing and uses_flash(getattr(module, "model", None)):
+            # Its kernel computes nothing that it masks, and has no mask.
+            collate.width, collate.multiple = max_tokens, 1
         return ResumableDataLoader(
             Examples(self.encoded[split]),
             batch_sampler=self._batches(split, shuffle=shuffle),
@@ -269,20 +276,27 @@ class LoraDataModule(L.LightningDataModule):
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
         """Makes a batch of rows of this data."""
         pad = self.tokenizer.pad_token_id
-        return PackingCollator(pad) if packing else PaddingCollator(pad)
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
+        multiple = GPU_MULTIPLE if on_gpu else 1
+        if packing:
+            return PackingCollator(pad, multiple=multiple)
+        return PaddingCollator(pad, multiple=multiple, limit=self.length_limit)
 
-    def training_batches(self, device_type: str) -> Iterator[dict[str, Tensor]]:
+    def training_batches(self, device_type: str) -> Iterator[dict[str, Any]]:
         """All training rows once, in an order of the seed: the same on all ranks, in any run."""
         rows = Examples(self.encoded["train"])
         tokens = self.tokens_on(device_type)
         size = self.config.batch_size
         size = size if tokens is None else max(1, min(size, tokens // self.max_length))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        # Lightning may make a GPU the default device while this runs (configure_model).
+        order = torch.randperm(len(rows), generator=generator, device="cpu")
         collate = self.collate(packing=self.task.joins_rows)
         for chosen in order.split(size):
             yield self.task.locate(collate([rows[index] for index in chosen.tolist()]))
 
-    def longest_batch(self, split: str, size: int) -> dict[str, Tensor]:
+    def longest_batch(self, split: str, size: int) -> dict[str, Any]:
         """A batch of the longest rows of a split: the one that needs the most memory."""
         lengths = self.encoded[split]["length"][:]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]

@@ -76,13 +76,14 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
             order = sorted(range(count), key=lambda row: -self.lengths[row])
             return [order[start : start + size] for start in range(0, count, size)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(count, generator=generator).tolist()
+        order = torch.randperm(count, generator=generator, device="cpu").tolist()
         chunk = 50 * size
         batches: list[list[int]] = []
         for start in range(0, count, chunk):
             rows = sorted(order[start : start + chunk], key=lambda row: self.lengths[row])
             batches += [rows[i : i + size] for i in range(0, len(rows), size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        shuffled = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
+        return [batches[i] for i in shuffled]
 
 
 class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]

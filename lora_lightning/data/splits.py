@@ -63,7 +63,7 @@ def _cut(
     parts: dict[str, list[int]] = {split: [] for split in ("train", *fractions)}
     for key in sorted(groups, key=str):
         members = groups[key]
-        order = torch.randperm(len(members), generator=generator).tolist()
+        order = torch.randperm(len(members), generator=generator, device="cpu").tolist()
         start = 0
         for split, fraction in fractions.items():
             stop = start + round(fraction * len(members))

@@ -38,13 +38,13 @@ class StreamedComponents:
     def __init__(self, count: int) -> None:
         self.count = count
         self.seen = 0
-        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.settled = torch.zeros(count, dtype=torch.bool, device="cpu")
         """Which components the last batch has hardly turned."""
-        self._mean = torch.zeros(())
+        self._mean = torch.zeros((), device="cpu")
         self._total = 0.0
-        self.components = torch.zeros(0, 0)
+        self.components = torch.zeros(0, 0, device="cpu")
         """(count, in), orthonormal, the largest first."""
-        self._singular = torch.zeros(0)
+        self._singular = torch.zeros(0, device="cpu")
 
     def update(self, rows: Tensor) -> None:
         """Takes in rows, (n, in)."""
@@ -205,8 +205,8 @@ def _look(
 def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The rows of a layer's inputs, (n, in), that are of tokens that count.
 
-    Inputs are (rows, positions, in), or the same flattened, as a router sees them; those of another
-    shape count whole: what a pooler sees has no padding.
+    Inputs are (rows, positions, in), or the same flattened, as a router sees them, or as one row,
+    as for flash attention; those of another shape count whole: what a pooler sees has no padding.
     """
     flat = inputs.flatten(0, -2)
     keep = torch.ones(len(flat), dtype=torch.bool, device=inputs.device)
@@ -215,7 +215,7 @@ def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     if labels is not None and labels.dim() > 1:
         masks.append(labels != -100)
     for each in masks:
-        if inputs.shape[:-1] in (each.shape, (each.numel(),)):
+        if inputs.shape[:-1] in (each.shape, (each.numel(),), (1, each.numel())):
             keep &= each.flatten()
     return flat[keep]
 

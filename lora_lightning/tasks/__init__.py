@@ -4,7 +4,7 @@ from typing import Any
 
 from ..lora.errors import UserError, did_you_mean
 from ..settings import TASK_CONFIGS, SentimentConfig
-from .base import IGNORE, LossOutput, Task
+from .base import IGNORE, LossOutput, Task, to_device
 from .instruct import InstructTask
 from .lm import LanguageModelTask
 from .sentiment import SentimentTask
@@ -39,4 +39,5 @@ __all__ = [
     "SentimentTask",
     "Task",
     "build_task",
+    "to_device",
 ]

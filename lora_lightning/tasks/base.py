@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -18,6 +19,14 @@ IGNORE = -100
 """Label of a position or row that takes no part in loss and metrics."""
 
 
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch whose tensors are on a device; its numbers stay as they are."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 @dataclass
 class LossOutput:
     """What a task's loss gives for a batch."""
@@ -26,8 +35,8 @@ class LossOutput:
     """Loss summed over targets, a scalar with a graph."""
     count: Tensor
     """Number of targets, a scalar: `total / count` is the mean."""
-    outputs: Tensor
-    """What `update_metrics` needs beside them."""
+    outputs: Tensor | None
+    """What `update_metrics` needs beside them; it may be missing while the model is training."""
 
 
 class Task(ABC):
@@ -120,15 +129,19 @@ class Task(ABC):
             shards: processes over which the base is spread.
         """
 
-    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds to a batch what `loss` would otherwise have to wait for its device to know.
+    def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds to a batch what would otherwise have to be counted on its device, and waited for.
 
-        Called while the batch is still in the host's memory.
+        Called while the batch is still in the host's memory: `rows`, and `tokens` without padding.
         """
-        return batch
+        if "tokens" in batch:
+            return batch
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        tokens = ids.numel() if mask is None else int((mask == 1).sum())
+        return {**batch, "rows": len(ids), "tokens": tokens}
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         """The loss over a batch: the one place that decides what is learned."""
 
     @abstractmethod
@@ -144,17 +157,35 @@ class Task(ABC):
         self,
         metrics: MetricCollection,
         model: nn.Module,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
         """Adds a batch, and what `loss` gave for it, to the metrics."""
 
+    def collect(self, batch: dict[str, Any]) -> list[Any]:
+        """What `finish_epoch` is to be given of a batch's rows, on the host."""
+        return []
+
+    def finish_epoch(  # noqa: B027, most tasks measure batch by batch
+        self, metrics: MetricCollection, model: nn.Module, rows: list[Any], batch_size: int
+    ) -> None:
+        """Adds to the metrics, at the end of an epoch, what is measured for many rows at once.
+
+        Where processes gather a base's layers from each other, all have to call it.
+
+        Args:
+            metrics: to add to.
+            model: in the state that the epoch has measured.
+            rows: all that `collect` gave for the epoch's batches.
+            batch_size: rows to compute at a time.
+        """
+
     @abstractmethod
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The model's logits for inputs without labels."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Readable predictions, one dict for each row of a batch."""
 
     @abstractmethod

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from ..forward import uncompiled
+from ..forward import causal_inputs, uncompiled
 from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
 from ..modeling import load_generator
-from ..parallel import Shards, any_rank
+from ..parallel import Shards, most
 from ..settings import GenerativeConfig, ModelConfig
 from .base import IGNORE, LossOutput, Task
 
@@ -142,43 +142,41 @@ class GenerativeTask(Task):
         self.tokenizer = tokenizer
         return load_generator(config, tokenizer, shards), []
 
-    def locate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds `places`: where the logits are that predict the batch's targets.
+    def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds `places` too: where the logits are that predict the batch's targets.
 
         A batch without a target gets one place, whose label is to be ignored: a rank that meets
-        one goes through the same steps as the others. A batch to predict for stays as it is.
+        one goes through the same steps as the others. A batch to predict for has none.
         """
+        batch = super().locate(batch)
         if "labels" not in batch:
             return batch
         learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()
         return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}
 
-    def _wanted(self, batch: dict[str, Tensor]) -> Tensor:
+    def _wanted(self, batch: dict[str, Any]) -> Tensor:
         """The label that is predicted at each position: a causal model's is the one after it."""
+        labels: Tensor = batch["labels"]
         if self.encoder_decoder:
-            return batch["labels"]
-        return nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+            return labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         if "places" not in batch:
             batch = self.locate(batch)
         targets = self._wanted(batch).flatten()[batch["places"]]
         total, correct = loss_at(model, self._inputs(model, batch), batch["places"], targets)
         return LossOutput(total, (targets != IGNORE).sum(), correct)
 
-    def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model reads of a batch.
-
-        A causal model needs no attention mask: padding is on the right, where no token looks. And
-        attention kernels are at their fastest without one.
-        """
+    def _inputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model reads of a batch."""
         if not self.encoder_decoder:
-            return {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
+            return causal_inputs(model, batch)
         shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return {**inputs, "decoder_input_ids": shifted}
 
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         shown = batch["attention_mask"] == 1
         if self.encoder_decoder:
             batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
@@ -232,22 +230,41 @@ class GenerativeTask(Task):
         self,
         metrics: MetricCollection,
         model: nn.Module,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
         metrics["perplexity"].update(output.total, output.count)
         metrics["token_accuracy"].update(output.outputs, output.count)
-        chosen = batch.get("generate")
-        if chosen is None or not any_rank(model, bool(chosen.any())):
-            return
-        rows = {name: tensor for name, tensor in batch.items() if name != "places"}
-        if not chosen.any():  # another process needs this one's share of the base
-            self.predict(model, {name: tensor[:1] for name, tensor in rows.items()})
-            return
-        part = {name: tensor[chosen] for name, tensor in rows.items()}
-        predictions = [row["generated"] for row in self.predict(model, part)]
-        references = [self.decode(ids) for ids in self._answers(part)]
-        self._compare(metrics, predictions, references)
+
+    def collect(self, batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer of each row that text is to be generated for."""
+        marked = [row for row, generate in enumerate(batch.get("generate", [])) if generate]
+        if not marked:
+            return []
+        names = ("input_ids", "attention_mask", "labels")
+        rows = {name: batch[name].cpu()[marked] for name in names}
+        return list(zip(self._prompts(rows), self._answers(rows), strict=True))
+
+    def finish_epoch(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        rows: list[tuple[list[int], list[int]]],
+        batch_size: int,
+    ) -> None:
+        """Generates text for the rows, those of like length together, and compares it."""
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        predictions = [""] * len(rows)
+        for number in range(most(model, len(batches))):
+            if number >= len(batches):  # another process needs this one's share of the base
+                self.generate(model, [[self.tokenizer.eos_token_id]])
+                continue
+            texts = self.generate(model, [rows[row][0] for row in batches[number]])
+            for row, ids in zip(batches[number], texts, strict=True):
+                predictions[row] = self.decode(ids)
+        if rows:
+            self._compare(metrics, predictions, [self.decode(answer) for _, answer in rows])
 
     def _compare(
         self, metrics: MetricCollection, predictions: list[str], references: list[str]
@@ -264,7 +281,7 @@ class GenerativeTask(Task):
         self._compare(metrics, predictions, references)
         return {name: float(value) for name, value in metrics.compute().items()}
 
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [
             {"generated": self.decode(ids)} for ids in self.generate(model, self._prompts(batch))
         ]
@@ -279,13 +296,13 @@ class GenerativeTask(Task):
         """
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long, device="cpu")
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             place = (
                 slice(0, len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
             )
-            ids[row, place] = torch.tensor(prompt)
+            ids[row, place] = torch.tensor(prompt, device="cpu")
             mask[row, place] = 1
         device = next(model.parameters()).device
         ends = self._ends(model)
@@ -325,26 +342,23 @@ class GenerativeTask(Task):
         """Text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _prompts(self, batch: dict[str, Tensor]) -> list[list[int]]:
+    def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
         """Each row's tokens up to its last target."""
-        starts = None if self.encoder_decoder or "labels" not in batch else _last_runs(batch)
-        prompts = []
-        for row, (ids, mask) in enumerate(
-            zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ):
-            stop = None if starts is None else starts[row][0]
-            prompts.append(ids[:stop][mask[:stop].bool()].tolist())
-        return prompts
-
-    def _answers(self, batch: dict[str, Tensor]) -> list[list[int]]:
-        """Each row's last target."""
-        labels = batch["labels"]
-        if self.encoder_decoder:
-            return [row[row != IGNORE].tolist() for row in labels]
+        ids, shown = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        stops = [len(row) for row in ids]
+        if "labels" in batch and not self.encoder_decoder:
+            stops = [start for start, _ in map(_last_run, batch["labels"].tolist())]
         return [
-            row[start:stop].tolist()
-            for row, (start, stop) in zip(labels, _last_runs(batch), strict=True)
+            [token for token, seen in zip(row[:stop], mask[:stop], strict=True) if seen]
+            for row, mask, stop in zip(ids, shown, stops, strict=True)
         ]
+
+    def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
+        """Each row's last target."""
+        labels = batch["labels"].tolist()
+        if self.encoder_decoder:
+            return [[label for label in row if label != IGNORE] for row in labels]
+        return [row[slice(*_last_run(row))] for row in labels]
 
     # What people see -------------------------------------------------------------------------
 
@@ -374,15 +388,14 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(inner) :]
 
 
-def _last_runs(batch: dict[str, Tensor]) -> list[tuple[int, int]]:
-    """Start and stop of each row's last stretch of labels; (width, width) where there is none."""
-    runs = []
-    for labels in batch["labels"]:
-        learned = labels != IGNORE
-        places = learned.nonzero().flatten().tolist()
-        stop = places[-1] + 1 if places else len(labels)
-        start = stop
-        while start and learned[start - 1]:
-            start -= 1
-        runs.append((start, stop) if places else (len(labels), len(labels)))
-    return runs
+def _last_run(labels: list[int]) -> tuple[int, int]:
+    """Start and stop of a row's last stretch of labels; its length twice where there is none."""
+    stop = len(labels)
+    while stop and labels[stop - 1] == IGNORE:
+        stop -= 1
+    if not stop:
+        return len(labels), len(labels)
+    start = stop
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return start, stop

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ..settings import LanguageModelConfig
 from .base import IGNORE, need_columns, pick_column
 from .generative import GenerativeTask
@@ -91,7 +89,7 @@ class LanguageModelTask(GenerativeTask):
     def joins_rows(self) -> bool:
         return self.config.blocks
 
-    def _prompts(self, batch: dict[str, Tensor]) -> list[list[int]]:
+    def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
         """Inputs without labels as they are; of an example the beginning of its first document."""
         prompts = super()._prompts({name: batch[name] for name in batch if name != "labels"})
         if "labels" not in batch:

@@ -186,7 +186,7 @@ class SentimentTask(Task):
     ) -> tuple[nn.Module, list[str]]:
         return load_classifier(config, tokenizer, self.labels, shards)
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> LossOutput:
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         logits, labels = self.logits(model, batch), batch["labels"]
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
         return LossOutput(total, (labels != IGNORE).sum(), logits)
@@ -209,9 +209,10 @@ class SentimentTask(Task):
         self,
         metrics: MetricCollection,
         model: nn.Module,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         output: LossOutput,
     ) -> None:
+        assert output.outputs is not None
         kept = batch["labels"] != IGNORE
         logits, labels = output.outputs[kept], batch["labels"][kept]
         if not len(labels):
@@ -220,10 +221,10 @@ class SentimentTask(Task):
             binary = name == "auroc"
             metric.update(logits.softmax(-1)[:, 1] if binary else logits, labels)
 
-    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         return classification_logits(model, batch).float()
 
-    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
         return self.predictions(self.logits(model, batch))
 
     def predictions(self, logits: Tensor) -> list[dict[str, Any]]:

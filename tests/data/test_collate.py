@@ -69,6 +69,39 @@ def test_rows_without_labels_give_no_labels():
     assert set(PaddingCollator(0)([{"input_ids": [3, 4]}])) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize(
+    ("limit", "lengths", "widths"),
+    [(None, (3, 9), (16, 16)), (12, (3, 9), (12, 12)), (6, (3, 9), (9, 9)), (None, (5, 3), (8, 8))],
+)
+def test_rows_are_filled_up_to_a_multiple_within_the_models_limit(limit, lengths, widths):
+    rows = rows_of(list(lengths))
+    plain = PaddingCollator(0)(rows)
+    wide = PaddingCollator(0, multiple=8, limit=limit)(rows)
+    for name, fill in (("input_ids", 0), ("labels", IGNORE), ("attention_mask", 0)):
+        width = plain[name].shape[1]
+        assert torch.equal(wide[name][:, :width], plain[name])
+        assert (wide[name][:, width:] == fill).all()
+    assert (wide["input_ids"].shape[1], wide["labels"].shape[1]) == widths
+    both = [{"input_ids": [1] * 3, "labels": [4] * 10}, {"input_ids": [1] * 9, "labels": [4]}]
+    shapes = {k: v.shape[1] for k, v in PaddingCollator(0, multiple=8)(both).items()}
+    assert shapes == {"input_ids": 16, "attention_mask": 16, "labels": 16}
+
+
+def test_lanes_are_filled_up_to_a_multiple():
+    batch = PackingCollator(9, width=13, multiple=8)(rows_of([6, 5, 4]))
+    assert batch["input_ids"].shape == (2, 16)
+    assert batch["bounds"].tolist() == [0, 6, 11, 16, 20, 32]
+    assert batch["tokens"] == 15
+    assert (batch["labels"][0, 11:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("collator", [PaddingCollator(0, multiple=8), PackingCollator(0, 9, 8)])
+def test_micro_batches_of_rounded_rows_stay_within_the_budget(collator):
+    parts = MicroBatches(collator, 32)(rows_of([9, 9, 9, 1, 1, 1, 1, 1]))
+    assert all(part["input_ids"].numel() <= 32 for part in parts)
+    assert all(part["input_ids"].shape[1] % 8 == 0 for part in parts)
+
+
 # Micro-batches -----------------------------------------------------------------------------------
 
 
@@ -117,6 +150,10 @@ def test_micro_batches_of_packed_lanes():
     rows = rows_of([6, 5, 4, 7, 3])
     whole = PackingCollator(0, width=10)(rows)
     parts = MicroBatches(PackingCollator(0, width=10), 25)(rows)
-    assert [part["input_ids"].shape[0] for part in parts] == [2, 1]
-    for name, tensor in whole.items():
-        assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 10), (1, 7)]
+    for name in ("input_ids", "labels", "position_ids"):
+        lanes = [lane for part in parts for lane in part[name]]
+        for lane, expected in zip(lanes, whole[name], strict=True):
+            assert torch.equal(lane, expected[: len(lane)])
+    assert [(part["rows"], part["tokens"]) for part in parts] == [(4, 18), (1, 7)]
+    assert [part["bounds"].tolist() for part in parts] == [[0, 6, 10, 15, 18, 20], [0, 7]]

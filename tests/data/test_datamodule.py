@@ -16,13 +16,15 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
+from lora_lightning.data.collate import PackingCollator
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
 from lora_lightning.lora.errors import UserError
-from lora_lightning.settings import DataConfig, SentimentConfig
+from lora_lightning.modeling import load_tokenizer
+from lora_lightning.settings import DataConfig, ModelConfig, SentimentConfig
 from lora_lightning.strategies import ShardedStrategy
-from lora_lightning.tasks import IGNORE, SentimentTask
+from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 
 
 class CountingTask(SentimentTask):
@@ -281,6 +283,75 @@ def test_filler_row_has_no_label(build, rows_jsonl):
     examples = data.train_dataloader().dataset
     assert examples[FILLER]["labels"] == IGNORE
     assert examples[FILLER]["input_ids"] == examples[0]["input_ids"]
+
+
+def test_batches_under_another_default_device_are_on_the_cpu(build, rows_jsonl):
+    """Lightning calls configure_model, where EVA looks at the data, with a GPU as the default."""
+    data = build(rows_jsonl)
+    loaders = [data.train_dataloader(), data.val_dataloader()]
+    packs = PackingCollator(0)
+    expected = [list(loader.batch_sampler) for loader in loaders]
+    batches = list(data.training_batches("cpu"))
+    with torch.device("meta"):
+        assert [list(loader.batch_sampler) for loader in loaders] == expected
+        found = list(data.training_batches("cpu"))
+        others = [data.longest_batch("train", 4)]
+        for loader, (indices, *_) in zip(loaders, expected, strict=True):
+            rows = loader.dataset.__getitems__(indices)
+            others.append(loader.collate_fn([{**row, "generate": True} for row in rows]))
+            others.append(packs([{**row, "labels": row["input_ids"]} for row in rows]))
+    for batch in (*found, *others):
+        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    torch.testing.assert_close(found, batches, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "max_tokens", "lanes"),
+    [
+        ("sdpa", None, [2]),
+        ("flash_attention_2", None, [1]),
+        ("flash_attention_2", 200, [1] * 4),
+    ],
+)
+def test_joined_rows_are_one_lane_for_flash_attention(
+    build, rows_jsonl, tiny_llama, attention, max_tokens, lanes
+):
+    data = build(
+        rows_jsonl,
+        task=build_task({"name": "lm", "max_new_tokens": 2}),
+        tokenizer=load_tokenizer(ModelConfig(name_or_path=str(tiny_llama))),
+        max_tokens=max_tokens,
+    )
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=model),
+        strategy=SimpleNamespace(root_device=torch.device("cuda")),
+        distributed_sampler_kwargs=None,
+    )
+    (batch,) = data.train_dataloader()
+    parts = [batch] if max_tokens is None else batch
+    assert [len(part["input_ids"]) for part in parts] == lanes
+    assert sum(part["tokens"] for part in parts) == sum(data.encoded["train"]["length"])
+    if attention != "sdpa":
+        assert all(part["tokens"] == part["input_ids"].numel() for part in parts)
+        assert all(part["tokens"] <= (max_tokens or 10**9) for part in parts)
+
+
+@pytest.mark.parametrize(("device", "multiple"), [("cuda", 8), ("cpu", 1)])
+def test_batches_for_a_gpu_have_rounded_widths(build, rows_jsonl, device, multiple):
+    data = build(rows_jsonl, batch_size=4, max_tokens=None, limit=17)
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device(device)), distributed_sampler_kwargs=None
+    )
+    widths = [
+        (batch["input_ids"].shape[1], int(batch["attention_mask"].sum(1).max()))
+        for loader in (data.train_dataloader(), data.val_dataloader())
+        for batch in loader
+    ]
+    assert {width for width, _ in widths} > {17}  # the longest that the model takes
+    for width, longest in widths:
+        assert width == min(-(-longest // multiple) * multiple, 17)
 
 
 def test_longest_batch(build, rows_jsonl):

@@ -1,7 +1,8 @@
-"""A base that is read in shares: no process ever holds all of it."""
+"""A base that is in shares: no process ever holds all of it, nor all logits at a time."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("load_in_shares.py")
+HEAD = Path(__file__).with_name("head_in_shares.py")
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,12 @@ def large(tiny_llama, tmp_path_factory) -> tuple[Path, float]:
     return folder, sum(2 * p.numel() for p in model.parameters()) / 2**20
 
 
-def loaded(folder: Path, processes: int, tensor: int) -> tuple[list[float], set[str]]:
-    """MiB at the peak by rank, and the modules that are gathered each for itself."""
+def said_by(processes: int, script: Path, *arguments: str) -> str:
+    """What a script prints that several processes run."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", str(SCRIPT), str(folder), str(tensor)),
+            *(f"--nproc_per_node={processes}", str(script), *arguments),
         ],
         capture_output=True,
         text=True,
@@ -44,7 +46,13 @@ def loaded(folder: Path, processes: int, tensor: int) -> tuple[list[float], set[
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    return done.stdout
+
+
+def loaded(folder: Path, processes: int, tensor: int) -> tuple[list[float], set[str]]:
+    """MiB at the peak by rank, and the modules that are gathered each for itself."""
+    out = said_by(processes, SCRIPT, str(folder), str(tensor))
+    told = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     return [float(value) for value in told["MiB"]], set(told["units"])
 
 
@@ -62,3 +70,37 @@ def test_no_process_holds_the_whole_base(tensor, large):
     assert len(found) == 2
     assert max(found) < 0.75 * whole
     assert sum(found) > 0.9 * whole
+
+
+def test_the_loss_over_a_gathered_head_never_has_all_logits(tiny_llama, tmp_path):
+    """By chunks of 4 rows: 20 targets in one process, 3 in the other."""
+    from transformers import (
+        AutoTokenizer,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = LlamaConfig.from_pretrained(tiny_llama).to_diff_dict()
+    tied = LlamaForCausalLM(LlamaConfig(**{**sizes, "tie_word_embeddings": True}))
+    root = GPT2LMHeadModel(
+        GPT2Config(
+            **{"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4},
+            **{"bos_token_id": 0, "eos_token_id": 2},
+        )
+    )
+    for name, model in (("tied", tied), ("root", root)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    cases = [f"{case}={tiny_llama}" for case in ("own", "adapted", "dropped")]
+    cases += [f"{case}={tmp_path / case}" for case in ("tied", "root")]
+    out = said_by(2, HEAD, *cases)
+    found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND"))[6:])
+    assert len(found) == len(cases)
+    for case, by_rank in found.items():
+        assert [most for most, _, _ in by_rank] == [4, 3], case
+        for _, ours, expected in by_rank:
+            assert ours == pytest.approx(expected, rel=1e-5, abs=1e-5), case
+            assert len(expected) > 6

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import (
     ARCHITECTURES,
     CAUSAL,
@@ -88,6 +91,43 @@ def check_loss(model: nn.Module, inputs, *, chunks: tuple[int, ...] = (1, 1, 2, 
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [2**25, 2 * VOCABULARY])
+def test_training_looks_for_no_highest_logit(chunk, monkeypatch):
+    """Over all logits at once and by chunks; the loss is that of an evaluation to the bit."""
+    monkeypatch.setattr(head_module, "CHUNK", chunk)
+    this = case("llama")
+    model = this.copy()
+    places = torch.arange(9)
+    targets = places * 3 % VOCABULARY
+    seen = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    found = []
+    for training in (False, True):
+        seen.clear()
+        with Names():
+            loss, correct = loss_at(model.train(training), this.inputs, places, targets)
+        found.append(loss)
+        assert (correct is None) == training
+        assert ("argmax" in seen) != training
+    assert found[0] == found[1]
+
+
+def test_a_large_gpu_takes_larger_chunks(monkeypatch):
+    sizes = {"cuda:0": 85 * 10**9, "cuda:1": 24 * 10**9}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(total_memory=sizes[str(device)]),
+    )
+    chunks = [head_module._chunk(torch.device(name)) for name in (*sizes, "cpu")]
+    assert chunks == [2**27, 2**25, 2**25]
 
 
 def check_logits(model: nn.Module, inputs) -> None:

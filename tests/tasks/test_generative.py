@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers as tf
+from conftest import Waits
 from datasets import Dataset
 from torch.nn import functional as F
 
-from lora_lightning.data.collate import PackingCollator, PaddingCollator
+from lora_lightning.data.collate import MicroBatches, PackingCollator, PaddingCollator
 from lora_lightning.forward import check_packing
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.metrics import Perplexity, Rouge, TokenAccuracy
 from lora_lightning.modeling import load_model_config, load_tokenizer
 from lora_lightning.settings import ModelConfig
-from lora_lightning.tasks import IGNORE, build_task
+from lora_lightning.tasks import IGNORE, build_task, to_device
 
 
 def setup(folder, **settings):
@@ -368,10 +370,13 @@ def test_gradients_equal_a_float64_reference(kind, request):
     model, adapter = adapted(task, config, tokenizer)
     pad = PaddingCollator(tokenizer.pad_token_id)
     ways = {"batch": [pad(rows)], "micro-batches": [pad(rows[:2]), pad(rows[2:])]}
+    ways["rounded"] = [PaddingCollator(tokenizer.pad_token_id, multiple=8)(rows)]
     if task.packs:
         ways["packed"] = [PackingCollator()(rows)]
         ways["packed in lanes"] = [PackingCollator(tokenizer.pad_token_id, width=24)(rows)]
         assert len(ways["packed in lanes"][0]["input_ids"]) > 1
+        rounded = PackingCollator(tokenizer.pad_token_id, width=23, multiple=8)
+        ways["packed in rounded lanes"] = [rounded(rows)]
         ways["packed micro-batches"] = [PackingCollator()(rows[:3]), PackingCollator()(rows[3:])]
 
     def gradients(parts):
@@ -474,6 +479,106 @@ def test_packed_logits_equal_separate_ones(name):
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """Imitates the kernels of flash attention; gives the names of those that have run."""
+    from transformers import modeling_flash_attention_utils as attention
+
+    used: list[str] = []
+
+    def attend(query, key, value):  # (rows, positions, heads, width)
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        return F.scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True).transpose(
+            1, 2
+        )
+
+    def plain(query, key, value, **_):
+        used.append("plain")
+        return attend(query, key, value)
+
+    def by_bounds(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        # As a tensor where transformers has looked for the bounds itself.
+        used.append("by bounds" if type(max_seqlen_q) is int else "by position ids")
+        assert cu_seqlens_q.dtype == torch.int32
+        if query.is_meta:
+            return torch.empty_like(query)
+        stretches = list(pairwise(cu_seqlens_q.tolist()))
+        assert (stretches[0][0], stretches[-1][1]) == (0, len(query))
+        assert max_seqlen_q == max(stop - start for start, stop in stretches)
+        parts = [[t[None, start:stop] for t in (query, key, value)] for start, stop in stretches]
+        return torch.cat([attend(*part)[0] for part in parts])
+
+    def given(**options):
+        return {name: options[name] for name in ("max_seqlen_q", "max_seqlen_k") if name in options}
+
+    kernels = (plain, by_bounds, None, None, None), (given, given)
+    monkeypatch.setattr(attention, "lazy_import_flash_attention", lambda *_, **__: kernels)
+    return used
+
+
+def ways_to_join(rows, pad):
+    """Batches of the same rows: in lanes, as one, and as micro-batches of both."""
+    lanes, one = PackingCollator(pad, width=24), PackingCollator(pad, width=None)
+    ways = {
+        "lanes": [lanes(rows)],
+        "one": [one(rows)],
+        "lanes apart": MicroBatches(lanes, 24)(rows),
+        "micro-batches": MicroBatches(PackingCollator(pad, width=24), 24)(rows),
+        "row by row": [PaddingCollator(pad)([row]) for row in rows],
+    }
+    shapes = {name: [tuple(b["input_ids"].shape) for b in way] for name, way in ways.items()}
+    assert shapes["lanes"][0][0] > 1
+    assert len(shapes["lanes apart"]) > 1
+    assert shapes["one"] == [(1, sum(len(row["input_ids"]) for row in rows))]
+    return ways
+
+
+def test_rows_joined_for_flash_attention_do_not_see_each_other(tiny_llama, flash):
+    task, tokenizer, config = setup(
+        tiny_llama, name="summarization", prompt="{source}", max_new_tokens=4
+    )
+    rows = rows_of(task, tokenizer)
+    model, adapter = adapted(task, config, tokenizer)
+    expected = sum(reference_loss(model, task, row)[0] for row in rows)
+    layers = list(adapter.layers.values())
+    gradients = torch.autograd.grad(expected, [layer.lora_B for layer in layers])
+    model.config._attn_implementation = "flash_attention_2"
+    check_packing(model)
+    flash.clear()
+    for name, batches in ways_to_join(rows, tokenizer.pad_token_id).items():
+        total = sum(task.loss(model, batch).total for batch in batches)
+        assert float(total) == pytest.approx(float(expected), rel=1e-6), name
+        found = torch.autograd.grad(total, [layer.lora_B for layer in layers])
+        torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5, msg=name)
+        assert set(flash) == {"by bounds"}, name
+
+
+def test_packing_is_refused_where_flash_attention_gets_lanes(tiny_llama, flash, monkeypatch):
+    """transformers keeps rows apart in a batch of one lane alone."""
+    model = tf.LlamaForCausalLM.from_pretrained(tiny_llama)
+    model.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr("lora_lightning.forward.uses_flash", lambda model: False)
+    with pytest.raises(UserError, match="would see each other"):
+        check_packing(model)
+    assert set(flash) == {"plain", "by position ids"}
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_joined_rows_do_not_wait_for_their_device(tiny_llama, flash, rows):
+    """The device "meta" stands for a GPU."""
+    task, tokenizer, config = setup(tiny_llama, name="summarization", max_new_tokens=4)
+    model, _ = task.build_model(config, tokenizer)
+    model.config._attn_implementation = "flash_attention_2"
+    model.to("meta", torch.bfloat16)
+    pad = tokenizer.pad_token_id
+    collate = PackingCollator(pad, width=24) if rows > 1 else PaddingCollator(pad)
+    batch = to_device(task.locate(collate(rows_of(task, tokenizer, rows))), torch.device("meta"))
+    with Waits() as waits:
+        task.loss(model, batch).total.backward()
+    assert waits.found == []
+    assert flash == ["by bounds"] * 2
+
+
 def test_lanes_hold_every_row_once_and_pad_at_their_ends():
     rows = [
         {"input_ids": [10 * n + i for i in range(n)], "labels": [n] * n} for n in (3, 6, 5, 2, 9)
@@ -489,7 +594,9 @@ def test_lanes_hold_every_row_once_and_pad_at_their_ends():
         [0, 1, 2, 3, 4, 0, 1, 0, 0],
         list(range(9)),
     ]
-    assert batch["filled"].sum() == 25
+    assert (batch["rows"], batch["tokens"]) == (5, 25)
+    assert batch["bounds"].tolist() == [0, 3, 9, 14, 16, 18, 27]
+    assert (batch["bounds"].dtype, batch["longest"]) == (torch.int32, 9)
     expected = [[3, 3, 6, 6, 6, 6, 6], [5, 5, 5, 5, 2], [9] * 8]
     assert [[i for i in row if i != IGNORE] for row in batch["labels"].tolist()] == expected
 
@@ -550,13 +657,16 @@ def test_batched_generation_equals_one_by_one(kind, request):
             new = torch.cat([new, torch.tensor([[token]])], 1)
         assert found == expected
     batch = PaddingCollator(tokenizer.pad_token_id)(rows)
-    assert task._prompts(batch) == [
+    with Waits() as waits:
+        prompts, answers = task._prompts(batch), task._answers(batch)
+    assert prompts == [
         row["input_ids"]
         if task.encoder_decoder
         else row["input_ids"][: row["labels"].count(IGNORE)]
         for row in rows
     ]
-    assert task._answers(batch) == [[i for i in row["labels"] if i != IGNORE] for row in rows]
+    assert answers == [[i for i in row["labels"] if i != IGNORE] for row in rows]
+    assert waits.found == []  # a batch is fetched whole, not token by token
 
 
 def test_rouge_sums_over_ranks_as_one():
