@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
