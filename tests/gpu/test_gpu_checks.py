@@ -35,7 +35,7 @@ WRONG = {
         **{"fp32_products": 1, "flash_attention": False},
     },
     9: {
-        **{"loss_gap": 0.1, "recompilations": 9, "graphs": 0},
+        **{"loss_gap": 0.1, "recompilations": 9, "by_length": 1, "graphs": 0},
         **{"1b_speed_up": 1.0, "135m_speed_up": 1.5},
     },
     10: {"checkpointing_gap": NAN, "checkpointing_time": 2.0, "checkpointing_memory": 1.0},
@@ -172,6 +172,15 @@ def test_recompilations_of_a_function_with_other_shapes_are_counted():
         for length in (3, 4, 5):
             twice(torch.ones(length))
     assert len(found) == 2
+    assert all(speed.BY_LENGTH.search(text) for text in found)
+    torch._dynamo.reset()
+    switched = torch.compile(lambda x: x * 2, backend="eager", dynamic=True)
+    with speed.recompilations() as found:
+        switched(torch.ones(3))
+        with torch.no_grad():
+            switched(torch.ones(4))
+    assert len(found) == 1
+    assert not speed.BY_LENGTH.search(found[0])
     torch._dynamo.reset()
 
 
