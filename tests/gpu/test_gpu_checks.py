@@ -35,7 +35,7 @@ WRONG = {
         **{"fp32_products": 1, "flash_attention": False},
     },
     9: {
-        **{"loss_gap": 0.1, "recompilations": 9, "graphs": 0},
+        **{"loss_gap": 0.1, "recompilations": 9, "by_length": 1, "graphs": 0},
         **{"1b_speed_up": 1.0, "135m_speed_up": 1.5},
     },
     10: {"checkpointing_gap": NAN, "checkpointing_time": 2.0, "checkpointing_memory": 1.0},
@@ -172,6 +172,15 @@ def test_recompilations_of_a_function_with_other_shapes_are_counted():
         for length in (3, 4, 5):
             twice(torch.ones(length))
     assert len(found) == 2
+    assert all(speed.BY_LENGTH.search(text) for text in found)
+    torch._dynamo.reset()
+    switched = torch.compile(lambda x: x * 2, backend="eager", dynamic=True)
+    with speed.recompilations() as found:
+        switched(torch.ones(3))
+        with torch.no_grad():
+            switched(torch.ones(4))
+    assert len(found) == 1
+    assert not speed.BY_LENGTH.search(found[0])
     torch._dynamo.reset()
 
 
@@ -192,23 +201,17 @@ def test_report_of_tests_counts_failures_and_those_that_used_a_gpu(tmp_path):
     assert (found["names_failed"], found["names"]) == (["t::bad"], ["t::good"])
 
 
-def test_excess_of_a_step_with_a_wrong_gradient_is_above_one(monkeypatch):
-    from lora_lightning.lora import functional
-
-    own = functional._low_rank_backward
-
-    def doubled(*arguments, **settings):
-        a, b = own(*arguments, **settings)
-        return a, 2 * b
-
-    cases = [fused.Case(t, None, "linear", False, 0.0, (5, 33), False) for t in fused_types()]
+def test_excess_of_a_layer_that_is_two_per_cent_off_is_above_one(monkeypatch):
+    types = torch.float32, torch.bfloat16
+    cases = [fused.Case(dtype, None, "linear", False, 0.0, (5, 33), False) for dtype in types]
     assert all(fused.excess(case, fused.compare(case, "cpu")) <= 1 for case in cases)
-    monkeypatch.setattr(functional, "_low_rank_backward", doubled)
+    own = fused._Made.call
+
+    def off(made, layer, x):
+        return own(made, layer, x) * (1.02 if layer is made.layer else 1.0)
+
+    monkeypatch.setattr(fused._Made, "call", off)
     assert all(fused.excess(case, fused.compare(case, "cpu")) > 1 for case in cases)
-
-
-def fused_types():
-    return torch.float32, torch.bfloat16
 
 
 def test_contexts_without_nvidia_smi_are_unknown(monkeypatch):

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 2**20
 LIBRARIES = re.compile(r"/(lora_lightning|transformers|lightning|torchmetrics)/.*")
+ON_CPU = re.compile(r"/(torch/utils/data|lora_lightning/data)/")
+INNER = re.compile(r"/(lora_lightning|transformers|lightning|torchmetrics|torch/optim)/")
 KILL = "GPU_CHECKS_KILL"
 """In the environment, STEP:SIGNAL:RANK: which process of a run sends itself which signal, after
 which step. The rank may be left out."""
@@ -122,7 +124,6 @@ class _Reads(TorchDispatchMode):
     """Counts, by place, what would wait for a device."""
 
     READ = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
-    ELSEWHERE = re.compile(r"torch/(optim|utils/data)/|lora_lightning/data/")
 
     def __init__(self, places: Counter[str]) -> None:
         super().__init__()
@@ -133,13 +134,21 @@ class _Reads(TorchDispatchMode):
     ) -> Any:
         if function.__name__.partition(".")[0] in self.READ:
             stack = traceback.extract_stack()
-            on_cpu = any(
-                self.ELSEWHERE.search(frame.filename) or frame.name == "on_before_batch_transfer"
-                for frame in stack
-            )
-            if not on_cpu:
+            if not stays_on_cpu(stack):
                 self.places[place_of(stack)] += 1
         return function(*args, **(kwargs or {}))
+
+
+def stays_on_cpu(stack: traceback.StackSummary) -> bool:
+    """Whether what is read is in the CPU's memory on every device.
+
+    A batch is before it is handed over, and so are an optimizer's counts of steps: but not what a
+    closure of the optimizer reads, which is the whole training step.
+    """
+    if any(f.name == "on_before_batch_transfer" or ON_CPU.search(f.filename) for f in stack):
+        return True
+    inner = next((f for f in reversed(stack) if INNER.search(f.filename)), None)
+    return inner is not None and "/torch/optim/" in inner.filename
 
 
 def place_of(stack: traceback.StackSummary) -> str:

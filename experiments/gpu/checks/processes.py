@@ -17,6 +17,8 @@ from .probes import KILL
 
 GONE_WITHIN = 30.0
 """Seconds in which the others are to be gone after one process of a run was killed."""
+PLAIN_STEPS = ("optim.name=SGD", "optim.lr=0.3", "trainer.gradient_clip_val=null")
+"""Steps in which a gradient of another size shows, which Adam and clipping would make up for."""
 
 
 def packed(lab: Lab) -> Figures:
@@ -70,7 +72,7 @@ def one_process(lab: Lab) -> Figures:
     common = [
         *("task=summarization", "model=tiny_lm", "task.generate_rows=0", "data.batch_size=8"),
         *(f"data.train={lab.rows(lab.pick(240, 40))}", f"trainer.max_steps={lab.pick(20, 3)}"),
-        *("trainer.precision=32-true", "data.max_tokens=null", *BRIEF),
+        *("trainer.precision=32-true", "data.max_tokens=null", *PLAIN_STEPS, *BRIEF),
     ]
     device = lab.pick([], ["trainer.accelerator=cpu"])
     moves = {"cpu": 0}
@@ -130,7 +132,8 @@ def several_processes(lab: Lab) -> Figures:
     common = [
         *("task=summarization", f"model.name_or_path={lab.model('1b')}", "task.generate_rows=0"),
         *(f"data.train={lab.rows(lab.pick(400, 64))}", f"trainer.max_steps={lab.pick(10, 3)}"),
-        *("trainer.precision=32-true", "data.max_tokens=null", "callbacks.last=null", *BRIEF),
+        *("trainer.precision=32-true", "data.max_tokens=null", "callbacks.last=null"),
+        *(*PLAIN_STEPS, *BRIEF),
     ]
     several = ["trainer.devices=2", *lab.pick([], ["trainer.accelerator=cpu"])]
     half, all_rows = "data.batch_size=4", "data.batch_size=8"
