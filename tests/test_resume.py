@@ -148,6 +148,7 @@ VARIANTS = {
         "callbacks.early_stopping.patience=5",
     ],
     "max_steps": ["trainer.max_steps=26"],
+    "batches from workers": ["data.num_workers=2"],
     "validation every second epoch": ["trainer.check_val_every_n_epoch=2"],
     "ranks from the data": ["lora.init=eva", "lora.rank=4"],
     "dora from the weights": ["lora.use_dora=true", "lora.init=pissa"],

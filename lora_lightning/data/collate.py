@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..tasks import IGNORE
+from ..tasks import IGNORE, Task
+
+
+@dataclass
+class Located:
+    """Collates rows, and adds what the task counts on the host.
+
+    In a worker process it costs the training process nothing, and is pinned with the rest.
+
+    Args:
+        collator: makes a batch of rows, or micro-batches.
+        task: counts.
+    """
+
+    collator: MicroBatches | PaddingCollator | PackingCollator
+    task: Task
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        batch = self.collator(rows)
+        if isinstance(batch, list):
+            return [self.task.locate(part) for part in batch]
+        return self.task.locate(batch)
 
 
 @dataclass
@@ -123,29 +144,34 @@ class PackingCollator:
     def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """The batch of some lanes, as long as the longest of them."""
         width = self.rounded(max(map(_filled, lanes)))
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORE, "position_ids": 0}
-        batch: dict[str, Any] = {name: [] for name in padding}
+        shape = len(lanes), width
+        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE, dtype=np.int64)
+        places = np.zeros(shape, dtype=np.int64)
         bounds: list[int] = []
-        rows = tokens = 0
+        rows = 0
         for number, lane in enumerate(lanes):
-            joined = {
-                "input_ids": [token for row in lane for token in row["input_ids"]],
-                "labels": [label for row in lane for label in [IGNORE, *row["labels"][1:]]],
-                "position_ids": [place for row in lane for place in _positions(row)],
-            }
-            places = joined["position_ids"]
-            starts = [number * width + i for i, place in enumerate(places) if place == 0]
+            start = 0
+            for row in lane:
+                stop = start + len(row["input_ids"])
+                ids[number, start:stop] = row["input_ids"]
+                labels[number, start + 1 : stop] = row["labels"][1:]
+                # A row has its own where it is joined of several already.
+                places[number, start:stop] = row.get("position_ids") or np.arange(stop - start)
+                start = stop
+            starts = np.flatnonzero(places[number, :start] == 0) + number * width
             rows += len(starts)
-            tokens += len(places)
-            bounds += starts
-            bounds += [number * width + len(places)] if len(places) < width else []
-            for name, values in joined.items():
-                batch[name].append(values + [padding[name]] * (width - len(values)))
-        batch = {name: torch.tensor(values, device="cpu") for name, values in batch.items()}
+            bounds += starts.tolist() + ([number * width + start] if start < width else [])
         bounds.append(len(lanes) * width)
-        batch["bounds"] = torch.tensor(bounds, dtype=torch.int32, device="cpu")
-        batch["longest"] = max(stop - start for start, stop in pairwise(bounds))
-        return {**batch, "rows": rows, "tokens": tokens}
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(places),
+            "bounds": torch.from_numpy(np.array(bounds, dtype=np.int32)),
+            "longest": max(stop - start for start, stop in pairwise(bounds)),
+            "rows": rows,
+            "tokens": sum(map(_filled, lanes)),
+        }
 
     def rounded(self, width: int) -> int:
         """Positions of a batch whose longest lane has so many."""
@@ -155,12 +181,6 @@ class PackingCollator:
 def _filled(lane: list[dict[str, Any]]) -> int:
     """Positions of a lane's rows."""
     return sum(len(row["input_ids"]) for row in lane)
-
-
-def _positions(row: dict[str, Any]) -> Sequence[int]:
-    """Position ids of a row: its own, where it is joined of several already."""
-    found: Sequence[int] = row.get("position_ids") or range(len(row["input_ids"]))
-    return found
 
 
 @dataclass
@@ -207,16 +227,16 @@ class PaddingCollator:
         return rounded if self.limit is None else min(rounded, max(width, self.limit))
 
     def _pad(self, rows: list[dict[str, Any]], name: str, value: int, width: int) -> Tensor:
-        out = torch.full((len(rows), width), value, dtype=torch.long, device="cpu")
+        out = np.full((len(rows), width), value, dtype=np.int64)
         for index, row in enumerate(rows):
-            out[index, self._place(len(row[name]), width)] = torch.tensor(row[name], device="cpu")
-        return out
+            out[index, self._place(len(row[name]), width)] = row[name]
+        return torch.from_numpy(out)
 
     def _mask(self, rows: list[dict[str, Any]], width: int) -> Tensor:
-        mask = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
+        mask = np.zeros((len(rows), width), dtype=np.int64)
         for index, row in enumerate(rows):
             mask[index, self._place(len(row["input_ids"]), width)] = 1
-        return mask
+        return torch.from_numpy(mask)
 
     def _place(self, length: int, width: int) -> slice:
         return slice(width - length, width) if self.padding_side == "left" else slice(0, length)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -20,7 +22,7 @@ from ..settings import DataConfig
 from ..strategies import data_ranks, in_step
 from ..tasks import IGNORE, Task
 from ..vocabulary import refuse_unknown
-from .collate import MicroBatches, PackingCollator, PaddingCollator
+from .collate import Located, MicroBatches, PackingCollator, PaddingCollator
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import cache_folder, load_splits, unwritable_cache
 from .splits import make_splits
@@ -243,18 +245,42 @@ class LoraDataModule(L.LightningDataModule):
     def _loader(self, split: str, *, shuffle: bool) -> DataLoader[Any]:
         packing = self.task.joins_rows or (shuffle and self.config.packing)
         collate: Any = self.collate(packing=packing)
-        max_tokens = self.max_tokens
+        max_tokens, workers = self.max_tokens, self.num_workers
         module: Any = getattr(self.trainer, "lightning_module", None)
         if packing and uses_flash(getattr(module, "model", None)):
             # Its kernel computes nothing that it masks, and has no mask.
             collate.width, collate.multiple = max_tokens, 1
+        if max_tokens is not None:
+            collate = MicroBatches(collate, max_tokens)
+        if workers:  # else tokenizers warns in each that it must not be used there; it is not
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         return ResumableDataLoader(
             Examples(self.encoded[split]),
             batch_sampler=self._batches(split, shuffle=shuffle),
-            collate_fn=collate if max_tokens is None else MicroBatches(collate, max_tokens),
-            num_workers=self.config.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=Located(collate, self.task),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self._on_gpu,
         )
+
+    @property
+    def _on_gpu(self) -> bool:
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        return strategy is not None and strategy.root_device.type == "cuda"
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that prepare the batches of a split."""
+        asked = self.config.num_workers
+        if asked != "auto":
+            return int(asked)
+        # A pack's runs are threads of a process, which had better not be forked.
+        in_a_pack = threading.current_thread() is not threading.main_thread()
+        if self.trainer is None or not self._on_gpu or in_a_pack:
+            return 0
+        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return min(4, max(2, cores // self.trainer.num_devices - 1))
 
     @property
     def packs(self) -> bool:
@@ -276,9 +302,7 @@ class LoraDataModule(L.LightningDataModule):
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
         """Makes a batch of rows of this data."""
         pad = self.tokenizer.pad_token_id
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        on_gpu = strategy is not None and strategy.root_device.type == "cuda"
-        multiple = GPU_MULTIPLE if on_gpu else 1
+        multiple = GPU_MULTIPLE if self._on_gpu else 1
         if packing:
             return PackingCollator(pad, multiple=multiple)
         return PaddingCollator(pad, multiple=multiple, limit=self.length_limit)

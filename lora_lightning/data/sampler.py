@@ -50,6 +50,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         self.num_replicas = num_replicas
         self.rank = rank
         self.epoch = 0
+        self.skip = 0
+        """Batches that an iteration leaves out at its beginning."""
 
     @property
     def sampler(self) -> LengthBucketBatchSampler:
@@ -64,9 +66,8 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.global_batches():
-            mine = rows[self.rank :: self.num_replicas]
-            yield mine or [FILLER]
+        batches = self.global_batches()[self.skip :]
+        return iter([rows[self.rank :: self.num_replicas] or [FILLER] for rows in batches])
 
     def global_batches(self) -> list[list[int]]:
         """The epoch's batches of all ranks together."""
@@ -125,14 +126,8 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         sampler = self._batches()
         resume, self._resume = self._resume, {}
         self._given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=list(sampler)[self._given :],
-            collate_fn=self.collate_fn,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
-        for batch in loader:
+        sampler.skip = self._given
+        for batch in super().__iter__():
             self._given += 1
             yield batch
 

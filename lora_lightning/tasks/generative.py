@@ -149,7 +149,7 @@ class GenerativeTask(Task):
         one goes through the same steps as the others. A batch to predict for has none.
         """
         batch = super().locate(batch)
-        if "labels" not in batch:
+        if "labels" not in batch or "places" in batch:
             return batch
         learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()
         return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}

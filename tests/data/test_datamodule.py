@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,6 +324,7 @@ def test_joined_rows_are_one_lane_for_flash_attention(
         task=build_task({"name": "lm", "max_new_tokens": 2}),
         tokenizer=load_tokenizer(ModelConfig(name_or_path=str(tiny_llama))),
         max_tokens=max_tokens,
+        num_workers=0,
     )
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
     data.trainer = SimpleNamespace(
@@ -340,7 +343,7 @@ def test_joined_rows_are_one_lane_for_flash_attention(
 
 @pytest.mark.parametrize(("device", "multiple"), [("cuda", 8), ("cpu", 1)])
 def test_batches_for_a_gpu_have_rounded_widths(build, rows_jsonl, device, multiple):
-    data = build(rows_jsonl, batch_size=4, max_tokens=None, limit=17)
+    data = build(rows_jsonl, batch_size=4, max_tokens=None, limit=17, num_workers=0)
     data.trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device(device)), distributed_sampler_kwargs=None
     )
@@ -352,6 +355,81 @@ def test_batches_for_a_gpu_have_rounded_widths(build, rows_jsonl, device, multip
     assert {width for width, _ in widths} > {17}  # the longest that the model takes
     for width, longest in widths:
         assert width == min(-(-longest // multiple) * multiple, 17)
+
+
+def test_batches_of_workers_are_those_of_the_process_itself(
+    build, rows_jsonl, tiny_llama, monkeypatch
+):
+    """Over two epochs, in the second of two processes, which has no row in the last batch."""
+
+    def touch():
+        raise AssertionError("a worker must not use a GPU")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touch)
+
+    def loaders(workers):
+        columns = {"source_column": "text", "target_column": "label"}
+        task = build_task({"name": "summarization", "max_new_tokens": 2, **columns})
+        data = build(
+            rows_jsonl,
+            task=task,
+            tokenizer=load_tokenizer(ModelConfig(name_or_path=str(tiny_llama))),
+            batch_size=7,
+            max_tokens=90,
+            num_workers=workers,
+            limit_train=57,
+        )
+        data.trainer = SimpleNamespace(
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            distributed_sampler_kwargs={"num_replicas": 2, "rank": 1},
+        )
+        return data.train_dataloader(), data.val_dataloader()
+
+    found = []
+    for workers in (0, 2):
+        train, val = loaders(workers)
+        pickle.dumps((train.dataset, train.collate_fn))  # as for workers that are not forked
+        batches = []
+        for epoch in (0, 1):
+            train.batch_sampler.set_epoch(epoch)
+            batches += [*train, *val]
+        found.append(batches)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    parts = [part for batch in found[1] for part in batch]
+    assert all({"places", "tokens", "rows"} <= set(part) for part in parts)
+    assert any((part["labels"] == IGNORE).all() for part in parts)
+    assert any(len(batch) > 1 for batch in found[1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "cores", "devices", "expected"),
+    [
+        ("auto", "cpu", 16, 1, 0),
+        ("auto", "cuda", 16, 1, 4),
+        ("auto", "cuda", 32, 8, 3),
+        ("auto", "cuda", 4, 4, 2),
+        (7, "cpu", 16, 1, 7),
+        (0, "cuda", 16, 1, 0),
+    ],
+)
+def test_workers_by_device_and_cores(
+    build, rows_jsonl, monkeypatch, asked, device, cores, devices, expected
+):
+    data = build(rows_jsonl, num_workers=asked)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device(device)), num_devices=devices
+    )
+    assert data.num_workers == expected
+    with ThreadPoolExecutor(1) as pool:  # as a pack's runs are
+        within = pool.submit(lambda: data.num_workers).result()
+    assert within == (0 if asked == "auto" else expected)
+
+
+@pytest.mark.parametrize("count", [-1, True, "many"])
+def test_a_wrong_number_of_workers_is_told(count):
+    with pytest.raises(UserError, match="data.num_workers must be 0 or more, or auto"):
+        DataConfig(num_workers=count)
 
 
 def test_longest_batch(build, rows_jsonl):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
@@ -131,6 +133,32 @@ def test_loader_goes_on_after_the_batches_given(done, workers):
     resumed.batch_sampler.set_epoch(3)
     whole.batch_sampler.set_epoch(3)
     assert list(resumed) == list(whole), "the epoch after is whole again"
+
+
+def test_workers_stay_for_the_next_epoch_and_after_one_that_was_left():
+    sampler = LengthBucketBatchSampler(_lengths(45), 4, shuffle=True, seed=5)
+    loader = ResumableDataLoader(
+        range(45),
+        batch_sampler=sampler,
+        collate_fn=lambda rows: (os.getpid(), rows),
+        num_workers=2,
+        persistent_workers=True,
+    )
+    loader.load_state_dict({"epoch": 0, "batches": 7})
+    workers, found = set(), []
+    for epoch, most in ((0, 99), (1, 3), (2, 99), (2, 99)):
+        sampler.set_epoch(epoch)
+        given = list(islice(loader, most))
+        workers |= {worker for worker, _ in given}
+        found.append([rows for _, rows in given])
+    expected = []
+    for epoch in (0, 1, 2):
+        whole = _loader(0)
+        whole.batch_sampler.set_epoch(epoch)
+        expected.append(list(whole))
+    assert found == [expected[0][7:], expected[1][:3], expected[2], expected[2]]
+    assert len(workers) == 2
+    assert os.getpid() not in workers
 
 
 def test_state_of_an_earlier_epoch_skips_nothing():
