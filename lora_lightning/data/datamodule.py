@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,7 @@ from ..strategies import data_ranks, in_step
 from ..tasks import IGNORE, Task
 from ..vocabulary import refuse_unknown
 from .collate import Located, MicroBatches, PackingCollator, PaddingCollator
+from .encode import Encoding, cores, encode_rows, in_main_thread
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import cache_folder, load_splits, unwritable_cache
 from .splits import make_splits
@@ -186,25 +186,12 @@ class LoraDataModule(L.LightningDataModule):
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         folder = cache_folder(self.config.cache_dir)
+        encoding = Encoding(self.task, self.tokenizer, self.max_length)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return rows.map(
-                self._encode_batch,
-                batched=True,
-                with_indices=True,
-                remove_columns=rows.column_names,
-                cache_file_name=str(folder / f"{digest[:32]}.arrow"),
-                new_fingerprint=digest[:32],
-                desc="tokenising",
-            )
+            return encode_rows(rows, encoding, folder / f"{digest[:32]}.arrow")
         except OSError as error:
             raise unwritable_cache(folder, error) from None
-
-    def _encode_batch(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-        examples = self.task.encode(rows, self.tokenizer, self.max_length)
-        examples["length"] = [len(ids) for ids in examples["input_ids"]]
-        examples["row"] = [indices[row] for row in examples.get("row", range(len(indices)))]
-        return examples
 
     @cached_property
     def _tokenizer_signature(self) -> str:
@@ -274,13 +261,9 @@ class LoraDataModule(L.LightningDataModule):
         asked = self.config.num_workers
         if asked != "auto":
             return int(asked)
-        # A pack's runs are threads of a process, which had better not be forked.
-        in_a_pack = threading.current_thread() is not threading.main_thread()
-        if self.trainer is None or not self._on_gpu or in_a_pack:
+        if self.trainer is None or not self._on_gpu or not in_main_thread():
             return 0
-        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return min(4, max(2, cores // self.trainer.num_devices - 1))
+        return min(4, max(2, cores() // self.trainer.num_devices - 1))
 
     @property
     def packs(self) -> bool:

@@ -18,15 +18,21 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
+from lora_lightning.data import encode
 from lora_lightning.data.collate import PackingCollator
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
 from lora_lightning.lora.errors import UserError
 from lora_lightning.modeling import load_tokenizer
-from lora_lightning.settings import DataConfig, ModelConfig, SentimentConfig
+from lora_lightning.settings import (
+    DataConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    SentimentConfig,
+)
 from lora_lightning.strategies import ShardedStrategy
-from lora_lightning.tasks import IGNORE, SentimentTask, build_task
+from lora_lightning.tasks import IGNORE, LanguageModelTask, SentimentTask, build_task
 
 
 class CountingTask(SentimentTask):
@@ -39,16 +45,31 @@ class CountingTask(SentimentTask):
         return super().encode(rows, tokenizer, max_length)
 
 
+class CountingLanguageModel(LanguageModelTask):
+    """Likewise."""
+
+    encoded = 0
+
+    def __init__(self) -> None:
+        super().__init__(LanguageModelConfig(max_new_tokens=2))
+
+    def encode(self, rows, tokenizer, max_length):
+        self.encoded += len(next(iter(rows.values())))
+        return super().encode(rows, tokenizer, max_length)
+
+
 @pytest.fixture
 def build(tiny_bert, tmp_path):
     """Builds a data module from rows or a file; the tokenised cache is the test's own."""
 
-    def make(rows, *, task=None, tokenizer=None, seed=0, limit=64, **settings) -> LoraDataModule:
+    def make(
+        rows, *, task=None, tokenizer=None, seed=0, limit=64, cache="cache", **settings
+    ) -> LoraDataModule:
         path = rows
         if isinstance(rows, list):
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = DataConfig(train=str(path), cache_dir=str(tmp_path / "cache"), **settings)
+        config = DataConfig(train=str(path), cache_dir=str(tmp_path / cache), **settings)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(tiny_bert)
         data = LoraDataModule(
             task or CountingTask(), tokenizer, config, length_limit=limit, seed=seed
@@ -227,6 +248,51 @@ def test_truncation_set_on_the_tokenizer_does_not_change_the_cache(build, tiny_b
     task = CountingTask()
     build(rows_jsonl, tokenizer=tokenizer, task=task)
     assert task.encoded == 0
+
+
+@pytest.fixture
+def few_are_many(monkeypatch):
+    """Has more than 20 rows encoded by several processes, 7 at a time, as one does here too."""
+    monkeypatch.setattr(encode, "BATCH", 7)
+    monkeypatch.setattr(encode, "ROWS_ALONE", 20)
+    monkeypatch.setattr(encode, "cores", lambda: 4)
+
+
+@pytest.mark.parametrize("name", ["sentiment", "lm"])
+def test_several_processes_encode_as_one(
+    build, rows_jsonl, tiny_llama, tmp_path, monkeypatch, capfd, few_are_many, name
+):
+    """The same rows, blocks of documents too, in the same file: whoever wrote it, all find it."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(tiny_llama)))
+    counts = {"limit_train": 60, "val_fraction": 0.0, "test_fraction": 0.0}
+    found, seen = [], []
+    for cache, most in (("one", 1), ("several", 16), ("one", 16), ("several", 1)):
+        monkeypatch.setattr(encode, "MOST_PROCESSES", most)
+        task = CountingTask() if name == "sentiment" else CountingLanguageModel()
+        data = build(rows_jsonl, task=task, tokenizer=tokenizer, cache=cache, **counts)
+        found.append(data)
+        seen.append(task.encoded)
+    assert seen == [60, 0, 0, 0]  # the others count in processes of their own, or find the file
+    for data in found[1:]:
+        assert data.encoded["train"][:] == found[0].encoded["train"][:]
+        assert data.encoded["train"].features == found[0].encoded["train"].features
+        assert data.encoded["train"]._fingerprint == found[0].encoded["train"]._fingerprint
+    files = [sorted(p.name for p in (tmp_path / cache).iterdir()) for cache in ("one", "several")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 1
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert "forked" not in capfd.readouterr().err
+
+
+def test_a_mistake_that_another_process_meets_is_told(build, rows_jsonl, few_are_many):
+    with pytest.raises(UserError, match="row 3 is wrong"):
+        build(rows_jsonl, task=RefusingTask())
+
+
+class RefusingTask(SentimentTask):
+    def encode(self, rows, tokenizer, max_length):
+        raise UserError("row 3 is wrong")
 
 
 class DyingTask(CountingTask):
