@@ -299,6 +299,11 @@ def _loading(name: str, what: str) -> Iterator[None]:
         if not known and "safetensor" not in type(error).__name__.lower():
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if "custom code which must be executed" in reason[0]:
+            raise UserError(
+                f"cannot load the {what} of {name!r}: it comes with Python code of its own, which "
+                "is not run. If you trust its source, type model.trust_remote_code=true."
+            ) from None
         files = "config.json, tokenizer files and model.safetensors"
         needs = "config.json (lora-lightning plan needs no more)" if what == "config" else files
         raise UserError(

@@ -12,25 +12,32 @@ import pickle
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.combine import combine_adapters
 from lora_lightning.config import compose_config
-from lora_lightning.evaluate import evaluate
+from lora_lightning.evaluate import evaluate, predictor_for
+from lora_lightning.imported import import_adapter
 from lora_lightning.inference import load_trained
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
+from lora_lightning.module import LoraModule
+from lora_lightning.settings import ModelConfig
 from lora_lightning.storage import SIDECAR, read_sidecar
 from lora_lightning.stored import Stored
 from lora_lightning.train import train
+from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FUZZ = settings(
@@ -280,6 +287,133 @@ def test_an_adapter_cannot_read_the_environment(run, tmp_path):
     (folder / SIDECAR).write_text(json.dumps(content))
     with pytest.raises(UserError, match="settings must be plain values"):
         read_sidecar(folder)
+
+
+def evil_base(tiny_bert, folder: Path) -> Path:
+    """A base whose config is built by a Python file, which leaves a mark."""
+    shutil.copytree(tiny_bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    mark = folder.parent / "owned"
+    (folder / "configuration_evil.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+        "from transformers import BertConfig\n"
+        "class EvilConfig(BertConfig):\n    model_type = 'evil'\n"
+    )
+    return folder
+
+
+def forged_checkpoint(run: Path, path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a run's last.ckpt whose content a function has changed."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("way", ["import", "load_from_checkpoint", "adapter"])
+def test_checkpoint_that_allows_remote_code_runs_none(way, run, tiny_bert, tmp_path):
+    """Only what the user types allows it."""
+    base = str(evil_base(tiny_bert, tmp_path / "evil"))
+    model = {"name_or_path": base, "trust_remote_code": True, "tokenizer": str(tiny_bert)}
+    path = forged_checkpoint(
+        run, tmp_path / "evil.ckpt", lambda c: c["hyper_parameters"]["model"].update(model)
+    )
+    if way == "adapter":
+        values_of(str(path), ModelConfig(name_or_path=base), LoraConfig())
+        assert not (tmp_path / "owned").exists()
+        return
+
+    def use(trust: bool) -> None:
+        if way == "import":
+            typed = ["model.trust_remote_code=true"] * trust
+            import_adapter(path, tmp_path / "out", typed)
+        else:
+            changes = {"model": {"trust_remote_code": True}} if trust else {}
+            LoraModule.load_from_checkpoint(path, **changes)
+
+    with pytest.raises(UserError, match="trust_remote_code"):
+        use(trust=False)
+    assert not (tmp_path / "owned").exists()
+    with suppress(UserError):  # there is a config alone, and no model of it
+        use(trust=True)
+    assert (tmp_path / "owned").exists()
+
+
+def test_checkpoint_with_interpolation_is_refused(run, tmp_path, monkeypatch):
+    """An environment variable would end in a folder that is shared."""
+    monkeypatch.setenv("SECRET_TOK", "SECRET")
+    text = "x ${oc.env:SECRET_TOK}"
+    path = forged_checkpoint(
+        run, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["task"].update(text_column=text)
+    )
+    for use in (
+        lambda: import_adapter(path, tmp_path / "out", []),
+        lambda: LoraModule.load_from_checkpoint(path),
+        lambda: values_of(str(path), ModelConfig(), LoraConfig()),
+    ):
+        with pytest.raises(UserError, match=r"x.ckpt: task: settings must be plain .*\$\{"):
+            use()
+    assert not (tmp_path / "out").exists()
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config = folder / ".hydra" / "config.yaml"
+    config.parent.mkdir(exist_ok=True)
+    plain = OmegaConf.to_container(compose_config([]), resolve=False)
+    plain["data"]["path"] = text
+    config.write_text(OmegaConf.to_yaml(plain))
+    with pytest.raises(UserError, match="config.yaml: data: settings must be plain"):
+        import_adapter(folder / "checkpoints" / "last.ckpt", tmp_path / "out", [])
+    peft = Path(shutil.copytree(run / "adapter", tmp_path / "peft"))
+    raw = json.loads((peft / CONFIG).read_text())
+    (peft / CONFIG).write_text(json.dumps({**raw, "base_model_name_or_path": text}))
+    with pytest.raises(UserError, match="settings must be plain"):
+        import_adapter(peft, tmp_path / "out", ["task=sentiment"])
+
+
+@pytest.mark.parametrize("kind", ["sidecar", "checkpoint"])
+def test_task_name_that_is_a_path_composes_no_file(kind, run, tmp_path, monkeypatch):
+    evil = tmp_path / "evil.yaml"
+    evil.write_text("# @package _global_\nmodel:\n  trust_remote_code: true\n")
+    name = "../" * 30 + "." + str(evil.with_suffix(""))
+    path = forged_checkpoint(
+        run, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["task"].update(name=name)
+    )
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    content["settings"]["task"]["name"] = name
+    (folder / SIDECAR).write_text(json.dumps(content))
+    asked: list[str] = []
+    monkeypatch.setattr("lora_lightning.config.compose_config", asked.extend)
+    uses = {
+        "checkpoint": lambda: import_adapter(path, tmp_path / "out", []),
+        "sidecar": lambda: predictor_for(folder, []),
+    }
+    with pytest.raises(UserError, match="there is no such task"):
+        uses[kind]()
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda own: own["model"].update(gradient_checkpointing="often"), "gradient_checkpointing"),
+        (lambda own: own["optim"].update(new_key=1), "new_key"),
+        (lambda own: own["optim"].update(options={"_target_": "os.system"}), "_target_"),
+        (lambda own: own.update(lora=[8]), "'lora' must be a mapping"),
+        (lambda own: own.update(seed="7"), "seed must be a whole number"),
+        (lambda own: own["task_state"].update(labels={"a": 1}), "task_state.labels must be plain"),
+    ],
+    ids=["type", "key", "target", "group", "seed", "state"],
+)
+def test_checkpoint_settings_off_the_list_are_refused(change, told, run, tmp_path):
+    path = forged_checkpoint(run, tmp_path / "x.ckpt", lambda c: change(c["hyper_parameters"]))
+    for use in (
+        lambda: import_adapter(path, tmp_path / "out", []),
+        lambda: LoraModule.load_from_checkpoint(path),
+    ):
+        with pytest.raises(UserError, match=told):
+            use()
 
 
 def test_a_rank_that_the_file_does_not_have_takes_no_memory(model, adapter, tmp_path):

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "placement", "quantization", "vocabulary"}
-MODEL_SIDE |= {"warm_start", "zero"}
+MODEL_SIDE |= {"warm_start", "zero", "untrusted"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -25,6 +25,7 @@ ALLOWED = {
     "quiet": set(),
     "usage": set(),
     "config": FOUNDATION,
+    "untrusted": FOUNDATION,
     "cpu": set(),
     "parallel": {"lora"},
     "placement": {"lora", "parallel"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "modeling": FOUNDATION | {"cpu", "parallel", "quantization", "skeleton", "vocabulary"},
     "forward": {"lora"},
     "vocabulary": FOUNDATION,
-    "warm_start": FOUNDATION | {"checkpoint"},
+    "warm_start": FOUNDATION | {"checkpoint", "untrusted"},
     "skeleton": FOUNDATION,
     "alive": set(),
     "quantization": FOUNDATION,
