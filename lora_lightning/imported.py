@@ -24,7 +24,7 @@ from .quiet import quiet_libraries
 from .settings import DataConfig
 from .storage import base_fingerprint, save_trained
 from .tasks import build_task
-from .untrusted import arguments_from_file, check_plain, settings_from_file
+from .untrusted import arguments_from_file, check_plain, refuse_links, settings_from_file
 
 TASKS = {"SEQ_CLS": "sentiment", "SEQ_2_SEQ_LM": "summarization"}
 """Tasks by PEFT's types of them, where there is but one."""
@@ -137,6 +137,7 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
     checkpoints = sorted(folder.glob("*.ckpt"))
     if checkpoints and not (folder / CONFIG_NAME).is_file():
         raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
+    refuse_links(folder)
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
     chosen = _chosen(overrides)

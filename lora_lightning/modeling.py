@@ -19,6 +19,7 @@ from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
+from .untrusted import ATTENTION, refuse_links
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -57,6 +58,7 @@ def resolve(
                 f"{option}: {path} holds no {' or '.join(markers)}, so it is no Hugging Face "
                 "folder of that kind. Give another folder, or a hub name such as org/model."
             )
+        refuse_links(path)
         return str(path.resolve())
     local = in_package or path.is_absolute() or name_or_path.startswith((".", "~"))
     if local or path.is_file():
@@ -187,6 +189,13 @@ def max_positions(model_config: Any) -> int | None:
 
 def load_model_config(config: ModelConfig) -> Any:
     """The base model's transformers config, without its weights."""
+    loaded = _config_as_stored(config)
+    if _has_kernels_of_others(loaded):
+        loaded._attn_implementation = config.attn_implementation
+    return loaded
+
+
+def _config_as_stored(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
@@ -195,6 +204,13 @@ def load_model_config(config: ModelConfig) -> Any:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+
+
+def _has_kernels_of_others(model_config: Any) -> bool:
+    """Whether a base's config names attention that transformers would fetch as code."""
+    parts = [getattr(model_config, name, None) for name in getattr(model_config, "sub_configs", ())]
+    named = getattr(model_config, "_attn_implementation", None)
+    return named not in (None, *ATTENTION) or any(map(_has_kernels_of_others, filter(None, parts)))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -230,6 +246,12 @@ def _from_pretrained(
             shards,
             trust_remote_code=config.trust_remote_code,
         )
+        if _has_kernels_of_others(_config_as_stored(config)):
+            # The file's choice would win over an argument; with a config labels are no arguments.
+            for key in ("num_labels", "id2label", "label2id"):
+                if key in kwargs:
+                    setattr(model_config, key, kwargs.pop(key))
+            kwargs["config"] = model_config
         model, info = auto_class.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,

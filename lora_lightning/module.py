@@ -44,6 +44,7 @@ from .strategies import (
     sum_over_ranks,
 )
 from .tasks import Task, build_task
+from .terminal import say
 from .untrusted import arguments_from_file
 from .vocabulary import token_ids
 from .warm_start import load_values, values_of
@@ -280,7 +281,7 @@ class LoraModule(L.LightningModule):
         self._check_types()
         if self.model_config.quantization is not None and self.trainer.is_global_zero:
             assert self.model is not None
-            print(experts_left(self.model), end="", file=sys.stderr)
+            say(experts_left(self.model), end="", file=sys.stderr)
         if self.trainer.world_size > 1:
             with self.whole_adapter():
                 broadcast(self.trainable_tensors().values())

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -215,9 +216,9 @@ def writable(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
+        probe, path = tempfile.mkstemp(prefix=".writable-", dir=run_dir)  # follows no link
+        os.close(probe)
+        os.unlink(path)
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -147,3 +148,26 @@ def arguments_from_file(
         merges = isinstance(value, dict) and isinstance(found.get(name), dict)
         found[name] = {**found[name], **value} if merges else value
     return found
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere, whose content would end in what is written.
+
+    Weights are read as tensors alone, and may be links. The hub's cache is all links, from
+    snapshots/REVISION to models--NAME/blobs.
+
+    Args:
+        folder: an adapter, a base model, or a tokenizer.
+
+    Raises:
+        UserError: it holds such a link.
+    """
+    inside = folder.resolve()
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        real = path.resolve()
+        cached = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+        if not (real.is_relative_to(inside) or cached or path.suffix == ".safetensors"):
+            raise UserError(
+                f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
+                f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+            )

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from ..module import LoraModule
+from ..terminal import printable
 
 
 class ProgressBar(RichProgressBar):
@@ -94,7 +95,8 @@ class AdapterSummary(RichModelSummary):
         with pl_module.whole_adapter():
             told = str(pl_module.adapter.summary())
         if trainer.is_global_zero:
-            Console().print(told, highlight=False, markup=False, soft_wrap=True)
+            console = Console(markup=False, emoji=False, highlight=False)
+            console.print(printable(told), soft_wrap=True)
 
 
 class UpdateNorms(Callback):
