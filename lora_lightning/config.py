@@ -301,7 +301,7 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
         ) from error
 
 
-def refuse_targets(config: DictConfig, typed: list[str], source: str) -> None:
+def refuse_targets(config: DictConfig, typed: list[str], source: str) -> list[str]:
     """Refuses a saved config that builds what neither Lightning nor this package has.
 
     Such a class is code that the folder's owner chose; the caller types it again to allow it.
@@ -311,17 +311,21 @@ def refuse_targets(config: DictConfig, typed: list[str], source: str) -> None:
         typed: overrides of this command line.
         source: the folder as it was typed, for the message.
 
+    Returns:
+        What was typed and is no class that the config builds.
+
     Raises:
         UserError: a class is neither known nor typed.
     """
-    again = [item for item in targets_of_others(config) if item not in typed]
-    if again:
+    asked = targets_of_others(config)
+    if again := [item for item in asked if item not in typed]:
         key, _, name = again[0].partition("._target_=")
         raise UserError(
             f"{source}: its config builds {key} from {name}, which is not a class of Lightning, "
             "torch.optim or lora_lightning. It may be code of somebody else. If it is yours, type "
             f"it again: {source} {' '.join(again)}"
         )
+    return [item for item in typed if item not in asked]
 
 
 def targets_of_others(config: DictConfig) -> list[str]:

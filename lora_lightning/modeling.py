@@ -189,21 +189,23 @@ def max_positions(model_config: Any) -> int | None:
 
 def load_model_config(config: ModelConfig) -> Any:
     """The base model's transformers config, without its weights."""
-    loaded = _config_as_stored(config)
-    if _has_kernels_of_others(loaded):
-        loaded._attn_implementation = config.attn_implementation
-    return loaded
+    return _config_and_kernels(config)[0]
 
 
-def _config_as_stored(config: ModelConfig) -> Any:
+def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
+    """The config, and whether attention kernels that its file names were taken out of it."""
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
-        return AutoConfig.from_pretrained(
+        loaded = AutoConfig.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+    others = _has_kernels_of_others(loaded)
+    if others:
+        loaded._attn_implementation = config.attn_implementation
+    return loaded, others
 
 
 def _has_kernels_of_others(model_config: Any) -> bool:
@@ -235,7 +237,7 @@ def _from_pretrained(
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
-        model_config = load_model_config(config)
+        model_config, without_kernels = _config_and_kernels(config)
         if wants_skeletons():
             model = build_skeleton(auto_class, model_config, config, kwargs.get("id2label"))
             return _ready_to_train(model, config), []
@@ -246,7 +248,7 @@ def _from_pretrained(
             shards,
             trust_remote_code=config.trust_remote_code,
         )
-        if _has_kernels_of_others(_config_as_stored(config)):
+        if without_kernels:
             # The file's choice would win over an argument; with a config labels are no arguments.
             for key in ("num_labels", "id2label", "label2id"):
                 if key in kwargs:

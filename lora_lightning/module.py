@@ -517,11 +517,9 @@ class LoraModule(L.LightningModule):
             typed=changes,
             added=[name for name in inspect.signature(cls.__init__).parameters if name not in ours],
         )
-        version = content["pytorch-lightning_version"]
         checked = BytesIO()
-        torch.save(
-            {"state_dict": content["state_dict"], "pytorch-lightning_version": version}, checked
-        )
+        kept = {"state_dict": content["state_dict"], "pytorch-lightning_version": L.__version__}
+        torch.save(kept, checked)
         checked.seek(0)
         return super().load_from_checkpoint(checked, map_location, **settings)
 

@@ -278,14 +278,8 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 def _resume(folder: str, others: list[str]) -> None:
     run_dir = Path(folder).expanduser().resolve()
     typed = [other for other in others if "._target_=" in other]
-    others = [other for other in others if re.match(RESUMES_WITH, other) or other not in typed]
-    refused = [other for other in others if not re.match(RESUMES_WITH, other)]
-    if refused:
-        raise UserError(
-            f"resume={folder} goes on with the run's own config and takes no other settings than "
-            f"where it trains (trainer=, trainer.devices= and the like): leave out "
-            f"{' '.join(refused)}."
-        )
+    others = [other for other in others if other not in typed]
+    _refuse_settings(folder, others)
     if run_dir.is_file():
         raise UserError(
             f"resume={folder} is a file: give the folder of the run, which knows its last "
@@ -308,12 +302,24 @@ def _resume(folder: str, others: list[str]) -> None:
         return
     config.output_dir = str(run_dir)
     if OWN_CONFIG not in os.environ:
-        refuse_targets(config, typed, f"resume={folder}")
+        others += refuse_targets(config, typed, f"resume={folder}")
+        _refuse_settings(folder, others)
     if others:
         asked = compose_config(others)
         for key in ("accelerator", "devices", "num_nodes", "strategy"):
             config.trainer[key] = asked.trainer[key]
     train(config, resume=True)
+
+
+def _refuse_settings(folder: str, others: list[str]) -> None:
+    """Raises UserError for settings of a run that goes on which do not say where it trains."""
+    refused = [other for other in others if not re.match(RESUMES_WITH, other)]
+    if refused:
+        raise UserError(
+            f"resume={folder} goes on with the run's own config and takes no other settings than "
+            f"where it trains (trainer=, trainer.devices= and the like): leave out "
+            f"{' '.join(refused)}."
+        )
 
 
 def _is_complete(run_dir: Path) -> bool:

@@ -69,7 +69,10 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
         begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
-        command = " ".join([f"train resume={run_dir}", *targets_of_others(config)])
+        again: list[str] = []
+        with suppress(UserError):  # an interpolation that this process cannot resolve
+            again = targets_of_others(config)
+        command = " ".join([f"train resume={run_dir}", *again])
         super().__init__(f"interrupted. To go on{begins}: lora-lightning {command}")
         self.signum = signum
 

@@ -7,6 +7,7 @@ the groups and keys of `settings.py`, with their types.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ def refuse_links(folder: Path) -> None:
         UserError: it holds such a link.
     """
     inside = folder.resolve()
-    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        real = path.resolve()
-        cached = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        real = Path(os.path.realpath(path))  # which does not mind a ring of links
+        cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
         if not (real.is_relative_to(inside) or cached or path.suffix == ".safetensors"):
             raise UserError(
                 f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "

@@ -498,7 +498,11 @@ def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp
     status, _, err = run_cli("train", f"resume={folder}")
     assert status == 2
     assert " ".join(err.split()).endswith(f"type it again: resume={folder} {item}")
-    refuse_targets(read_config(saved), [item], "resume=X")
+    assert refuse_targets(read_config(saved), [item], "resume=X") == []
+    idle = "callbacks.mine._target_=os.system"
+    assert (
+        run_cli("train", f"resume={folder}", item, idle)[2].strip().endswith(f"leave out {idle}.")
+    )
     config["callbacks"]["early_stopping"]["deep"] = f"${{oc.create:'{{_target_: {target}}}'}}"
     saved.write_text(OmegaConf.to_yaml(config))
     assert run_cli("train", f"resume={folder}")[0] == 2
