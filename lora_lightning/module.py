@@ -99,7 +99,13 @@ class LoraModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold the adapter alone; load_state_dict checks
         self.task = build_task(task) if isinstance(task, dict) else task
         if task_state is not None:
-            self.task.restore(task_state)
+            try:
+                self.task.restore(task_state)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"task_state is not that of task={self.task.name}: {error!r}. Use the "
+                    "checkpoint as its run has written it."
+                ) from None
         self.model_config = (
             ModelConfig(**model) if isinstance(model, dict) else model or ModelConfig()
         )

@@ -48,6 +48,7 @@ from lora_lightning.stored import Stored, copy_adapter
 from lora_lightning.tasks import build_task
 from lora_lightning.terminal import printable
 from lora_lightning.train import train
+from lora_lightning.untrusted import arguments_from_file
 from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -230,6 +231,26 @@ def test_a_damaged_checkpoint(data, run, tmp_path):
     path.write_bytes(content)
     with suppress(UserError):
         assert isinstance(read_checkpoint(path)["state_dict"], dict)
+
+
+@FUZZ
+@given(data=st.data())
+def test_forged_settings_in_a_checkpoint(data, run):
+    """A module is built from what passes, or our own error comes out."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    part = saved
+    while isinstance(part, dict) and part:
+        key = data.draw(st.sampled_from(sorted(part)))
+        if not isinstance(part[key], dict) or data.draw(st.booleans()):
+            part[key] = data.draw(JSON)
+            break
+        part = part[key]
+    saved.setdefault("model", {})
+    if isinstance(saved["model"], dict):
+        saved["model"]["trust_remote_code"] = True
+    with suppress(UserError):
+        module = LoraModule(**{"task": {}, **arguments_from_file(saved, "x.ckpt")})
+        assert not module.model_config.trust_remote_code
 
 
 class Payload:
