@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .lora.state import CONFIG_NAME
 from .lora.vocabulary import vocabulary_rows
 from .module import LoraModule
 from .storage import versions
+from .terminal import printable
 
 CARD = "README.md"
 CLASSES = {
@@ -53,7 +55,7 @@ def write_card(
         _results(result),
         _making(settings, result, run_dir, _stored_as(folder)),
     ]
-    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(printable("\n\n".join(parts)) + "\n", encoding="utf-8")
 
 
 def _front_matter(settings: Settings, module: LoraModule) -> str:
@@ -112,8 +114,13 @@ def _use(settings: Settings, module: LoraModule) -> str:
         )
         lines += ["", f"Trained on its base in {settings.model.quantization}, {belongs}."]
     if labels:
-        lines += ["", f"Labels, in order: {', '.join(map(str, labels))}."]
+        lines += ["", f"Labels, in order: {', '.join(map(_one_line, labels))}."]
     return "\n".join(lines)
+
+
+def _one_line(value: object) -> str:
+    """A label or a name of the data, which is no Markdown and no HTML."""
+    return escape(str(value), quote=False).replace("\n", "\\n").replace("|", "\\|")
 
 
 def _data(settings: Settings, data: LoraDataModule) -> str:
@@ -123,7 +130,11 @@ def _data(settings: Settings, data: LoraDataModule) -> str:
         for key in ("train", "val", "test")
         if (value := getattr(settings.data, key))
     }
-    source = settings.data.path or ", ".join(dict.fromkeys(named.values())) or "the package's own"
+    source = (
+        settings.data.path
+        or ", ".join(map(_one_line, dict.fromkeys(named.values())))
+        or "the package's own"
+    )
     return f"## Data\n\n{source}: {', '.join(counts)} rows."
 
 
@@ -155,7 +166,9 @@ def _making(settings: Settings, result: dict[str, Any], run_dir: Path, stored: s
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines = ["## How it was made", ""]
     if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():
-        typed = [str(item) for item in OmegaConf.load(overrides)]
+        saved = OmegaConf.load(overrides)
+        # Unresolved: what an environment variable holds is not for a card that is shared.
+        typed = [str(item) for item in OmegaConf.to_container(saved, resolve=False) or ()]
         kept = [item for item in typed if not item.lstrip("+").startswith(("output_dir=", "hydra"))]
         lines += ["```bash", shlex.join(["lora-lightning", "train", *kept]), "```", ""]
     values = {"learning rate": settings.optim.lr, "optimizer": settings.optim.name}

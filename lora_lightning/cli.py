@@ -12,6 +12,7 @@ from typing import Any
 
 from . import cluster
 from .launch.queue import end_with_parent
+from .terminal import printable, say
 from .usage import FULL_ERROR, HELP
 
 VERBS = (
@@ -109,7 +110,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
         if os.environ.get(FULL_ERROR) == "1":
             raise
         cluster.let_rank_zero_tell()
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into an exit of its own.
@@ -117,7 +118,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
             raise
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
         if cluster.tells():
-            print(said or "interrupted", file=sys.stderr)
+            say(said or "interrupted", file=sys.stderr)
         signum = getattr(error, "signum", signal.SIGINT)
         cluster.requeue_if_warned(signum)
         sys.exit(EXIT_BY_SIGNAL + signum)
@@ -141,7 +142,7 @@ def _check(arguments: list[str]) -> None:
     config.output_dir = os.path.abspath(config.output_dir)
     from .check import check
 
-    print(check(config))
+    say(check(config))
 
 
 def _plan(plain: dict[str, str], overrides: list[str]) -> None:
@@ -155,7 +156,7 @@ def _plan(plain: dict[str, str], overrides: list[str]) -> None:
     config = compose_config(overrides)
     from .plan import plan
 
-    print(plan(config, size))
+    say(plan(config, size))
 
 
 def _report(arguments: list[str]) -> None:
@@ -206,7 +207,8 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
         answer(predictor, plain["text"])
         return
     if "text" in plain:
-        print(json.dumps(predict_text(predictor, plain["text"]), ensure_ascii=False, indent=2))
+        found = predict_text(predictor, plain["text"])
+        print(printable(json.dumps(found, ensure_ascii=False, indent=2), json=True))
         return
     output = Path(plain["output"]) if "output" in plain else None
     count = predict_file(predictor, Path(plain["input"]), output)
@@ -285,7 +287,7 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
             print(f"{folder}: the files of PEFT")
     refused = {name: found for name in engines if (found := engine_problems(folder, name))}
     for name in engines:
-        print(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
+        say(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
     if refused:
         raise UserError(f"{folder} is not for {', '.join(refused)}, for the reasons above.")
 
@@ -304,7 +306,7 @@ def _import(plain: dict[str, str], overrides: list[str]) -> None:
     module = import_adapter(source, output, overrides, alpha=alpha, parts=parts)
     print(f"new adapter: {output}")
     if module.adapter is not None:
-        print(module.adapter.summary())
+        say(module.adapter.summary())
 
 
 def _none_but_known(verb: str, others: list[str]) -> None:

@@ -27,6 +27,12 @@ from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimCo
 CONFIG_MODULE = "lora_lightning.conf"
 CONFIG_NAME = "train"
 METHODS = ("lora", "full")
+KNOWN_TARGETS = re.compile(
+    r"lightning\.(pytorch|fabric)\.(callbacks|loggers|strategies|plugins|profilers|accelerators)\."
+    r"|lora_lightning\.(callbacks|retention|strategies|zero)\."
+    r"|torch\.optim\.|transformers\.(optimization\.|get_scheduler$)"
+)
+"""Where the classes are that a saved config may build without being typed again."""
 
 
 @dataclass
@@ -293,6 +299,71 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
             f"cannot build {key} from its _target_ {node._target_}: "
             f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
         ) from error
+
+
+def refuse_targets(config: DictConfig, typed: list[str], source: str) -> list[str]:
+    """Refuses a saved config that builds what neither Lightning nor this package has.
+
+    Such a class is code that the folder's owner chose; the caller types it again to allow it.
+
+    Args:
+        config: as it was saved.
+        typed: overrides of this command line.
+        source: the folder as it was typed, for the message.
+
+    Returns:
+        What was typed and is no class that the config builds.
+
+    Raises:
+        UserError: a class is neither known nor typed.
+    """
+    asked = targets_of_others(config)
+    if again := [item for item in asked if item not in typed]:
+        key, _, name = again[0].partition("._target_=")
+        raise UserError(
+            f"{source}: its config builds {key} from {name}, which is not a class of Lightning, "
+            "torch.optim or lora_lightning. It may be code of somebody else. If it is yours, type "
+            f"it again: {source} {' '.join(again)}"
+        )
+    return [item for item in typed if item not in asked]
+
+
+def targets_of_others(config: DictConfig) -> list[str]:
+    """The `KEY._target_=CLASS` of a config whose classes are not of Lightning, torch or ours.
+
+    Raises:
+        UserError: an interpolation cannot be resolved.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+
+    def walk(node: Any, key: str) -> list[str]:
+        if isinstance(node, list):
+            return [item for i, part in enumerate(node) for item in walk(part, f"{key}{i}.")]
+        if not isinstance(node, dict):
+            return []
+        target = node.get("_target_")
+        own = [f"{key}_target_={target}"] if target is not None and not _is_known(target) else []
+        return own + [item for name, part in node.items() for item in walk(part, f"{key}{name}.")]
+
+    return walk(plain, "")
+
+
+def _is_known(target: Any) -> bool:
+    """Whether a `_target_` is a class that a resumed run may build."""
+    if not isinstance(target, str) or not KNOWN_TARGETS.match(target):
+        return False
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(target)
+    except Exception:
+        return False
+    home = f"{getattr(found, '__module__', '')}."  # a module's attributes may be of any other
+    schedule = home == "transformers.optimization." and callable(found)
+    return bool(schedule or (isinstance(found, type) and KNOWN_TARGETS.match(home)))
 
 
 def read_config(path: Path) -> DictConfig:

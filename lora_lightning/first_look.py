@@ -14,6 +14,7 @@ from .lora import LoraConfig, UserError
 from .lora.eva import Start, start_from_data
 from .lora.state import from_peft_config, read_adapter
 from .tasks import Task, to_device
+from .untrusted import arguments_from_file
 
 LAYERS = ("targets", "exclude", "layers", "layers_pattern")
 RANKS = ("rank", "alpha", "alpha_ratio", "scale", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -77,7 +78,8 @@ def found_before(source: str, config: LoraConfig) -> LoraConfig:
         config: what else the adapter is to be.
     """
     if source.endswith(".ckpt"):
-        found = LoraConfig(**read_checkpoint(source)["hyper_parameters"]["lora"])
+        saved = arguments_from_file(read_checkpoint(source).get("hyper_parameters", {}), source)
+        found = LoraConfig(**saved.get("lora") or {})
     else:
         found = from_peft_config(read_adapter(source)[0])
     return replace(

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .checkpoint import read_checkpoint
@@ -23,6 +24,7 @@ from .quiet import quiet_libraries
 from .settings import DataConfig
 from .storage import base_fingerprint, save_trained
 from .tasks import build_task
+from .untrusted import arguments_from_file, check_plain, refuse_links, settings_from_file
 
 TASKS = {"SEQ_CLS": "sentiment", "SEQ_2_SEQ_LM": "summarization"}
 """Tasks by PEFT's types of them, where there is but one."""
@@ -102,11 +104,10 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
     own = content.get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     if not {"task", "model", "lora", "optim", "seed", "task_state"} <= own.keys():
         raise UserError(f"{path} is no checkpoint of lora_lightning.")
-    run = path.parent.parent / ".hydra" / "config.yaml"
-    data = saved_settings(read_config(run))["data"] if run.is_file() else asdict(DataConfig())
+    own = arguments_from_file(own, path)
     lora = {"method": "full"} if own["lora"] is None else {**own["lora"], "method": "lora"}
-    groups = {"model": own["model"], "task": own["task"], "data": data, "lora": lora}
-    config = over_saved({**groups, "optim": own["optim"]}, overrides)
+    groups = {"model": own["model"], "task": own["task"], "optim": own["optim"], "lora": lora}
+    config = over_saved({**groups, "data": _data_of_run(path)}, overrides)
     settings = settings_of(config)
     module = LoraModule(
         settings.task,
@@ -121,15 +122,27 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
     return module, config
 
 
+def _data_of_run(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the data of a checkpoint's run, where that run's config is there."""
+    path = checkpoint.parent.parent / ".hydra" / "config.yaml"
+    if not path.is_file():
+        return asdict(DataConfig())
+    config = OmegaConf.to_container(read_config(path), resolve=False)
+    assert isinstance(config, dict)
+    return settings_from_file({"data": config.get("data") or {}}, path)["data"]
+
+
 def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
     """A PEFT adapter, on the base that its config names where the call names none."""
     checkpoints = sorted(folder.glob("*.ckpt"))
     if checkpoints and not (folder / CONFIG_NAME).is_file():
         raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
+    refuse_links(folder)
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
     chosen = _chosen(overrides)
     kind, base = raw.get("task_type"), raw.get("base_model_name_or_path")
+    check_plain([kind, base], f"{folder / CONFIG_NAME}")
     told = [f"task={TASKS[kind]}"] if "task" not in chosen and kind in TASKS else []
     config = compose_config([*told, *overrides])
     if isinstance(base, str) and not chosen & {"model", "model.name_or_path"}:

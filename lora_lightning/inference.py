@@ -33,6 +33,8 @@ from .storage import (
     save_tokenizer,
 )
 from .tasks import build_task, to_device
+from .terminal import printable
+from .untrusted import refuse_links
 from .vocabulary import refuse_unknown
 
 
@@ -241,7 +243,8 @@ def _write_predictions(
             predictions = predictor(chunk, first=start + 1)
             for row, prediction in zip(chunk, predictions, strict=True):
                 line = {**row, "prediction": prediction}
-                handle.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                text = json.dumps(line, ensure_ascii=False, default=str)
+                handle.write(printable(text, json=True) + "\n")
             handle.flush()
             bar.update(len(chunk))
     return len(rows)
@@ -254,6 +257,7 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         The largest difference of a logit between the adapter model and the merged model as it
         stands on disk, over a few texts.
     """
+    refuse_links(Path(folder))
     module = _unquantised(Path(folder), model or {})
     if module.adapter is None:
         raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +39,7 @@ def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO
         yield _HELD[folder]
         return
     try:
-        handle = (folder / LOCK).open("wb")
+        handle = _open(folder, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from None
     with handle:
@@ -58,10 +61,25 @@ def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO
 def is_abandoned(folder: Path) -> bool:
     """Whether a folder was locked once and is so no more."""
     try:
-        with (folder / LOCK).open("rb") as handle:
+        with _open(folder, os.O_RDONLY) as handle:
             return _take(handle)
     except OSError:
         return False
+
+
+def _open(folder: Path, flags: int) -> IO[bytes]:
+    """Opens a folder's lock file as it is; whoever made the folder may have put a link there.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    path = folder / LOCK
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither is on Windows
+    handle = os.fdopen(os.open(path, flags, 0o666), "rb")
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return handle
 
 
 def _take(handle: IO[bytes]) -> bool:

@@ -19,6 +19,7 @@ from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
+from .untrusted import ATTENTION, refuse_links
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -57,6 +58,7 @@ def resolve(
                 f"{option}: {path} holds no {' or '.join(markers)}, so it is no Hugging Face "
                 "folder of that kind. Give another folder, or a hub name such as org/model."
             )
+        refuse_links(path)
         return str(path.resolve())
     local = in_package or path.is_absolute() or name_or_path.startswith((".", "~"))
     if local or path.is_file():
@@ -187,14 +189,30 @@ def max_positions(model_config: Any) -> int | None:
 
 def load_model_config(config: ModelConfig) -> Any:
     """The base model's transformers config, without its weights."""
+    return _config_and_kernels(config)[0]
+
+
+def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
+    """The config, and whether attention kernels that its file names were taken out of it."""
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
-        return AutoConfig.from_pretrained(
+        loaded = AutoConfig.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+    others = _has_kernels_of_others(loaded)
+    if others:
+        loaded._attn_implementation = config.attn_implementation
+    return loaded, others
+
+
+def _has_kernels_of_others(model_config: Any) -> bool:
+    """Whether a base's config names attention that transformers would fetch as code."""
+    parts = [getattr(model_config, name, None) for name in getattr(model_config, "sub_configs", ())]
+    named = getattr(model_config, "_attn_implementation", None)
+    return named not in (None, *ATTENTION) or any(map(_has_kernels_of_others, filter(None, parts)))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -219,7 +237,7 @@ def _from_pretrained(
     """The model in train mode, and the names of the parameters its checkpoint did not have."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
-        model_config = load_model_config(config)
+        model_config, without_kernels = _config_and_kernels(config)
         if wants_skeletons():
             model = build_skeleton(auto_class, model_config, config, kwargs.get("id2label"))
             return _ready_to_train(model, config), []
@@ -230,6 +248,12 @@ def _from_pretrained(
             shards,
             trust_remote_code=config.trust_remote_code,
         )
+        if without_kernels:
+            # The file's choice would win over an argument; with a config labels are no arguments.
+            for key in ("num_labels", "id2label", "label2id"):
+                if key in kwargs:
+                    setattr(model_config, key, kwargs.pop(key))
+            kwargs["config"] = model_config
         model, info = auto_class.from_pretrained(
             resolve(config.name_or_path),
             revision=config.revision,
@@ -299,6 +323,11 @@ def _loading(name: str, what: str) -> Iterator[None]:
         if not known and "safetensor" not in type(error).__name__.lower():
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if "custom code which must be executed" in reason[0]:
+            raise UserError(
+                f"cannot load the {what} of {name!r}: it comes with Python code of its own, which "
+                "is not run. If you trust its source, type model.trust_remote_code=true."
+            ) from None
         files = "config.json, tokenizer files and model.safetensors"
         needs = "config.json (lora-lightning plan needs no more)" if what == "config" else files
         raise UserError(

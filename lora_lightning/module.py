@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from .checkpoint import check_optimizer
+from .checkpoint import check_optimizer, read_checkpoint
 from .combinations import refuse_combinations
 from .first_look import found_before, look
 from .forward import check_packing, compile_layers, offloaded_activations
@@ -41,8 +44,13 @@ from .strategies import (
     sum_over_ranks,
 )
 from .tasks import Task, build_task
+from .terminal import say
+from .untrusted import arguments_from_file
 from .vocabulary import token_ids
 from .warm_start import load_values, values_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RANKS = "data_ranks"
 """In a checkpoint: how many processes saw different rows."""
@@ -91,7 +99,13 @@ class LoraModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold the adapter alone; load_state_dict checks
         self.task = build_task(task) if isinstance(task, dict) else task
         if task_state is not None:
-            self.task.restore(task_state)
+            try:
+                self.task.restore(task_state)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"task_state is not that of task={self.task.name}: {error!r}. Use the "
+                    "checkpoint as its run has written it."
+                ) from None
         self.model_config = (
             ModelConfig(**model) if isinstance(model, dict) else model or ModelConfig()
         )
@@ -277,7 +291,7 @@ class LoraModule(L.LightningModule):
         self._check_types()
         if self.model_config.quantization is not None and self.trainer.is_global_zero:
             assert self.model is not None
-            print(experts_left(self.model), end="", file=sys.stderr)
+            say(experts_left(self.model), end="", file=sys.stderr)
         if self.trainer.world_size > 1:
             with self.whole_adapter():
                 broadcast(self.trainable_tensors().values())
@@ -495,6 +509,38 @@ class LoraModule(L.LightningModule):
         if self._from_data is not None:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["lora"] = asdict(self._from_data)
         checkpoint[RANKS] = data_ranks(self.trainer)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **changes: Any
+    ) -> Self:
+        """Builds a module from a checkpoint that may be somebody else's, and loads its values.
+
+        Settings of the file are checked as those beside an adapter are: they cannot say
+        `trust_remote_code`. What is given here can: `model={"trust_remote_code": True}`.
+
+        Args:
+            checkpoint_path: the .ckpt.
+            map_location: where the module goes.
+            changes: further arguments of Lightning's method and of the class. A dict changes the
+                settings that it names; an object replaces them.
+
+        Raises:
+            UserError: the file is damaged, or holds settings that a run does not write.
+        """
+        content = read_checkpoint(checkpoint_path)
+        ours = inspect.signature(LoraModule.__init__).parameters
+        settings = arguments_from_file(
+            content.pop(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}),
+            checkpoint_path,
+            typed=changes,
+            added=[name for name in inspect.signature(cls.__init__).parameters if name not in ours],
+        )
+        checked = BytesIO()
+        kept = {"state_dict": content["state_dict"], "pytorch-lightning_version": L.__version__}
+        torch.save(kept, checked)
+        checked.seek(0)
+        return super().load_from_checkpoint(checked, map_location, **settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("task_state")

@@ -15,6 +15,7 @@ from .data.datamodule import LoraDataModule
 from .module import LoraModule
 from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
+from .terminal import say
 
 FEW_STEPS = 20
 """Fewer optimizer steps than these hardly teach anything: a user is told."""
@@ -126,4 +127,4 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
             f"Only {result['steps']} optimizer steps were taken: for more, a smaller "
             "data.batch_size or a larger trainer.max_epochs.",
         )
-    print("\n" + "\n".join(lines), flush=True)
+    say("\n" + "\n".join(lines), flush=True)

@@ -20,11 +20,14 @@ from .config import (
     compose_config,
     explain,
     read_config,
+    refuse_targets,
     register_schemas,
     settings_of,
     sweep_choices,
 )
+from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
+from .terminal import say
 from .usage import FULL_ERROR
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
@@ -240,7 +243,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
             raise
         raise UserError(explain(error)) from None
     except SweepError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         sys.argv = whole
@@ -274,13 +277,9 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 
 def _resume(folder: str, others: list[str]) -> None:
     run_dir = Path(folder).expanduser().resolve()
-    refused = [other for other in others if not re.match(RESUMES_WITH, other)]
-    if refused:
-        raise UserError(
-            f"resume={folder} goes on with the run's own config and takes no other settings than "
-            f"where it trains (trainer=, trainer.devices= and the like): leave out "
-            f"{' '.join(refused)}."
-        )
+    typed = [other for other in others if "._target_=" in other]
+    others = [other for other in others if other not in typed]
+    _refuse_settings(folder, others)
     if run_dir.is_file():
         raise UserError(
             f"resume={folder} is a file: give the folder of the run, which knows its last "
@@ -302,11 +301,25 @@ def _resume(folder: str, others: list[str]) -> None:
     if _is_complete(run_dir):
         return
     config.output_dir = str(run_dir)
+    if OWN_CONFIG not in os.environ:
+        others += refuse_targets(config, typed, f"resume={folder}")
+        _refuse_settings(folder, others)
     if others:
         asked = compose_config(others)
         for key in ("accelerator", "devices", "num_nodes", "strategy"):
             config.trainer[key] = asked.trainer[key]
     train(config, resume=True)
+
+
+def _refuse_settings(folder: str, others: list[str]) -> None:
+    """Raises UserError for settings of a run that goes on which do not say where it trains."""
+    refused = [other for other in others if not re.match(RESUMES_WITH, other)]
+    if refused:
+        raise UserError(
+            f"resume={folder} goes on with the run's own config and takes no other settings than "
+            f"where it trains (trainer=, trainer.devices= and the like): leave out "
+            f"{' '.join(refused)}."
+        )
 
 
 def _is_complete(run_dir: Path) -> bool:

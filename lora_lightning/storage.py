@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
 from .module import LoraModule
-from .settings import OWN_GROUPS
+from .untrusted import check_task_state, settings_from_file
 
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
@@ -35,8 +36,6 @@ RUN_ENTRIES = (
     *(".hydra", RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Implementations that transformers has itself; other names are those of repositories of code."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
@@ -166,30 +165,10 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         groups = [content["settings"][group] for group in ("model", "task", "lora", "data")]
         if not all(isinstance(part, dict) for part in (*groups, content["task_state"])):
             raise TypeError("settings and task_state must be objects")
-        content["settings"] = _harmless(content["settings"])
-        for key, value in content["task_state"].items():
-            parts = value if isinstance(value, list) else [value]
-            if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
-                raise TypeError(f"task_state.{key} must be plain")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(folder, error) from None
-    return dict(content)
-
-
-def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that came with an adapter, without what its maker must not decide for its user.
-
-    That is what would run code or write files: classes to build, a model's own code, attention
-    kernels from the hub, interpolations (which read the environment), the place of the cache.
-    """
-    kept = {group: dict(settings[group]) for group in OWN_GROUPS if group in settings}
-    if "${" in json.dumps(kept):
-        raise TypeError("settings must be plain values")
-    for group, key in (("model", "trust_remote_code"), ("data", "cache_dir")):
-        kept[group].pop(key, None)
-    if kept["model"].get("attn_implementation") not in ATTENTION:
-        kept["model"].pop("attn_implementation", None)
-    return kept
+    check_task_state(content["task_state"], path)
+    return {**content, "settings": settings_from_file(content["settings"], path)}
 
 
 @contextmanager
@@ -237,9 +216,9 @@ def writable(run_dir: Path) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
+        probe, path = tempfile.mkstemp(prefix=".writable-", dir=run_dir)  # follows no link
+        os.close(probe)
+        os.unlink(path)
         free = shutil.disk_usage(run_dir).free
     except OSError as error:
         raise UserError(f"output_dir={run_dir} cannot be written: {error}.") from None

@@ -21,6 +21,7 @@ from .lora.state import (
     write_files,
 )
 from .storage import SIDECAR, digest, refuse_quantised
+from .untrusted import refuse_links
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
@@ -94,10 +95,10 @@ def write_like(
     first: Path, output: Path, tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> None:
     """Writes an adapter folder with what else is in `first`: tokenizer, settings of the task."""
+    refuse_links(first)
     with replaced_folder(output, marker=CONFIG_NAME) as staging:
         for path in first.iterdir():
             if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
-                _refuse_way_out(path)
                 shutil.copyfile(path, staging / path.name)
         write_files(staging, config, tensors)
         if (staging / SIDECAR).is_file():
@@ -106,26 +107,13 @@ def write_like(
             (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 
 
-def _refuse_way_out(path: Path) -> None:
-    """Raises UserError for a link in an adapter folder to a file elsewhere, as a trap would have.
-
-    The hub's cache is all links, from snapshots/REVISION to blobs beside it.
-    """
-    folder, real = path.parent.resolve(), path.resolve()
-    cached = folder.parent.name == "snapshots" and real.parent == folder.parents[1] / "blobs"
-    if real.parent != folder and not cached:
-        raise UserError(
-            f"{path} is a link to {real}, outside of the adapter's folder: it is not copied. Take "
-            "it away, or put the file itself in its place."
-        )
-
-
 def copy_adapter(folder: Path, output: Path) -> None:
     """Writes the two files of PEFT, read and checked, and nothing else.
 
     Raises:
         UserError: the folder holds no LoRA adapter, or one that is damaged.
     """
+    refuse_links(folder)
     raw, tensors = read_adapter(folder)
     refuse_quantised(folder)  # the files alone would not tell
     from_peft_config(raw)

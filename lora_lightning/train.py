@@ -24,6 +24,7 @@ from .config import (
     config_hash,
     saved_settings,
     settings_of,
+    targets_of_others,
 )
 from .data.datamodule import LoraDataModule
 from .earlier import continue_csv, earlier_result, last_checkpoint, refuse_used_folder
@@ -63,11 +64,16 @@ class Interrupted(KeyboardInterrupt):
     Args:
         run_dir: its folder.
         signum: number of the signal.
+        config: the run's.
     """
 
-    def __init__(self, run_dir: Path, signum: int) -> None:
+    def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
         begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
-        super().__init__(f"interrupted. To go on{begins}: lora-lightning train resume={run_dir}")
+        again: list[str] = []
+        with suppress(UserError):  # an interpolation that this process cannot resolve
+            again = targets_of_others(config)
+        command = " ".join([f"train resume={run_dir}", *again])
+        super().__init__(f"interrupted. To go on{begins}: lora-lightning {command}")
         self.signum = signum
 
 
@@ -142,10 +148,10 @@ def _run_to_its_end(
         result["objective"] = None
     except Stopped as stop:
         result["status"] = "interrupted"
-        raise Interrupted(run_dir, stop.signum) from None
+        raise Interrupted(run_dir, stop.signum, config) from None
     except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
         result["status"] = "interrupted"
-        raise Interrupted(run_dir, signal.SIGINT) from None
+        raise Interrupted(run_dir, signal.SIGINT, config) from None
     except BaseException as error:
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]

@@ -9,6 +9,7 @@ from .lora import Adapter, LoraConfig, UserError
 from .lora.copies import without_copies
 from .lora.state import read_adapter
 from .settings import ModelConfig
+from .untrusted import arguments_from_file
 
 
 def load_values(adapter: Adapter, folder: str) -> None:
@@ -42,7 +43,7 @@ def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> d
         UserError: they do not.
     """
     content = read_checkpoint(checkpoint)
-    theirs = content.get("hyper_parameters", {})
+    theirs = arguments_from_file(content.get("hyper_parameters", {}), checkpoint)
     refuse_other_tokens(checkpoint, theirs.get("model", {}), model)
     refuse_other_start(checkpoint, theirs, model, lora)
     return dict(content["state_dict"])

@@ -195,12 +195,16 @@ def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, t
 # Killed for good ---------------------------------------------------------------------------------
 
 
+OWN = f"callbacks.die._target_={__name__}.Die"
+"""A class of nobody that resume knows: it wants to be typed again."""
+
+
 @pytest.fixture(scope="module")
 def killable(tiny_bert, rows_jsonl):
     """Arguments of a run that saves now and then and dies where DIE_AT says."""
 
     def arguments(output: Path) -> list[str]:
-        die = [f"+callbacks.die._target_={__name__}.Die", "callbacks.last.every_n_steps=4"]
+        die = [f"+{OWN}", "callbacks.last.every_n_steps=4"]
         return ["train", *settings(tiny_bert, rows_jsonl, output, *die)]
 
     return arguments
@@ -244,7 +248,7 @@ def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
     assert _in_fork(killable(run_dir), {"DIE_AT": moment}) == -signal.SIGKILL
     assert (run_dir / "adapter").exists() == (moment == "test")
     assert (run_dir / "checkpoints" / "last.ckpt").exists() == (moment != "train:3")
-    status, _, errors = run_cli("train", f"resume={run_dir}")
+    status, _, errors = run_cli("train", f"resume={run_dir}", OWN)
     assert (status, errors) == (0, ""), errors
     assert outcome(run_dir) == uninterrupted
 
@@ -252,11 +256,11 @@ def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
 def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
     run_dir = tmp_path / "run"
     assert _in_fork(killable(run_dir), {"DIE_AT": "train:14"}) == -signal.SIGKILL
-    again = _in_fork(["train", f"resume={run_dir}"], {"DIE_AT": "train:25"})
+    again = _in_fork(["train", f"resume={run_dir}", OWN], {"DIE_AT": "train:25"})
     assert again == -signal.SIGKILL
-    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
-    status, out, _ = run_cli("train", f"resume={run_dir}")
+    status, out, _ = run_cli("train", f"resume={run_dir}", OWN)
     assert status == 0
     assert "nothing to resume" in out
     assert outcome(run_dir) == uninterrupted
@@ -270,11 +274,11 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     if moment != "test":
         arguments.append("test_before=true")
     assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
-    told = f"interrupted. To go on: lora-lightning train resume={run_dir}\n"
+    told = f"interrupted. To go on: lora-lightning train resume={run_dir} {OWN}\n"
     assert errors.read_text() == told
     stopped = json.loads((run_dir / "result.json").read_text())
     assert stopped["status"] == "interrupted"
-    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
     resumed = json.loads((run_dir / "result.json").read_text())
     retained = resumed["before"].pop("val/retained_similarity")  # is in the checkpoint
@@ -298,5 +302,5 @@ def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path)
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert run_cli("train", f"resume={run_dir}")[0] == 0
+    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted

@@ -5,6 +5,7 @@ Files are damaged and forged in many ways; nothing but our own error ever comes 
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -12,25 +13,43 @@ import pickle
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from lora_lightning.callbacks import BestCheckpoint
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.combine import combine_adapters
-from lora_lightning.config import compose_config
-from lora_lightning.evaluate import evaluate
-from lora_lightning.inference import load_trained
+from lora_lightning.config import compose_config, read_config, settings_of
+from lora_lightning.evaluate import evaluate, predictor_for
+from lora_lightning.imported import import_adapter
+from lora_lightning.inference import load_trained, merge
+from lora_lightning.launch.queue import Job
+from lora_lightning.launch.table import JobTable
+from lora_lightning.lock import is_abandoned
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.storage import SIDECAR, read_sidecar
-from lora_lightning.stored import Stored
+from lora_lightning.modeling import load_classifier, load_tokenizer
+from lora_lightning.module import LoraModule
+from lora_lightning.portable import write_canonical
+from lora_lightning.settings import ModelConfig
+from lora_lightning.storage import SIDECAR, read_sidecar, undone_on_mistake
+from lora_lightning.stored import Stored, copy_adapter
+from lora_lightning.tasks import build_task
+from lora_lightning.terminal import printable
 from lora_lightning.train import train
+from lora_lightning.untrusted import arguments_from_file
+from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FUZZ = settings(
@@ -214,6 +233,26 @@ def test_a_damaged_checkpoint(data, run, tmp_path):
         assert isinstance(read_checkpoint(path)["state_dict"], dict)
 
 
+@FUZZ
+@given(data=st.data())
+def test_forged_settings_in_a_checkpoint(data, run):
+    """A module is built from what passes, or our own error comes out."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    part = saved
+    while isinstance(part, dict) and part:
+        key = data.draw(st.sampled_from(sorted(part)))
+        if not isinstance(part[key], dict) or data.draw(st.booleans()):
+            part[key] = data.draw(JSON)
+            break
+        part = part[key]
+    saved.setdefault("model", {})
+    if isinstance(saved["model"], dict):
+        saved["model"]["trust_remote_code"] = True
+    with suppress(UserError):
+        module = LoraModule(**{"task": {}, **arguments_from_file(saved, "x.ckpt")})
+        assert not module.model_config.trust_remote_code
+
+
 class Payload:
     """Writes a file where it is unpickled."""
 
@@ -282,6 +321,237 @@ def test_an_adapter_cannot_read_the_environment(run, tmp_path):
         read_sidecar(folder)
 
 
+def evil_base(tiny_bert, folder: Path) -> Path:
+    """A base whose config is built by a Python file, which leaves a mark."""
+    shutil.copytree(tiny_bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    mark = folder.parent / "owned"
+    (folder / "configuration_evil.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+        "from transformers import BertConfig\n"
+        "class EvilConfig(BertConfig):\n    model_type = 'evil'\n"
+    )
+    return folder
+
+
+def forged_checkpoint(run: Path, path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a run's last.ckpt whose content a function has changed."""
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("way", ["import", "load_from_checkpoint", "adapter"])
+def test_checkpoint_that_allows_remote_code_runs_none(way, run, tiny_bert, tmp_path):
+    """Only what the user types allows it."""
+    base = str(evil_base(tiny_bert, tmp_path / "evil"))
+    model = {"name_or_path": base, "trust_remote_code": True, "tokenizer": str(tiny_bert)}
+    path = forged_checkpoint(
+        run, tmp_path / "evil.ckpt", lambda c: c["hyper_parameters"]["model"].update(model)
+    )
+    if way == "adapter":
+        values_of(str(path), ModelConfig(name_or_path=base), LoraConfig())
+        assert not (tmp_path / "owned").exists()
+        return
+
+    def use(trust: bool) -> None:
+        if way == "import":
+            typed = ["model.trust_remote_code=true"] * trust
+            import_adapter(path, tmp_path / "out", typed)
+        else:
+            changes = {"model": {"trust_remote_code": True}} if trust else {}
+            LoraModule.load_from_checkpoint(path, **changes)
+
+    with pytest.raises(UserError, match="trust_remote_code"):
+        use(trust=False)
+    assert not (tmp_path / "owned").exists()
+    with suppress(UserError):  # there is a config alone, and no model of it
+        use(trust=True)
+    assert (tmp_path / "owned").exists()
+
+
+def test_checkpoint_with_interpolation_is_refused(run, tmp_path, monkeypatch):
+    """An environment variable would end in a folder that is shared."""
+    monkeypatch.setenv("SECRET_TOK", "SECRET")
+    text = "x ${oc.env:SECRET_TOK}"
+    path = forged_checkpoint(
+        run, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["task"].update(text_column=text)
+    )
+    for use in (
+        lambda: import_adapter(path, tmp_path / "out", []),
+        lambda: LoraModule.load_from_checkpoint(path),
+        lambda: values_of(str(path), ModelConfig(), LoraConfig()),
+    ):
+        with pytest.raises(UserError, match=r"x.ckpt: task: settings must be plain .*\$\{"):
+            use()
+    assert not (tmp_path / "out").exists()
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config = folder / ".hydra" / "config.yaml"
+    config.parent.mkdir(exist_ok=True)
+    plain = OmegaConf.to_container(compose_config([]), resolve=False)
+    plain["data"]["path"] = text
+    config.write_text(OmegaConf.to_yaml(plain))
+    with pytest.raises(UserError, match="config.yaml: data: settings must be plain"):
+        import_adapter(folder / "checkpoints" / "last.ckpt", tmp_path / "out", [])
+    peft = Path(shutil.copytree(run / "adapter", tmp_path / "peft"))
+    raw = json.loads((peft / CONFIG).read_text())
+    (peft / CONFIG).write_text(json.dumps({**raw, "base_model_name_or_path": text}))
+    with pytest.raises(UserError, match="settings must be plain"):
+        import_adapter(peft, tmp_path / "out", ["task=sentiment"])
+
+
+@pytest.mark.parametrize("kind", ["sidecar", "checkpoint"])
+def test_task_name_that_is_a_path_composes_no_file(kind, run, tmp_path, monkeypatch):
+    evil = tmp_path / "evil.yaml"
+    evil.write_text("# @package _global_\nmodel:\n  trust_remote_code: true\n")
+    name = "../" * 30 + "." + str(evil.with_suffix(""))
+    path = forged_checkpoint(
+        run, tmp_path / "x.ckpt", lambda c: c["hyper_parameters"]["task"].update(name=name)
+    )
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
+    content = json.loads((folder / SIDECAR).read_text())
+    content["settings"]["task"]["name"] = name
+    (folder / SIDECAR).write_text(json.dumps(content))
+    asked: list[str] = []
+    monkeypatch.setattr("lora_lightning.config.compose_config", asked.extend)
+    uses = {
+        "checkpoint": lambda: import_adapter(path, tmp_path / "out", []),
+        "sidecar": lambda: predictor_for(folder, []),
+    }
+    with pytest.raises(UserError, match="there is no such task"):
+        uses[kind]()
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda own: own["model"].update(gradient_checkpointing="often"), "gradient_checkpointing"),
+        (lambda own: own["optim"].update(new_key=1), "new_key"),
+        (lambda own: own["optim"].update(options={"_target_": "os.system"}), "_target_"),
+        (lambda own: own.update(lora=[8]), "'lora' must be a mapping"),
+        (lambda own: own.update(seed="7"), "seed must be a whole number"),
+        (lambda own: own["task_state"].update(labels={"a": 1}), "task_state.labels must be plain"),
+    ],
+    ids=["type", "key", "target", "group", "seed", "state"],
+)
+def test_checkpoint_settings_off_the_list_are_refused(change, told, run, tmp_path):
+    path = forged_checkpoint(run, tmp_path / "x.ckpt", lambda c: change(c["hyper_parameters"]))
+    for use in (
+        lambda: import_adapter(path, tmp_path / "out", []),
+        lambda: LoraModule.load_from_checkpoint(path),
+    ):
+        with pytest.raises(UserError, match=told):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("..", "names"),
+        ("/elsewhere/..", "names"),
+        ("last.ckpt", "names"),
+        ("config.yaml", "names"),
+        (".best-step-1.ckpt", "names"),
+        (7, "names"),
+    ],
+)
+@pytest.mark.parametrize("key", ["best_k_models", "kth_best_model_path", "best_model_path"])
+def test_best_checkpoint_of_another_name_is_refused(name, told, key, tmp_path):
+    """Lightning deletes what stands there, a whole folder too, at the next better validation."""
+    callback = BestCheckpoint(dirpath=str(tmp_path), filename="best-step-{step}")
+    good = {
+        **{"best_model_score": 1.0, "kth_value": 1.0, "current_score": 1.0, "dirpath": "/old"},
+        "best_model_path": "/old/best-step-4.ckpt",
+        "kth_best_model_path": "/old/best-step-4.ckpt",
+        "best_k_models": {"/old/best-step-4.ckpt": 1.0},
+        "last_model_path": "",
+    }
+    callback.load_state_dict(good)
+    assert callback.best_k_models == {str(tmp_path / "best-step-4.ckpt"): 1.0}
+    forged = {**good, key: {name: 1e9} if key == "best_k_models" else name}
+    with pytest.raises(UserError, match=told):
+        callback.load_state_dict(forged)
+    assert callback.best_model_path == str(tmp_path / "best-step-4.ckpt")
+    with pytest.raises(UserError, match="score"):
+        callback.load_state_dict({**good, "kth_value": "1"})
+
+
+def test_resume_of_a_forged_checkpoint_deletes_nothing(fast, tiny_bert, rows_jsonl, tmp_path):
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    asked = [*fast, *where, "trainer.max_epochs=1", f"output_dir={tmp_path / 'run'}"]
+    train(compose_config(asked))
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (v for k, v in content["callbacks"].items() if k.startswith("BestCheckpoint"))
+    state |= {"best_k_models": {"..": 1e9}, "kth_best_model_path": ".."}
+    state |= {"kth_value": 1e9, "best_model_score": 1e9}
+    torch.save(content, last)
+    before = set((tmp_path / "run").rglob("*.ckpt"))
+    result = tmp_path / "run" / "result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "status": "running"}))
+    with pytest.raises(UserError, match="names '..' as one of the best checkpoints"):
+        train(compose_config([*asked, "trainer.max_epochs=2"]), resume=True)
+    assert before <= set((tmp_path / "run").rglob("*.ckpt"))
+
+
+EVIL = ("os.system", "pathlib.Path.touch", "lightning.pytorch.callbacks.Callback.os.system")
+EVIL += ("lightning.pytorch.callbacks.callback.torch.load", "lightning.pytorch.cli.LightningCLI")
+EVIL += ("transformers.AutoConfig.from_pretrained", "torch.optim.adam.torch.load")
+
+
+@pytest.mark.parametrize("target", EVIL)
+def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp_path):
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    config = OmegaConf.to_container(compose_config([f"output_dir={folder}"]), resolve=False)
+    saved = folder / ".hydra" / "config.yaml"
+    saved.write_text(OmegaConf.to_yaml(config))
+    from lora_lightning.config import refuse_targets, targets_of_others
+
+    assert targets_of_others(read_config(saved)) == []
+    config["callbacks"]["early_stopping"]["deep"] = [{"_target_": target}]
+    saved.write_text(OmegaConf.to_yaml(config))
+    item = f"callbacks.early_stopping.deep.0._target_={target}"
+    status, _, err = run_cli("train", f"resume={folder}")
+    assert status == 2
+    assert " ".join(err.split()).endswith(f"type it again: resume={folder} {item}")
+    assert refuse_targets(read_config(saved), [item], "resume=X") == []
+    idle = "callbacks.mine._target_=os.system"
+    assert (
+        run_cli("train", f"resume={folder}", item, idle)[2].strip().endswith(f"leave out {idle}.")
+    )
+    config["callbacks"]["early_stopping"]["deep"] = f"${{oc.create:'{{_target_: {target}}}'}}"
+    saved.write_text(OmegaConf.to_yaml(config))
+    assert run_cli("train", f"resume={folder}")[0] == 2
+
+
+def test_report_of_others_reads_no_environment(tmp_path, monkeypatch, run_cli):
+    """Nor where the interpolation is escaped; one to another setting is resolved as ever."""
+    monkeypatch.setenv("SECRET_TOK", "SECRET")
+    for job, monitor in enumerate(["val/${oc.env:SECRET_TOK}", "val/\\${oc.env:SECRET_TOK}"]):
+        folder = tmp_path / "sweep" / str(job)
+        (folder / ".hydra").mkdir(parents=True)
+        config = OmegaConf.to_container(compose_config([]), resolve=False)
+        config["task"]["monitor"] = monitor
+        config["lora"]["alpha"] = "${lora.rank}"
+        config["model"]["revision"] = "${oc.env:SECRET_TOK}"
+        (folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        (folder / ".hydra" / "overrides.yaml").write_text("['tags=[${oc.env:SECRET_TOK}]']")
+        (folder / "result.json").write_text('{"status": "completed", "objective": 0.5}')
+    status, out, err = run_cli("report", str(tmp_path / "sweep"))
+    assert (status, err) == (0, "")
+    assert "SECRET_TOK" in out
+    with (tmp_path / "sweep" / "results.csv").open(newline="") as handle:
+        assert {row["scale"] for row in csv.DictReader(handle)} == {"1.0"}, "alpha is the rank"
+    written = [path.read_text() for path in (tmp_path / "sweep").glob("re*.*")]
+    assert len(written) == 3
+    assert not re.search("SECRET(?!_TOK)", "".join([out, *written]))
+
+
 def test_a_rank_that_the_file_does_not_have_takes_no_memory(model, adapter, tmp_path):
     folder = with_config(adapter, tmp_path / "forged", r=10**9)
     with pytest.raises(UserError, match="rank"):
@@ -339,15 +609,36 @@ def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_pat
         assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
 
 
-def test_a_link_out_of_an_adapter_is_not_followed(run, tmp_path):
-    """combine copies what lies beside the weights: a link would carry a file of the user's away."""
+@pytest.mark.parametrize("verb", ["merge", "combine", "export", "canonical", "import", "base"])
+def test_a_link_out_of_a_folder_is_not_followed(verb, run, tiny_bert, rows_jsonl, tmp_path):
+    """What is beside the weights is written on: a link would carry a file of the user's away."""
     secret = tmp_path / "secret"
     secret.write_text("PRIVATE")
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
-    (folder / "notes.txt").symlink_to(secret)
-    with pytest.raises(UserError, match="notes.txt is a link to .*secret"):
-        combine_adapters([folder, folder], tmp_path / "out", weights=[1.0, 1.0])
-    assert not (tmp_path / "out").exists()
+    base = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
+    out = tmp_path / "out"
+
+    def link(name: str) -> None:
+        path = (base if verb == "base" else folder) / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(secret)
+
+    link("chat_template.jinja")
+    fresh = compose_config([f"model.name_or_path={base}", f"data.train={rows_jsonl}"])
+    uses = {
+        "merge": lambda: merge(folder, out),
+        "combine": lambda: combine_adapters([folder, folder], out, weights=[1.0, 1.0]),
+        "export": lambda: copy_adapter(folder, out),
+        "canonical": lambda: write_canonical(folder, out),
+        "import": lambda: import_adapter(folder, out, [f"model.name_or_path={tiny_bert}"]),
+        "base": lambda: load_tokenizer(settings_of(fresh).model),
+    }
+    with pytest.raises(UserError, match="chat_template.jinja is a link to .*secret"):
+        uses[verb]()
+    assert not out.exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(run, tmp_path):
     cache = tmp_path / "models--me--adapter"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots" / "abc").mkdir(parents=True)
@@ -356,6 +647,59 @@ def test_a_link_out_of_an_adapter_is_not_followed(run, tmp_path):
         (cache / "snapshots/abc" / path.name).symlink_to(f"../../blobs/blob-{path.name}")
     combine_adapters([cache / "snapshots/abc"], tmp_path / "out", weights=[1.0])
     assert (tmp_path / "out" / SIDECAR).is_file()
+
+
+def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    victims = [tmp_path / "one", tmp_path / "two"]
+    for victim, name in zip(victims, (".lock", ".writable"), strict=True):
+        victim.write_text("PRECIOUS")
+        (folder / name).symlink_to(victim)
+    with pytest.raises(UserError, match=r"cannot be written.*\.lock"), undone_on_mistake(folder):
+        pass
+    assert not is_abandoned(folder)
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")  # which would never open
+    with pytest.raises(UserError, match="it is no file"), undone_on_mistake(folder):
+        pass
+    assert not is_abandoned(folder)
+    (folder / ".lock").unlink()
+    (folder / ".lock").write_text("kept")
+    with undone_on_mistake(folder):
+        assert (folder / ".lock").read_text() == "kept"
+    assert is_abandoned(folder)
+    assert [victim.read_text() for victim in victims] == ["PRECIOUS"] * 2
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_of_the_hub_are_not_a_bases_to_choose(key, tiny_bert, tmp_path, monkeypatch):
+    """Nor "eager" in its place, which is the base's to choose; a typed name is asked for."""
+    asked: list[str] = []
+
+    def check(self, name, *others, **kwargs):
+        asked.append(str(name))
+        return usual(self, name if name in ("eager", "sdpa") else "sdpa", *others, **kwargs)
+
+    usual = PreTrainedModel._check_and_adjust_attn_implementation
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+    base = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(base)))
+
+    def attention_of(stored: str, typed: str | None = None) -> str:
+        (base / "config.json").write_text(json.dumps({**config, key: stored}))
+        settings = ModelConfig(name_or_path=str(base), attn_implementation=typed)
+        model = load_classifier(settings, tokenizer, ["no", "yes"])[0]
+        assert model.config.id2label == {0: "no", 1: "yes"}
+        return model.config._attn_implementation
+
+    assert attention_of("evil/kernel") == "sdpa"
+    assert set(asked) <= {"None", "sdpa"}
+    assert attention_of("eager") == "eager"
+    attention_of("evil/kernel", typed="mine/kernel")
+    assert "mine/kernel" in asked
+    assert "evil/kernel" not in asked
 
 
 def test_a_token_of_the_environment_is_written_nowhere(
@@ -375,3 +719,111 @@ def test_a_token_of_the_environment_is_written_nowhere(
     }
     assert not [path for path in files if b"SECRET" in path.read_bytes()]
     assert "SECRET" not in "".join(map(str, (*said, *failed)))
+
+
+# Control characters and markup -------------------------------------------------------------------
+
+ATTACK = "\x1b]52;c;cHduZWQ=\x07\x9b2J\u202e"
+SHOWN = r"\x1b]52;c;cHduZWQ=\x07\x9b2J\u202e"
+
+
+def test_printable_escapes_what_a_terminal_obeys_and_nothing_else():
+    assert printable(ATTACK) == SHOWN
+    assert printable("a\rb\x00\u2028\ud800\x7f") == r"a\x0db\x00\u2028\ud800\x7f"
+    plain = "Ünïcode 漢字 🙂\tand\nlines [query] \\x1b"
+    assert printable(plain) == plain
+    written = json.dumps({"text": ATTACK + plain}, ensure_ascii=False)
+    assert json.loads(printable(written, json=True)) == {"text": ATTACK + plain}
+    assert not set(printable(written, json=True)) & set(ATTACK[:1] + "\x9b\u202e")
+
+
+def test_message_about_a_column_holds_no_control_character(fast, tiny_bert, run_cli, tmp_path):
+    (tmp_path / "rows.csv").write_text(f"a{ATTACK},b\n1,2\n")
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
+    status, _, err = run_cli("train", *fast, *where, f"output_dir={tmp_path / 'run'}")
+    assert status == 2
+    assert SHOWN in err
+    assert not set(err) & set("\x1b\x07\x9b\u202e")
+
+
+def test_generated_text_is_shown_escaped_while_it_comes(capsys):
+    class Tokenizer:
+        def decode(self, ids: list[int], **options: object) -> str:
+            return ATTACK + "\n"
+
+    task = build_task({"name": "summarization"})
+    task.tokenizer = Tokenizer()
+    task.decode = lambda ids: ATTACK
+
+    def generate(model, prompts, streamer=None):
+        streamer.put(torch.tensor([[0]]))  # the prompt, which is not shown
+        streamer.put(torch.tensor([1]))
+        streamer.end()
+        return [[1]]
+
+    task.generate = generate
+    assert task.stream(None, [0]) == ATTACK
+    assert capsys.readouterr().out.strip() == SHOWN
+
+
+def test_labels_of_the_data_are_plain_text_in_check_and_card(
+    fast, tiny_bert, run_cli, tmp_path, monkeypatch
+):
+    """An environment variable that was typed as ${...} is not written into the card either."""
+    monkeypatch.setenv("SECRET_TOK", "SECRET")
+    label = f"neg\n\n<img src=x onerror=alert(1)>{ATTACK}"
+    rows = [{"text": f"text {i}", "label": [label, "pos"][i % 2]} for i in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [*fast, f"model.name_or_path={tiny_bert}", f"data.train={data}"]
+    asked += ["trainer.max_epochs=1", "tags=['${oc.env:SECRET_TOK}']"]
+    status, out, err = run_cli("check", *asked, f"output_dir={tmp_path / 'checked'}")
+    assert status == 0, err
+    assert not set(out + err) & set("\x1b\x07\x9b\u202e")
+    assert SHOWN in out
+    status, out, err = run_cli("train", *asked, f"output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert not set(out + err) & set("\x1b\x07\x9b\u202e")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert not set(card) & set("\x1b\x07\x9b\u202e")
+    assert rf"neg\n\n&lt;img src=x onerror=alert(1)&gt;{SHOWN}, pos." in card
+    assert not re.search("SECRET(?!_TOK)", card)
+
+
+VALUES = ("lora.targets=[query]", "lora.targets=[query,value]", "data.train=[/d/a.csv]")
+VALUES += ("data.train=[/d/a.csv,/d/b.csv]", f"task.prompt='{ATTACK}'", "lora.targets='$a$:bug:'")
+
+
+def test_values_of_a_sweep_are_no_markup(run_cli, tmp_path, monkeypatch, capsys):
+    """A path in brackets ended the report, and the sweep that showed it; a name was lost."""
+    monkeypatch.setenv("COLUMNS", "250")
+    jobs = []
+    for number, value in enumerate(VALUES):
+        folder = tmp_path / "[red]sweep" / str(number)
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(compose_config([])))
+        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps([value, "seed=1"]))
+        result = {"status": "completed", "objective": number, "steps": 1, "monitor": "m"}
+        (folder / "result.json").write_text(json.dumps(result))
+        jobs.append(Job(number, [value], folder, name=value))
+    status, out, err = run_cli("report", str(tmp_path / "[red]sweep"))
+    assert (status, err) == (0, "")
+    for shown in ("[query]", "[query,value]", "[/d/a.csv]", "[/d/a.csv,/d/b.csv]", SHOWN, ":bug:"):
+        assert shown in out
+    files = [path.read_text() for path in (tmp_path / "[red]sweep").glob("re*.*")]
+    assert len(files) == 3
+    assert not set("".join([out, *files])) & set("\x1b\x07\x9b\u202e")
+    for terminal in (False, True):
+        monkeypatch.setattr(Console, "is_terminal", property(lambda self, is_one=terminal: is_one))
+        with JobTable(tmp_path / "[red]sweep", jobs, "m") as table:
+            for job in jobs:
+                job.state = "running"
+            table.show()
+            console = Console(width=250, markup=False, emoji=False, record=True, file=StringIO())
+            console.print(table._table(jobs))
+        shown = console.export_text() if terminal else capsys.readouterr().out
+        assert "[red]sweep" in shown or terminal
+        assert all(printable(value) in shown for value in VALUES), shown
+        assert not set(shown) & set("\x1b\x07\x9b\u202e")
+        for job in jobs:
+            job.state = "waiting"

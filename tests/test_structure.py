@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "placement", "quantization", "vocabulary"}
-MODEL_SIDE |= {"warm_start", "zero"}
+MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -25,6 +25,8 @@ ALLOWED = {
     "quiet": set(),
     "usage": set(),
     "config": FOUNDATION,
+    "untrusted": FOUNDATION,
+    "terminal": set(),
     "cpu": set(),
     "parallel": {"lora"},
     "placement": {"lora", "parallel"},
@@ -33,10 +35,12 @@ ALLOWED = {
     "signals": set(),
     "checkpoint": {"lora"},
     "cluster": {"lora"},
-    "modeling": FOUNDATION | {"cpu", "parallel", "quantization", "skeleton", "vocabulary"},
+    "modeling": FOUNDATION
+    | {"cpu", "parallel", "quantization", "skeleton", "untrusted"}
+    | {"vocabulary"},
     "forward": {"lora"},
     "vocabulary": FOUNDATION,
-    "warm_start": FOUNDATION | {"checkpoint"},
+    "warm_start": FOUNDATION | {"checkpoint", "untrusted"},
     "skeleton": FOUNDATION,
     "alive": set(),
     "quantization": FOUNDATION,
@@ -44,8 +48,8 @@ ALLOWED = {
     "metrics": set(),
     "head": {"parallel"},
     "precision": {"lora"},
-    "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward"},
-    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary"},
+    "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward", "terminal"},
+    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
     "losses": {"lora"},
@@ -65,11 +69,11 @@ ALLOWED = {
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
-    "report": {"lora", "config", "lock"},
-    "launch": {"lora", "config", "settings", "report", "lock"},
+    "report": {"lora", "config", "lock", "terminal"},
+    "launch": {"lora", "config", "settings", "report", "lock", "terminal"},
     "inference": RUN_SIDE,
     "chat": RUN_SIDE | {"inference"},
-    "stored": {"lora", "storage"},
+    "stored": {"lora", "storage", "untrusted"},
     "combine": {"lora", "storage", "stored"},
     "portable": {"lora", "storage", "stored"},
     "layouts": {"lora"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,15 +67,40 @@ class BestCheckpoint(ModelCheckpoint):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        def here(path: Any) -> str:
-            return str(Path(str(self.dirpath)) / Path(str(path)).name) if path else ""
+        """Takes over what a checkpoint says of the best ones, whose files may be deleted later.
 
+        Raises:
+            UserError: it names a file that this callback does not write, or a score is no number.
+        """
+        prefix = re.escape((self.filename or "").partition("{")[0])
+
+        def here(path: Any, own: str = prefix) -> str:
+            name = Path(path).name if isinstance(path, str) else repr(path)
+            fits = re.fullmatch(rf"{own}[^/\\\0]*\.ckpt", name)
+            if path and (not fits or (own == prefix and name == "last.ckpt")):
+                raise _forged(f"names {path!r} as one of the best checkpoints")
+            return str(Path(str(self.dirpath)) / name) if path else ""
+
+        best = state_dict.get("best_k_models") or {}
+        if not isinstance(best, dict):
+            raise _forged("has no list of the best checkpoints")
+        scores = [*best.values(), *(state_dict.get(k) for k in ("best_model_score", "kth_value"))]
+        if not all(score is None or isinstance(score, (int, float, Tensor)) for score in scores):
+            raise _forged("holds a score that is no number")
         moved = dict(state_dict, dirpath=self.dirpath)
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        for key in ("best_model_path", "kth_best_model_path"):
             moved[key] = here(moved.get(key))
-        best = moved.get("best_k_models") or {}
+        if moved.get("last_model_path"):  # with save_last=true; LastCheckpoint's is another file
+            moved["last_model_path"] = here(moved["last_model_path"], "last")
         moved["best_k_models"] = {here(path): score for path, score in best.items()}
         super().load_state_dict(moved)
+
+
+def _forged(what: str) -> UserError:
+    return UserError(
+        f"the checkpoint {what}, which no run writes: it was changed, or is damaged. Its weights "
+        "are a start for a new run: adapter=CHECKPOINT.ckpt."
+    )
 
 
 class _Caught(TorchCheckpointIO):

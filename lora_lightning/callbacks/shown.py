@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ..module import LoraModule
 from ..tasks import to_device
+from ..terminal import printable
 
 
 class ProgressBar(RichProgressBar):
@@ -95,7 +96,8 @@ class AdapterSummary(RichModelSummary):
         with pl_module.whole_adapter():
             told = str(pl_module.adapter.summary())
         if trainer.is_global_zero:
-            Console().print(told, highlight=False, markup=False, soft_wrap=True)
+            console = Console(markup=False, emoji=False, highlight=False)
+            console.print(printable(told), soft_wrap=True)
 
 
 class UpdateNorms(Callback):

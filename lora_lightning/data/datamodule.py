@@ -20,6 +20,7 @@ from ..lora.errors import UserError
 from ..settings import DataConfig
 from ..strategies import data_ranks, in_step
 from ..tasks import IGNORE, Task
+from ..terminal import say
 from ..vocabulary import refuse_unknown
 from .collate import Located, MicroBatches, PackingCollator, PaddingCollator
 from .encode import Encoding, cores, encode_rows, in_main_thread
@@ -341,7 +342,7 @@ def tokens_at_a_time(config: DataConfig, device_type: str) -> int | None:
 @rank_zero_only
 def _tell(message: str) -> None:
     """Not through Lightning's logger, whose messages of that level a run keeps quiet."""
-    print(message, file=sys.stderr)
+    say(message, file=sys.stderr)
 
 
 class Examples(Dataset[dict[str, Any]]):

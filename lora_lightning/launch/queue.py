@@ -17,6 +17,8 @@ from typing import Any
 
 LIFELINE = "LORA_LIGHTNING_LIFELINE"
 """Set for a job: it ends when its standard input does, that is, when the sweep is killed."""
+OWN_CONFIG = "LORA_LIGHTNING_OWN_CONFIG"
+"""Set for a job: its folder's config is what this sweep's command line says, classes included."""
 LOG = "log.txt"
 RANK_VARIABLES = re.compile(
     r"(LOCAL_|GLOBAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME"
@@ -90,7 +92,7 @@ def environment_of_job(
     if threads is not None:
         found.setdefault("OMP_NUM_THREADS", str(threads))
     found.pop("HYDRA_FULL_ERROR", None)  # set by the command line while Hydra runs the sweep
-    found[LIFELINE] = "1"
+    found[LIFELINE] = found[OWN_CONFIG] = "1"
     return found
 
 

@@ -9,7 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+from ..terminal import printable
 from .queue import Job
 
 SHOWN = 20
@@ -33,14 +35,14 @@ class JobTable:
     """
 
     def __init__(self, sweep_dir: Path, jobs: list[Job], monitor: str) -> None:
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
         self.sweep_dir, self.jobs, self.monitor = sweep_dir, jobs, monitor
         self.told = {job.number: job.state for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False)
         kept = sum(job.state == "kept" for job in jobs)
         there = f", {kept} complete already" if kept else ""
         count = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
-        self.console.print(f"Sweep of {count}{there}: {sweep_dir}")
+        self.console.print(printable(f"Sweep of {count}{there}: {sweep_dir}"))
 
     def __enter__(self) -> JobTable:
         if self.console.is_terminal:
@@ -65,7 +67,8 @@ class JobTable:
                 self.told[job.number] = job.state
                 ended = job.state != "running"
                 after = f" after {job.seconds:.0f} s, {self._progress(job)[1]}" if ended else ""
-                self.console.print(f"job {job.number} {job.state}{after}  ({job.name})")
+                line = f"job {job.number} {job.state}{after}  ({job.name})"
+                self.console.print(printable(line))
 
     def _table(self, jobs: list[Job]) -> Table:
         table = Table()
@@ -83,8 +86,9 @@ class JobTable:
         for job in sorted(shown, key=lambda job: job.number):
             colour = COLOURS.get(job.state, "default")
             step, latest = self._progress(job)
-            state = f"[{colour}]{job.state}[/]"
-            table.add_row(str(job.number), job.name, state, step, latest, f"{job.seconds:.0f} s")
+            name, latest = printable(job.name), printable(latest)
+            state = Text(job.state, style=colour)
+            table.add_row(str(job.number), name, state, step, latest, f"{job.seconds:.0f} s")
         table.caption = ", ".join([f"{len(ended)} ended", f"{len(running)} running", *other])
         return table
 

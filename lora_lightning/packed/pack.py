@@ -22,6 +22,7 @@ from ..lora.layer import LoraLayer
 from ..lora.stacked import Stack, own_layers, stacked_model
 from ..module import LoraModule
 from ..strategies import OneDeviceStrategy
+from ..terminal import say
 from ..train import train
 from .frozen import share_frozen
 from .randomness import (
@@ -147,7 +148,7 @@ class Pack:
             )
         except UserError as error:
             slot.error = error
-            print(f"error: {error}", file=slot.out)
+            say(f"error: {error}", file=slot.out)
         except BaseException as error:
             slot.error = error
             if not self.stopping:

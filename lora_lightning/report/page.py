@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from ..terminal import printable
 from .plots import plots
 from .sweep import Sweep
 from .tables import (
@@ -34,7 +35,7 @@ th { background: #f4f6f8; } tr.best td { background: #e8f1fa; }
 
 def write_page(sweep: Sweep, path: Path) -> None:
     """Writes the page of a sweep."""
-    written(path, lambda handle: handle.write(page(sweep)))
+    written(path, lambda handle: handle.write(printable(page(sweep))))
 
 
 def page(sweep: Sweep) -> str:

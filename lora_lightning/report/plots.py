@@ -17,6 +17,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and searchable
     "svg.hashsalt": "lora_lightning",
     "font.family": "sans-serif",
+    "text.parse_math": False,  # a dollar is one, in a pattern of lora.targets
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import read_config, settings_of
+from ..config import read_config
 from ..lock import is_abandoned
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
@@ -67,7 +67,10 @@ class Run:
     @cached_property
     def lora(self) -> LoraConfig | None:
         """The adapter's settings; None for full fine-tuning."""
-        return settings_of(self.config).lora
+        lora = OmegaConf.to_container(self.config.lora, resolve=True)
+        assert isinstance(lora, dict)
+        method = lora.pop("method", "lora")
+        return None if method == "full" else LoraConfig(**{str(k): v for k, v in lora.items()})
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -231,16 +234,37 @@ def _where(folder: Path) -> str:
 
 
 def _read_run(folder: Path) -> Run:
-    config = read_config(folder / ".hydra" / "config.yaml")
+    config = _without_resolvers(read_config(folder / ".hydra" / "config.yaml"))
     overrides = folder / ".hydra" / "overrides.yaml"
     try:
-        given = [str(item) for item in OmegaConf.load(overrides)] if overrides.is_file() else []
+        saved = OmegaConf.load(overrides) if overrides.is_file() else OmegaConf.create([])
+        given = [str(item) for item in OmegaConf.to_container(saved, resolve=False) or ()]
         result = dict(json.loads((folder / "result.json").read_text()))
     except FileNotFoundError:
         result = {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: its result.json or .hydra is damaged: {error}.") from None
     return Run(folder, config, given, result, _curve(folder, str(config.task.monitor)))
+
+
+def _without_resolvers(config: DictConfig) -> DictConfig:
+    """A config whose `${oc.env:NAME}` and the like are plain `$ {...}`; `${lora.rank}` stays.
+
+    The folder may be somebody else's, and what this environment holds would stand in the report.
+    """
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [walk(value) for value in node]
+        if isinstance(node, str) and "${" in node and ":" in node:
+            return node.replace("${", "$ {")
+        return node
+
+    plain = walk(OmegaConf.to_container(config, resolve=False))
+    assert isinstance(plain, dict)
+    return OmegaConf.create(plain)
 
 
 def _curve(folder: Path, metric: str) -> list[tuple[int, float]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..lora.errors import UserError
+from ..terminal import printable
 from .sweep import Run, Setting, Sweep
 
 MEASURED = (
@@ -118,7 +119,7 @@ def stopped_lines(sweep: Sweep) -> list[str]:
 
 def terminal_report(sweep: Sweep) -> None:
     """Prints the table, failures, and where everything is."""
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     rows = rows_by_setting(sweep)
     columns = list(rows[0])
     title = f"{sweep.folder}: {sweep.counts()}"
@@ -131,21 +132,22 @@ def terminal_report(sweep: Sweep) -> None:
         table = _table(title, columns, rows)
     console.print(table)
     for line in stopped_lines(sweep):
-        console.print(line, markup=False)
+        console.print(printable(line))
     for run in sweep.failed:
-        console.print(f"job {run.job} failed: {first_line(run.result.get('error'))}", markup=False)
+        line = f"job {run.job} failed: {first_line(run.result.get('error'))}"
+        console.print(printable(line))
     if sweep.best is not None:
         for name, text in best_lines(sweep.best, sweep):
-            console.print(f"{name + ':':9}{text}", markup=False, soft_wrap=True)
-    console.print(f"Report:  {sweep.folder / 'report.html'}", markup=False, soft_wrap=True)
+            console.print(printable(f"{name + ':':9}{text}"), soft_wrap=True)
+    console.print(printable(f"Report:  {sweep.folder / 'report.html'}"), soft_wrap=True)
 
 
 def _table(title: str, columns: list[str], rows: list[dict[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(printable(column), overflow="fold")
     for row in rows:
-        table.add_row(*(row[column] for column in columns))
+        table.add_row(*(printable(row[column]) for column in columns))
     return table
 
 
@@ -156,7 +158,8 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     def write(handle: Any) -> None:
         writer = csv.DictWriter(handle, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
 
     written(path, write)
 
@@ -176,7 +179,7 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
         lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
     lines += [f"Made with {made_with(sweep)}."] if made_with(sweep) else []
-    written(path, lambda handle: handle.write("\n".join(lines) + "\n"))
+    written(path, lambda handle: handle.write(printable("\n".join(lines)) + "\n"))
 
 
 def written(path: Path, write: Callable[[Any], Any]) -> None:

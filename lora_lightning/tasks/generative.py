@@ -16,6 +16,7 @@ from ..metrics import Perplexity, TokenAccuracy, text_metrics
 from ..modeling import load_generator
 from ..parallel import Shards, most
 from ..settings import GenerativeConfig, ModelConfig
+from ..terminal import printable, say
 from .base import IGNORE, LossOutput, Task
 
 MIN_PROMPT = 2
@@ -209,13 +210,17 @@ class GenerativeTask(Task):
         """Continues a prompt and prints the text to stdout as it comes; beams come at the end."""
         from transformers import TextStreamer
 
+        class Printer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                super().on_finalized_text(printable(text), stream_end=stream_end)
+
         beams = self.config.num_beams > 1
-        printer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        printer = Printer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode():
             ids = self.generate(model, [prompt], **({} if beams else {"streamer": printer}))[0]
         text = self.decode(ids)
         if beams:
-            print(text)
+            say(text)
         return text
 
     @property

@@ -1,0 +1,33 @@
+"""Text for a terminal or a report, in which a control character of a file acts on nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TextIO
+
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # a tab and a line feed stay
+    "\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # line separators, direction, halves
+)
+
+
+def printable(text: str, *, json: bool = False) -> str:
+    """Return a text whose control characters are shown escaped, an ESC as its code in hex.
+
+    A terminal obeys them: they clear it, set its title, or fill the clipboard.
+
+    Args:
+        text: labels, errors, generated text, whatever came from a file.
+        json: escape as JSON does, so that the text means the same when it is read.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        number = ord(found.group())
+        return f"\\u{number:04x}" if json or number > 0xFF else f"\\x{number:02x}"
+
+    return _CONTROL.sub(escaped, text)
+
+
+def say(text: Any, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Print a text with its control characters escaped."""
+    print(printable(str(text)), file=file, end=end, flush=flush)

@@ -1,0 +1,174 @@
+"""Settings that stand in a file: what is taken from them, and what only the user may say.
+
+An adapter's sidecar and a checkpoint are often those of others. Their settings are an allow-list:
+the groups and keys of `settings.py`, with their types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .lora.config import LoraConfig
+from .lora.errors import UserError, did_you_mean
+from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations that transformers has itself; other names are those of repositories of code."""
+ONLY_TYPED = (("model", "trust_remote_code"), ("data", "cache_dir"))
+"""Group and key of what runs code or writes files: a file's value is left out."""
+_SCHEMAS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "optim": OptimConfig,
+}
+
+
+def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str, dict[str, Any]]:
+    """Return our own groups of settings as a file holds them, checked against their types.
+
+    `trust_remote_code`, `cache_dir` and attention kernels that transformers does not have itself
+    are left out, and so are groups that are not ours.
+
+    Args:
+        settings: groups by name.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a key or a type is wrong, or a value is no plain one.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for group in OWN_GROUPS:
+        if group not in settings:
+            continue
+        values = settings[group]
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: its settings of {group!r} must be a mapping.")
+        check_plain(values, f"{source}: {group}")
+        kept[group] = _typed(group, values, source)
+    for group, key in ONLY_TYPED:
+        kept.get(group, {}).pop(key, None)
+    if kept.get("model", {}).get("attn_implementation") not in ATTENTION:
+        kept.get("model", {}).pop("attn_implementation", None)
+    return kept
+
+
+def check_plain(values: Any, where: str) -> None:
+    """Raise UserError for values that read the environment (`${`) or build a class (`_target_`)."""
+    try:
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{where}: settings must be plain values.") from None
+    for mark in ("${", '"_target_"'):
+        if mark in text:
+            raise UserError(
+                f"{where}: settings must be plain values, and one holds {mark.strip(chr(34))}. "
+                "Take it out of the file, or use a file of another source."
+            )
+
+
+def _typed(group: str, values: dict[str, Any], source: object) -> dict[str, Any]:
+    """The values of a group, as the types of its dataclass say."""
+    own = dict(values)
+    method = {"method": own.pop("method")} if group == "lora" and "method" in own else {}
+    schema = _task_schema(own, source) if group == "task" else _SCHEMAS[group]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), own)
+        plain = OmegaConf.to_container(merged)
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split("full_key")[0].split())
+        key = f"{group}.{getattr(error, 'full_key', None) or '*'}".removesuffix(".*")
+        raise UserError(f"{source}: {key} does not fit: {reason}.") from None
+    assert isinstance(plain, dict)
+    return {key: plain[key] for key in own} | method
+
+
+def _task_schema(values: dict[str, Any], source: object) -> type[Any]:
+    name = values.get("name")
+    if not isinstance(name, str) or name not in TASK_CONFIGS:
+        raise UserError(
+            f"{source}: task.name={name!r}: there is no such task."
+            f"{did_you_mean(str(name), TASK_CONFIGS)} Known: {', '.join(TASK_CONFIGS)}."
+        )
+    return TASK_CONFIGS[name]
+
+
+def check_task_state(state: Any, source: object) -> None:
+    """Raise UserError unless what a task has learned from its data is plain values."""
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: its task_state must be a mapping.")
+    for key, value in state.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+            raise UserError(f"{source}: its task_state.{key} must be plain.")
+
+
+def arguments_from_file(
+    saved: Mapping[str, Any],
+    source: object,
+    *,
+    typed: Mapping[str, Any] | None = None,
+    added: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return a module's arguments: those that a checkpoint holds, under those that are typed.
+
+    Args:
+        saved: the checkpoint's hyper_parameters.
+        source: the checkpoint.
+        typed: the caller's. A dict changes the entries that it names.
+        added: further arguments of the caller's own class, taken as plain values.
+
+    Raises:
+        UserError: the checkpoint's are not such as a run saves.
+    """
+    typed = typed or {}
+    groups = {
+        group: saved[group]
+        for group in ("model", "task", "lora", "optim")
+        if saved.get(group) is not None and isinstance(typed.get(group, {}), dict)
+    }
+    found: dict[str, Any] = {**settings_from_file(groups, source)}
+    if "lora" in saved and saved["lora"] is None:
+        found["lora"] = None
+    if "task_state" in saved:
+        check_task_state(saved["task_state"], source)
+        found["task_state"] = saved["task_state"]
+    if not isinstance(saved.get("seed", 0), int):
+        raise UserError(f"{source}: its seed must be a whole number.")
+    plain = {name: saved[name] for name in ("seed", *added) if name in saved}
+    check_plain(plain, str(source))
+    found |= plain
+    for name, value in typed.items():
+        merges = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = {**found[name], **value} if merges else value
+    return found
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere, whose content would end in what is written.
+
+    Weights are read as tensors alone, and may be links. The hub's cache is all links, from
+    snapshots/REVISION to models--NAME/blobs.
+
+    Args:
+        folder: an adapter, a base model, or a tokenizer.
+
+    Raises:
+        UserError: it holds such a link.
+    """
+    inside = folder.resolve()
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        real = Path(os.path.realpath(path))  # which does not mind a ring of links
+        cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+        if not (real.is_relative_to(inside) or cached or path.suffix == ".safetensors"):
+            raise UserError(
+                f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
+                f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+            )
