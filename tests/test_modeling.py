@@ -116,6 +116,10 @@ def test_only_layers_can_be_compiled():
         ModelConfig(compile="all")
 
 
+def _shards(data: int, tensor: int) -> SimpleNamespace:
+    return SimpleNamespace(data=data, tensor=tensor, mesh=SimpleNamespace(device_type="cpu"))
+
+
 @pytest.mark.parametrize(("heads", "pairs"), [(3, 3), (4, 1)])
 def test_heads_that_cannot_be_cut_are_told(heads, pairs):
     """transformers would cut the matrices all the same, and fail in the first step."""
@@ -123,13 +127,13 @@ def test_heads_that_cannot_be_cut_are_told(heads, pairs):
         hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=pairs, vocab_size=64
     )
     with pytest.raises(UserError, match=r"_heads is \d, which cannot be cut evenly"):
-        loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=2))
-    assert loading_options(AutoModelForCausalLM, config, SimpleNamespace(data=1, tensor=1)) == {}
+        loading_options(AutoModelForCausalLM, config, _shards(1, 2))
+    assert loading_options(AutoModelForCausalLM, config, _shards(1, 1)) == {}
 
 
 def test_an_encoders_layers_are_gathered_each_for_itself():
     """transformers has no plan of its own for BERT: it would gather the whole model at once."""
     config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=3)
-    shards = SimpleNamespace(data=2, tensor=1)
+    shards = _shards(2, 1)
     options = loading_options(AutoModelForSequenceClassification, config, shards)
     assert list(options["distributed_config"].fsdp_plan) == ["bert.encoder.layer.*"]
