@@ -37,13 +37,28 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="torch.cuda is not available"))
 
 
+HIDDEN = {"is_available": lambda: False, "device_count": lambda: 0}
+VISIBLE = {name: getattr(torch.cuda, name) for name in HIDDEN}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hidden_gpus():
+    """Lets tests and fixtures find no GPU, in this process and in those that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if GPUS:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            for name, value in HIDDEN.items():
+                patch.setattr(torch.cuda, name, value)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _gpus_for_their_own_tests(request, monkeypatch):
-    """Lets a test that is not marked gpu find none, itself and in the processes that it starts."""
-    if GPUS and request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    """Shows the GPUs to a test that is marked gpu."""
+    if GPUS and request.node.get_closest_marker("gpu") is not None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        for name, value in VISIBLE.items():
+            monkeypatch.setattr(torch.cuda, name, value)
 
 
 @pytest.fixture(scope="session", autouse=True)
