@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -89,7 +90,7 @@ class Suite:
         file, log = (self.work / f"{check.number}-{os.getpid()}.{kind}" for kind in ("json", "log"))
         started = time.monotonic()
         process = PROCESSES[self.mode].Process(
-            target=one, args=(check.number, self.work, self.rehearsal, file, log)
+            target=one, args=(check.number, self.work, self.rehearsal, seconds, file, log)
         )
         process.start()
         process.join(seconds)
@@ -146,7 +147,7 @@ def set_environment(work: Path, *, rehearsal: bool) -> None:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def one(number: int, work: Path, rehearsal: bool, file: Path, log: Path) -> None:
+def one(number: int, work: Path, rehearsal: bool, seconds: float, file: Path, log: Path) -> None:
     """What the process of a check does: measures, judges, and writes what it found."""
     os.setsid()  # by its group all that it starts is found
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -155,7 +156,7 @@ def one(number: int, work: Path, rehearsal: bool, file: Path, log: Path) -> None
     from checks import CHECKS
     from checks.lab import Lab
 
-    lab = Lab(work, rehearsal=rehearsal)
+    lab = Lab(work, rehearsal=rehearsal, seconds=seconds)
     try:
         status, figures, message = run(CHECKS[number], lab)
     except Exception as error:
@@ -163,9 +164,19 @@ def one(number: int, work: Path, rehearsal: bool, file: Path, log: Path) -> None
         status, figures, message = "fail", {}, f"{type(error).__name__}: {error}"[:1500]
     found = {"status": status, "figures": figures, "message": message}
     beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(found, default=str))
+    beside.write_text(json.dumps(plain(found)))
     beside.replace(file)
     shutil.rmtree(lab.folder, ignore_errors=True)
+
+
+def plain(value: Any) -> Any:
+    """A value that every reader of JSON takes: infinite numbers and paths are text."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    finite = isinstance(value, float) and math.isfinite(value)
+    return value if finite or isinstance(value, (int, str)) or value is None else str(value)
 
 
 def table(checks: dict[int, Check], results: dict[int, dict[str, Any]]) -> str:

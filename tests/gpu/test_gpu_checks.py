@@ -71,6 +71,7 @@ def test_checks_are_25_and_the_riskiest_come_first():
     assert sorted(CHECKS) == list(range(1, 26))
     assert list(CHECKS)[:5] == [2, 3, 6, 5, 7]
     assert all(60 * check.minutes <= check.limit <= 600 for check in CHECKS.values())
+    assert sum(60 * check.minutes for check in CHECKS.values()) <= runner.IN_ALL
 
 
 @pytest.mark.parametrize("number", CHECKS)
@@ -148,6 +149,14 @@ def test_compared_runs_give_the_ratios_of_ours_to_each_peer():
     }
 
 
+def test_peers_without_time_or_package_are_left_out_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PEERS", {"trainer": ("torch",), "trl": ("no_such_package",)})
+    place = lab.Lab(tmp_path, rehearsal=True, seconds=20)
+    found, reasons = speed.contests(place, {"trainer": None, "trl": None}, None)
+    assert found == {}
+    assert reasons == {"trainer": "no time left", "trl": "needs no_such_package"}
+
+
 def test_profile_with_gaps_math_attention_and_fp32_products_is_told():
     events = [
         *[("aten::mm", False, 0.0, 1.0), ("cudaLaunchKernel", False, 0.0, 1.0)] * 6,
@@ -223,7 +232,7 @@ def test_contexts_without_nvidia_smi_are_unknown(monkeypatch):
 
 
 def good(_):
-    return {"a": 1}
+    return {"a": 1, "b": {3: NAN}}
 
 
 def crashes(_):
@@ -277,7 +286,7 @@ def test_suite_with_checks_that_end_badly_records_each_and_goes_on(run_suite, tm
     assert "ended with status 7" in results[1]["message"]
     assert "ValueError: a mistake of the check" in results[2]["message"]
     assert "ended after 2 s, its time limit" in results[3]["message"]
-    assert results[0]["figures"] == {"a": 1}
+    assert results[0]["figures"] == {"a": 1, "b": {"3": "nan"}}  # JSON knows no NaN
     assert results[0]["expected"] == {"a": "<= 1"}
     assert "| 1 | good | pass |" in out
     assert out.split("\n\n", 1)[1] in (tmp_path / "out/summary.md").read_text() + "\n"

@@ -222,14 +222,14 @@ CHECKS = [
         "the fused step against autograd",
         fused_step,
         {"excess": at_most(1.0), "mask_gap": equals(0.0), "to_peft": at_most(1.25)},
-        minutes=2,
+        minutes=0.5,
     ),
     Check(
         4,
         "a CPU against a GPU",
         devices,
         {"fp32_gap": at_most(1e-4), "bf16_gap": at_most(2e-2), "losses": equals(True)},
-        minutes=2,
+        minutes=1,
     ),
     Check(
         15,
@@ -258,13 +258,13 @@ CHECKS = [
             "peft_gap_fp32": at_most(1e-4),
             "peft_gap_bf16": at_most(2e-2),
         },
-        minutes=1.5,
+        minutes=1,
     ),
     Check(
         23,
         "a quantised base before and after a run",
         quantised,
         {"nf4_same": equals(True), "int8_same": equals(True)},
-        minutes=1,
+        minutes=0.5,
     ),
 ]

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,10 +117,12 @@ class Lab:
     Args:
         work: where models are kept, for all checks.
         rehearsal: the small form on a CPU.
+        seconds: that the check has; None: as many as it takes.
     """
 
-    def __init__(self, work: Path, *, rehearsal: bool) -> None:
+    def __init__(self, work: Path, *, rehearsal: bool, seconds: float | None = None) -> None:
         self.work, self.rehearsal = work, rehearsal
+        self.until = math.inf if seconds is None else time.monotonic() + seconds
         self.device = "cpu" if rehearsal else "cuda"
         self.trainer = "trainer=cpu" if rehearsal else "trainer=gpu"
         work.mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,10 @@ class Lab:
     def pick(self, on_gpu: T, in_rehearsal: T) -> T:
         """The one of two sizes that holds."""
         return in_rehearsal if self.rehearsal else on_gpu
+
+    def seconds_left(self) -> float:
+        """Before the check is ended: a part of it that takes longer is better left out."""
+        return self.until - time.monotonic()
 
     def needs_cuda(self, figures: list[str]) -> dict[str, str]:
         """Reasons for figures that a rehearsal leaves out."""

@@ -216,7 +216,7 @@ CHECKS = [
             "weights_gap": at_most(1e-3),
             "speed_up": at_least(2.0, rehearsal=None),
         },
-        minutes=2.5,
+        minutes=2,
         limit=420,
     ),
     Check(
@@ -242,7 +242,7 @@ CHECKS = [
             "gone_seconds": at_most(GONE_WITHIN),
             "left": equals(0),
         },
-        minutes=3,
+        minutes=2,
         limit=480,
     ),
 ]

@@ -233,7 +233,7 @@ CHECKS = [
             "peak_gap": at_most(0.01),
             "skipped_by_16_mixed": at_most(3),
         },
-        minutes=3,
+        minutes=2,
         limit=420,
     ),
     Check(
@@ -267,6 +267,6 @@ CHECKS = [
             "left_mib": at_most(16),
             "next_status": equals(0),
         },
-        minutes=1,
+        minutes=0.5,
     ),
 ]
