@@ -26,6 +26,8 @@ from .lab import (
 )
 from .probes import KILL
 
+PROBE = "callbacks.probe._target_=checks.probes.Kill"
+
 
 def devices(lab: Lab) -> Figures:
     """Losses of a CPU and of a GPU from the same seed.
@@ -107,7 +109,7 @@ def resuming(lab: Lab) -> Figures:
         *("task=summarization", "model=tiny_lm", "task.generate_rows=0", "data.batch_size=8"),
         *(f"data.train={rows}", f"trainer.max_steps={steps}", "lora.dropout=0.1"),
         *("trainer.precision=32-true", f"callbacks.last.every_n_steps={lab.pick(10, 3)}", *BRIEF),
-        "+callbacks.probe._target_=checks.probes.Kill",
+        f"+{PROBE}",
     ]
     statuses = lab.pick({"SIGKILL": -9, "SIGTERM": 143}, {"SIGKILL": -9})
 
@@ -116,7 +118,8 @@ def resuming(lab: Lab) -> Figures:
         said = lab.process(*arguments, **{KILL: f"{kill}:{name}"})
         if said.status != statuses[name]:
             raise Failure(f"{name} at step {kill}: exit status {said.status}: {said.tail}")
-        goes_on = lab.apart("train", f"resume={arguments[-1].partition('=')[2]}")
+        # A class that is not of the package has to be typed again.
+        goes_on = lab.apart("train", f"resume={arguments[-1].partition('=')[2]}", PROBE)
         return lab.ended(arguments, goes_on)
 
     figures: Figures = {"left_out": {}, "gaps": {}}
