@@ -280,7 +280,8 @@ def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as (K, 1, 1); kept, since each copy to a GPU waits for it."""
-    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+    with torch.inference_mode(False):  # evaluation may ask first, training saves it for backward
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _keep(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Wrapper(nn.Module):
@@ -44,6 +45,15 @@ class Wrapper(nn.Module):
         if self._pristine_weight is not None:
             setattr(*self.adapted, self._pristine_weight[0])
             self._pristine_weight = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves or converts the weight that is set aside too: `to` and its like call this."""
+        if self._pristine_weight is not None:
+            aside = nn.Module()
+            aside.weight = self._pristine_weight[0]
+            aside._apply(fn)
+            self._pristine_weight = (aside.weight,)
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         try:

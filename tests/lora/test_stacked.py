@@ -127,6 +127,20 @@ def test_dropout_draws_from_each_slots_own_generator(grouped):
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_stacked_layer_after_inference_mode_trains(grouped):
+    """A pass in inference mode leaves nothing behind that a backward pass cannot use."""
+    models = slots()
+    stack = Stack()
+    stacked = stacked_model(models, stack)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    with torch.inference_mode(), stack.of([0]):
+        stacked(x)
+    truth = torch.autograd.grad(models[0](x).sum(), models[0].get_submodule("0").lora_A)
+    with stack.of([0]):
+        found = torch.autograd.grad(stacked(x).sum(), models[0].get_submodule("0").lora_A)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
 def test_one_base_product_for_all(monkeypatch):
     """Where all adapt a layer with plain frozen weights, it is computed once."""
     models = slots()
