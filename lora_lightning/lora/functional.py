@@ -6,11 +6,20 @@ the general one, for any layer that can be called. Both compute the same.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GROUPED_ON = ("cuda",)
+"""Types of devices on which starting a product costs more than its size."""
+
+
+def joins_products(device: torch.device) -> bool:
+    """Whether one large product is faster than several small ones."""
+    return device.type in GROUPED_ON
 
 
 def add_low_rank(
@@ -109,10 +118,8 @@ class _FusedLinear(torch.autograd.Function):
             dropout=ctx.dropout,
             add_to=grad_x,
             wants=(wants_a, wants_b),
+            types=ctx.types,
         )
-        type_a, type_b = ctx.types
-        grad_a = None if grad_a is None else grad_a.to(type_a)
-        grad_b = None if grad_b is None else grad_b.to(type_b)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -121,7 +128,7 @@ def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tens
     mask = None
     if dropout > 0.0:
         rows, mask = torch.native_dropout(rows, dropout, True)
-    return _narrow(rows, a.t()).mul_(scaling), mask
+    return _narrow(rows, a.t(), scaling), mask
 
 
 def _low_rank_backward(
@@ -136,18 +143,19 @@ def _low_rank_backward(
     dropout: float,
     add_to: Tensor | None,
     wants: tuple[bool, bool],
+    types: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B, each if wanted; that of x is added to `add_to`."""
+    """Gradients of A and B in their types, each if wanted; that of x is added to `add_to`."""
     grad_a = grad_b = None
     wants_a, wants_b = wants
+    type_a, type_b = types
     if wants_b:
-        # As (r, out): a product whose long side is the inner one is slow where out comes first.
-        grad_b = torch.mm(down.t(), grad_rows).t()
-    up = _narrow(grad_rows, b).mul_(scaling)  # (N, r)
+        grad_b = _grad_of_b(grad_rows, down, type_b)
+    up = _narrow(grad_rows, b, scaling)  # (N, r)
     if wants_a:
         assert rows is not None
         dropped = rows if mask is None else _dropped(rows, mask, dropout)
-        grad_a = torch.mm(up.t(), dropped)
+        grad_a = _product(up.t(), dropped, type_a)
     if add_to is not None:
         if mask is None:
             add_to.addmm_(up, a)
@@ -156,11 +164,52 @@ def _low_rank_backward(
     return grad_a, grad_b
 
 
-def _narrow(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiplies x by a matrix of r columns. MKL is slow at 5 to 8 of them, not at as many rows."""
+def _grad_of_b(grad_rows: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of B, (out, r)."""
+    if joins_products(grad_rows.device):
+        return _product(grad_rows.t(), down, dtype)  # as B is in memory: autograd makes no copy
+    # As (r, out): on a CPU a product whose long side is the inner one is slow with out first.
+    return _product(down.t(), grad_rows, dtype).t()
+
+
+def _narrow(x: Tensor, matrix: Tensor, factor: float) -> Tensor:
+    """Returns factor * x matrix, for a matrix of r columns.
+
+    MKL is slow at 5 to 8 of them, not at as many rows.
+    """
     if x.device.type == "cpu" and x.dtype == torch.float32 and 5 <= matrix.shape[1] <= 8:
-        return torch.mm(matrix.t(), x.t()).t()
-    return torch.mm(x, matrix)
+        return _scaled(matrix.t(), x.t(), factor).t()
+    return _scaled(x, matrix, factor)
+
+
+def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Returns factor * left right, without a pass for the factor."""
+    # The first argument is not read where beta is 0; it must have a fitting shape.
+    return torch.addmm(right[0], left, right, beta=0, alpha=factor)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices in a type that may be wider than theirs."""
+    if dtype == torch.float32 and _writes_float32(left.device.type, left.dtype):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def _writes_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of this type can be written in fp32: on CUDA, from torch 2.8 on."""
+    if dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    return device in GROUPED_ON and _try_float32(device, dtype)
+
+
+@functools.lru_cache
+def _try_float32(device: str, dtype: torch.dtype) -> bool:
+    matrix = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(matrix, matrix, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # an older torch, a device without such products
+        return False
+    return True
 
 
 def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:

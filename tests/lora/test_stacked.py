@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora import stacked as stacked_module
+from lora_lightning.lora import Adapter, LoraConfig, UserError, functional
 from lora_lightning.lora.stacked import Stack, StackedLayer, stacked_model
 
 CONFIGS = (
@@ -46,7 +45,7 @@ def slots() -> dict[int, nn.Module]:
 @pytest.fixture(params=[False, True], ids=["one by one", "grouped"])
 def grouped(request, monkeypatch):
     """Whether the low-rank products of all slots are one, as on a GPU."""
-    monkeypatch.setattr(stacked_module, "GROUPED_ON", ("cpu",) if request.param else ())
+    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",) if request.param else ())
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])
