@@ -33,13 +33,16 @@ class DoraLayer(LoraLayer):
 
     def weight_norm(self) -> Tensor:
         """|W0 + s B A| by output, (out), in fp32; kept in evaluation while A and B are the same."""
-        key = tuple((m._version, m.device, m.dtype) for m in (self.lora_A, self.lora_B))
-        if not self.training and self._norm is not None and self._norm[0] == key:
-            return self._norm[1]
+        keeps = not (self.training or torch.compiler.is_compiling())  # a graph knows no versions
+        key = None
+        if keeps:
+            key = tuple((m._version, m.device, m.dtype) for m in (self.lora_A, self.lora_B))
+            if self._norm is not None and self._norm[0] == key:
+                return self._norm[1]
         # Not in inference mode: what that makes cannot be saved for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             norm = self._new_norm()
-        self._norm = None if self.training else (key, norm)
+        self._norm = None if key is None else (key, norm)
         return norm
 
     def _new_norm(self) -> Tensor:

@@ -56,12 +56,14 @@ class Wrapper(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            base = super().__getattr__("base_layer")
-            while isinstance(base, Wrapper):
-                base = base.base_layer
-            return getattr(base, name)
+        # What nn.Module's own does, for which a call of it takes twice as long.
+        for kind in ("_parameters", "_modules", "_buffers"):
+            values = self.__dict__.get(kind, ())
+            if name in values:
+                return values[name]
+        if name == "base_layer":
+            raise AttributeError(f"{type(self).__name__} has no base layer yet")
+        base = self.base_layer
+        while isinstance(base, Wrapper):
+            base = base.base_layer
+        return getattr(base, name)
