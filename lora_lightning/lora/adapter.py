@@ -14,7 +14,8 @@ from .config import LoraConfig
 from .dora import dora_class_for
 from .errors import UserError
 from .experts import refuse_what_peft_mistakes
-from .layer import LoraConv1D, LoraLayer, lora_class_for
+from .forward_pass import ForwardPass
+from .layer import LoraConv1D, LoraLayer, LoraLinear, lora_class_for
 from .match import Match, match_targets, modules_to_save
 from .parameter import LoraParameter
 from .split import SplitConv1D, SplitLinear
@@ -23,6 +24,7 @@ from .ties import can_untie, tied_pairs, untie_all
 from .tokens import ROWS, RowsMatch, TokenRows, match_rows
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+LINEAR = (LoraLinear, LoraConv1D)
 
 
 class Adapter:
@@ -68,6 +70,7 @@ class Adapter:
             parameter.requires_grad_(False)
         for match in matches:
             self._put_on(match)
+        self._hooks += self._share_passes()
         places = {id(module): name for name, module in model.named_modules()}
         self._paths = {name: places[id(layer)] for name, layer in self.layers.items()}
         for rows in self.rows:
@@ -95,6 +98,14 @@ class Adapter:
             layer = layer_class(match.module, match.rank, **settings)
         self.layers[match.name] = layer
         self._replace(match.name, layer)
+
+    def _share_passes(self) -> list[Any]:
+        """Lets linear layers share what can be done once in a forward pass of the model."""
+        linear = {n: one for n, one in self.layers.items() if isinstance(one, LINEAR)}
+        forward_pass = ForwardPass()
+        for layer in linear.values():
+            layer.forward_pass = forward_pass
+        return forward_pass.watch(self.model, linear) if linear else []
 
     def _check_bias_precision(self, matches: list[Match]) -> None:
         low = any(p.dtype in LOW_PRECISION for m in matches for p in m.module.parameters())

@@ -28,23 +28,30 @@ class DoraLayer(LoraLayer):
         weight = self.dense_weight()
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         self.register_buffer("_weight_squares", squares, persistent=False)
-        self._norm: tuple[tuple[int, int], Tensor] | None = None
-        self.lora_magnitude_vector = nn.Parameter(self.weight_norm())
+        self._norm: tuple[tuple[Any, ...], Tensor] | None = None
+        self.lora_magnitude_vector = nn.Parameter(self.weight_norm().clone())
 
-    @torch.no_grad()
     def weight_norm(self) -> Tensor:
-        """|W0 + s B A| by output, (out), in fp32."""
-        versions = (self.lora_A._version, self.lora_B._version)
-        if not self.training and self._norm is not None and self._norm[0] == versions:
-            return self._norm[1]
+        """|W0 + s B A| by output, (out), in fp32; kept in evaluation while A and B are the same."""
+        keeps = not (self.training or torch.compiler.is_compiling())  # a graph knows no versions
+        key = None
+        if keeps:
+            key = tuple((m._version, m.device, m.dtype) for m in (self.lora_A, self.lora_B))
+            if self._norm is not None and self._norm[0] == key:
+                return self._norm[1]
+        # Not in inference mode: what that makes cannot be saved for a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            norm = self._new_norm()
+        self._norm = None if key is None else (key, norm)
+        return norm
+
+    def _new_norm(self) -> Tensor:
         lora_A, lora_B = (matrix.float() for matrix in self.matrices())
         weight = self.dense_weight()
         cross = ((weight @ lora_A.t().to(weight.dtype)).float() * lora_B).sum(1)
         gram = (lora_B @ (lora_A @ lora_A.t()) * lora_B).sum(1)
         squares = self._weight_squares + 2 * self.scaling * cross + self.scaling**2 * gram
-        norm = squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        self._norm = None if self.training else (versions, norm)
-        return norm
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def factor(self) -> Tensor:
         """What the outputs are multiplied by, m / |W0 + s B A|, (out)."""

@@ -6,11 +6,21 @@ the general one, for any layer that can be called. Both compute the same.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GROUPED_ON = ("cuda",)
+"""Types of devices on which starting a product costs more than its size."""
+
+
+def joins_products(device: torch.device) -> bool:
+    """Whether one large product is faster than several small ones."""
+    return device.type in GROUPED_ON
 
 
 def add_low_rank(
@@ -42,6 +52,8 @@ def fused_linear(
     *,
     scaling: float,
     dropout: float = 0.0,
+    copies: tuple[Tensor, Tensor] | None = None,
+    flight: object = None,
 ) -> Tensor:
     """Returns x W^T + bias + scaling * dropout(x) A^T B^T as one step of autograd.
 
@@ -60,11 +72,14 @@ def fused_linear(
         lora_B: (out, r), of any floating-point type.
         scaling: alpha / r or its like.
         dropout: probability of dropping an input of A; 0 outside of training.
+        copies: A and B in the type of x, where they have been cast already.
+        flight: something that the graph refers to until its backward pass.
     """
     # Reshaped out here: models may change the output in place, which autograd refuses for a view
     # that a Function returns.
     rows = x.reshape(-1, x.shape[-1])
-    output: Tensor = _FusedLinear.apply(rows, weight, bias, lora_A, lora_B, scaling, dropout)
+    frozen = weight, bias, copies, scaling, dropout, flight
+    output: Tensor = _FusedLinear.apply(rows, lora_A, lora_B, frozen)
     return output.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -73,22 +88,16 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float,
+        ctx: Any, rows: Tensor, lora_A: Tensor, lora_B: Tensor, frozen: tuple[Any, ...]
     ) -> Tensor:
-        a, b = lora_A.to(rows.dtype), lora_B.to(rows.dtype)
+        weight, bias, copies, scaling, dropout, flight = frozen
+        a, b = copies or (lora_A.to(rows.dtype), lora_B.to(rows.dtype))
         down, mask = _down(rows, a, scaling, dropout)
         output = F.linear(rows, weight, bias)
         output.addmm_(down, b.t())
-        wants_a = ctx.needs_input_grad[3]
+        wants_a = ctx.needs_input_grad[1]
         ctx.save_for_backward(rows if wants_a else None, mask, weight, a, b, down)
-        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.scaling, ctx.dropout, ctx.flight = scaling, dropout, flight
         ctx.types = lora_A.dtype, lora_B.dtype
         return output
 
@@ -96,7 +105,8 @@ class _FusedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         rows, mask, weight, a, b, down = ctx.saved_tensors
-        wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        ctx.flight = None
+        wants_x, wants_a, wants_b, _ = ctx.needs_input_grad
         grad_x = torch.mm(grad_rows, weight) if wants_x else None
         grad_a, grad_b = _low_rank_backward(
             grad_rows,
@@ -109,11 +119,101 @@ class _FusedLinear(torch.autograd.Function):
             dropout=ctx.dropout,
             add_to=grad_x,
             wants=(wants_a, wants_b),
+            types=ctx.types,
         )
-        type_a, type_b = ctx.types
-        grad_a = None if grad_a is None else grad_a.to(type_a)
-        grad_b = None if grad_b is None else grad_b.to(type_b)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        return grad_x, grad_a, grad_b, None
+
+
+class Linear(NamedTuple):
+    """A frozen linear layer with its adapter, as `fused_linear` takes them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    b: Tensor
+    """B in the type of the input."""
+    scaling: float
+
+
+def fused_group(
+    x: Tensor, layers: Sequence[Linear], a: Tensor, *, flight: object = None
+) -> list[Tensor]:
+    """Returns what `fused_linear` makes of x with each of several layers, as one step of autograd.
+
+    What depends on x alone is one product for all: x A^T forward, the gradients of the matrices A
+    and the share in the gradient of x that comes through them backward. The gradient of x is summed
+    up in place.
+
+    Args:
+        x: (..., in), of the type of the weights.
+        layers: with one scaling, and A of one type.
+        a: the matrices A one below the other, in the type of x.
+        flight: something that the graph refers to until its backward pass.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    matrices = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers)]
+    outputs = _FusedGroup.apply(rows, (layers, a, flight), *matrices)
+    return [output.view(*x.shape[:-1], output.shape[1]) for output in outputs]
+
+
+class _FusedGroup(torch.autograd.Function):
+    """See `fused_group`. N: the rows of x; R: the ranks of all layers together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, frozen: tuple[Any, ...], *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers, a, flight = frozen
+        scaling = layers[0].scaling
+        ranks = [layer.lora_A.shape[0] for layer in layers]
+        down = _narrow(rows, a.t(), scaling)  # (N, R)
+        outputs = []
+        for layer, part in zip(layers, down.split(ranks, dim=1), strict=True):
+            output = F.linear(rows, layer.weight, layer.bias)
+            outputs.append(output.addmm_(part, layer.b.t()))
+        wants_a = any(ctx.needs_input_grad[2 : 2 + len(layers)])
+        weights, bs = (layer.weight for layer in layers), (layer.b for layer in layers)
+        ctx.save_for_backward(rows if wants_a else None, a, down, *weights, *bs)
+        ctx.scaling, ctx.ranks, ctx.flight = scaling, ranks, flight
+        ctx.types = [matrix.dtype for matrix in matrices]
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, a, down, *saved = ctx.saved_tensors
+        ctx.flight = None
+        count = len(ctx.ranks)
+        weights, bs = saved[:count], saved[count:]
+        wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        of_a: list[Tensor | None] = [None] * count
+        of_b: list[Tensor | None] = [None] * count
+        grad_x = None
+        # An output that nobody has used has no gradient, and its part of `up` is zero.
+        unused = any(grad is None for grad in grads)
+        up = torch.zeros_like(down) if unused else torch.empty_like(down)
+        parts = zip(down.split(ctx.ranks, dim=1), up.split(ctx.ranks, dim=1), strict=True)
+        for index, (of_layer, (down_part, up_part)) in enumerate(zip(grads, parts, strict=True)):
+            if of_layer is None:
+                continue
+            if wanted[count + index]:
+                of_b[index] = _grad_of_b(of_layer, down_part, ctx.types[count + index])
+            _scaled(of_layer, bs[index], ctx.scaling, out=up_part)
+            if wants_x and grad_x is None:
+                grad_x = torch.mm(of_layer, weights[index])
+            elif grad_x is not None:
+                grad_x.addmm_(of_layer, weights[index])
+        if grad_x is not None:
+            grad_x.addmm_(up, a)
+        if rows is not None:
+            whole = _product(up.t(), rows, ctx.types[0])
+            of_a = [
+                part if wants and grad is not None else None
+                for part, wants, grad in zip(whole.split(ctx.ranks), wanted, grads, strict=False)
+            ]
+        return grad_x, None, *of_a, *of_b
 
 
 def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +221,7 @@ def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tens
     mask = None
     if dropout > 0.0:
         rows, mask = torch.native_dropout(rows, dropout, True)
-    return _narrow(rows, a.t()).mul_(scaling), mask
+    return _narrow(rows, a.t(), scaling), mask
 
 
 def _low_rank_backward(
@@ -136,18 +236,19 @@ def _low_rank_backward(
     dropout: float,
     add_to: Tensor | None,
     wants: tuple[bool, bool],
+    types: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B, each if wanted; that of x is added to `add_to`."""
+    """Gradients of A and B in their types, each if wanted; that of x is added to `add_to`."""
     grad_a = grad_b = None
     wants_a, wants_b = wants
+    type_a, type_b = types
     if wants_b:
-        # As (r, out): a product whose long side is the inner one is slow where out comes first.
-        grad_b = torch.mm(down.t(), grad_rows).t()
-    up = _narrow(grad_rows, b).mul_(scaling)  # (N, r)
+        grad_b = _grad_of_b(grad_rows, down, type_b)
+    up = _narrow(grad_rows, b, scaling)  # (N, r)
     if wants_a:
         assert rows is not None
         dropped = rows if mask is None else _dropped(rows, mask, dropout)
-        grad_a = torch.mm(up.t(), dropped)
+        grad_a = _product(up.t(), dropped, type_a)
     if add_to is not None:
         if mask is None:
             add_to.addmm_(up, a)
@@ -156,11 +257,52 @@ def _low_rank_backward(
     return grad_a, grad_b
 
 
-def _narrow(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiplies x by a matrix of r columns. MKL is slow at 5 to 8 of them, not at as many rows."""
+def _grad_of_b(grad_rows: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of B, (out, r)."""
+    if joins_products(grad_rows.device):
+        return _product(grad_rows.t(), down, dtype)  # as B is in memory: autograd makes no copy
+    # As (r, out): on a CPU a product whose long side is the inner one is slow with out first.
+    return _product(down.t(), grad_rows, dtype).t()
+
+
+def _narrow(x: Tensor, matrix: Tensor, factor: float) -> Tensor:
+    """Returns factor * x matrix, for a matrix of r columns.
+
+    MKL is slow at 5 to 8 of them, not at as many rows.
+    """
     if x.device.type == "cpu" and x.dtype == torch.float32 and 5 <= matrix.shape[1] <= 8:
-        return torch.mm(matrix.t(), x.t()).t()
-    return torch.mm(x, matrix)
+        return _scaled(matrix.t(), x.t(), factor).t()
+    return _scaled(x, matrix, factor)
+
+
+def _scaled(left: Tensor, right: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
+    """Returns factor * left right, without a pass for the factor."""
+    # The first argument is not read where beta is 0; it must have a fitting shape.
+    return torch.addmm(right.select(0, 0), left, right, beta=0, alpha=factor, out=out)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices in a type that may be wider than theirs."""
+    if dtype == torch.float32 and _writes_float32(left.device.type, left.dtype):
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+def _writes_float32(device: str, dtype: torch.dtype) -> bool:
+    """Whether products of this type can be written in fp32: on CUDA, from torch 2.8 on."""
+    if dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    return device in GROUPED_ON and _try_float32(device, dtype)
+
+
+@functools.lru_cache
+def _try_float32(device: str, dtype: torch.dtype) -> bool:
+    matrix = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.mm(matrix, matrix, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # an older torch, a device without such products
+        return False
+    return True
 
 
 def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .functional import add_low_rank, add_low_rank_embedding, fused_linear, low_rank_norm
+from .forward_pass import ForwardPass
+from .functional import (
+    add_low_rank,
+    add_low_rank_embedding,
+    fused_linear,
+    joins_products,
+    low_rank_norm,
+)
 from .start import first_matrices
 from .wrapper import Wrapper
 
@@ -44,6 +51,8 @@ class LoraLayer(Wrapper):
         add_low_rank
     )
     """Adds the update to the output of a base layer that has to be called."""
+    forward_pass: ForwardPass | None = None
+    """What the adapter's layers share; None: there is no adapter around this one."""
 
     def __init__(
         self,
@@ -145,23 +154,52 @@ class LoraLayer(Wrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.enabled or self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        weight = None if args or kwargs else self._plain_weight()
-        autocast = torch.is_autocast_enabled(x.device.type)
+        bare = not (args or kwargs)
+        shared = None if torch.compiler.is_compiling() else self.forward_pass
+        flight = None
+        if bare and shared is not None and joins_products(x.device):
+            together = shared.output(self, x)
+            if together is not None:
+                return together
+            flight = shared.flight()
+        frozen = self.frozen(x) if bare else None
+        if frozen is None:
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return self.add_update(output, self.dropout(x), *self.matrices(), self.scaling)
+        weight, bias, dtype = frozen
         lora_A, lora_B = self.matrices()
-        if weight is not None and (autocast or weight.dtype == x.dtype):
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
-            return fused_linear(
-                x.to(dtype),
-                weight.to(dtype),
-                None if bias is None else bias.to(dtype),
-                lora_A,
-                lora_B,
-                scaling=self.scaling,
-                dropout=self._dropout_now(),
-            )
-        output: Tensor = self.base_layer(x, *args, **kwargs)
-        return self.add_update(output, self.dropout(x), lora_A, lora_B, self.scaling)
+        copies = None
+        if shared is not None and not lora_A.dtype == lora_B.dtype == dtype:
+            copies = shared.casts.cast(lora_A, dtype), shared.casts.cast(lora_B, dtype)
+        return fused_linear(
+            x.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            lora_A,
+            lora_B,
+            scaling=self.scaling,
+            dropout=self._dropout_now(),
+            copies=copies,
+            flight=flight,
+        )
+
+    def frozen(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype] | None:
+        """The base layer's weight (out, in) and bias, and the type of its products with x.
+
+        None: the layer has to be called.
+        """
+        weight = self._plain_weight()
+        if weight is None:
+            return None
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        if torch.is_autocast_enabled(x.device.type):
+            return weight, bias, torch.get_autocast_dtype(x.device.type)
+        return (weight, bias, x.dtype) if weight.dtype == x.dtype else None
+
+    def only_adds(self) -> bool:
+        """Whether the layer adds the product of A and B themselves with all of its input."""
+        plain = type(self) in (LoraLinear, LoraConv1D) and self.first_A is None
+        return plain and self.enabled and not self.merged and self._dropout_now() == 0.0
 
     def _plain_weight(self) -> Tensor | None:
         """The frozen weight as (out, in), where its layer does no more than multiply by it.
@@ -224,7 +262,8 @@ class LoraLinear(LoraLayer):
     """
 
     def _plain_weight(self) -> Tensor | None:
-        return self.base_layer.weight if _is_plain(self.base_layer, nn.Linear) else None  # type: ignore[return-value]
+        base = self.base_layer
+        return base.weight if _is_plain(base, nn.Linear) else None  # type: ignore[return-value]
 
 
 class LoraConv1D(LoraLayer):
@@ -321,16 +360,13 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is of just this class, unhooked, with frozen parameters of torch's own."""
-    return (
-        type(layer) is kind
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and all(
-            type(parameter) is nn.Parameter and not parameter.requires_grad
-            for parameter in layer._parameters.values()
-            if parameter is not None
-        )
-    )
+    if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    for parameter in layer._parameters.values():
+        plain = parameter is None or type(parameter) is nn.Parameter
+        if not plain or (parameter is not None and parameter.requires_grad):
+            return False
+    return True
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -19,13 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .functional import _down, _low_rank_backward
+from .functional import _down, _low_rank_backward, joins_products
 from .layer import LoraConv1D, LoraLayer, LoraLinear
 from .parameter import LoraParameter
 from .wrapper import Wrapper
-
-GROUPED_ON = ("cuda",)
-"""Devices on which starting a product costs more than padding it: one takes all slots there."""
 
 
 @dataclass
@@ -105,7 +102,7 @@ class StackedLayer(nn.Module):
         inner = rows.shape[0] // max(x.shape[0], 1)
         parts = list(self._stack.parts(x.shape[0], inner=inner))
         matrices = [matrix for layer in layers for matrix in layer.matrices()]  # type: ignore[operator]
-        grouped = x.device.type in GROUPED_ON and not self._stack.counts
+        grouped = joins_products(x.device) and not self._stack.counts
         linear = _GroupedLinear if grouped else _StackedLinear
         output: Tensor = linear.apply(
             rows,
@@ -198,12 +195,9 @@ class _StackedLinear(torch.autograd.Function):
                 dropout=dropout,
                 add_to=None if grad_x is None else grad_x[part],
                 wants=(wants[2 * index], wants[2 * index + 1]),
+                types=(ctx.types[2 * index], ctx.types[2 * index + 1]),
             )
-        typed = [
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(grads, ctx.types, strict=True)
-        ]
-        return grad_x, None, None, None, None, None, *typed
+        return grad_x, None, None, None, None, None, *grads
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -246,7 +240,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grad_rows.reshape(count, -1, grad_rows.shape[-1])
         up = torch.bmm(grad, b.mT).mul_(scales)  # (K, M, R)
         grad_a = torch.bmm(up.mT, x if keep is None else x * keep)  # (K, R, in)
-        grad_b = torch.bmm(down.mT, grad)  # (K, R, out)
+        grad_b = torch.bmm(grad.mT, down)  # (K, out, R)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm(grad_rows, weight)
@@ -255,11 +249,12 @@ class _GroupedLinear(torch.autograd.Function):
                 wide.baddbmm_(up, a)
             else:
                 wide.addcmul_(torch.bmm(up, a), keep)
-        grads: list[Tensor | None] = []
+        grad_a, grad_b = grad_a.to(ctx.types[0]), grad_b.to(ctx.types[1])  # those of all slots
+        grads: list[Tensor] = []
         for index, rank in enumerate(ctx.ranks):
-            grads += [grad_a[index, :rank], grad_b[index, :rank].t()]
+            grads += [grad_a[index, :rank], grad_b[index, :, :rank]]
         typed = [
-            grad.to(dtype) if grad is not None and wanted else None
+            grad.to(dtype) if wanted else None
             for grad, dtype, wanted in zip(grads, ctx.types, ctx.needs_input_grad[6:], strict=True)
         ]
         return grad_x, None, None, None, None, None, *typed
@@ -272,15 +267,15 @@ def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     shape = (len(matrices), max(ranks), first.shape[1])
     make = torch.empty if min(ranks) == max(ranks) else torch.zeros
     padded = make(shape, dtype=dtype, device=first.device)
-    for place, matrix in zip(padded, matrices, strict=True):
-        place[: matrix.shape[0]].copy_(matrix)
+    torch._foreach_copy_([padded[i, :rank] for i, rank in enumerate(ranks)], [*matrices])
     return padded
 
 
 @functools.lru_cache(maxsize=64)
 def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as (K, 1, 1); kept, since each copy to a GPU waits for it."""
-    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
+    with torch.inference_mode(False):  # evaluation may ask first, training saves it for backward
+        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
 def _keep(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Wrapper(nn.Module):
@@ -45,13 +46,24 @@ class Wrapper(nn.Module):
             setattr(*self.adapted, self._pristine_weight[0])
             self._pristine_weight = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves or converts the weight that is set aside too: `to` and its like call this."""
+        if self._pristine_weight is not None:
+            aside = nn.Module()
+            aside.weight = self._pristine_weight[0]
+            aside._apply(fn)
+            self._pristine_weight = (aside.weight,)
+        return super()._apply(fn, recurse)
+
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            base = super().__getattr__("base_layer")
-            while isinstance(base, Wrapper):
-                base = base.base_layer
-            return getattr(base, name)
+        # What nn.Module's own does, for which a call of it takes twice as long.
+        for kind in ("_parameters", "_modules", "_buffers"):
+            values = self.__dict__.get(kind, ())
+            if name in values:
+                return values[name]
+        if name == "base_layer":
+            raise AttributeError(f"{type(self).__name__} has no base layer yet")
+        base = self.base_layer
+        while isinstance(base, Wrapper):
+            base = base.base_layer
+        return getattr(base, name)

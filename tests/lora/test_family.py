@@ -200,6 +200,29 @@ def test_dora_by_its_equation(kind, init):
     assert torch.equal(layer.base_layer.weight, first.weight)
 
 
+def test_norm_of_dora_kept_in_evaluation_follows_device_type_and_mode():
+    layer = DoraLinear(nn.Linear(7, 6).eval(), 2, scaling=0.7)
+    with torch.no_grad():  # the magnitude started as the norm, and has memory of its own
+        layer.lora_magnitude_vector.mul_(2)
+    torch.testing.assert_close(layer.weight_norm(), layer.base_layer.weight.norm(dim=1))
+    randomise({"A": layer.lora_A, "B": layer.lora_B})
+    for name in ("lora_A", "lora_B"):  # of version 0, as what a move makes is
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach().clone()))
+    x = torch.randn(5, 7, requires_grad=True)
+    with torch.inference_mode():
+        kept = layer.weight_norm()
+        assert layer.weight_norm() is kept
+    layer(x).sum().backward()  # what inference mode made cannot be saved
+    assert x.grad is not None
+    fine = layer.weight_norm()
+    dense = layer.base_layer.weight + 0.7 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(fine, dense.norm(dim=1), rtol=1e-5, atol=0)
+    rounded = layer.to(torch.bfloat16).weight_norm()
+    assert not torch.equal(rounded, fine)
+    torch.testing.assert_close(rounded, fine, rtol=1e-2, atol=0)
+    assert layer.to("meta").weight_norm().device.type == "meta"
+
+
 def test_dropout_of_dora_falls_on_the_update_alone():
     torch.manual_seed(0)
     base = nn.Linear(400, 3)

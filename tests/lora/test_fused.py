@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from kernels import Kernels, like_a_gpu
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -80,6 +83,33 @@ def test_a_16_bit_base_is_no_further_from_the_truth_than_the_plain_step(dtype):
         error, usual_error = (found - true).norm(), (other - true).norm()
         assert error <= 1.25 * usual_error
         assert error <= 0.02 * true.norm()
+
+
+@pytest.mark.parametrize("scaling", [2.0, 1.7])
+def test_fused_step_on_a_gpu_launches_its_products_alone(scaling, monkeypatch):
+    """bf16 base, fp32 adapter: no pass for the scaling, types of gradients or their layout."""
+    like_a_gpu(monkeypatch)
+    tensors = inputs(torch.bfloat16, torch.float32, rows=(64,), bias=False)
+    x, _, _, a, b = tensors
+    wide = [
+        t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
+    ]
+    grad = made(64, 6, dtype=torch.bfloat16)
+    truth = torch.autograd.grad(plain(*wide, scaling=scaling), wide[:1] + wide[3:], grad.double())
+    with Kernels() as forward:
+        output = fused_linear(*tensors, scaling=scaling)
+    # The base product, A x, and B (A x) on top; A and B in bf16.
+    expected = {"mm.default": 1, "addmm.default": 1, "addmm_.default": 1, "_to_copy.default": 2}
+    assert forward.count == Counter(expected)
+    with Kernels() as backward:
+        output.backward(grad)
+    # g W, g B and its product with A on top; the gradients of A and B.
+    expected = {"mm.default": 1, "addmm.default": 1, "addmm_.default": 1, "mm.dtype": 2}
+    assert backward.count == Counter(expected)
+    assert b.grad.stride() == b.stride()
+    for tensor, true in zip((x, a, b), truth, strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        assert (tensor.grad.double() - true).norm() <= 0.01 * true.norm()
 
 
 def test_x_is_kept_once_and_nothing_as_wide_as_the_output():

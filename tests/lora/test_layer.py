@@ -256,6 +256,20 @@ def test_merging_a_hundred_times_is_exact():
     assert torch.equal(layer.base_layer.weight, before)
 
 
+def test_merged_layer_converted_and_unmerged_is_of_the_new_type():
+    layer = filled(dense_layer("Linear"))
+    pristine = layer.base_layer.weight
+    expected = pristine.detach().to(torch.bfloat16)
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert layer.base_layer.weight is pristine
+    torch.testing.assert_close(pristine, expected, rtol=0, atol=0)
+    layer.merge()
+    layer.to("meta").unmerge()
+    assert {tensor.device.type for tensor in layer.parameters()} == {"meta"}
+
+
 def test_what_model_code_reads_is_the_base_layer():
     layer = dense_layer("Linear")
     assert layer.in_features == 7

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora import stacked as stacked_module
+from lora_lightning.lora import Adapter, LoraConfig, UserError, functional
 from lora_lightning.lora.stacked import Stack, StackedLayer, stacked_model
 
 CONFIGS = (
@@ -46,7 +45,7 @@ def slots() -> dict[int, nn.Module]:
 @pytest.fixture(params=[False, True], ids=["one by one", "grouped"])
 def grouped(request, monkeypatch):
     """Whether the low-rank products of all slots are one, as on a GPU."""
-    monkeypatch.setattr(stacked_module, "GROUPED_ON", ("cpu",) if request.param else ())
+    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",) if request.param else ())
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])
@@ -125,6 +124,20 @@ def test_dropout_draws_from_each_slots_own_generator(grouped):
         found = (output[part], rows.grad[part], layer.lora_A.grad, layer.lora_B.grad)
         for ours, expected in zip(found, truth[number], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_stacked_layer_after_inference_mode_trains(grouped):
+    """A pass in inference mode leaves nothing behind that a backward pass cannot use."""
+    models = slots()
+    stack = Stack()
+    stacked = stacked_model(models, stack)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    with torch.inference_mode(), stack.of([0]):
+        stacked(x)
+    truth = torch.autograd.grad(models[0](x).sum(), models[0].get_submodule("0").lora_A)
+    with stack.of([0]):
+        found = torch.autograd.grad(stacked(x).sum(), models[0].get_submodule("0").lora_A)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
 
 
 def test_one_base_product_for_all(monkeypatch):
