@@ -23,6 +23,7 @@ from .forward import check_packing, compile_layers, offloaded_activations
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
+from .lora.functional import joins_products
 from .lora.loftq import make_up
 from .lora.rng import fork_rng
 from .lora.summary import count
@@ -297,6 +298,22 @@ class LoraModule(L.LightningModule):
                 broadcast(self.trainable_tensors().values())
             if self.shards is None:
                 self._check_same_base()
+        if self.adapter is not None and self.shards is None and joins_products(self.device):
+            self._find_groups()
+
+    @torch.no_grad()
+    def _find_groups(self) -> None:
+        """Runs the model once, so that the first step of a resumed run computes as all others.
+
+        Layers with a common input are found in one pass and computed together in later ones.
+        """
+        assert self.model is not None
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        inputs = {"input_ids": ids}
+        if getattr(self.task, "encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        with self.trainer.precision_plugin.forward_context():
+            self.model(**inputs)
 
     def _check_same_base(self) -> None:
         """Raises UserError where processes have read different files; none of it is broadcast."""

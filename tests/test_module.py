@@ -25,7 +25,14 @@ from lora_lightning.callbacks import LastCheckpoint, ProgressBar, RunClock, Thro
 from lora_lightning.config import compose_config, settings_of
 from lora_lightning.data.collate import PackingCollator, PaddingCollator
 from lora_lightning.forward import classification_logits
-from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    forward_pass,
+    functional,
+    save_adapter,
+)
 from lora_lightning.lora.layer import LoraLayer
 from lora_lightning.module import LoraModule
 from lora_lightning.settings import ModelConfig, OptimConfig
@@ -501,6 +508,39 @@ def test_training_step_copies_nothing_between_host_and_device(tiny_llama, kind, 
     assert module.device.type == "meta"
     assert trainer.global_step == 2
     assert watched.copies.found == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_first_step_computes_layers_together_as_later_ones_do(
+    tiny_llama, tiny_t5, kind, monkeypatch
+):
+    """A resumed run would otherwise begin with other last bits than one without a break."""
+    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
+    calls = []
+    together = forward_pass.fused_group
+
+    def counted(x, steps, *args, **kwargs):
+        calls.append(len(steps))
+        return together(x, steps, *args, **kwargs)
+
+    monkeypatch.setattr(forward_pass, "fused_group", counted)
+    rows = [{**row, "labels": row["input_ids"]} for row in make_rows(12)]
+    task, folder = ("lm", tiny_llama) if kind == "llama" else ("summarization", tiny_t5)
+    module = LoraModule({"name": task}, ModelConfig(name_or_path=str(folder)), LORA, SGD)
+    module.task.encoder_decoder = kind == "t5"
+    steps = []
+
+    class Steps(L.Callback):
+        def on_train_batch_end(self, *_):
+            steps.append(calls.copy())
+            calls.clear()
+
+        def on_train_start(self, *_):
+            calls.clear()
+
+    fit(module, batches_of(rows, [4, 4, 4]), callbacks=[Steps()])
+    assert len(steps[0]) > 1
+    assert steps[0] == steps[1] == steps[2]
 
 
 def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch):
