@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _processes(rows: Any, encoding: Encoding) -> int:
     if not apart or cores() <= FEW_CORES:
         return 1
     try:
-        pickle.dumps(encoding)
+        ForkingPickler.dumps(encoding)  # as a process is given it
     except Exception:  # a task of a user's own may hold anything
         return 1
     return min(cores(), MOST_PROCESSES, -(-len(rows) // BATCH))
