@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from .checkpoint import check_optimizer
 from .combinations import refuse_combinations
 from .first_look import found_before, look
-from .forward import check_packing, compile_layers, offloaded_activations
+from .forward import check_packing, compile_layers
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
@@ -25,6 +25,7 @@ from .lora.tokens import rows_of_tokens
 from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import load_tokenizer
+from .offload import offloaded_activations
 from .optim import build_optimizer, build_scheduler
 from .parallel import Shards, broadcast
 from .placement import Placement, place_adapter
@@ -310,7 +311,7 @@ class LoraModule(L.LightningModule):
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
-        with offloaded_activations() if offloads else nullcontext():
+        with offloaded_activations(self.model) if offloads else nullcontext():
             output = self.task.loss(self.model, batch)
         self._step_loss = self._step_loss.to(self.device) + output.total.detach()
         self._step_count = self._step_count.to(self.device) + output.count.detach()

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "forward", "placement", "quantization", "vocabulary"}
+MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
 MODEL_SIDE |= {"warm_start", "zero"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
@@ -35,6 +35,7 @@ ALLOWED = {
     "cluster": {"lora"},
     "modeling": FOUNDATION | {"cpu", "parallel", "quantization", "skeleton", "vocabulary"},
     "forward": {"lora"},
+    "offload": {"lora"},
     "vocabulary": FOUNDATION,
     "warm_start": FOUNDATION | {"checkpoint"},
     "skeleton": FOUNDATION,
