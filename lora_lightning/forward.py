@@ -1,4 +1,4 @@
-"""How a loaded model is run: compiled, with activations elsewhere, on joined rows, to logits."""
+"""How a loaded model is run: compiled, on joined rows, to logits."""
 
 from __future__ import annotations
 
@@ -81,25 +81,6 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
-
-
-def offloaded_activations() -> AbstractContextManager[Any]:
-    """Keeps in the CPU's memory what autograd saves under it; parameters stay where they are."""
-
-    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            return tensor
-        pinned = tensor.is_cuda
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-        return tensor.device, copy.copy_(tensor, non_blocking=pinned)
-
-    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        device, copy = packed
-        return copy.to(device, non_blocking=True)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @torch.no_grad()

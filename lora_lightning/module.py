@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from .checkpoint import check_optimizer, read_checkpoint
 from .combinations import refuse_combinations
 from .first_look import found_before, look
-from .forward import check_packing, compile_layers, offloaded_activations
+from .forward import check_packing, compile_layers
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
@@ -31,6 +31,7 @@ from .lora.tokens import rows_of_tokens
 from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import fingerprint, load_tokenizer
+from .offload import offloaded_activations
 from .optim import build_optimizer, build_scheduler, keep_implementation
 from .parallel import Shards, broadcast, local_rank_in_environment
 from .placement import Placement, place_adapter
@@ -378,7 +379,7 @@ class LoraModule(L.LightningModule):
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
-        with offloaded_activations() if offloads else nullcontext():
+        with offloaded_activations(self.model) if offloads else nullcontext():
             output = self.task.loss(self.model, batch)
         totals = torch.stack([output.total.detach().float(), output.count.detach().float()])
         self._totals = totals if self._totals is None else self._totals + totals

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +18,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from lora_lightning.forward import compile_layers, offloaded_activations, uncompiled
+from lora_lightning import offload
+from lora_lightning.forward import compile_layers, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.module import LoraModule
 from lora_lightning.parallel import loading_options
@@ -61,7 +65,7 @@ def test_checkpointing_gives_the_same_gradients(tiny_llama):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_offloaded_activations_give_the_same_gradients(tiny_llama, checkpointing):
     module = module_of(tiny_llama, offload_activations=True, gradient_checkpointing=checkpointing)
-    assert_same(module, module_of(tiny_llama), length=9)
+    assert_same(module, module_of(tiny_llama), length=50)
 
 
 class Copies(TorchDispatchMode):
@@ -77,12 +81,145 @@ class Copies(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_activations_are_offloaded_and_parameters_are_not():
-    layer = nn.Linear(5, 3)
-    x = torch.randn(4, 5, requires_grad=True)
-    with Copies() as copies, offloaded_activations():
-        layer(x).relu()
-    assert sorted(copies.shapes) == [(4, 3), (4, 5)]  # what relu gave, and x; not the weight
+def test_offloading_moves_activations_that_are_large_and_no_parameters():
+    layers = nn.Sequential(nn.Linear(50, 30), nn.ReLU(), nn.Linear(30, 2), nn.ReLU())
+    x = torch.randn(40, 50, requires_grad=True)
+    with Copies() as copies, offload.offloaded_activations(layers):
+        layers(x)
+    # x, what relu gave, for it and for the layer after; not the (40, 2) at the end.
+    assert sorted(copies.shapes) == [(40, 30), (40, 30), (40, 50)]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What offloading keeps of the tensors that it is given, and those."""
+    found = []
+    real = offload._Moving.pack
+
+    def pack(self, tensor):
+        packed = real(self, tensor)
+        found.append((tensor, packed))
+        return packed
+
+    monkeypatch.setattr(offload._Moving, "pack", pack)
+    return found
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloading_under_autocast_moves_no_copy_of_a_weight(tiny_llama, targets, dtype, kept):
+    """Autocast makes one of each weight of a float32 base, and of each A and B."""
+    task = build_task({"name": "summarization"})
+    modules = []
+    for offloads in (False, True):
+        config = ModelConfig(str(tiny_llama), dtype=dtype, offload_activations=offloads)
+        module = LoraModule(task, config, LoraConfig(rank=33, targets=targets))
+        module.configure_model()
+        modules.append(module)
+    plain, module = modules
+    for _ in range(3):  # A and B one by one, and all at once
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected_loss, expected = gradients(plain, 50)
+            loss, found = gradients(module, 50)
+    assert torch.equal(loss, expected_loss)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+    weights = {p.shape for p in module.model.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+    moved = [packed.copy for _, packed in kept if isinstance(packed, offload._Moved)]
+    assert len(moved) > 20
+    assert not [tensor.shape for tensor in moved if tensor.shape in weights]
+    assert min(tensor.numel() for tensor in moved) >= 1024
+    made_again = [packed for _, packed in kept if isinstance(packed, offload._Cast)]
+    adapted = [layer.base_layer.weight for layer in module.adapter.layers.values()]
+    assert len(made_again) == (len(adapted) if dtype == "float32" else 0)
+    assert all(any(one.source is weight for weight in adapted) for one in made_again)
+
+
+class Streams:
+    """Stands in for torch.cuda: two streams that note what is asked of them, and copies."""
+
+    def __init__(self):
+        self.log = []
+        self.computing, self.copying = (self.named(name) for name in ("computing", "copying"))
+        self.running = self.computing
+        self.Stream = lambda device: self.copying
+
+    def named(self, name):
+        events = itertools.count()
+
+        def record_event():
+            event = f"{name} {next(events)}"
+            self.log.append(f"{event} is set")
+            return SimpleNamespace(
+                name=event, synchronize=lambda: self.log.append(f"CPU waits for {event}")
+            )
+
+        def wait(other):
+            self.log.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(
+            name=name, record_event=record_event, wait_stream=wait, wait_event=wait
+        )
+
+    def current_stream(self, device):
+        return self.running
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.running = stream
+        self.log.append("copy")
+        yield
+        self.running = self.computing
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    streams = Streams()
+    monkeypatch.setattr(offload, "_STREAMS", {"cpu": streams})
+    monkeypatch.setattr(offload, "_stream", lambda device: streams.copying)
+
+    def record_stream(tensor, stream):
+        streams.log.append(f"memory is used by {stream.name}")
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    return streams
+
+
+def test_offloading_with_streams_copies_beside_the_computation(streams):
+    """Seven tensors, of which five may be on their way."""
+    layers = nn.Sequential(*(nn.Sigmoid() for _ in range(7)))
+    x = torch.randn(40, 50, requires_grad=True)
+    expected = torch.autograd.grad(layers(x).sum(), x)
+    with offload.offloaded_activations(layers):
+        output = layers(x).sum()
+    log = []
+    for number in range(7):
+        log += ["copying waits for computing", "copy", f"copying {number} is set"]
+        if number >= 5:  # the memory of that is used again
+            log.append(f"computing waits for copying {number - 5}")
+    log += [f"computing waits for copying {number}" for number in range(2, 7)]
+    assert streams.log == log
+    streams.log.clear()
+    assert torch.equal(*torch.autograd.grad(output, x), *expected)
+    log = []
+    for number in range(7):
+        if number >= 5:
+            log.append(f"CPU waits for computing {number - 5}")
+        log += [f"computing {number} is set", "copy", "computing waits for copying"]
+        log.append("memory is used by computing")
+    assert streams.log == log
+
+
+def test_offloading_in_a_pass_that_fails_holds_nothing(streams, kept):
+    layers = nn.Sequential(nn.Sigmoid(), nn.Sigmoid(), nn.Unflatten(1, (7, 9)))
+    with pytest.raises(RuntimeError), offload.offloaded_activations(layers):
+        layers(torch.randn(40, 50, requires_grad=True))
+    assert streams.log[-2:] == [f"computing waits for copying {number}" for number in (0, 1)]
+    storages = [weakref.ref(tensor.untyped_storage()) for tensor, _ in kept]
+    kept.clear()
+    assert [storage() for storage in storages] == [None, None]
 
 
 @pytest.mark.slow

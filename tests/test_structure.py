@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of ours, over and above itself. Nothing may import cli.
 FOUNDATION = {"lora", "settings"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
-MODEL_SIDE |= {"checkpoint", "forward", "placement", "quantization", "vocabulary"}
+MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
 MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
@@ -39,6 +39,7 @@ ALLOWED = {
     | {"cpu", "parallel", "quantization", "skeleton", "untrusted"}
     | {"vocabulary"},
     "forward": {"lora"},
+    "offload": {"lora"},
     "vocabulary": FOUNDATION,
     "warm_start": FOUNDATION | {"checkpoint", "untrusted"},
     "skeleton": FOUNDATION,

@@ -1,4 +1,8 @@
-"""Copies of an adapter's matrices in the type of a 16-bit base, all made at once."""
+"""Copies of an adapter's matrices in the type of a 16-bit base, all made at once.
+
+Who keeps what autograd saves elsewhere can tell copies of parameters from activations, by
+`source_of` and `is_kept`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from torch._utils import _unflatten_dense_tensors
 _Matrices = tuple[Tensor, ...]
 _Key = tuple[torch.dtype, tuple[int, ...]]
 """A type, and the identities of matrices."""
+_SOURCE, _KEPT = "_lora_source", "_lora_kept"
+"""Attributes of tensors."""
 
 
 class Casts:
@@ -80,10 +86,29 @@ class Casts:
         with torch.inference_mode(False), torch.no_grad():
             copy = _joined(matrices, key[0])
         if self._open and all(isinstance(matrix, nn.Parameter) for matrix in matrices):
+            setattr(copy, _KEPT, True)
             self._copies[key] = version, copy
             if found is None:
                 self._asked[key] = matrices
         return copy
+
+
+def cast_frozen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen tensor in a type; a copy knows its source."""
+    copy = tensor.to(dtype)
+    if not torch.compiler.is_compiling() and copy is not tensor:
+        setattr(copy, _SOURCE, tensor)
+    return copy
+
+
+def source_of(tensor: Tensor) -> Tensor | None:
+    """What a tensor is a copy of in another type, if `cast_frozen` made it."""
+    return getattr(tensor, _SOURCE, None)
+
+
+def is_kept(tensor: Tensor) -> bool:
+    """Whether a tensor is one of the copies of a pass, which exist as long as that."""
+    return hasattr(tensor, _KEPT)
 
 
 def _version(matrices: _Matrices) -> int:
@@ -125,6 +150,7 @@ class _Batch:
             if len(matrices) > 1:
                 rows = sum(len(matrix) for matrix in matrices)
                 copy = memory[start : start + rows * copy.shape[1]].view(rows, -1)
+            setattr(copy, _KEPT, True)
             made[key] = _version(matrices), copy
             start += copy.numel()
             place += len(matrices)

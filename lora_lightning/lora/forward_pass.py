@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .casts import Casts
+from .casts import Casts, cast_frozen
 from .functional import Linear, fused_group
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class ForwardPass:
             weight, bias, dtype = frozen
             steps.append(
                 Linear(
-                    weight.to(dtype),
+                    cast_frozen(weight, dtype),
                     None if bias is None else bias.to(dtype),
                     layer.lora_A,
                     layer.lora_B,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .casts import cast_frozen
 from .errors import UserError
 from .forward_pass import ForwardPass
 from .functional import (
@@ -173,7 +174,7 @@ class LoraLayer(Wrapper):
             copies = shared.casts.cast(lora_A, dtype), shared.casts.cast(lora_B, dtype)
         return fused_linear(
             x.to(dtype),
-            weight.to(dtype),
+            cast_frozen(weight, dtype),
             None if bias is None else bias.to(dtype),
             lora_A,
             lora_B,

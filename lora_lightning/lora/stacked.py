@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .casts import cast_frozen
 from .errors import UserError
 from .functional import _down, _low_rank_backward, joins_products
 from .layer import LoraConv1D, LoraLayer, LoraLinear
@@ -106,7 +107,7 @@ class StackedLayer(nn.Module):
         linear = _GroupedLinear if grouped else _StackedLinear
         output: Tensor = linear.apply(
             rows,
-            weight.to(dtype),
+            cast_frozen(weight, dtype),
             None if bias is None else bias.to(dtype),
             [(layer.scaling, layer._dropout_now()) for layer in layers],  # type: ignore[operator]
             parts,
