@@ -276,8 +276,10 @@ def _narrow(x: Tensor, matrix: Tensor, factor: float) -> Tensor:
 
 
 def _scaled(left: Tensor, right: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
-    """Returns factor * left right, without a pass for the factor."""
-    # The first argument is not read where beta is 0; it must have a fitting shape.
+    """Returns factor * left right."""
+    if not joins_products(left.device):
+        return torch.mm(left, right, out=out).mul_(factor)
+    # Without a pass for the factor. Where beta is 0, the first argument is not read.
     return torch.addmm(right.select(0, 0), left, right, beta=0, alpha=factor, out=out)
 
 
