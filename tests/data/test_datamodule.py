@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -288,6 +289,13 @@ def test_several_processes_encode_as_one(
 def test_a_mistake_that_another_process_meets_is_told(build, rows_jsonl, few_are_many):
     with pytest.raises(UserError, match="row 3 is wrong"):
         build(rows_jsonl, task=RefusingTask())
+
+
+def test_a_task_that_cannot_be_sent_encodes_in_this_process(build, rows_jsonl, few_are_many):
+    task = CountingTask()
+    task.lock = threading.Lock()
+    build(rows_jsonl, task=task)
+    assert task.encoded == 80
 
 
 class RefusingTask(SentimentTask):
