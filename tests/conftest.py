@@ -61,6 +61,15 @@ def _gpus_for_their_own_tests(request, monkeypatch):
             monkeypatch.setattr(torch.cuda, name, value)
 
 
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """Takes away what Lightning leaves in the environment, such as where processes meet."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches(tmp_path_factory):
     """Keeps caches of datasets out of the user's home, for this process and its children."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from lora_lightning.callbacks.kept import LastCheckpoint
 from lora_lightning.cli import main
 from lora_lightning.config import compose_config
 from lora_lightning.train import train
@@ -58,6 +59,8 @@ class KeepCopies(Callback):
         self.seen = 0
 
     def _look(self, trainer, pl_module, *_):
+        (saves,) = (one for one in trainer.callbacks if isinstance(one, LastCheckpoint))
+        saves._wait()  # it writes beside the training, and a folder is not copied in one moment
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if last.is_file() and last.stat().st_mtime_ns != self.seen:
             self.seen = last.stat().st_mtime_ns

@@ -27,15 +27,6 @@ from lora_lightning.trainer import FIRST_SCALE, build_trainer, half_precision
 from lora_lightning.zero import ZeroStrategy
 
 
-@pytest.fixture
-def own_environment():
-    """Takes away what Lightning leaves in the environment, which child processes would read."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def strategy_of(*overrides: str):
     config = compose_config([*overrides, "logger=none", "callbacks=none"])
     config.trainer.precision = "32-true"
@@ -43,7 +34,6 @@ def strategy_of(*overrides: str):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
-@pytest.mark.usefixtures("own_environment")
 def test_run_leaves_the_module_on_its_device(
     strategy, fast, tiny_bert, rows_jsonl, tmp_path, monkeypatch
 ):
