@@ -223,6 +223,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that tensor parallelism cuts, or has whole everywhere."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    assert tensor.device_mesh.ndim == 1, "a layer that FSDP2 has not gathered"
+    return tensor.to_local()
+
+
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Gives every process rank 0's values: those drawn on different GPUs may differ."""

@@ -9,7 +9,6 @@ state of it. Checkpoints and exports hold whole matrices, whoever writes them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from .lora import Adapter, UserError
 from .lora.layer import LoraLayer
 from .lora.parts import Part, within
 from .lora.split import SplitLayer
-from .parallel import Shards, with_wildcards
+from .parallel import Shards, local, with_wildcards
 
 _SHARED: dict[str | None, str] = {"colwise": "lora_B", "rowwise": "lora_A"}
 """By the style of a base layer: the matrix of which each process has a share."""
@@ -94,6 +93,12 @@ class _Shared:
         """What the layer holds at the moment."""
         return getattr(self.layer, self.name)  # type: ignore[no-any-return]
 
+    @property
+    def other(self) -> nn.Parameter:
+        """The matrix that every process has all of."""
+        name = "lora_A" if self.name == "lora_B" else "lora_B"
+        return getattr(self.layer, name)  # type: ignore[no-any-return]
+
     def put(self, matrix: nn.Parameter, *, whole: bool) -> None:
         """Has the layer hold the whole matrix, or this process's share."""
         setattr(self.layer, self.name, matrix)
@@ -143,6 +148,8 @@ class Placement:
             one.put(nn.Parameter(share, requires_grad=one.matrix.requires_grad), whole=False)
         self.cuts = {one.matrix: one.cut for one in shared}
         """Of those parameters of which this process has a share."""
+        self._parted = {one.other for one in shared}
+        """Parameters that are whole, and get a part of their gradients in each process."""
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -171,12 +178,14 @@ class Placement:
         """Makes each gradient the mean over the processes that see different rows.
 
         Those of whole matrices are averaged over all processes, and so the same in all of them to
-        the last bit.
+        the last bit. Parts of one are summed over the processes that see the same rows.
 
         Args:
             parameters: all that is trained, in the same order everywhere.
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
+        if parts := [p.grad for p in trained if p in self._parted]:
+            torch._foreach_mul_(parts, self.shards.tensor)  # type: ignore[arg-type]
         _average([p.grad for p in trained if p not in self.cuts], None)
         if self.shards.data > 1:
             _average([p.grad for p in trained if p in self.cuts], self.shards.data_group)
@@ -259,8 +268,12 @@ def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
     """Has the adapter's layers hold and compute what the base's plan demands.
 
     Column by column: every process makes all of A x, and with its rows of B its own share of the
-    outputs. Row by row: every process has a share of the inputs and those columns of A, and the
-    parts of A x are summed.
+    outputs. Row by row: every process has a share of the inputs and those columns of A, and what
+    it makes of them with B is a part of the sum that all outputs are.
+
+    So the matrix that is whole gets a part of its gradient in each process. The parts are summed
+    once a step, and nothing is exchanged for the adapter but what the base exchanges (Shoeybi et
+    al. 2019, arXiv:1909.08053, section 3).
 
     Raises:
         UserError: a layer is cut in a way that an adapter cannot follow.
@@ -273,10 +286,7 @@ def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
         style = plan.get(with_wildcards(name))
         matrix = _SHARED.get(style)
         if matrix is not None:
-            summed = _SummedBackward if matrix == "lora_B" else _SummedForward
-            layer.add_update = functools.partial(
-                _add_by_shares, summed=summed, group=shards.tensor_group
-            )
+            _join_collectives(layer, matrix, shards.tensor_group)
             shared.append(_shared_out(layer, matrix, shards))
             if matrix == "lora_A" and isinstance(layer.dropout, nn.Dropout):
                 cut = shared[-1].cut
@@ -306,23 +316,55 @@ def _shared_out(layer: LoraLayer, matrix: str, shards: Shards) -> _Shared:
     return _Shared(layer, matrix, Cut(0, tuple(rows)), parts)
 
 
-def _add_by_shares(
-    output: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    summed: type[torch.autograd.Function],
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """`add_low_rank` where output and B, or x and A, are this process's shares of the whole.
+def _join_collectives(layer: LoraLayer, matrix: str, group: dist.ProcessGroup) -> None:
+    """Has the base layer and the branch of A and B exchange with other processes together.
 
-    In both A x is whole: of shares of x its parts are summed, of shares of the output its gradients
-    are.
+    transformers has the base layer do it alone. Here the base layer computes with this process's
+    share of its weight, as the branch does, and what is summed is the sum of both: the outputs, or
+    the gradients of the input, once for all layers that have that input in common.
+
+    Args:
+        layer: whose base layer is cut.
+        matrix: of which this process has a share.
+        group: the processes that have the others.
     """
-    down = summed.apply(F.linear(x, lora_A.to(x.dtype)), group)
-    return output + F.linear(down * scaling, lora_B.to(down.dtype)).to(output.dtype)
+    base = layer.base_layer
+    assert type(base) is nn.Linear, type(base)
+    by_columns = matrix == "lora_B"
+
+    def forward(x: Tensor) -> Tensor:
+        bias = local(base.bias) if by_columns and base.bias is not None else None
+        return F.linear(x, local(base.weight), bias)
+
+    def sum_gradients(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_with_summed_gradient(args[0], group), *args[1:])
+
+    def sum_outputs(_: nn.Module, __: Any, part: Tensor) -> Tensor:
+        output: Tensor = _SummedForward.apply(part, group)
+        return output if base.bias is None else output + local(base.bias)
+
+    base.forward = forward  # type: ignore[assignment, method-assign]
+    if by_columns:
+        layer.register_forward_pre_hook(sum_gradients)
+    else:
+        layer.register_forward_hook(sum_outputs)
+
+
+_SUMMED = "_lora_summed"
+"""Attribute of an input: its version, and the tensor through which layers read it."""
+
+
+def _with_summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x, the gradients of which in several layers are added up first, then summed over a group."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    if torch.compiler.is_compiling():
+        return _SummedBackward.apply(x, group)  # type: ignore[no-any-return]
+    version, summed = getattr(x, _SUMMED, (None, x))
+    if version != x._version:
+        summed = _SummedBackward.apply(x, group)
+        setattr(x, _SUMMED, (x._version, summed))
+    return summed
 
 
 class _SummedForward(torch.autograd.Function):

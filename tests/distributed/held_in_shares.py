@@ -3,8 +3,8 @@
     held_in_shares.py SETTING ...
 
 Trains as the settings say, and prints by rank, as JSON, the shapes of each trained parameter and of
-the matrices that the optimizer keeps for it; then writes the weights of a checkpoint to
-`output_dir`/weights.pt.
+the matrices that the optimizer keeps for it, and the shapes of what rank 0 sums with others in the
+first batch; then writes the weights of a checkpoint to `output_dir`/weights.pt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_lightning.cluster import leave
 from lora_lightning.config import compose_config, settings_of
@@ -26,8 +28,33 @@ from lora_lightning.train import build
 from lora_lightning.trainer import build_trainer
 
 
+class Sums(TorchDispatchMode):
+    """Notes the shapes of tensors that are summed over processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.startswith(("allreduce_", "all_reduce")):
+            tensors = [one for one in tree_leaves(args) if isinstance(one, torch.Tensor)]
+            self.shapes.append(list(tensors[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
 class Held(Callback):
     """Prints shapes at the end of training."""
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 0:
+            self.sums.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            self.sums.__exit__(None, None, None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         (optimizer,) = trainer.optimizers
@@ -42,7 +69,7 @@ class Held(Callback):
             by_rank = [None] * trainer.world_size
             dist.all_gather_object(by_rank, held)
         if trainer.is_global_zero:
-            print("HELD", json.dumps(by_rank))
+            print("HELD", json.dumps([by_rank, self.sums.shapes]))
 
 
 def main(settings: list[str]) -> None:

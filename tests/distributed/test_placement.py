@@ -20,10 +20,11 @@ from lora_lightning.strategies import BY_ELEMENT, ShardedStrategy
 
 SCRIPT = Path(__file__).with_name("held_in_shares.py")
 RANK = 4
-FEATURES = {"q_proj": (32, 32), "v_proj": (32, 16), "o_proj": (32, 32)}
-FEATURES |= {"up_proj": (32, 65), "down_proj": (65, 32)}
+WIDTH, LAYERS = 32, 2
+FEATURES = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
+FEATURES |= {"gate_proj": (32, 65), "up_proj": (32, 65), "down_proj": (65, 32)}
 """Inputs and outputs of the adapted layers."""
-BY_COLUMNS = ("q_proj", "v_proj", "up_proj")
+BY_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,10 @@ def settings(uneven, tmp_path_factory) -> list[str]:
     ]
 
 
-def run(settings: list[str], folder: Path, count: int = 1) -> tuple[list, dict[str, torch.Tensor]]:
-    """Shapes by rank, and the weights."""
+def run(
+    settings: list[str], folder: Path, count: int = 1
+) -> tuple[list, list[list[int]], dict[str, torch.Tensor]]:
+    """Shapes of what is held by rank, shapes of sums in the first batch, and the weights."""
     trainer = "trainer=cpu" if count == 1 else "trainer=tp"
     done = subprocess.run(
         [
@@ -72,7 +75,7 @@ def run(settings: list[str], folder: Path, count: int = 1) -> tuple[list, dict[s
     )
     assert done.returncode == 0, done.stderr
     (told,) = (line for line in done.stdout.splitlines() if line.startswith("HELD"))
-    return json.loads(told.removeprefix("HELD")), torch.load(folder / "weights.pt")
+    return *json.loads(told.removeprefix("HELD")), torch.load(folder / "weights.pt")
 
 
 def matrix(name: str) -> tuple[str, str]:
@@ -89,10 +92,10 @@ def share(size: int, rank: int) -> int:
 @pytest.mark.slow
 def test_of_each_layer_one_matrix_is_held_in_shares_with_the_optimizers_state(settings, tmp_path):
     """Uneven ones too; what comes out equals what one process learns, to rounding."""
-    (alone,), truth = run(settings, tmp_path / "one")
-    held, ours = run(settings, tmp_path / "two", 2)
+    (alone,), _, truth = run(settings, tmp_path / "one")
+    held, sums, ours = run(settings, tmp_path / "two", 2)
     assert alone.keys() == held[0].keys() == held[1].keys()
-    assert sum("lora_" in name for name in alone) == 2 * len(FEATURES) * 2  # layers
+    assert sum("lora_" in name for name in alone) == 2 * len(FEATURES) * LAYERS
     for rank, names in enumerate(held):
         for name, shapes in names.items():
             layer, leaf = matrix(name)
@@ -110,6 +113,12 @@ def test_of_each_layer_one_matrix_is_held_in_shares_with_the_optimizers_state(se
     for name, tensor in truth.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
     assert max(tensor.abs().max() for name, tensor in truth.items() if "lora_B" in name) > 1e-2
+    # Of activations, what Megatron sums for the base alone: the outputs of the embedding, of each
+    # attention and each MLP, and the gradients of the inputs of these, but for the first of them.
+    activations = [shape for shape in sums if len(shape) > 2]
+    assert [shape[-1] for shape in activations] == [WIDTH] * (1 + 2 * LAYERS + 2 * LAYERS - 1)
+    # Once a step: the gradients of whole matrices, their norm in shares, and the loss.
+    assert len(sums) - len(activations) <= 4
 
 
 @pytest.mark.slow
@@ -117,8 +126,8 @@ def test_parts_of_fused_layers_are_cut_where_the_base_is(settings, tmp_path):
     """A process whose outputs hold none of an adapted part holds no row of its B."""
     parts = "+lora.parts={q_proj: {a: 12, -b: 20}, o_proj: [a, b], up_proj: {-a: 40, b: 25}}"
     settings = [*settings, parts]
-    (alone,), truth = run(settings, tmp_path / "one")
-    held, ours = run(settings, tmp_path / "two", 2)
+    (alone,), _, truth = run(settings, tmp_path / "one")
+    held, _, ours = run(settings, tmp_path / "two", 2)
     rows = {"q_proj": (12, 0), "up_proj": (0, 25)}  # of 16 and 16; of 33 and 32
     for rank, names in enumerate(held):
         for name, shapes in names.items():
@@ -140,11 +149,11 @@ def test_what_a_run_starts_from_is_cut_too(settings, tmp_path):
     first = tmp_path / "first"
     train(compose_config(["trainer=cpu", *keeps, f"output_dir={first}"]))
     still = ["trainer.max_epochs=1", "optim.name=SGD", "optim.lr=1e-30"]
-    _, truth = run([*settings, *still, f"adapter={first / 'adapter'}"], tmp_path / "one")
+    *_, truth = run([*settings, *still, f"adapter={first / 'adapter'}"], tmp_path / "one")
     assert max(tensor.abs().max() for name, tensor in truth.items() if "lora_B" in name) > 1e-2
     (best,) = (first / "checkpoints").glob("best-*.ckpt")
     for number, source in enumerate((first / "adapter", best)):
-        _, ours = run([*settings, *still, f"adapter={source}"], tmp_path / f"two{number}", 2)
+        *_, ours = run([*settings, *still, f"adapter={source}"], tmp_path / f"two{number}", 2)
         assert ours.keys() == truth.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
 
