@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_lightning.config import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.module import LoraModule
+from lora_lightning.outcome import measured
 from lora_lightning.parallel import check_accelerator, local_rank_in_environment
 from lora_lightning.strategies import (
     DataParallelStrategy,
@@ -50,6 +52,19 @@ def test_run_leaves_the_module_on_its_device(
     )
     assert result["status"] == "completed"
     assert result["device"] == "cpu"
+
+
+def test_memory_is_that_of_the_device_that_trained(monkeypatch):
+    """Also where a strategy, such as DeepSpeed's, has moved the module away at the end."""
+    gpu, used = torch.device("cuda", 3), {torch.device("cuda", 3): 7 * 2**20}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", used.__getitem__)
+    module = SimpleNamespace(device="cpu", trained_parameters=1, total_parameters=2)
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=gpu), current_epoch=1, global_step=2, world_size=4
+    )
+    clock = SimpleNamespace(seconds=1.0, tokens=1)
+    found = measured(compose_config([]), module, trainer, clock, {})
+    assert (found["device"], found["peak_memory_mib"]) == ("cuda:3", 7.0)
 
 
 def test_auto_and_ddp_become_strategies_that_stay_on_the_device():
