@@ -9,7 +9,7 @@ from .inference import Predictor, row_of
 from .lora import UserError
 from .tasks import InstructTask
 
-HELP = "Type a message; an empty line or Ctrl-D ends, /reset starts anew."
+HELP = "Type a message; an empty line or Ctrl-D ends, /reset starts over."
 
 
 def answer(predictor: Predictor, text: str) -> str:

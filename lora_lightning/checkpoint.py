@@ -148,7 +148,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     )
     return UserError(
         f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
-        "Copy it again from where it is whole, or move it away to begin the run anew"
+        "Copy it again from where it is whole, or move it away to start the run again"
         f"{instead}."
     )
 

@@ -77,10 +77,22 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Runs compiled layers as they are: a cache that grows would have them compiled anew."""
+    """Runs compiled layers as they are: a cache that grows would have them compiled again."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, *, encoder_decoder: bool) -> None:
+    """Runs a model on one short row, for what it finds out in its first pass.
+
+    Args:
+        model: a model of transformers that reads token ids.
+        encoder_decoder: whether its decoder reads ids of its own.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    model(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
 
 
 @torch.no_grad()

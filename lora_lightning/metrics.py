@@ -87,7 +87,7 @@ class Rouge(Metric):
         from rouge_score.rouge_scorer import RougeScorer
 
         # Importing it puts a handler on the root logger that closes the stderr of that moment
-        # when logging is set up anew.
+        # when logging is set up again.
         handler = absl_logging.get_absl_handler()
         logging.getLogger().removeHandler(handler)
         handler.python_handler.stream = sys.__stderr__

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from .checkpoint import check_optimizer, read_checkpoint
 from .combinations import refuse_combinations
 from .first_look import found_before, look
-from .forward import check_packing, compile_layers
+from .forward import check_packing, compile_layers, run_once
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
@@ -33,7 +32,7 @@ from .metrics import MeanLoss
 from .modeling import fingerprint, load_tokenizer
 from .offload import offloaded_activations
 from .optim import build_optimizer, build_scheduler, keep_implementation
-from .parallel import Shards, broadcast, local_rank_in_environment
+from .parallel import Shards, broadcast, local_rank_in_environment, same_everywhere
 from .placement import Placement, place_adapter
 from .quantization import experts_left
 from .settings import ModelConfig, OptimConfig
@@ -300,29 +299,16 @@ class LoraModule(L.LightningModule):
             if self.shards is None:
                 self._check_same_base()
         if self.adapter is not None and self.shards is None and joins_products(self.device):
-            self._find_groups()
-
-    @torch.no_grad()
-    def _find_groups(self) -> None:
-        """Runs the model once, so that the first step of a resumed run computes as all others.
-
-        Layers with a common input are found in one pass and computed together in later ones.
-        """
-        assert self.model is not None
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        inputs = {"input_ids": ids}
-        if getattr(self.task, "encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids
-        with self.trainer.precision_plugin.forward_context():
-            self.model(**inputs)
+            assert self.model is not None
+            # Layers with a common input are found in one pass and computed together in later ones:
+            # without this one the first step of a resumed run would compute otherwise.
+            with self.trainer.precision_plugin.forward_context():
+                run_once(self.model, encoder_decoder=getattr(self.task, "encoder_decoder", False))
 
     def _check_same_base(self) -> None:
         """Raises UserError where processes have read different files; none of it is broadcast."""
         frozen = ((n, p) for n, p in self.named_parameters() if not p.requires_grad)
-        number = int(fingerprint(frozen)[:15], 16)
-        largest = torch.tensor([number, -number], device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        if largest[0] != -largest[1]:
+        if not same_everywhere(int(fingerprint(frozen)[:15], 16), self.device):
             raise UserError(
                 f"model.name_or_path={self.model_config.name_or_path}: the processes of this run "
                 "have loaded different weights. Give all of them the same files."

@@ -238,6 +238,18 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(tensor, src=0)
 
 
+def same_everywhere(number: int, device: torch.device) -> bool:
+    """Whether all processes of a run give the same number; all have to ask.
+
+    Args:
+        number: less than 2^63.
+        device: this process's.
+    """
+    ends = torch.tensor([number, -number], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 def gathers_layers(model: nn.Module) -> bool:
     """Whether a pass through the model gathers its layers from processes that see other rows."""
     return bool(getattr(model, "_is_fsdp_managed_module", False))

@@ -23,7 +23,7 @@ def quiet_libraries() -> None:
         ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
         ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
-        ".*DTensor random operators may not have complete support.*",  # heads are drawn anew
+        ".*DTensor random operators may not have complete support.*",  # heads are drawn again
         ".*FSDP2-wrapped module .* returned a view tensor.*",  # which nothing changes in place
         ".*`torch.jit.script.*` is deprecated.*",  # bitsandbytes, which transformers imports
         ".*`torch.distributed.all_gather_into_tensor` is deprecated.*",  # DeepSpeed

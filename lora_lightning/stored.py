@@ -1,4 +1,4 @@
-"""Adapter folders as data, without their base model: taken apart, and written anew."""
+"""Adapter folders as data, without their base model: taken apart, and written again."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _run_to_its_end(
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             goes_on = last_checkpoint(run_dir) is not None
-            way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "begin anew"
+            way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "start again"
             raise UserError(
                 f"the disk is full: {error}. Nothing that was there before is lost: free some "
                 f"space and {way}."

@@ -787,7 +787,7 @@ ADAPTERS = [
             "text=a",
         ],
         "truncated or corrupt",
-        "Copy it anew",
+        "Copy it again",
     ),
     Case(
         "weights missing",

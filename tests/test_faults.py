@@ -215,7 +215,7 @@ def change(content: dict, key: str, value: object) -> None:
     ],
 )
 def test_a_checkpoint_that_no_run_wrote_is_told(key, value, said, stopped, tmp_path, run_cli):
-    """Whole by its checksums, and changed: saved anew by another hand."""
+    """Whole by its checksums, and changed: saved again by another hand."""
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
     content = torch.load(run / LAST, weights_only=True)
     change(content, key, value)

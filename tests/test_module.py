@@ -214,7 +214,7 @@ def test_initialisation_depends_on_the_seed_alone(tiny_bert):
         module.configure_model()
         model = module.model
         module.configure_model()
-        assert module.model is model, "a second call must not build anew"
+        assert module.model is model, "a second call must not build again"
         return trained(module)
 
     torch.manual_seed(1)

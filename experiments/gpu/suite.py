@@ -86,7 +86,7 @@ class Suite:
             os.fsync(handle.fileno())
 
     def check(self, check: Check, seconds: float) -> dict[str, Any]:
-        """Runs a check as a process, for so many seconds at most."""
+        """Runs a check as a process, with a limit in seconds."""
         file, log = (self.work / f"{check.number}-{os.getpid()}.{kind}" for kind in ("json", "log"))
         started = time.monotonic()
         process = PROCESSES[self.mode].Process(

@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def keep_memory() -> None:
-    """Has glibc keep freed memory: the kernel clearing it anew took 5 to 10 % of a step."""
+    """Has glibc keep freed memory: the kernel clearing it again took 5 to 10 % of a step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4

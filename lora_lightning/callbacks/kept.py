@@ -115,7 +115,7 @@ class _Caught(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a killed run resumes exactly.
 
-    It is saved every so many minutes or optimizer steps and after every epoch, at points where no
+    It is saved every few minutes or optimizer steps and after every epoch, at points where no
     gradient is half accumulated and no other callback has yet to see a validation. Rank 0 copies
     the state to the host's memory; a thread writes it, reads it again and compares, while training
     continues. Writing is atomic: a kill in mid-write leaves the previous file.

@@ -36,7 +36,7 @@ class Located:
 
 @dataclass
 class MicroBatches:
-    """Collates rows to micro-batches of at most so many tokens, padding counted.
+    """Collates rows to micro-batches of at most `max_tokens` tokens, padding counted.
 
     What a step needs in memory then depends on that number and no longer on the rows that happen to
     meet in a batch. Rows of like length go together, so less is padded. A row longer than

@@ -166,7 +166,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file, it is truncated or corrupt: {error}. "
-            "Copy it anew, or export the adapter again from its run's checkpoint."
+            "Copy it again, or export the adapter again from its run's checkpoint."
         ) from None
 
 

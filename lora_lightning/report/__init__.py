@@ -1,6 +1,6 @@
 """What came out of a sweep: a table in the terminal, results.csv, report.md and report.html.
 
-All of it is a function of the sweep's folder, so that it can be made anew at any time, also while
+All of it is a function of the sweep's folder, so that it can be made again at any time, also while
 the sweep still runs.
 """
 

@@ -21,7 +21,7 @@ class LanguageModelTask(GenerativeTask):
 
     Documents fill blocks of the full length one behind the other. One that does not fit goes on in
     the next block, without BOS, so no token is lost; EOS stands at its very end alone. Position ids
-    begin anew with each document, and attention ends there: see `PackingCollator`.
+    start over with each document, and attention ends there: see `PackingCollator`.
     """
 
     name = "lm"

@@ -132,7 +132,7 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
 
 
 def test_it_goes_on_by_another_strategy(stopped, whole):
-    """As many rows at a time give the same run, whoever holds the base; dropout is drawn anew."""
+    """As many rows at a time give the same run, whoever holds the base; dropout is drawn again."""
     way, folder = stopped
     if way == "ddp":
         pytest.skip("it has dropout")

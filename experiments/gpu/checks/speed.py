@@ -204,7 +204,7 @@ def compiled(lab: Lab) -> Figures:
         own(module, *args, backend="aot_eager", **settings)
 
     gaps: list[float] = []
-    anew: list[list[str]] = []
+    again: list[list[str]] = []
     graphs = []
     for model in lab.pick(("135m", "1b"), ("135m",)):
         common = varied(lab, model, lab.pick(12, 4), precision=lab.pick("bf16-true", "32-true"))
@@ -216,7 +216,7 @@ def compiled(lab: Lab) -> Figures:
         with how, recompilations() as found:
             fast = lab.train(*common, "model.compile=layer", probe="Steps")
         gaps.append(gap(usual.losses, fast.losses))
-        anew.append(found)
+        again.append(found)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         if not lab.rehearsal:
             figures[f"{model}_speed_up"] = usual.probe.seconds(6) / fast.probe.seconds(6)
@@ -225,14 +225,14 @@ def compiled(lab: Lab) -> Figures:
     return figures | {
         "loss_gap": largest(gaps),
         "graphs": min(graphs),
-        "recompilations": max(map(len, anew)),
-        "by_length": sum(bool(BY_LENGTH.search(text)) for texts in anew for text in texts),
+        "recompilations": max(map(len, again)),
+        "by_length": sum(bool(BY_LENGTH.search(text)) for texts in again for text in texts),
     }
 
 
 @contextlib.contextmanager
 def recompilations() -> Iterator[list[str]]:
-    """Why torch compiles anew in a block: a text for each time."""
+    """Why torch compiles again in a block: a text for each time."""
     import torch
 
     found: list[str] = []
