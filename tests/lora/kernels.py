@@ -6,8 +6,6 @@ from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_lightning.lora import functional
 
@@ -42,6 +40,9 @@ def like_a_gpu(monkeypatch):
 
     Attention is transformers' own too: a training on a CPU in this process may have replaced it.
     """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
     monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
     monkeypatch.setattr(functional, "_try_float32", lambda device, dtype: dtype.itemsize == 2)
