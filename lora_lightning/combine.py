@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .lora import UserError
+from .lora.checksums import SIDECAR
 from .lora.combine import METHODS, Update, combine
 from .lora.errors import did_you_mean
-from .storage import SIDECAR, read_sidecar
+from .storage import read_sidecar
 from .stored import Stored, key_of, write_like
 
 WHOLE = ("same", "first", "mean")
@@ -99,7 +100,8 @@ def combine_adapters(
         a, b = own[0][0].updates[module][1]
         tensors[f"{module}.{a}"], tensors[f"{module}.{b}"] = new.lora_A, new.lora_B
         new_ranks[module] = new.lora_A.shape[0]
-    write_like(stored[0].folder, Path(output), tensors, _config(stored, new_ranks))
+    sources = [one.folder for one in stored]
+    write_like(sources, Path(output), tensors, _config(stored, new_ranks), by="combine")
     return math.sqrt(missed / total) if total else 0.0
 
 

@@ -16,13 +16,14 @@ from .config import compose_config, over_saved, read_config, saved_settings, set
 from .layouts import PARTS, read_layout
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.combine import Update
+from .lora.outputs import refuse_loss
 from .lora.state import CONFIG_NAME, adapter_from, from_peft_config, is_together
 from .lora.vocabulary import make_room
 from .modeling import load_model_config, load_tokenizer
 from .module import LoraModule
 from .quiet import quiet_libraries
 from .settings import DataConfig
-from .storage import base_fingerprint, save_trained
+from .storage import base_fingerprint, refuse_run, save_trained
 from .tasks import build_task
 from .untrusted import arguments_from_file, check_plain, refuse_links, settings_from_file
 
@@ -54,6 +55,8 @@ def import_adapter(
         UserError: the source cannot be used, or does not fit the base model or the task.
     """
     quiet_libraries()
+    refuse_run(output)
+    refuse_loss(output, by="import", sources=[source])
     for override in overrides:
         if override.lstrip("+").startswith("lora"):
             raise UserError(
@@ -78,7 +81,8 @@ def import_adapter(
     saved = saved_settings(config)
     if module.adapter is not None and source.suffix != ".ckpt":
         saved["lora"] = {**asdict(module.adapter.config), "method": "lora"}
-    save_trained(module, output, saved, base=base_fingerprint(module))
+    sources = (source, module.model_config.name_or_path)
+    save_trained(module, output, saved, base=base_fingerprint(module), by="import", sources=sources)
     return module
 
 

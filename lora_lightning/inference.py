@@ -18,7 +18,7 @@ from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError, load_adapter
 from .lora.loftq import take_over_values
-from .lora.state import replaced_folder
+from .lora.outputs import refuse_loss, replaced_folder
 from .lora.vocabulary import vocabulary_rows
 from .modeling import fingerprint, load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
@@ -26,10 +26,10 @@ from .settings import ModelConfig
 from .storage import (
     base_fingerprint,
     belongs_to_quantised,
-    check_weights,
     damaged,
     read_sidecar,
     refuse_quantised,
+    refuse_run,
     save_tokenizer,
 )
 from .tasks import build_task, to_device
@@ -77,7 +77,6 @@ def load_trained(
     with device:  # read from the file to where it is used
         base, _ = task.build_model(config, tokenizer)
     module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
-    check_weights(folder, sidecar)  # after what tells more: names, shapes, values
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
     return module.to(device).eval()
 
@@ -258,12 +257,15 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         stands on disk, over a few texts.
     """
     refuse_links(Path(folder))
+    refuse_run(Path(output))
+    refuse_loss(Path(output), by="merge", sources=[folder])
     module = _unquantised(Path(folder), model or {})
     if module.adapter is None:
         raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")
     assert module.model is not None
     before = _probe(module)
-    with replaced_folder(Path(output), marker="config.json") as staging:
+    sources = (folder, module.model_config.name_or_path)
+    with replaced_folder(Path(output), by="merge", sources=sources) as staging:
         merged = module.adapter.merge_and_unload()
         merged.save_pretrained(staging)  # type: ignore[operator]
         save_tokenizer(module.tokenizer, staging)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .lora import UserError, read_adapter
+from .lora.checksums import check_files
 from .lora.errors import did_you_mean
 from .lora.state import from_peft_config
 from .storage import belongs_to_quantised
@@ -65,7 +66,7 @@ def write_canonical(folder: str | Path, output: str | Path) -> tuple[int, float]
         "alpha_pattern": {},
         "use_rslora": False,
     }
-    write_like(stored.folder, Path(output), tensors, config)
+    write_like([stored.folder], Path(output), tensors, config, by="export")
     return rank, rounding
 
 
@@ -81,6 +82,7 @@ def engine_problems(folder: str | Path, engine: str) -> list[str]:
         )
     raw, tensors = read_adapter(folder)
     from_peft_config(raw)
+    check_files(folder)
     kind = belongs_to_quantised(Path(folder))
     own = [f"made for a base in {kind}, by lora.init=loftq: merge it"] if kind else []
     return [*own, *_of_both(raw), *ENGINES[engine](raw, list(tensors))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,15 +19,14 @@ import torch
 from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.checks import check_trained
-from .lora.state import WEIGHTS_NAME, replaced_folder
+from .lora.checksums import SIDECAR, write_checksums
+from .lora.outputs import refuse_loss, replaced_folder
 from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
 from .module import LoraModule
 from .untrusted import check_task_state, settings_from_file
 
-SIDECAR = "lora_lightning.json"
-"""Our own file beside PEFT's: task, labels, base model and settings."""
 ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
@@ -39,7 +37,16 @@ RUN_ENTRIES = (
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
-def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, base: str) -> None:
+def save_trained(
+    module: LoraModule,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    base: str,
+    by: str = "train",
+    sources: Iterable[str | Path] = (),
+    later: Iterable[str] = (),
+) -> None:
     """Writes what a run has trained, with the tokenizer and the settings to use it again.
 
     A LoRA run gives a PEFT folder; full fine-tuning gives a plain Hugging Face folder.
@@ -49,7 +56,11 @@ def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, 
         folder: where.
         settings: the run's.
         base: `base_fingerprint` of the module.
+        by: the command that writes.
+        sources: what it was read from.
+        later: names of files that are written into the folder afterwards.
     """
+    refuse_loss(folder, by=by, sources=sources)
     content = {
         "format": 1,
         "task_state": module.task.state(),
@@ -61,8 +72,10 @@ def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, 
     def also(staging: Path) -> None:
         save_tokenizer(module.tokenizer, staging)
         if module.adapter is not None:
-            content["weights_sha256"] = digest(staging / WEIGHTS_NAME)
-        (staging / SIDECAR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            write_checksums(staging, content)
+        else:
+            text = json.dumps(content, indent=2, sort_keys=True)
+            (staging / SIDECAR).write_text(text + "\n", encoding="utf-8")
 
     check_trained(module.trainable_tensors(), kept=f"{folder} was not written.")
     if module.adapter is not None:
@@ -73,9 +86,11 @@ def save_trained(module: LoraModule, folder: Path, settings: dict[str, Any], *, 
             revision=module.model_config.revision,
             task_type=module.task.peft_task_type,
             also=also,
+            by=by,
+            later=later,
         )
         return
-    with replaced_folder(folder, marker=SIDECAR) as staging:
+    with replaced_folder(folder, by=by, sources=sources, later=later) as staging:
         assert module.model is not None
         module.model.save_pretrained(staging)  # type: ignore[operator]
         also(staging)
@@ -92,24 +107,17 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         )
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(2**20):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def check_weights(folder: Path, sidecar: dict[str, Any]) -> None:
-    """Raises UserError if an adapter's weights are not those that its run has written."""
-    recorded, path = sidecar.get("weights_sha256"), folder / WEIGHTS_NAME
-    if recorded and path.is_file() and digest(path) != recorded:
-        raise UserError(
-            f"{path} is damaged, or was changed by another tool: its checksum is not the one in "
-            f"{SIDECAR}. Copy it again from where it is whole. If the change was meant, take "
-            f"weights_sha256 out of {SIDECAR}."
-        )
+def refuse_run(output: Path) -> None:
+    """Raises UserError for an output where a run has, or will have, files of its own."""
+    output = output.resolve()
+    for run_dir in output.parents:
+        entry = output.relative_to(run_dir).parts[0]
+        is_run = (run_dir / RESULT).is_file() or (run_dir / ".hydra").is_dir()
+        if is_run and entry in (ADAPTER, *RUN_ENTRIES):
+            raise UserError(
+                f"{output} lies in the run {run_dir}, which keeps its own files there: give "
+                "another folder."
+            )
 
 
 def belongs_to_quantised(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from .lora import LoraConfig, UserError, read_adapter
 from .lora.checks import check_values
+from .lora.checksums import SIDECAR, check_files, write_checksums
 from .lora.combine import Update
+from .lora.outputs import MARK, replaced_folder
 from .lora.state import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     from_peft_config,
-    replaced_folder,
     write_files,
 )
-from .storage import SIDECAR, digest, refuse_quantised
+from .storage import refuse_quantised, refuse_run
 from .untrusted import refuse_links
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -71,6 +73,7 @@ class Stored:
                             "base (lora-lightning merge)."
                         )
                     updates[module] = Update(*pair, config.scaling_of(key)), (a, b)
+        check_files(folder)  # after what tells more
         return cls(folder, raw, config, updates, rest)
 
 
@@ -92,19 +95,33 @@ def _check_pair(folder: Path, module: str, pair: tuple[Tensor, Tensor]) -> None:
 
 
 def write_like(
-    first: Path, output: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+    sources: Sequence[Path],
+    output: Path,
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    *,
+    by: str,
 ) -> None:
-    """Writes an adapter folder with what else is in `first`: tokenizer, settings of the task."""
+    """Writes an adapter folder with what else is in the first of others: tokenizer, settings.
+
+    Args:
+        sources: the folders that it was made from.
+        output: where.
+        tensors: of the new adapter.
+        config: its adapter_config.json.
+        by: the command.
+    """
+    first = sources[0]
     refuse_links(first)
-    with replaced_folder(output, marker=CONFIG_NAME) as staging:
+    refuse_run(output)
+    with replaced_folder(output, by=by, sources=sources) as staging:
         for path in first.iterdir():
-            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md"):
+            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md", MARK):
                 shutil.copyfile(path, staging / path.name)
         write_files(staging, config, tensors)
         if (staging / SIDECAR).is_file():
             sidecar = json.loads((staging / SIDECAR).read_text(encoding="utf-8"))
-            sidecar["weights_sha256"] = digest(staging / WEIGHTS_NAME)
-            (staging / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
+            write_checksums(staging, sidecar)
 
 
 def copy_adapter(folder: Path, output: Path) -> None:
@@ -117,5 +134,7 @@ def copy_adapter(folder: Path, output: Path) -> None:
     raw, tensors = read_adapter(folder)
     refuse_quantised(folder)  # the files alone would not tell
     from_peft_config(raw)
-    with replaced_folder(output, marker=CONFIG_NAME) as staging:
+    check_files(folder)
+    refuse_run(output)
+    with replaced_folder(output, by="export", sources=[folder]) as staging:
         write_files(staging, raw, tensors)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from .callbacks import LastCheckpoint, Paused, RunClock
-from .card import write_card
+from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
 from .cluster import has_lost_another, leave
 from .config import (
@@ -30,6 +30,8 @@ from .data.datamodule import LoraDataModule
 from .earlier import continue_csv, earlier_result, last_checkpoint, refuse_used_folder
 from .lock import locked
 from .lora import UserError
+from .lora.checksums import SIDECAR, check_files
+from .lora.outputs import refuse_loss
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
@@ -42,9 +44,7 @@ from .signals import Stopped, StopSignals
 from .storage import (
     ADAPTER,
     RESULT,
-    SIDECAR,
     base_fingerprint,
-    check_weights,
     folder_bytes,
     read_sidecar,
     save_trained,
@@ -110,6 +110,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             stack.enter_context(locked(run_dir, setting="output_dir"))
             if not resume:
                 refuse_used_folder(run_dir)
+            refuse_loss(run_dir / ADAPTER, by="train")  # not when all is trained
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
@@ -215,7 +216,7 @@ def _run(
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():
         if trainer.is_global_zero:
-            save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base)
+            save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base, later=[CARD])
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))
@@ -268,7 +269,7 @@ def _check_start(adapter: str, settings: Settings) -> None:
     theirs: dict[str, Any] = {}
     if (Path(adapter) / SIDECAR).is_file():
         sidecar = read_sidecar(Path(adapter))
-        check_weights(Path(adapter), sidecar)
+        check_files(Path(adapter))
         theirs = sidecar["settings"]
         refuse_other_tokens(adapter, theirs["model"], settings.model)
     refuse_other_start(adapter, theirs, settings.model, settings.lora)

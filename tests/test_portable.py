@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
+from lora_lightning.lora.outputs import MARK
 from lora_lightning.portable import engine_problems, write_canonical
 
 IDS = torch.arange(12).view(2, 6)
@@ -132,7 +133,7 @@ def test_the_command(base, tmp_path, run_cli):
     status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
     assert status == 0
     names = {path.name for path in (tmp_path / "plain").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", MARK}
     for arguments, message in (
         ([where], "export needs output=DIR, or check="),
         ([where, "check=vlm"], "Did you mean 'vllm'"),

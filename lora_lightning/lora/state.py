@@ -7,13 +7,10 @@ Only safetensors is read or written, never a pickle. What is written loads in PE
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .checksums import check_files
 from .config import LoraConfig
 from .copies import without_copies
 from .errors import UserError
+from .outputs import replaced_folder
 from .peft_config import to_peft_config
 from .vocabulary import make_room
 
@@ -59,6 +58,8 @@ def save_adapter(
     revision: str | None = None,
     task_type: str | None = None,
     also: Callable[[Path], None] | None = None,
+    by: str = "save_adapter",
+    later: Iterable[str] = (),
 ) -> Path:
     """Writes an adapter as a PEFT folder; the same adapter always gives the same bytes.
 
@@ -66,17 +67,19 @@ def save_adapter(
 
     Args:
         adapter: the adapter to write.
-        folder: where; an adapter that is there already is replaced.
+        folder: where; what the same command wrote before is replaced.
         base_model: hub name or path of the base model, recorded for whoever loads the adapter.
         revision: the base model's hub revision.
         task_type: PEFT's task type, such as "SEQ_CLS" or "CAUSAL_LM".
         also: writes further files into the folder that it is given.
+        by: the command that writes (`replaced_folder`).
+        later: names of files that are written into the folder afterwards.
 
     Raises:
-        UserError: the folder cannot be written, or holds something that is no adapter.
+        UserError: the folder cannot be written, or holds what others have written.
     """
     config = to_peft_config(adapter, base_model=base_model, revision=revision, task_type=task_type)
-    with replaced_folder(Path(folder), marker=CONFIG_NAME) as staging:
+    with replaced_folder(Path(folder), by=by, later=later) as staging:
         write_files(staging, config, adapter.exported_tensors())
         if also is not None:
             also(staging)
@@ -209,6 +212,7 @@ def adapter_from(
         if together:
             _refuse_tied_updates(adapter)
         adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
+        check_files(folder)  # after what tells more: names, shapes, values
     except UserError:
         adapter.remove()
         raise
@@ -296,52 +300,6 @@ def _refuse_old_experts(raw: dict[str, Any]) -> None:
             f"{CONFIG_NAME} was written by PEFT {raw['peft_version']}, which laid the A and B of "
             "experts (target_parameters) out otherwise: merge the adapter with that PEFT."
         )
-
-
-@contextmanager
-def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the place of `folder` at the end of the block.
-
-    Args:
-        folder: the final place.
-        marker: a file that an earlier folder of this kind holds; a folder that is not empty and
-            lacks it is left alone.
-
-    Raises:
-        UserError: the place cannot be written, or holds something else.
-    """
-    folder = folder.resolve()  # what a link points to is replaced, not the link
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
-        raise UserError(f"{folder} is not empty and holds no {marker}: give another folder.")
-    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        for path in staging.rglob("*"):
-            _flush(path)
-        if folder.exists():
-            outgoing = staging.with_name(f"{staging.name}.old")
-            os.rename(folder, outgoing)
-            try:
-                os.rename(staging, folder)
-            except OSError:
-                os.rename(outgoing, folder)
-                raise
-            shutil.rmtree(outgoing, ignore_errors=True)
-        else:
-            os.rename(staging, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {error}. Nothing was changed there.") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:

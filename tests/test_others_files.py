@@ -1,0 +1,159 @@
+"""What commands do with folders that they did not write, and with files that were changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_lightning import UserError, load_adapter
+from lora_lightning.config import compose_config
+from lora_lightning.lora import AdapterSet
+from lora_lightning.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
+    """A run's folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = [
+        *("trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=1", "logger=none"),
+        *("trainer.enable_progress_bar=false", "callbacks.progress_bar=null", "test_before=false"),
+        *("callbacks.rich_summary=null", "data.limit_train=16", "data.limit_val=8"),
+        *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
+    ]
+    train(compose_config([*settings, f"output_dir={folder}"]))
+    return folder
+
+
+@pytest.fixture
+def place(trained, tiny_bert, tmp_path, monkeypatch) -> Path:
+    """A folder with the run, and with another whose adapter a user has added to; and the base."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "other"):
+        shutil.copytree(trained, tmp_path / name)
+    (tmp_path / "other" / "adapter" / "notes.md").write_text("mine")
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+WRITERS = {
+    "merge": ["merge", "adapter=run/adapter"],
+    "export": ["export", "adapter=run/adapter"],
+    "canonical": ["export", "adapter=run/adapter", "format=canonical"],
+    "merged": ["export", "adapter=run/adapter", "format=merged"],
+    "combine": ["combine", "adapter=run/adapter", "weights=0.5"],
+    "import": ["import", "source=run/checkpoints/last.ckpt"],
+    "import PEFT": ["import", "source=run/adapter", "task.labels=[negative,positive]"],
+}
+
+
+@pytest.mark.parametrize("output", ["base", "other/adapter", "run/adapter", "run/tensorboard"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_no_command_replaces_what_it_did_not_write(command, output, place, run_cli):
+    before = contents(place)
+    status, _, err = run_cli(*WRITERS[command], f"output={output}")
+    assert status == 2, err
+    assert "Traceback" not in err
+    told = " ".join(err.split())
+    assert any(words in told for words in ("This would be lost:", "lies in the run", "reads:"))
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("command", [name for name in WRITERS if name != "import PEFT"])
+def test_each_command_replaces_what_it_wrote(command, place, run_cli):
+    for _ in range(2):
+        status, _, err = run_cli(*WRITERS[command], "output=out")
+        assert status == 0, err
+    before = contents(place)
+    for other, writer in WRITERS.items():
+        if writer[0] != WRITERS[command][0] and {command, other} != {"merge", "merged"}:
+            status, _, err = run_cli(*writer, "output=out")
+            assert status == 2
+            assert "wrote it. This would be lost" in " ".join(err.split())
+    assert contents(place) == before
+
+
+def _turn(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def _double_alpha(path: Path) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "lora_alpha": 2 * content["lora_alpha"]}))
+
+
+def _rename_entry(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert '"good"' in text
+    path.write_text(text.replace('"good"', '"goof"'), encoding="utf-8")
+
+
+DAMAGES = {
+    "adapter_model.safetensors": _turn,
+    "adapter_config.json": _double_alpha,
+    "tokenizer.json": _rename_entry,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_changed_files_are_told_by_whatever_reads_them(name, place, run_cli):
+    adapter = place / "run" / "adapter"
+    DAMAGES[name](adapter / name)
+    before = contents(place)
+    for arguments in (
+        ["predict", "adapter=run/adapter", "text=good"],
+        ["evaluate", "adapter=run/adapter", "data.test=none.jsonl"],
+        *(
+            [*writer, "output=out"]
+            for command, writer in WRITERS.items()
+            if command != "import"  # reads a checkpoint, which has checksums of its own
+        ),
+        ["export", "adapter=run/adapter", "check=vllm"],
+        ["train", "adapter=run/adapter", "model.name_or_path=base", "output_dir=new"],
+    ):
+        status, _, err = run_cli(*arguments)
+        assert status == 2, arguments
+        assert f"adapter/{name} is damaged, or was changed" in " ".join(err.split()), arguments
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_changed_files_are_told_in_python(name, place):
+    from transformers import AutoModelForSequenceClassification
+
+    adapter = place / "run" / "adapter"
+    DAMAGES[name](adapter / name)
+    model = AutoModelForSequenceClassification.from_pretrained(place / "base")
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match="is damaged, or was changed"):
+        load_adapter(model, adapter)
+    assert model.state_dict().keys() == weights.keys()
+    adapters = AdapterSet(model)
+    with pytest.raises(UserError, match="is damaged, or was changed"):
+        adapters.add("it", adapter)
+    assert adapters.adapters == {}
+
+
+def test_weights_of_an_older_folder_are_checked(place):
+    """There the checksum of the weights stood alone."""
+    adapter = place / "run" / "adapter"
+    path = adapter / "lora_lightning.json"
+    content = json.loads(path.read_text())
+    sums = content.pop("sha256")
+    path.write_text(json.dumps({**content, "weights_sha256": sums["adapter_model.safetensors"]}))
+    from lora_lightning.inference import load_trained
+
+    load_trained(adapter, device="cpu")
+    _turn(adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="is damaged, or was changed"):
+        load_trained(adapter, device="cpu")
