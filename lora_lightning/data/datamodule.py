@@ -28,7 +28,7 @@ from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import cache_folder, load_splits, unwritable_cache
 from .splits import make_splits
 
-CACHE_VERSION = 2  # raise it when the meaning of encoded rows changes
+CACHE_VERSION = 3  # raise it when the meaning of encoded rows changes
 CPU_TOKENS = 1024
 """Tokens computed at a time on a CPU, unless told otherwise: see experiments/throughput."""
 GPU_MULTIPLE = 8

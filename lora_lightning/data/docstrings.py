@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..lora.errors import UserError
+from .cache import is_whole, tell_damage, write_sums
 
 VERSION = 1  # raise it when other rows come out
 SUMMARY_WORDS = (3, 25)
@@ -45,7 +46,10 @@ def docstring_files(folder: Path) -> dict[str, Path]:
     version = ".".join(map(str, sys.version_info[:3]))
     target = folder / f"docstrings-{version}-v{VERSION}"
     paths = {split: target / f"{split}.jsonl" for split in ("train", "val", "test")}
-    if not all(path.is_file() for path in paths.values()):
+    sums = target / "sums.json"
+    if not is_whole(paths.values(), sums):
+        if sums.exists():
+            tell_damage(target)
         splits = build_docstrings(Path(sysconfig.get_path("stdlib")))
         target.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
@@ -55,6 +59,7 @@ def docstring_files(folder: Path) -> dict[str, Path]:
             ) as handle:
                 handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             Path(handle.name).replace(paths[split])
+        write_sums(paths.values(), sums)
     return paths
 
 

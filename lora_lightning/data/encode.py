@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import Task
+from .cache import is_whole, tell_damage, write_sums
 
 BATCH = 1000
 """Rows that a task encodes together; blocks of documents end with them."""
@@ -60,6 +61,8 @@ class _Slices:
 def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
     """Encoded rows as a dataset, which is read from a file or written to it.
 
+    A file that is not what its checksum says is written again.
+
     Args:
         rows: a dataset of raw rows.
         encoding: how.
@@ -68,19 +71,27 @@ def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
     Raises:
         OSError: the file cannot be written.
     """
-    processes = 1 if file.exists() else _processes(rows, encoding)
+    sums = file.with_suffix(".json")
+    ready = is_whole([file], sums)
+    if not ready and sums.exists():
+        tell_damage(file)
+    processes = 1 if ready else _processes(rows, encoding)
     if processes > 1:
         _write_by_processes(rows, encoding, file, processes)
-    return rows.map(
+    encoded = rows.map(
         encoding,
         batched=True,
         batch_size=BATCH,
         with_indices=True,
         remove_columns=rows.column_names,
         cache_file_name=str(file),
+        load_from_cache_file=ready or processes > 1,
         new_fingerprint=file.stem,
         desc="tokenising",
     )
+    if not ready and file.exists():
+        write_sums([file], sums)
+    return encoded
 
 
 def cores() -> int:
@@ -138,6 +149,7 @@ def _write_by_processes(rows: Any, encoding: Encoding, file: Path, processes: in
             lambda table: table,
             batched=True,
             cache_file_name=str(file),
+            load_from_cache_file=False,
             new_fingerprint=file.stem,
             desc="writing",
         )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..lora.checksums import digest
 from ..lora.errors import UserError, did_you_mean
 from ..settings import DataConfig
+from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
 
 SPLITS = ("train", "val", "test")
@@ -166,12 +170,36 @@ def _read(option: str, path: Path) -> Any:
         return _read_json(option, path)
     reader = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
     try:
-        return reader[builder](str(path), **kwargs)
+        return _by_content(reader[builder], path, **kwargs)
     except Exception as error:
         raise UserError(
             f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)} "
             f"{_ADVICE[builder]}"
         ) from error
+
+
+def _by_content(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:
+    """The rows of a file, kept in a cache by what it holds.
+
+    The reader's own cache goes by path and time of change, which copies and archives keep.
+
+    Args:
+        reader: of `datasets`.
+        path: the file.
+        kwargs: of the reader.
+    """
+    from datasets import Dataset
+
+    key = digest(path)[:32]
+    folder = cache_folder(None) / f"rows-{key}"
+    sums = folder / "sums.json"
+    if sums.exists() and not is_whole(folder.rglob("*.arrow"), sums):
+        tell_damage(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    rows = reader(str(path), cache_dir=str(folder), **kwargs)
+    if not sums.exists():
+        write_sums((Path(file["filename"]) for file in rows.cache_files), sums)
+    return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)
 
 
 def _read_json(option: str, path: Path) -> Any:
@@ -200,7 +228,7 @@ def _read_as_lines(option: str, path: Path) -> Any:
     from datasets import Dataset
 
     try:
-        return Dataset.from_json(str(path))
+        return _by_content(Dataset.from_json, path)
     except Exception as error:
         raise UserError(f"{option}: {path} is not readable as JSON: {_reason(error)}") from error
 

@@ -1,0 +1,52 @@
+"""Prepared data in a cache, with checksums: what is damaged is made again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..lora.checksums import digest
+from ..lora.outputs import sync
+from ..terminal import say
+
+
+def is_whole(files: Iterable[Path], sums: Path) -> bool:
+    """Whether files are as they were when `write_sums` saw them.
+
+    Args:
+        files: all that belong together.
+        sums: where their checksums are.
+    """
+    try:
+        recorded = json.loads(sums.read_text(encoding="utf-8"))
+        return bool(recorded == {path.name: digest(path) for path in files})
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def write_sums(files: Iterable[Path], sums: Path) -> None:
+    """Writes the checksums of files that have just been made; all is on the disk then.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    found = {}
+    for path in files:
+        sync(path)
+        found[path.name] = digest(path)
+    beside = sums.with_name(f".{sums.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        sync(beside)
+        beside.replace(sums)
+        sync(sums.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def tell_damage(path: Path) -> None:
+    """Says that prepared data is made again."""
+    say(f"{path} is damaged: what was prepared there is made again.", file=sys.stderr)

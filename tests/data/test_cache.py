@@ -1,0 +1,120 @@
+"""Prepared data that was damaged, or whose source has changed, is made again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+
+from lora_lightning.data.datamodule import LoraDataModule
+from lora_lightning.data.sources import cache_folder, load_splits
+from lora_lightning.settings import DataConfig
+from lora_lightning.tasks import build_task
+
+
+def write_rows(path: Path, words: list[str]) -> None:
+    if path.suffix in (".csv", ".tsv"):
+        path.write_text("text\n" + "".join(f"{word}\n" for word in words))
+    elif path.suffix == ".txt":
+        path.write_text("".join(f"{word}\n" for word in words))
+    elif path.suffix == ".parquet":
+        from datasets import Dataset
+
+        Dataset.from_dict({"text": words}).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+
+
+def read(path: Path) -> list[str]:
+    return load_splits(DataConfig(train=str(path)))["train"]["text"][:]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet", "txt"])
+def test_rows_are_those_that_the_file_holds_now(ending, tmp_path):
+    """rsync, tar and cp -p keep the time of a file that they replace."""
+    path = tmp_path / f"rows.{ending}"
+    for words in (["old"] * 5, ["new"] * 5):
+        write_rows(path, words)
+        os.utime(path, ns=(10**18, 10**18))
+        assert read(path) == words
+
+
+def test_rows_of_one_content_are_one_set_of_rows(tmp_path):
+    """What was tokenised serves a copy of the file too."""
+    found = []
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / name, ["one", "two"])
+        found.append(load_splits(DataConfig(train=str(tmp_path / name)))["train"]._fingerprint)
+    assert found[0] == found[1]
+
+
+def _turn(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "turned bit": _turn,
+    "emptied": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "lost": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_damaged_copies_of_rows_are_made_again(ending, damage, tmp_path, capsys):
+    path, words = tmp_path / f"rows.{ending}", [f"{ending} {damage} {n}" for n in range(99)]
+    write_rows(path, words)
+    before = set(cache_folder(None).rglob("*.arrow"))
+    assert read(path) == words
+    (made,) = set(cache_folder(None).rglob("*.arrow")) - before
+    DAMAGES[damage](made)
+    capsys.readouterr()
+    assert read(path) == words
+    assert capsys.readouterr().err.count("is damaged: what was prepared there is made again") == 1
+    assert read(path) == words
+    assert capsys.readouterr().err.count("is damaged") == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tokens_are_made_again(damage, tiny_bert, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(60)))
+    config = DataConfig(train=str(path), cache_dir=str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+
+    def tokens() -> list[list[int]]:
+        data = LoraDataModule(build_task({"name": "sentiment"}), tokenizer, config)
+        data.prepare_data()
+        return [data.encoded[split]["input_ids"][:] for split in ("train", "val")]
+
+    expected = tokens()
+    files = sorted((tmp_path / "cache").glob("*.arrow"))
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        DAMAGES[damage](file)
+    capsys.readouterr()
+    assert tokens() == expected
+    assert capsys.readouterr().err.count("is made again") == len(files)
+    assert tokens() == expected
+    assert [file.read_bytes() for file in files] == contents
+    assert capsys.readouterr().err.count("is made again") == 0
+
+
+def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys):
+    from lora_lightning.data.docstrings import docstring_files
+
+    paths = docstring_files(tmp_path)
+    contents = {split: path.read_bytes() for split, path in paths.items()}
+    _turn(paths["test"])
+    docstring_files(tmp_path)
+    assert {split: path.read_bytes() for split, path in paths.items()} == contents
+    assert "is made again" in capsys.readouterr().err
