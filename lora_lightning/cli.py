@@ -177,7 +177,8 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
 
     folder = _need(plain, "adapter", "evaluate")
     _check_output(plain, (".json",))
-    from .storage import read_sidecar, write_json
+    from .atomic_write import write_json
+    from .storage import read_sidecar
 
     config = over_saved(read_sidecar(folder)["settings"], overrides)
     from .evaluate import evaluate

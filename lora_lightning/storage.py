@@ -246,18 +246,6 @@ def base_fingerprint(module: LoraModule) -> str:
     )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}
