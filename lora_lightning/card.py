@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from .atomic_write import atomic_write
 from .config import Settings
 from .data.datamodule import LoraDataModule
 from .lora.state import CONFIG_NAME
@@ -55,7 +56,7 @@ def write_card(
         _results(result),
         _making(settings, result, run_dir, _stored_as(folder)),
     ]
-    (folder / CARD).write_text(printable("\n\n".join(parts)) + "\n", encoding="utf-8")
+    atomic_write(folder / CARD, printable("\n\n".join(parts)) + "\n")
 
 
 def _front_matter(settings: Settings, module: LoraModule) -> str:

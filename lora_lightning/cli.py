@@ -177,15 +177,20 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
 
     folder = _need(plain, "adapter", "evaluate")
     _check_output(plain, (".json",))
-    from .storage import read_sidecar, write_json
+    from .atomic_write import write_json
+    from .lock import locked_output
+    from .storage import read_sidecar
 
     config = over_saved(read_sidecar(folder)["settings"], overrides)
     from .evaluate import evaluate
 
-    metrics = evaluate(folder, config)
-    print(json.dumps(metrics, indent=2))
-    if "output" in plain:
-        write_json(Path(plain["output"]), metrics)
+    writes = "output" in plain and cluster.tells()  # of several processes the first
+    output = Path(plain["output"]) if writes else None
+    with locked_output(output):
+        metrics = evaluate(folder, config)
+        print(json.dumps(metrics, indent=2))
+        if output is not None:
+            write_json(output, metrics)
 
 
 def _predict(plain: dict[str, str], overrides: list[str]) -> None:

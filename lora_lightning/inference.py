@@ -7,15 +7,18 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import torch
 from torch import Tensor
 
+from .atomic_write import replace_synced
 from .config import settings_saved
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
+from .lock import locked_output, open_file
 from .lora import UserError, load_adapter
 from .lora.loftq import take_over_values
 from .lora.outputs import refuse_loss, replaced_folder
@@ -190,12 +193,31 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
     size = (4 if task.generative else 50) * predictor.batch_size
     if output is None:
         return _write_predictions(predictor, rows, sys.stdout, size=size)
+    with locked_output(output):
+        return _write_whole(predictor, rows, output, size=size)
+
+
+def _write_whole(predictor: Predictor, rows: Any, output: Path, *, size: int) -> int:
+    """Writes predictions beside `output`, from where an earlier call has come to, then there.
+
+    Raises:
+        UserError: the output cannot be written, or another process has written to the file.
+    """
     partial = output.with_name(f"{output.name}.{_identity(predictor, rows)}.partial")
     try:
-        done = _lines_kept(partial, size)
-        with partial.open("a", encoding="utf-8") as handle:
-            count = _write_predictions(predictor, rows, handle, size=size, done=done)
-        os.replace(partial, output)
+        with open_file(partial, os.O_RDWR | os.O_CREAT) as lines:
+            done = _keep_lines(lines, size)
+            with TextIOWrapper(lines, encoding="utf-8", newline="\n") as handle:
+                count = _write_predictions(predictor, rows, handle, size=size, done=done)
+                os.fsync(handle.fileno())
+                lines.seek(0)
+                written = sum(line.endswith(b"\n") for line in lines)
+        if written != count:
+            raise UserError(
+                f"{partial} holds {written} lines for {count} rows: another program has changed "
+                "it. Remove it and run the same command again."
+            )
+        replace_synced(partial, output)
     except OSError as error:
         raise UserError(f"output={output} cannot be written: {error}.") from None
     except KeyboardInterrupt:
@@ -220,14 +242,11 @@ def _identity(predictor: Predictor, rows: Any) -> str:
     return digest.hexdigest()[:8]
 
 
-def _lines_kept(partial: Path, size: int) -> int:
-    """Whole lines in a file, which is cut to full groups of `size` rows; 0 if there is none."""
-    if not partial.is_file():
-        return 0
-    lines = partial.read_bytes().splitlines(keepends=True)
+def _keep_lines(handle: IO[bytes], size: int) -> int:
+    """Whole lines in a file, which is cut to full groups of `size` rows and stands at its end."""
+    lines = handle.readlines()
     kept = sum(line.endswith(b"\n") for line in lines) // size * size
-    with partial.open("r+b") as handle:
-        handle.truncate(sum(map(len, lines[:kept])))
+    handle.seek(handle.truncate(sum(map(len, lines[:kept]))))
     return kept
 
 

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from .atomic_write import atomic_write
 from .lora import UserError
 
 BAD_STEP = "bad_step.json"
@@ -76,5 +77,5 @@ def _keep_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
             "loss": loss,
             "rows": data.rows_trained_on(step.epoch, batches),  # type: ignore[union-attr]
         }
-        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")
     return f" The rows of that step are in {path}."

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from . import cluster
+from .atomic_write import atomic_write
 from .config import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -236,7 +237,8 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     sys.argv = [whole[0], *arguments]
     full_error = os.environ.get(FULL_ERROR)
     try:
-        with environment(FULL_ERROR, "1"):  # Hydra then raises instead of printing and exiting
+        # So that Hydra raises instead of printing and exiting.
+        with _whole_configs(), environment(FULL_ERROR, "1"):
             task()
     except (HydraException, OmegaConfBaseException) as error:
         if composed:
@@ -249,6 +251,29 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
         sys.argv = whole
     if mistakes:
         raise mistakes[0]
+
+
+@contextmanager
+def _whole_configs() -> Iterator[None]:
+    """Has Hydra write the files of .hydra/ whole or not at all, for the time of the block.
+
+    Hydra 1.3 writes them in place, through links too: a kill leaves a run that cannot be resumed.
+    """
+    from hydra.core import utils
+
+    def save(cfg: DictConfig, filename: str, output_dir: Path) -> None:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            atomic_write(output_dir / filename, OmegaConf.to_yaml(cfg))
+        except OSError as error:
+            raise UserError(f"{output_dir / filename} cannot be written: {error}.") from None
+
+    usual = utils._save_config
+    utils._save_config = save
+    try:
+        yield
+    finally:
+        utils._save_config = usual
 
 
 def _job(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -194,26 +194,26 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
         UserError: it cannot be written, or another process works in it.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    new: list[Path] = []
     undo = always
     try:
         writable(run_dir)
         first = not (run_dir / LOCK).exists()
         with locked(run_dir, setting="output_dir"):
-            new += [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
-            new += [run_dir / LOCK] if first else []  # not one that another process holds
-            yield
-    except UserError:
-        trained = any((run_dir / "checkpoints").glob("*")) or (run_dir / BAD_STEP).exists()
-        undo = always or not trained
-        raise
+            new = [path for path in (run_dir / name for name in RUN_ENTRIES) if not path.exists()]
+            new += [run_dir / LOCK] if first else []
+            try:
+                yield
+            except UserError:
+                trained = any((run_dir / "checkpoints").glob("*")) or (run_dir / BAD_STEP).exists()
+                undo = always or not trained
+                raise
+            finally:  # while the lock is held: the next one to hold it has begun nothing yet
+                for path in new if undo else ():
+                    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     finally:
-        if undo:
-            for path in new:
-                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-            for folder in made:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def writable(run_dir: Path) -> None:
@@ -252,18 +252,6 @@ def base_fingerprint(module: LoraModule) -> str:
         for name, parameter in module.model.named_parameters()
         if id(parameter) not in trained
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from .atomic_write import remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -32,6 +33,7 @@ from .lock import locked
 from .lora import UserError
 from .lora.checksums import SIDECAR, check_files
 from .lora.outputs import refuse_loss
+from .losses import BAD_STEP
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
@@ -50,12 +52,17 @@ from .storage import (
     save_trained,
     versions,
     writable,
-    write_json,
 )
 from .tasks import Task, build_task
 from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
 from .warm_start import refuse_other_start, refuse_other_tokens
+
+WRITTEN = (
+    *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
+    *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+)
+"""In a run's folder: files that are written beside their place, by the holder of its lock."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -108,6 +115,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
         if rank_zero:
             writable(run_dir)
             stack.enter_context(locked(run_dir, setting="output_dir"))
+            remove_debris(*(run_dir / name for name in WRITTEN))
             if not resume:
                 refuse_used_folder(run_dir)
             refuse_loss(run_dir / ADAPTER, by="train")  # not when all is trained

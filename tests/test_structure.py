@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parent.parent / "lora_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of ours, over and above itself. Nothing may import cli.
-FOUNDATION = {"lora", "settings"}
+FOUNDATION = {"lora", "settings", "atomic_write"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
 MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
+    "atomic_write": {"lora"},
     "settings": {"lora"},
     "quiet": set(),
     "usage": set(),
@@ -53,7 +54,7 @@ ALLOWED = {
     "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
-    "losses": {"lora"},
+    "losses": {"lora", "atomic_write"},
     "module": MODEL_SIDE | {"combinations", "first_look", "losses"},
     "callbacks": MODEL_SIDE | {"module", "signals"},
     "retention": MODEL_SIDE | {"module", "data"},
@@ -64,15 +65,15 @@ ALLOWED = {
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
-    | {"memory", "retention", "__init__"},
+    | {"memory", "retention", "losses", "__init__"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
-    "report": {"lora", "config", "lock", "terminal"},
-    "launch": {"lora", "config", "settings", "report", "lock", "terminal"},
-    "inference": RUN_SIDE,
+    "report": {"lora", "config", "lock", "terminal", "atomic_write"},
+    "launch": FOUNDATION | {"config", "report", "lock", "terminal"},
+    "inference": RUN_SIDE | {"lock"},
     "chat": RUN_SIDE | {"inference"},
     "stored": {"lora", "storage", "untrusted"},
     "combine": {"lora", "storage", "stored"},
@@ -97,6 +98,7 @@ ALLOWED = {
         "evaluate",
         "usage",
         "launch",
+        "lock",
         "report",
         "__init__",
     },

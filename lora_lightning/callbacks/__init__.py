@@ -1,5 +1,6 @@
-"""Callbacks: what a run saves, shows and measures beside its scalars."""
+"""Callbacks and a logger: what a run saves, shows and measures beside its scalars."""
 
+from .curves import CurvesLogger
 from .kept import BestCheckpoint, LastCheckpoint, Paused
 from .measured import RunClock, Throughput
 from .shown import AdapterSummary, ProgressBar, SamplePredictions, UpdateNorms
@@ -7,6 +8,7 @@ from .shown import AdapterSummary, ProgressBar, SamplePredictions, UpdateNorms
 __all__ = [
     "AdapterSummary",
     "BestCheckpoint",
+    "CurvesLogger",
     "LastCheckpoint",
     "Paused",
     "ProgressBar",

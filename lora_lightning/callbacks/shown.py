@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgress
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from ..atomic_write import atomic_write
 from ..module import LoraModule
 from ..tasks import to_device
 from ..terminal import printable
@@ -170,9 +170,7 @@ class SamplePredictions(Callback):
             old = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in old if json.loads(line)["step"] < step]
         new = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text("\n".join([*kept, *new]) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        atomic_write(path, "\n".join([*kept, *new]) + "\n")
 
 
 def _cell(text: str) -> str:

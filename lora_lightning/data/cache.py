@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..atomic_write import atomic_write
 from ..lora.checksums import digest
 from ..lora.outputs import sync
 from ..terminal import say
@@ -37,14 +37,7 @@ def write_sums(files: Iterable[Path], sums: Path) -> None:
     for path in files:
         sync(path)
         found[path.name] = digest(path)
-    beside = sums.with_name(f".{sums.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        sync(beside)
-        beside.replace(sums)
-        sync(sums.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic_write(sums, json.dumps(found, indent=2) + "\n")
 
 
 def tell_damage(path: Path) -> None:

@@ -12,11 +12,11 @@ import json
 import re
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..atomic_write import atomic_write
 from ..lora.errors import UserError
 from .cache import is_whole, tell_damage, write_sums
 
@@ -53,12 +53,9 @@ def docstring_files(folder: Path) -> dict[str, Path]:
         splits = build_docstrings(Path(sysconfig.get_path("stdlib")))
         target.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
-            # Under a name of its own first: another process may build the same file.
-            with tempfile.NamedTemporaryFile(
-                "w", dir=target, suffix=".part", delete=False, encoding="utf-8"
-            ) as handle:
-                handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            Path(handle.name).replace(paths[split])
+            # Whole at once: another process may build the same file.
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            atomic_write(paths[split], "".join(lines))
         write_sums(paths.values(), sums)
     return paths
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..atomic_write import write_json
+
 SWEEP = "sweep.json"
 """In a sweep's folder: the overrides that it was made by, and whether it has ended well."""
 ROOT = Path("multirun")
@@ -32,10 +34,7 @@ def sweep_folder(overrides: list[str]) -> list[str]:
 
 def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
     """Writes down what sweep a folder holds, and how it stands."""
-    content = {"overrides": plain(overrides), "status": status}
-    beside = sweep_dir / f".{SWEEP}"
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(sweep_dir / SWEEP)
+    write_json(sweep_dir / SWEEP, {"overrides": plain(overrides), "status": status})
 
 
 def plain(overrides: list[str]) -> list[str]:

@@ -8,14 +8,12 @@ Pruners of hyperparameter libraries can stop a trial, but not pause it until oth
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ..atomic_write import write_json
 from ..lora.errors import UserError, did_you_mean
 from ..settings import PAUSE
 from .queue import Job
@@ -149,7 +147,7 @@ class Halving:
         if at is None:
             path.unlink(missing_ok=True)
         else:
-            _write(path, {"at": at, "rungs": [self.share(rung) for rung in range(self.rungs)]})
+            write_json(path, {"at": at, "rungs": [self.share(rung) for rung in range(self.rungs)]})
 
     def stop(self, jobs: list[Job]) -> None:
         """Marks the jobs that are left behind, with when and why."""
@@ -167,11 +165,5 @@ class Halving:
                 f"{last['value']:.4f}: place {order.index(job) + 1} of {len(order)}, "
                 f"of which {on} went on"
             )
-            _write(job.folder / "result.json", result)
+            write_json(job.folder / "result.json", result)
             (job.folder / PAUSE).unlink(missing_ok=True)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(beside, path)

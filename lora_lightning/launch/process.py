@@ -16,12 +16,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ..atomic_write import atomic_write, remove_debris
 from ..config import config_hash, read_config
 from ..lock import locked
 from ..lora.errors import UserError
 from ..report import report
 from ..settings import PAUSE
-from .folder import note
+from .folder import SWEEP, note
 from .halving import Halving
 from .queue import LOG, Job, JobQueue, Work
 from .table import JobTable
@@ -82,6 +83,7 @@ class ProcessLauncher(Launcher):
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         sweep_dir.mkdir(parents=True, exist_ok=True)
         with locked(sweep_dir, setting="hydra.sweep.dir") as held:
+            remove_debris(sweep_dir / SWEEP)
             planned = [
                 self._plan(sweep_dir, number, list(overrides))
                 for number, overrides in enumerate(job_overrides, initial_job_idx)
@@ -219,9 +221,7 @@ def _save(config: DictConfig, job: Job) -> None:
             ("overrides.yaml", config.hydra.overrides.task),
             ("config.yaml", _own(config)),
         ):
-            beside = folder / f".{name}"
-            beside.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
-            os.replace(beside, folder / name)
+            atomic_write(folder / name, OmegaConf.to_yaml(content))
     except OSError as error:
         raise UserError(f"hydra.sweep.dir: {folder} cannot be written: {error}.") from None
 

@@ -35,7 +35,7 @@ th { background: #f4f6f8; } tr.best td { background: #e8f1fa; }
 
 def write_page(sweep: Sweep, path: Path) -> None:
     """Writes the page of a sweep."""
-    written(path, lambda handle: handle.write(printable(page(sweep))))
+    written(path, printable(page(sweep)))
 
 
 def page(sweep: Sweep) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable
+import io
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..atomic_write import atomic_write
 from ..lora.errors import UserError
 from ..terminal import printable
 from .sweep import Run, Setting, Sweep
@@ -155,13 +155,12 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     """Writes a row for each run."""
     rows = rows_by_run(sweep)
 
-    def write(handle: Any) -> None:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
-
-    written(path, write)
+    handle = io.StringIO(newline="")
+    writer = csv.DictWriter(handle, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
+    written(path, handle.getvalue())
 
 
 def write_markdown(sweep: Sweep, path: Path) -> None:
@@ -179,24 +178,19 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
         lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
     lines += [f"Made with {made_with(sweep)}."] if made_with(sweep) else []
-    written(path, lambda handle: handle.write(printable("\n".join(lines)) + "\n"))
+    written(path, printable("\n".join(lines)) + "\n")
 
 
-def written(path: Path, write: Callable[[Any], Any]) -> None:
+def written(path: Path, text: str) -> None:
     """Writes a text file whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", newline="", encoding="utf-8") as handle:
-            write(handle)
-        os.replace(beside, path)
+        atomic_write(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}.") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def first_line(text: Any) -> str:

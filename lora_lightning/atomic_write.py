@@ -1,0 +1,72 @@
+"""Files that are written beside their place first: they are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .lora.errors import UserError
+from .lora.outputs import sync
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, also where the power fails.
+
+    The file beside it has a name of its own, so neither another process nor a link is in the way.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    content = text.encode()
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(beside, flags, 0o666), "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        replace_synced(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def replace_synced(beside: Path, path: Path) -> None:
+    """Gives a file that is on the disk its final name, and makes sure that the name is too.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def remove_debris(*paths: Path) -> None:
+    """Removes what processes that were killed have left beside files.
+
+    Args:
+        paths: files that only the holder of a lock writes; the caller holds it.
+    """
+    for path in paths:
+        name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+        with suppress(OSError):
+            for found in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
+                found.unlink()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        atomic_write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}.") from None

@@ -1,0 +1,59 @@
+"""The curves of a run as CSV: Lightning's logger, whose file is never there in part."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from ..atomic_write import atomic_write
+
+
+class CurvesLogger(CSVLogger):
+    """Lightning's CSVLogger, which writes metrics.csv beside its place where it begins it again.
+
+    Lightning 2.6 deletes an earlier file when it begins, and cuts the file to nothing wherever a
+    column is new: a kill at that moment takes the curves. The earlier file stays until the first
+    rows are written. On other file systems than the local one it is Lightning's.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None and "://" not in self.log_dir:
+            self._experiment = _CurvesWriter(log_dir=self.log_dir)
+        return super().experiment
+
+
+class _CurvesWriter(ExperimentWriter):
+    """Replaces the file at its first rows and where a column is new; else appends."""
+
+    _header: list[str] | None = None
+    """Columns of the file as this process has written it."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Deletes nothing."""
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        self._record_new_keys()
+        if self._header == self.metrics_keys:
+            super().save()
+            return
+        path = Path(self.metrics_file_path)
+        rows: list[dict[str, Any]] = []
+        if self._header is not None and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows([*rows, *self.metrics])
+        atomic_write(path, text.getvalue())
+        self.metrics, self._header = [], list(self.metrics_keys)

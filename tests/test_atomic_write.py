@@ -1,0 +1,181 @@
+"""Files that are written beside their place: whole, on the disk, under a name of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
+
+from lora_lightning import atomic_write as module
+from lora_lightning.atomic_write import atomic_write, remove_debris, write_json
+from lora_lightning.callbacks import CurvesLogger, SamplePredictions
+from lora_lightning.config import compose_config
+from lora_lightning.launch.folder import note
+from lora_lightning.launch.process import _save
+from lora_lightning.launch.queue import Job
+from lora_lightning.lora import UserError
+from lora_lightning.report.tables import written
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[tuple[str, str]]:
+    """What is synced and renamed, in order."""
+    found: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        found.append(("sync", os.readlink(f"/proc/self/fd/{number}")))
+        sync(number)
+
+    def replace(source, target) -> None:
+        found.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_its_name(tmp_path, done):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    atomic_write(path, "new\r\n\u2028")
+    assert path.read_bytes() == "new\r\n\u2028".encode()
+    (_, beside), renamed, synced = done
+    assert beside.startswith(str(tmp_path / ".a.json."))
+    assert (renamed, synced) == (("rename", str(path)), ("sync", str(tmp_path)))
+    assert os.listdir(tmp_path) == ["a.json"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_changes_nothing(step, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(5, "the disk fails")
+
+    monkeypatch.setattr(module.os, step, fail)
+    with pytest.raises(UserError, match=r"cannot write .*a\.json: .*the disk fails"):
+        write_json(path, {"a": 1})
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_no_write_goes_through_a_link_at_a_name_that_can_be_known(tmp_path):
+    """Nor is a file at such a name lost, as that of another process might be."""
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    victims = []
+    for name in ("sweep.json", "samples.jsonl", "0/.hydra/config.yaml", "0/.hydra/hydra.yaml"):
+        path = tmp_path / name
+        for beside in (f".{path.name}", f".{path.name}.{os.getpid()}"):
+            victims.append(tmp_path / f"victim-{len(victims)}")
+            victims[-1].write_text("PRECIOUS")
+            path.with_name(beside).symlink_to(victims[-1])
+    (tmp_path / f".results.csv.{os.getpid()}").symlink_to(victims[0])
+    note(tmp_path, ["lora.rank=1,2"], "running")
+    SamplePredictions._write(tmp_path / "samples.jsonl", 1, [{"input": "a"}])
+    config = compose_config(["lora.rank=1"])
+    OmegaConf.set_struct(config, False)
+    config.hydra = {"overrides": {"task": ["lora.rank=1"]}}
+    _save(config, Job(0, [], tmp_path / "0"))
+    written(tmp_path / "results.csv", "a,b\n")
+    assert [victim.read_text() for victim in victims] == ["PRECIOUS"] * len(victims)
+    assert json.loads((tmp_path / "sweep.json").read_text())["status"] == "running"
+    assert OmegaConf.load(tmp_path / "0/.hydra/overrides.yaml") == ["lora.rank=1"]
+
+
+def test_only_what_a_kill_has_left_is_removed(tmp_path):
+    left = [".a.json.0123abcd.tmp", ".a.json.ffffffff.tmp"]
+    others = ["a.json", ".a.json", ".a.json.tmp", ".a.json.0123abcd", ".b.json.0123abcd.tmp"]
+    others += [".xa.json.0123abcd.tmp", ".aXjson.0123abcd.tmp", ".a.json.0123ABCD.tmp"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    remove_debris(tmp_path / "a.json", tmp_path / "none" / "a.json")
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_a_run_syncs_its_files_and_removes_debris(
+    tmp_path, run_cli, fast, tiny_bert, rows_jsonl, done
+):
+    run = tmp_path / "run"
+    for name in ("csv", ".hydra"):
+        (run / name).mkdir(parents=True)
+    debris = [".result.json", ".samples.jsonl", "csv/.metrics.csv", ".hydra/.config.yaml"]
+    for name in debris:
+        (run / f"{name}.0123abcd.tmp").write_text("left by a kill")
+    (run / ".mine.0123abcd.tmp").touch()
+    (tmp_path / "victim").write_text("PRECIOUS")
+    for name in (".hydra/config.yaml", ".hydra/hydra.yaml"):
+        (run / name).symlink_to(tmp_path / "victim")
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    status, _, err = run_cli("train", *fast, *where, f"output_dir={run}")
+    assert status == 0, err
+    assert (tmp_path / "victim").read_text() == "PRECIOUS"
+    assert [path.name for path in run.rglob("*.tmp")] == [".mine.0123abcd.tmp"]
+    assert OmegaConf.load(run / ".hydra" / "config.yaml").data.train == str(rows_jsonl)
+    names = ["result.json", "samples.jsonl", "csv/metrics.csv", "adapter/README.md"]
+    names += [".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"]
+    for name in names:
+        path = run / name
+        at = done.index(("rename", str(path)))
+        assert done[at - 1][1].startswith(str(path.with_name(f".{path.name}."))), name
+        assert done[at + 1] == ("sync", str(path.parent)), name
+
+
+ROUNDS = [{"a": 1.0}, {"a": 2.0}, {"a": 3.0, "b": 1.0}, {"c": 0.5}, {"a": 4.0}]
+
+
+def log(logger: CSVLogger) -> Path:
+    for step, metrics in enumerate(ROUNDS):
+        logger.log_metrics(metrics, step)
+        logger.save()
+    return Path(logger.log_dir) / "metrics.csv"
+
+
+def test_curves_are_those_of_lightning(tmp_path):
+    ours = log(CurvesLogger(tmp_path, name="ours", version=""))
+    assert ours.read_bytes() == log(CSVLogger(tmp_path, name="theirs", version="")).read_bytes()
+
+
+class Killed(BaseException):
+    """What a kill is to the code that it ends."""
+
+
+def killed(*_) -> None:
+    raise Killed
+
+
+def test_curves_stay_when_a_rewrite_is_cut_short(tmp_path, monkeypatch):
+    """Neither a run that continues nor a new column takes the rows before away."""
+    path = log(CurvesLogger(tmp_path, name="csv", version=""))
+    before = path.read_bytes()
+
+    def killed_at_save() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            logger.save()
+
+    logger = CurvesLogger(tmp_path, name="csv", version="")
+    logger.log_metrics({"a": 7.0}, 9)
+    assert path.read_bytes() == before
+    with pytest.raises(Killed):
+        killed_at_save()
+    assert path.read_bytes() == before
+    logger.save()
+    with path.open(newline="") as handle:
+        assert list(csv.DictReader(handle)) == [{"a": "7.0", "step": "9"}]
+    logger.log_metrics({"new": 1.0}, 10)
+    before = path.read_bytes()
+    with pytest.raises(Killed):
+        killed_at_save()
+    assert path.read_bytes() == before

@@ -1,0 +1,173 @@
+"""Files that predict and evaluate write: by one process at a time, whole, through no link."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+
+from lora_lightning.lock import locked_output
+
+ROWS = make_rows(120, seed=5)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> list[Path]:
+    """Two of the same task."""
+    from lora_lightning.config import compose_config
+    from lora_lightning.train import train
+
+    found = [tmp_path_factory.mktemp("runs") / str(seed) for seed in (0, 1)]
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    for seed, run in enumerate(found):
+        train(compose_config([*fast, *where, f"seed={seed}", f"output_dir={run}"]))
+    return [run / "adapter" for run in found]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+@pytest.fixture
+def _impatient(monkeypatch):
+    """Has no process wait for another's output."""
+    for module in ("lock", "inference"):
+        monkeypatch.setattr(
+            f"lora_lightning.{module}.locked_output", partial(locked_output, patience=0)
+        )
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().split("\n")[:-1]]
+
+
+def predictions(pipe, adapter: Path, stop_at: int | None) -> None:
+    """Predicts row by row in a process of its own, which waits at one until it is told to go on."""
+    from lora_lightning.evaluate import predictor_for
+    from lora_lightning.inference import Predictor, predict_file
+
+    answer = Predictor.__call__
+
+    def watched(self, rows, *, first=1):
+        pipe.send(first)
+        if first == stop_at:
+            pipe.recv()
+        return answer(self, rows, first=first)
+
+    Predictor.__call__ = watched
+    predictor = predictor_for(adapter, ["data.eval_batch_size=1"])
+    pipe.send(f"{predict_file(predictor, Path('in.jsonl'), Path('out.jsonl'))} rows")
+
+
+def start(adapter: Path, *, stop_at: int | None = None):
+    fork = multiprocessing.get_context("fork")
+    pipe, end = fork.Pipe()
+    process = fork.Process(target=predictions, args=(end, adapter, stop_at), daemon=True)
+    process.start()
+    end.close()
+    while stop_at is not None and pipe.recv() != stop_at:
+        pass
+    return process, pipe
+
+
+def heard_to_its_end(pipe) -> list[int]:
+    """At which rows groups began."""
+    heard = []
+    while not heard or heard[-1] != f"{len(ROWS)} rows":
+        heard.append(pipe.recv())
+    return heard[:-1]
+
+
+def written() -> bool:
+    whole = texts(Path("out.jsonl")) == [row["text"] for row in ROWS]
+    return whole and sorted(os.listdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_an_output_is_refused_that_another_writes(run_cli, adapters):
+    """Whatever adapter the other one has; what it writes is whole."""
+    process, pipe = start(adapters[0], stop_at=51)
+    try:
+        for adapter in adapters:
+            command = ["predict", f"adapter={adapter}", "input=in.jsonl", "output=out.jsonl"]
+            status, out, err = run_cli(*command, "data.eval_batch_size=1")
+            assert (status, out) == (2, "")
+            assert "out.jsonl is being written by another process" in " ".join(err.split())
+        pipe.send("go on")
+        assert heard_to_its_end(pipe) == [101]
+        process.join(60)
+    finally:
+        process.kill()
+    assert written()
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_evaluate_is_refused_an_output_that_another_writes(run_cli, adapters, rows_jsonl):
+    command = ["evaluate", f"adapter={adapters[0]}", f"data.test={rows_jsonl}", "output=out.json"]
+    with locked_output(Path("out.json")):
+        status, out, err = run_cli(*command)
+        assert (status, out) == (2, "")
+        assert "out.json is being written by another process" in " ".join(err.split())
+        assert not Path("out.json").exists()
+    assert run_cli(*command)[0] == 0
+    assert json.loads(Path("out.json").read_text())["rows"] == 80
+    assert sorted(os.listdir()) == ["in.jsonl", "out.json"]
+
+
+def test_predict_goes_on_after_a_kill(adapters):
+    process, _ = start(adapters[0], stop_at=101)
+    process.kill()
+    process.join(60)
+    (left,) = Path().glob("out.jsonl.*.partial")
+    assert len(texts(left)) == 100
+    again, pipe = start(adapters[0])
+    assert heard_to_its_end(pipe) == [101]
+    again.join(60)
+    assert written()
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines * 2, lambda lines: lines[:-1]])
+def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
+    """What another program has done to them is told, and no output is made of it."""
+    from lora_lightning.inference import Predictor
+
+    answer = Predictor.__call__
+
+    def beside(self, rows, *, first=1):
+        if first > 1:
+            (file,) = Path().glob("out.jsonl.*.partial")
+            lines = file.read_bytes().splitlines(keepends=True)
+            with file.open("r+b") as handle:
+                handle.truncate()
+                handle.writelines(change(lines))
+        return answer(self, rows, first=first)
+
+    monkeypatch.setattr(Predictor, "__call__", beside)
+    command = ["predict", f"adapter={adapters[0]}", "input=in.jsonl", "output=out.jsonl"]
+    status, out, err = run_cli(*command, "data.eval_batch_size=1")
+    assert (status, out) == (2, "")
+    assert re.search(r"holds \d+ lines for 120 rows.* Remove it", " ".join(err.split()))
+    assert not Path("out.jsonl").exists()
+
+
+def test_predict_follows_no_link(run_cli, adapters):
+    process, _ = start(adapters[0], stop_at=51)
+    process.kill()
+    process.join(60)
+    (left,) = Path().glob("out.jsonl.*.partial")
+    left.rename("victim")
+    left.symlink_to("victim")
+    before = Path("victim").read_bytes()
+    command = ["predict", f"adapter={adapters[0]}", "input=in.jsonl", "output=out.jsonl"]
+    status, _, err = run_cli(*command, "data.eval_batch_size=1")
+    assert status == 2
+    assert "output=out.jsonl cannot be written" in " ".join(err.split())
+    assert Path("victim").read_bytes() == before
