@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from .atomic_write import atomic_write
-from .config import Settings
+from .config import Settings, read_overrides
 from .data.datamodule import LoraDataModule
+from .lora.errors import UserError
 from .lora.state import CONFIG_NAME
 from .lora.vocabulary import vocabulary_rows
 from .module import LoraModule
@@ -167,11 +167,11 @@ def _making(settings: Settings, result: dict[str, Any], run_dir: Path, stored: s
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines = ["## How it was made", ""]
     if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():
-        saved = OmegaConf.load(overrides)
-        # Unresolved: what an environment variable holds is not for a card that is shared.
-        typed = [str(item) for item in OmegaConf.to_container(saved, resolve=False) or ()]
-        kept = [item for item in typed if not item.lstrip("+").startswith(("output_dir=", "hydra"))]
-        lines += ["```bash", shlex.join(["lora-lightning", "train", *kept]), "```", ""]
+        with suppress(UserError):  # damaged: a card without the command
+            # Unresolved: what an environment variable holds is not for a card that is shared.
+            typed = read_overrides(overrides)
+            told = [x for x in typed if not x.lstrip("+").startswith(("output_dir=", "hydra"))]
+            lines += ["```bash", shlex.join(["lora-lightning", "train", *told]), "```", ""]
     values = {"learning rate": settings.optim.lr, "optimizer": settings.optim.name}
     lora = settings.lora
     if lora is not None:

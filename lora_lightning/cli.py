@@ -41,6 +41,7 @@ def main() -> None:
     has stopped a run, else 1.
     """
     arguments = sys.argv[1:]
+    _open_absent_streams()
     end_with_parent()
     _set_allocator()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -56,6 +57,16 @@ def main() -> None:
         return
     verb, rest = arguments[0], arguments[1:]
     _guarded(lambda: _dispatch(verb, rest))
+
+
+def _open_absent_streams() -> None:
+    """Opens the null device for standard streams that were closed, as cron and `<&-` do.
+
+    Python has None for them. What is opened next would take their numbers, and get their output.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _set_allocator() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -378,9 +378,31 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"cannot read {path}: {error}.") from None
     except Exception as error:  # yaml errors have no common base that is worth importing
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(config, DictConfig) or "trainer" not in config:
-        raise UserError(f"{path} is not the config of a run.")
+    if not isinstance(config, DictConfig) or any(key.name not in config for key in fields(Schema)):
+        raise UserError(
+            f"{path} is not the config of a run, or it is damaged. If it is of a job of a sweep, "
+            "run the sweep's command again, which writes it again."
+        )
     return config
+
+
+def read_overrides(path: Path) -> list[str]:
+    """The overrides that a run saved; none where there is no file.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    if not path.is_file():
+        return []
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(saved, list):
+            raise TypeError("it holds no list")
+        overrides = [str(item) for item in saved]
+        OverridesParser.create().parse_overrides(overrides)
+    except Exception as error:  # yaml errors have no common base that is worth importing
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
+    return overrides
 
 
 def _no_such_setting(name: str, text: str, chosen: list[str] | None) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from .config import config_hash
+from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
 from .storage import RESULT
 
@@ -26,10 +25,7 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 def earlier_result(run_dir: Path) -> dict[str, Any]:
     """The result of the run that is gone on with, as far as it came."""
-    try:
-        return dict(json.loads((run_dir / RESULT).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return read_json(run_dir / RESULT)
 
 
 def completed_result(run_dir: Path) -> dict[str, Any] | None:
@@ -63,10 +59,8 @@ def continue_csv(trainer: L.Trainer, step: int) -> None:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
         path = Path(logger.log_dir) / "metrics.csv"
-        rows = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as handle:
-                rows = list(csv.DictReader(handle))
+        rows, damaged = read_metrics(path)
+        tell_damaged(path, damaged)
         logger.experiment.metrics += [
             {name: value for name, value in row.items() if value != ""}
             for row in rows

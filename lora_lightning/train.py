@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import signal
 import sys
 from contextlib import ExitStack, nullcontext, suppress
@@ -30,6 +29,7 @@ from .config import (
 from .data.datamodule import LoraDataModule
 from .earlier import continue_csv, earlier_result, last_checkpoint, refuse_used_folder
 from .lock import locked
+from .logs import read_json
 from .lora import UserError
 from .lora.checksums import SIDECAR, check_files
 from .lora.outputs import refuse_loss
@@ -54,6 +54,7 @@ from .storage import (
     writable,
 )
 from .tasks import Task, build_task
+from .terminal import say
 from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
 from .warm_start import refuse_other_start, refuse_other_tokens
@@ -158,7 +159,9 @@ def _run_to_its_end(
     except Stopped as stop:
         result["status"] = "interrupted"
         raise Interrupted(run_dir, stop.signum, config) from None
-    except (KeyboardInterrupt, SystemExit):  # Lightning exits by itself where it is interrupted
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning exits where it is interrupted
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            say(error.code, file=sys.stderr)  # its last words
         result["status"] = "interrupted"
         raise Interrupted(run_dir, signal.SIGINT, config) from None
     except BaseException as error:
@@ -290,9 +293,15 @@ def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
         return
     if last is None:
         raise UserError("launcher.halving needs checkpoints: leave callbacks.last as it is.")
-    told = json.loads(path.read_text())
-    last.pause_at = float(told["at"]), str(config.task.monitor)
-    last.rungs = [float(share) for share in told["rungs"]]
+    told = read_json(path)
+    try:
+        last.pause_at = float(told["at"]), str(config.task.monitor)
+        last.rungs = [float(share) for share in told["rungs"]]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged. Run the sweep's command again, which writes it again; or delete "
+            "it, and the job trains to its end."
+        ) from None
 
 
 def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:

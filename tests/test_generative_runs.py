@@ -177,6 +177,14 @@ def test_chat_answers_each_line(trained, run_cli, monkeypatch):
     assert [line.strip() for line in out.splitlines()] == ["lovely and good", "bland"]
 
 
+def test_chat_without_a_standard_input_ends(trained, run_cli, monkeypatch, capsys):
+    """As cron, and `<&-` in a shell, start it."""
+    adapter = trained("llama") / "adapter"
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", None)
+    assert run_cli("chat", f"adapter={adapter}") == (0, "", "")
+
+
 def test_chat_of_a_conversation(tmp_path, run_cli, loud_llama, chat_llama, fast, monkeypatch):
     """The model sees the whole conversation, in the template that it was trained with."""
     from lora_lightning.tasks.instruct import InstructTask

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {"lora", "settings", "atomic_write"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
-MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal"}
+MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal", "logs"}
 RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
 ALLOWED = {
     "lora": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "config": FOUNDATION,
     "untrusted": FOUNDATION,
     "terminal": set(),
+    "logs": {"terminal"},
     "cpu": set(),
     "parallel": {"lora"},
     "placement": {"lora", "parallel"},
@@ -71,8 +72,8 @@ ALLOWED = {
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
-    "report": {"lora", "config", "lock", "terminal", "atomic_write"},
-    "launch": FOUNDATION | {"config", "report", "lock", "terminal"},
+    "report": {"lora", "config", "lock", "logs", "terminal", "atomic_write"},
+    "launch": FOUNDATION | {"config", "report", "lock", "logs", "terminal"},
     "inference": RUN_SIDE | {"lock"},
     "chat": RUN_SIDE | {"inference"},
     "stored": {"lora", "storage", "untrusted"},

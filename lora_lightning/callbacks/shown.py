@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from ..atomic_write import atomic_write
+from ..logs import read_samples, tell_damaged
 from ..module import LoraModule
 from ..tasks import to_device
 from ..terminal import printable
@@ -165,12 +166,12 @@ class SamplePredictions(Callback):
     @staticmethod
     def _write(path: Path, step: int, samples: list[dict[str, str]]) -> None:
         """Appends samples of a step; a resumed run takes back those of steps it repeats."""
-        kept: list[str] = []
-        if path.is_file():
-            old = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in old if json.loads(line)["step"] < step]
-        new = [json.dumps({"step": step, **sample}, ensure_ascii=False) for sample in samples]
-        atomic_write(path, "\n".join([*kept, *new]) + "\n")
+        old, damaged = read_samples(path)
+        tell_damaged(path, damaged)
+        kept = [row for row in old if row["step"] < step]
+        new = [{"step": step, **sample} for sample in samples]
+        lines = [json.dumps(row, ensure_ascii=False) for row in [*kept, *new]]
+        atomic_write(path, "".join(f"{printable(line, json=True)}\n" for line in lines))
 
 
 def _cell(text: str) -> str:

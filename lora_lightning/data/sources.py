@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +164,8 @@ def _read(option: str, path: Path) -> Any:
 
     builder, kwargs = BUILDERS[path.suffix.lower()]
     if builder == "text":
-        return Dataset.from_dict({"text": _text(option, path).splitlines()})
+        text = _text(option, path)  # with "\n" for each end of a line, and a text has no others
+        return Dataset.from_dict({"text": text.removesuffix("\n").split("\n") if text else []})
     if builder != "parquet":
         _check_text(option, path)
     if path.suffix.lower() == ".json":
@@ -276,7 +278,7 @@ def _check_text(option: str, path: Path) -> None:
                     f"{option}: {path} holds a zero byte in line {number}: it is no text, or not "
                     f"UTF-8. Convert it, for instance: iconv -f utf-16 -t utf-8 {path.name}"
                 )
-            filled += sum(bool(part.strip()) for part in decoded.splitlines())
+            filled += sum(bool(part.strip()) for part in re.split("[\r\n]", decoded))
             if lines_of_json and decoded.strip():
                 try:
                     row = json.loads(decoded)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..atomic_write import write_json
+from ..logs import read_json
 
 SWEEP = "sweep.json"
 """In a sweep's folder: the overrides that it was made by, and whether it has ended well."""
@@ -19,7 +18,7 @@ def sweep_folder(overrides: list[str]) -> list[str]:
     if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
         return []
     for path in sorted(ROOT.glob(f"*/*/{SWEEP}"), reverse=True):
-        found = _read(path)
+        found = read_json(path)
         if found.get("overrides") == plain(overrides):
             if found.get("status") == "completed":
                 return []
@@ -46,10 +45,3 @@ def plain(overrides: list[str]) -> list[str]:
         for item in overrides
         if keys[item].startswith("hydra.launcher.halving") or not keys[item].startswith(how)
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}

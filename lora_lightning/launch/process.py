@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..atomic_write import atomic_write, remove_debris
-from ..config import config_hash, read_config
+from ..config import config_hash, read_config, read_overrides
 from ..lock import locked
 from ..lora.errors import UserError
 from ..report import report
@@ -89,7 +89,7 @@ class ProcessLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx)
             ]
             for job, config in planned:
-                if job.state == "waiting":
+                if job.state == "waiting" or not _is_saved(job):
                     _save(config, job)
             jobs = [job for job, _ in planned]
             _name(jobs)
@@ -149,14 +149,14 @@ class ProcessLauncher(Launcher):
             config.hydra.runtime.output_dir = str(folder)
             config.output_dir = str(folder)
         job = Job(number, list(filter_overrides(overrides)), folder)
-        saved = folder / ".hydra" / "config.yaml"
-        if saved.is_file() and config_hash(read_config(saved)) != config_hash(_own(config)):
+        held = _held(job)
+        if held not in (None, config_hash(_own(config))):
             raise UserError(
                 f"{folder} holds a job with other settings, so this is not the sweep that "
                 f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR. (A sweeper "
                 "that samples proposes the same jobs again if hydra.sweeper.sampler.seed is set.)"
             )
-        if saved.is_file():
+        if held is not None:
             status = str(job.result().get("status"))
             if status == "completed":
                 job.state = "kept"
@@ -208,6 +208,37 @@ def _own(config: DictConfig) -> DictConfig:
     with open_dict(own):
         own.pop("hydra", None)
     return own
+
+
+def _held(job: Job) -> str | None:
+    """The hash of the config that a job's folder holds; None: it holds no job that has begun.
+
+    Where a power cut has damaged config.yaml, result.json tells; a config of the same hash may take
+    its place.
+
+    Raises:
+        UserError: neither tells, and the job has trained.
+    """
+    try:
+        return config_hash(read_config(job.folder / ".hydra" / "config.yaml"))
+    except UserError as error:
+        recorded = job.result().get("config_hash")
+        if recorded is None and any((job.folder / "checkpoints").glob("*")):
+            raise UserError(
+                f"{error} Its result.json does not tell either what its checkpoints were trained "
+                f"with. Delete {job.folder}, and the sweep trains this job from the start."
+            ) from None
+        return None if recorded is None else str(recorded)
+
+
+def _is_saved(job: Job) -> bool:
+    """Whether the files that `_save` writes can be read, by a report too."""
+    try:
+        read_config(job.folder / ".hydra" / "config.yaml")
+        read_overrides(job.folder / ".hydra" / "overrides.yaml")
+    except UserError:
+        return False
+    return True
 
 
 def _save(config: DictConfig, job: Job) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -11,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..logs import read_json
 
 LIFELINE = "LORA_LIGHTNING_LIFELINE"
 """Set for a job: it ends when its standard input does, that is, when the sweep is killed."""
@@ -45,13 +46,16 @@ class Job:
     status: int | None = None
     """Exit status of its process."""
     seconds: float = 0.0
+    before: int = 0
+    """When its result.json was last written before its process began."""
 
     def result(self) -> dict[str, Any]:
         """Its result.json, as far as it has come."""
-        try:
-            return dict(json.loads((self.folder / "result.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return read_json(self.folder / "result.json")
+
+    def news(self) -> dict[str, Any]:
+        """Its result.json where its process has written it, not one before."""
+        return self.result() if self.written() != self.before else {}
 
     def written(self) -> int:
         """When its result.json was written, in ns; 0: not yet."""
@@ -66,10 +70,11 @@ class Job:
 
     def error(self) -> str:
         """Why it failed, on one line."""
-        told = str(self.result().get("error", "")).removeprefix("UserError: ")
+        told = str(self.news().get("error", "")).removeprefix("UserError: ")
         if not told:
             log = self.folder / LOG
-            lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+            text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
+            lines = text.replace("\0", "").split("\n")  # zero bytes: of a power cut
             told = next((line for line in reversed(lines) if line.strip()), "")
         if self.status is not None and self.status < 0:
             told = f"ended by {signal.Signals(-self.status).name}. {told}"
@@ -92,6 +97,8 @@ def environment_of_job(
     if threads is not None:
         found.setdefault("OMP_NUM_THREADS", str(threads))
     found.pop("HYDRA_FULL_ERROR", None)  # set by the command line while Hydra runs the sweep
+    found["PYTHONUNBUFFERED"] = "1"  # its log ends with its last words, however it ends
+    found["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # no locale makes a print fail
     found[LIFELINE] = found[OWN_CONFIG] = "1"
     return found
 
@@ -119,8 +126,6 @@ class Work:
     process: subprocess.Popen[bytes] | None = None
     devices: tuple[str, ...] | None = None
     started: float = 0.0
-    before: dict[int, int] = field(default_factory=dict)
-    """By job, when its result was last written before the process began."""
 
     @property
     def command(self) -> list[str]:
@@ -134,7 +139,8 @@ class Work:
         self, devices: tuple[str, ...] | None, *, threads: int | None, inherit: tuple[int, ...]
     ) -> None:
         """Starts the process; what it prints goes to the first job's log."""
-        self.before = {job.number: job.written() for job in self.jobs}
+        for job in self.jobs:
+            job.before = job.written()
         with (self.jobs[0].folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -158,12 +164,10 @@ class Work:
             if job.state != "running":
                 continue
             job.seconds = time.monotonic() - self.started
-            told = str(job.result().get("status"))
+            told = str(job.news().get("status"))
             if status is not None:
                 job.status = 2 if _is_mistake(job) else status
                 job.state = told if told in ENDS else "failed"
-            elif job.written() == self.before[job.number]:
-                continue  # what it tells is of an earlier time
             elif len(self.jobs) > 1 and told in ("completed", "failed", "paused"):
                 job.state, job.status = told, 2 if _is_mistake(job) else None
         if status is not None:
@@ -186,12 +190,12 @@ class Work:
         before = {job.number for job in self.jobs if job.state == "running"}
         self.look()
         for job in self.jobs:
-            if job.number in before and job.result().get("status") == "running":
+            if job.number in before and job.news().get("status", "running") == "running":
                 job.state = "interrupted"  # it had not come far enough to say so itself
 
 
 def _is_mistake(job: Job) -> bool:
-    return str(job.result().get("error", "")).startswith("UserError: ")
+    return str(job.news().get("error", "")).startswith("UserError: ")
 
 
 class JobQueue:

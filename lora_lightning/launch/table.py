@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..logs import curve, read_metrics
 from ..terminal import printable
 from .queue import Job
 
@@ -100,13 +100,8 @@ class JobTable:
         if job.state in ("paused", "stopped") and job.rungs():
             rung = job.rungs()[-1]
             return str(rung["step"]), f"{rung['monitor']} {rung['value']:.4f}"
-        try:
-            with (job.folder / "csv" / "metrics.csv").open(newline="", encoding="utf-8") as handle:
-                rows = list(csv.DictReader(handle))
-        except OSError:
-            rows = []
+        rows, _ = read_metrics(job.folder / "csv" / "metrics.csv")
         for name in (self.monitor, "val/loss", "train/loss"):
-            for row in reversed(rows):
-                if row.get(name):
-                    return rows[-1]["step"], f"{name} {float(row[name]):.4f}"
+            if points := curve(rows, name):
+                return rows[-1]["step"], f"{name} {points[-1][1]:.4f}"
         return "", "-"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from ..launch.queue import end_with_parent
 from ..lora import UserError
-from .pack import Pack
+from ..terminal import printable
+from .pack import LOG, Pack
 from .room import slots_at_a_time
 
 
@@ -28,6 +30,13 @@ def main(folders: list[Path], gib: float | None = None) -> int:
             errors += [slot.error for slot in pack.slots if slot.error is not None]
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # of no run alone: each log tells it
+        mistake = isinstance(error, UserError)
+        told = printable(f"error: {error}\n" if mistake else traceback.format_exc())
+        for folder in folders:
+            with (folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(told)
+        return 2 if mistake else 1
     if not errors:
         return 0
     return 2 if all(isinstance(error, UserError) for error in errors) else 1

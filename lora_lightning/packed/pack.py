@@ -75,7 +75,7 @@ class Pack:
         for number, folder in enumerate(folders):
             config = read_config(folder / ".hydra" / "config.yaml")
             config.output_dir = str(folder)
-            out = (folder / LOG).open("a", encoding="utf-8", buffering=1)
+            out = (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             if len(folders) > 1:
                 others = ", ".join(other.name for other in folders if other != folder)
                 print(f"Trains in one process with the runs {others}.", file=out)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import shlex
 import statistics
@@ -15,8 +13,9 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ..config import read_config
+from ..config import read_config, read_overrides
 from ..lock import is_abandoned
+from ..logs import curve, read_json, read_metrics
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
 
@@ -235,16 +234,18 @@ def _where(folder: Path) -> str:
 
 def _read_run(folder: Path) -> Run:
     config = _without_resolvers(read_config(folder / ".hydra" / "config.yaml"))
-    overrides = folder / ".hydra" / "overrides.yaml"
-    try:
-        saved = OmegaConf.load(overrides) if overrides.is_file() else OmegaConf.create([])
-        given = [str(item) for item in OmegaConf.to_container(saved, resolve=False) or ()]
-        result = dict(json.loads((folder / "result.json").read_text()))
-    except FileNotFoundError:
-        result = {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: its result.json or .hydra is damaged: {error}.") from None
-    return Run(folder, config, given, result, _curve(folder, str(config.task.monitor)))
+    given = read_overrides(folder / ".hydra" / "overrides.yaml")
+    path = folder / "result.json"
+    there = path.is_file()
+    result = read_json(path)
+    if there and not result:
+        raise UserError(
+            f"{path} is damaged. Run the sweep's command again, which goes on with this job; or "
+            "delete the file, and the report takes the job for one that waits."
+        )
+    rows, _ = read_metrics(folder / "csv" / "metrics.csv")
+    points = dict(curve(rows, str(config.task.monitor)))
+    return Run(folder, config, given, result, sorted(points.items()))
 
 
 def _without_resolvers(config: DictConfig) -> DictConfig:
@@ -265,16 +266,6 @@ def _without_resolvers(config: DictConfig) -> DictConfig:
     plain = walk(OmegaConf.to_container(config, resolve=False))
     assert isinstance(plain, dict)
     return OmegaConf.create(plain)
-
-
-def _curve(folder: Path, metric: str) -> list[tuple[int, float]]:
-    path = folder / "csv" / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    points = {int(row["step"]): float(row[metric]) for row in rows if row.get(metric)}
-    return sorted(points.items())
 
 
 def _natural(name: str) -> tuple[int, int, str]:

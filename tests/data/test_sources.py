@@ -107,6 +107,35 @@ def test_text_file_gives_a_row_a_line(tmp_path):
     assert load_splits(DataConfig(test=str(path)))["test"]["text"][:] == ["one", "two"]
 
 
+SEPARATED = "a\u2028b\u2029c\x85d\x0ce\x1cf\x0bg"
+"""Where str.splitlines splits, and no line of a file ends."""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_lines_end_at_line_feeds_alone(end, tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(f"{SEPARATED}{end}{end}two{end}".encode())
+    assert load_splits(DataConfig(test=str(path)))["test"]["text"][:] == [SEPARATED, "", "two"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json-lines"])
+def test_rows_hold_line_separators(kind, tmp_path):
+    path = tmp_path / f"rows.{kind.removesuffix('-lines')}"
+    rows = [{"text": SEPARATED, "label": "a"}, {"text": "b", "label": "c"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if kind == "csv":
+        lines = ["text,label", *(f'"{row["text"]}",{row["label"]}' for row in rows)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    assert [dict(row) for row in load_splits(DataConfig(test=str(path)))["test"]] == rows
+
+
+def test_a_header_with_a_line_separator_is_no_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("te\u2028xt,label\n", encoding="utf-8")
+    with pytest.raises(UserError, match="holds no rows below its header"):
+        load_splits(DataConfig(test=str(path)))
+
+
 def test_splits_come_from_their_own_files(tmp_path):
     for split, row in zip(("train", "val", "test"), ROWS, strict=False):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Read what a run writes as it trains; what a kill or a power cut has damaged is left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .terminal import say
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one where the file is absent or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, str]], int]:
+    """Return the whole rows of a metrics.csv, and the number of damaged lines.
+
+    The last line counts as damaged until its line feed is there: half a number is a number too.
+    """
+    lines, damaged = _lines(path)
+    header, *lines = lines or [""]
+    names = _cells(header)
+    rows = []
+    for line in filter(None, lines):
+        values = _cells(line)
+        row = dict(zip(names, values, strict=False))
+        if len(values) == len(names) and row.get("step", "").isdecimal():
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
+
+
+def curve(rows: list[dict[str, str]], metric: str) -> list[tuple[int, float]]:
+    """Return step and value of a metric for the rows of `read_metrics` that have it."""
+    points = []
+    for row in rows:
+        with suppress(ValueError):  # no number: the cell of another metric's row is empty
+            points.append((int(row["step"]), float(row.get(metric, ""))))
+    return points
+
+
+def read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the whole rows of a samples.jsonl, and the number of damaged lines."""
+    lines, damaged = _lines(path)
+    rows = []
+    for line in filter(None, lines):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+    return rows, damaged
+
+
+def tell_damaged(path: Path, count: int) -> None:
+    """Warn of damaged lines that are left out, if there are any."""
+    if count:
+        lines = "1 damaged line" if count == 1 else f"{count} damaged lines"
+        say(f"warning: {path}: {lines} left out.", file=sys.stderr, flush=True)
+
+
+def _lines(path: Path) -> tuple[list[str], int]:
+    """Lines that a line feed ends, and how many there are that none ends; no file has none."""
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except OSError:
+        return [], 0
+    *lines, rest = text.split("\n")  # a text may hold U+2028, at which str.splitlines would split
+    return [line.removesuffix("\r") for line in lines], 1 if rest else 0
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line of CSV; none where it is damaged."""
+    try:
+        return [] if "\0" in line else next(csv.reader([line]), [])
+    except csv.Error:  # a cell longer than the module's limit
+        return []
