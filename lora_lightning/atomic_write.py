@@ -6,7 +6,8 @@ import json
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,38 @@ from .lora.errors import UserError
 from .lora.outputs import sync
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, also where the power fails.
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which is put at `path` at the end of the block: whole or not at all.
 
-    The file beside it has a name of its own, so neither another process nor a link is in the way.
+    By then it is on the disk, so that a power cut leaves the old one or the new one. The file
+    beside it has a name of its own, so neither another process nor a link is in the way.
 
     Raises:
         OSError: it cannot be written; what was there before stays.
     """
-    content = text.encode()
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with os.fdopen(os.open(beside, flags, 0o666), "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        os.close(os.open(beside, flags, 0o666))
+        yield beside
+        sync(beside)
         replace_synced(beside, path)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
         raise
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes a text file as `written_beside` does.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    content = text.encode()
+    with written_beside(path) as beside:
+        beside.write_bytes(content)
 
 
 def replace_synced(beside: Path, path: Path) -> None:
@@ -51,10 +63,12 @@ def remove_debris(*paths: Path) -> None:
     """Removes what processes that were killed have left beside files.
 
     Args:
-        paths: files that only the holder of a lock writes; the caller holds it.
+        paths: files that only the holder of a lock writes; the caller holds it. A * in a name
+            stands for anything.
     """
     for path in paths:
-        name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+        any_of = re.escape(path.name).replace(r"\*", ".*")
+        name = re.compile(rf"\.{any_of}\.[0-9a-f]{{8}}\.tmp")
         with suppress(OSError):
             for found in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
                 found.unlink()

@@ -14,6 +14,13 @@ from torch import Tensor
 from .lora.checks import check_trained
 from .lora.errors import UserError
 
+LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
+"""What a run resumes from, and the one before it."""
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read."""
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours, on the CPU. Nothing but plain values and tensors is read.
@@ -137,7 +144,7 @@ def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: Exception) -> Damaged:
     reason = re.split(r"[.:;] ", " ".join(str(error).split()))[0][:200] or type(error).__name__
     others = sorted(str(other) for other in path.parent.glob("best-*.ckpt") if other != path)
     instead = (
@@ -146,7 +153,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
         if others
         else ""
     )
-    return UserError(
+    return Damaged(
         f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
         "Copy it again from where it is whole, or move it away to start the run again"
         f"{instead}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,39 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
+from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
 from .config import config_hash
 from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
 from .storage import RESULT
+from .terminal import say
 
 CHECKPOINTS = "checkpoints"
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint a run goes on from; None if it was stopped before the first."""
-    path = run_dir / CHECKPOINTS / "last.ckpt"
-    return path if path.is_file() else None
+    paths = [run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def whole_checkpoint(run_dir: Path) -> Path | None:
+    """The last checkpoint that can be read; None if there is none.
+
+    Raises:
+        UserError: all that are there are damaged; it tells of the last.
+    """
+    last, previous = (run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS))
+    if not (last.is_file() and previous.is_file()):
+        return last_checkpoint(run_dir)
+    try:
+        read_checkpoint(last)
+    except Damaged as error:
+        with suppress(UserError):
+            read_checkpoint(previous)
+            say(f"{error}\nThe one before it is taken: {previous}", file=sys.stderr)
+            return previous
+    return last
 
 
 def earlier_result(run_dir: Path) -> dict[str, Any]:

@@ -27,7 +27,13 @@ from .config import (
     targets_of_others,
 )
 from .data.datamodule import LoraDataModule
-from .earlier import continue_csv, earlier_result, last_checkpoint, refuse_used_folder
+from .earlier import (
+    continue_csv,
+    earlier_result,
+    last_checkpoint,
+    refuse_used_folder,
+    whole_checkpoint,
+)
 from .lock import locked
 from .logs import read_json
 from .lora import UserError
@@ -61,6 +67,7 @@ from .warm_start import refuse_other_start, refuse_other_tokens
 
 WRITTEN = (
     *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
+    "checkpoints/*.ckpt",
     *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
 )
 """In a run's folder: files that are written beside their place, by the holder of its lock."""
@@ -101,7 +108,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     """
     run_dir = Path(config.output_dir)
     quiet_libraries()
-    checkpoint = last_checkpoint(run_dir) if resume else None
+    checkpoint = whole_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     earlier = earlier_result(run_dir) if checkpoint else {}
     asked, config = config, with_precision(config, earlier.get("precision"))

@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from .callbacks.kept import SyncedCheckpointIO
 from .cluster import check_nodes
 from .config import instantiate_all, instantiate_one
 from .lora import UserError
@@ -65,7 +67,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     ]
     try:
         arguments["strategy"] = _strategy(arguments)
-        return L.Trainer(
+        trainer = L.Trainer(
             **{
                 "callbacks": callbacks,
                 "logger": loggers or False,
@@ -83,6 +85,9 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         if "gpu backend" in said:
             said += ". Without a GPU: trainer=cpu"
         raise UserError(f"trainer: {said}.") from error
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SyncedCheckpointIO()
+    return trainer
 
 
 FIRST_SCALE = 2.0**8

@@ -179,3 +179,51 @@ def test_curves_stay_when_a_rewrite_is_cut_short(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         killed_at_save()
     assert path.read_bytes() == before
+
+
+# Checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(fast, tiny_bert, rows_jsonl, tmp_path) -> list[str]:
+    return [
+        *(*fast, "trainer.max_epochs=3", "logger=none", "data.limit_train=16", "data.limit_val=8"),
+        *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
+        *(f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"),
+    ]
+
+
+def test_checkpoints_are_synced_before_they_are_named(settings, tmp_path, monkeypatch):
+    """So a power cut leaves the old one or the new one; and none goes through /tmp."""
+    from lora_lightning.config import compose_config
+    from lora_lightning.train import train
+
+    synced, named, unsynced = set(), [], []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def noted(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def name(call, source, target, **kwargs):
+        if str(target).endswith(".ckpt"):
+            named.append(Path(target).name)
+            assert Path(source).parent == Path(target).parent
+            if os.stat(source).st_ino not in synced:
+                unsynced.append(target)
+            size = os.stat(source).st_size
+            call(source, target, **kwargs)
+            assert os.stat(target).st_size == size
+        else:
+            call(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *a, **k: name(replace, *a, **k))
+    monkeypatch.setattr(os, "rename", lambda *a, **k: name(rename, *a, **k))
+    train(compose_config(settings))
+    assert unsynced == []
+    assert named.count("last.ckpt") == 3
+    assert named.count("last-previous.ckpt") == 2
+    assert any(each.startswith("best-step-") for each in named)
+    inode = (tmp_path / "run" / "checkpoints").stat().st_ino
+    assert inode in synced

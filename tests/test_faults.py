@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lora_lightning.callbacks import BestCheckpoint
 from lora_lightning.checkpoint import read_checkpoint
@@ -160,7 +159,7 @@ def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp
             (path,) = (Path(str(a)) for a in args if isinstance(a, (str, Path)))
             if file in path.name and len(tampered) < 1:
                 tampered.append(path)
-                if path.suffix == ".ckpt":
+                if ".ckpt" in path.name:
                     content = torch.load(path, weights_only=True)
                     next(iter(content["state_dict"].values())).view(-1)[0] += 1
                     torch.save(content, path)
@@ -175,8 +174,7 @@ def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp
     if file == "adapter":
         monkeypatch.setattr(lora_state, "save_file", turned(lora_state.save_file))
     else:
-        save = TorchCheckpointIO.save_checkpoint
-        monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", turned(save))
+        monkeypatch.setattr(torch, "save", turned(torch.save))
     with pytest.raises(UserError, match="disk or file system is at fault"):
         train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={run}"]))
     assert tampered
@@ -241,6 +239,7 @@ def test_a_damaged_checkpoint_is_told(damage, stopped, tmp_path, run_cli):
     elif damage == "empty":
         content.clear()
     (run / LAST).write_bytes(content)
+    (run / LAST).with_name("last-previous.ckpt").unlink(missing_ok=True)
     if damage == "other":
         torch.save({"weights": torch.ones(3)}, run / LAST)
     status, _, err = run_cli("train", f"resume={run}")

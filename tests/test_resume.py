@@ -176,7 +176,7 @@ EVERY_STEP = ("epochs", "validation in mid-epoch", "validation every second epoc
         *(pytest.param(v, 1, marks=pytest.mark.slow) for v in EVERY_STEP),
     ],
 )
-def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, tmp_path):
+def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, tmp_path, capsys):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
     base = request.getfixturevalue("tiny_mixtral" if variant == "experts" else "tiny_bert")
     overrides = settings(base, rows_jsonl, run_dir, *VARIANTS[variant])
@@ -193,6 +193,11 @@ def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, t
     for copy in dict.fromkeys([*found[::every], found[-1]]):
         assert resume(copy, run_dir, overrides) == expected, copy.name
         assert logged(run_dir) == expected_log, copy.name
+    torn = found[len(found) // 2] / "checkpoints" / "last.ckpt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    assert resume(torn.parent.parent, run_dir, overrides) == expected, "by the one before it"
+    assert logged(run_dir) == expected_log
+    assert f"{run_dir / 'checkpoints' / 'last.ckpt'} is truncated" in capsys.readouterr().err
 
 
 # Killed for good ---------------------------------------------------------------------------------

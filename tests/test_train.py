@@ -156,6 +156,7 @@ def test_layout_of_the_folder(run):
         "samples.jsonl",
     }
     assert {path.name for path in (run.dir / "adapter").iterdir()} == {
+        ".written_by.json",
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_lightning.json",
@@ -164,8 +165,8 @@ def test_layout_of_the_folder(run):
         "tokenizer_config.json",
     }
     checkpoints = {path.name.partition("-")[0] for path in (run.dir / "checkpoints").iterdir()}
-    assert checkpoints == {"best", "last.ckpt"}
-    assert len(list((run.dir / "checkpoints").iterdir())) == 2
+    assert checkpoints == {"best", "last.ckpt", "last"}
+    assert len(list((run.dir / "checkpoints").iterdir())) == 3
 
 
 def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):

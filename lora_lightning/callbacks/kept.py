@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..checkpoint import check_kept, check_written
+from ..atomic_write import written_beside
+from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
 from ..lora import UserError
 from ..signals import SharedNumber, Stopped, StopSignals
 
@@ -103,6 +105,22 @@ def _forged(what: str) -> UserError:
     )
 
 
+class SyncedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and names it when it is on the disk.
+
+    Lightning's goes through the system's folder for temporary files, which may be small or on
+    another disk, and syncs nothing.
+    """
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(Path(path)) as beside:
+            torch.save(checkpoint, beside)
+
+
 class _Caught(TorchCheckpointIO):
     """Keeps the content of a checkpoint that a Trainer saves, and writes no file."""
 
@@ -113,7 +131,7 @@ class _Caught(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, from which a killed run resumes exactly.
+    """Keeps `last.ckpt`, from which a killed run resumes exactly, and the one before it.
 
     It is saved every few minutes or optimizer steps and after every epoch, at points where no
     gradient is half accumulated and no other callback has yet to see a validation. Rank 0 copies
@@ -132,7 +150,7 @@ class LastCheckpoint(Checkpoint):
         every_n_minutes: float | None = 5.0,
         every_n_steps: int | None = None,
     ) -> None:
-        self.path = Path(folder) / "last.ckpt"
+        self.path = Path(folder) / LAST
         self.every_n_minutes = every_n_minutes
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
@@ -276,17 +294,19 @@ def _copied(content: Any) -> Any:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint beside its place, reads it again, and puts it there."""
-    beside = path.with_name(f".{path.name}")
+    """Writes a checkpoint beside its place, reads it again, and puts it there.
+
+    The one that was there is kept too: a disk may lose what it had written.
+    """
     try:
-        TorchCheckpointIO().save_checkpoint(dict(content), beside)
-        check_written(beside, content["state_dict"])
-        os.replace(beside, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path) as beside:
+            torch.save(dict(content), beside)
+            check_written(beside, content["state_dict"])
+            if path.exists():
+                os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error}. The checkpoint before it is whole: free some space and "
             "continue with resume=."
         ) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
