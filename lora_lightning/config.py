@@ -441,6 +441,8 @@ def _no_such_launcher_setting(name: str) -> str:
 def _no_such_choice(group: str, choice: str) -> str:
     if (group, choice) == ("hydra/sweeper", "optuna"):
         return 'the Optuna sweeper is not installed: pip install "lora_lightning[optuna]".'
+    if group == "hydra/launcher" and choice.startswith("submitit_"):
+        return 'the submitit launcher is not installed: pip install "lora_lightning[slurm]".'
     known = _choices(group)
     return (
         f"{group}={choice}: there is no such choice.{did_you_mean(choice, known)} "

@@ -99,3 +99,17 @@ def test_config_hash_depends_on_what_is_computed_only():
 def test_a_typo_is_compared_with_the_keys_of_the_task_that_was_chosen():
     with pytest.raises(UserError, match=r"task.block: .* Did you mean 'task.blocks'\?"):
         compose_config(["task=lm", "task.block=false"])
+
+
+@pytest.mark.parametrize(
+    ("group", "choice", "extra"),
+    [
+        ("hydra/sweeper", "optuna", "optuna"),
+        ("hydra/launcher", "submitit_slurm", "slurm"),
+        ("hydra/launcher", "submitit_local", "slurm"),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_named(group, choice, extra):
+    from lora_lightning.config import _no_such_choice
+
+    assert f'pip install "lora_lightning[{extra}]"' in _no_such_choice(group, choice)
