@@ -53,7 +53,8 @@ def _cut(
     """Row indices by split. Each stratum is dealt in a random order, equal rows together."""
     twins: dict[str, list[int]] = {}
     names = sorted(name for name in rows.column_names if name.lower() not in ("id", "idx"))
-    for index, row in enumerate(zip(*(rows[name][:] for name in names), strict=True)):
+    columns = rows[:]  # at once: each column by itself copies the description of all
+    for index, row in enumerate(zip(*(columns[name] for name in names), strict=True)):
         content = json.dumps(dict(zip(names, row, strict=True)), sort_keys=True, default=str)
         twins.setdefault(content, []).append(index)
     groups: dict[Any, list[list[int]]] = {}

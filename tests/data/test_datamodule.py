@@ -599,3 +599,20 @@ def test_a_device_decides_where_the_budget_is_left_to_us(build, rows_jsonl):
     assert (data.tokens_on("cpu"), data.tokens_on("cuda"), data.max_tokens) == (1024, None, None)
     data = build(rows_jsonl, max_tokens=200)
     assert (data.tokens_on("cpu"), data.tokens_on("cuda"), data.max_tokens) == (200, 200, 200)
+
+
+def test_rows_are_read_at_once_whatever_their_columns(monkeypatch):
+    """datasets copies the description of all columns whenever it is asked for one."""
+    from datasets import Dataset
+
+    from lora_lightning.data.splits import make_splits
+
+    wide = {f"c{n}": list(range(20)) for n in range(50)}
+    rows = Dataset.from_dict({"text": [f"good {n}" for n in range(20)], **wide})
+    reads, real = [], Dataset.__getitem__
+    monkeypatch.setattr(
+        Dataset, "__getitem__", lambda self, key: reads.append(key) or real(self, key)
+    )
+    found = make_splits({"train": rows}, DataConfig(val_fraction=0.2, test_fraction=0.1))
+    assert {split: len(part) for split, part in found.items()} == {"train": 14, "val": 4, "test": 2}
+    assert len(reads) <= 3
