@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lightning.callbacks import BestCheckpoint
+from lora_lightning.callbacks import BestCheckpoint, curves
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
 from lora_lightning.lock import locked
@@ -106,11 +106,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert json.loads((run / "result.json").read_text())["status"] == "completed"
 
 
-def test_a_disk_that_is_full_for_a_log_is_told(settings, tmp_path, run_cli):
-    """The device that every write finds full, in the place of a log; no traceback, and a way on."""
+def test_a_disk_that_is_full_for_a_log_is_told(settings, tmp_path, run_cli, monkeypatch):
+    """No traceback, and a way on."""
     run = tmp_path / "run"
-    (run / "csv").mkdir(parents=True)
-    (run / "csv" / "metrics.csv").symlink_to("/dev/full")
+
+    def full(path, text):
+        with Path("/dev/full").open("w") as device:  # every write finds it full
+            device.write(text)
+
+    monkeypatch.setattr(curves, "atomic_write", full)
     saves = "callbacks.last.every_n_steps=1000"
     status, _, err = run_cli("train", *settings, saves, f"output_dir={run}")
     assert status == 2

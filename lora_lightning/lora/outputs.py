@@ -77,7 +77,9 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
     folder = folder.resolve()
     for source in map(Path, sources):
         if source.exists() and (folder == source.resolve() or folder in source.resolve().parents):
-            raise UserError(f"{folder} is, or holds, what {by} reads: {source}. Give another one.")
+            raise UserError(
+                f"{folder} is, or holds, what {by} reads: {source}. Give another folder."
+            )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a folder.")
     if not folder.is_dir():
