@@ -19,7 +19,7 @@ from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
-from .untrusted import ATTENTION, refuse_links
+from .untrusted import ATTENTION, refuse_links, refuse_outside_shards
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -59,6 +59,7 @@ def resolve(
                 "folder of that kind. Give another folder, or a hub name such as org/model."
             )
         refuse_links(path)
+        refuse_outside_shards(path)
         return str(path.resolve())
     local = in_package or path.is_absolute() or name_or_path.startswith((".", "~"))
     if local or path.is_file():

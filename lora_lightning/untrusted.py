@@ -172,3 +172,22 @@ def refuse_links(folder: Path) -> None:
                 f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
                 f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
             )
+
+
+def refuse_outside_shards(folder: Path) -> None:
+    """Refuse a base model whose index of shards names a file outside of its folder.
+
+    Raises:
+        UserError: it does, or the index cannot be read.
+    """
+    for index in folder.glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(str(name) for name in files if Path(name).name != name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index} is damaged: {error!r}. Copy the model again.") from None
+        if outside:
+            raise UserError(
+                f"{index} names {outside[0]!r}, and shards lie beside their index. Take the model "
+                "from where it is whole."
+            )

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -39,7 +40,7 @@ from lora_lightning.launch.queue import Job
 from lora_lightning.launch.table import JobTable
 from lora_lightning.lock import is_abandoned
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.modeling import load_classifier, load_tokenizer
+from lora_lightning.modeling import load_classifier, load_model_config, load_tokenizer
 from lora_lightning.module import LoraModule
 from lora_lightning.portable import write_canonical
 from lora_lightning.settings import ModelConfig
@@ -636,6 +637,22 @@ def test_a_link_out_of_a_folder_is_not_followed(verb, run, tiny_bert, rows_jsonl
     with pytest.raises(UserError, match="chat_template.jinja is a link to .*secret"):
         uses[verb]()
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "deep/a.safetensors"])
+def test_shards_lie_beside_their_index(name, tiny_bert, tmp_path):
+    base = Path(shutil.copytree(tiny_bert, tmp_path / "base"))
+    (base / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = base / "model.safetensors.index.json"
+    with safe_open(tmp_path / "outside.safetensors", "pt") as file:
+        names = list(file.keys())
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, name)}))
+    config = ModelConfig(name_or_path=str(base))
+    with pytest.raises(UserError, match="shards lie beside their index"):
+        load_model_config(config)
+    index.write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        load_model_config(config)
 
 
 def test_the_links_of_the_hubs_cache_are_followed(run, tmp_path):
