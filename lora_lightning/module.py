@@ -162,6 +162,11 @@ class LoraModule(L.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
         self.shards = self._find_shards()
+        if self.shards is not None and self.shards.tensor > 1 and self.model_config.compile:
+            raise UserError(
+                "model.compile: layers whose matrices are cut (tensor parallelism) cannot be "
+                "compiled. Leave it out, or use trainer=fsdp2."
+            )
         refuse_combinations(
             self.model_config,
             self.lora_config,

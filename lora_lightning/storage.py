@@ -109,7 +109,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def refuse_run(output: Path) -> None:
     """Raises UserError for an output where a run has, or will have, files of its own."""
-    output = output.resolve()
+    output = Path(os.path.realpath(output))  # which does not mind a ring of links
     for run_dir in output.parents:
         entry = output.relative_to(run_dir).parts[0]
         is_run = (run_dir / RESULT).is_file() or (run_dir / ".hydra").is_dir()

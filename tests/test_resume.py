@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from lora_lightning.callbacks import kept
 from lora_lightning.callbacks.kept import LastCheckpoint
+from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.cli import main
 from lora_lightning.config import compose_config
 from lora_lightning.train import train
@@ -176,7 +178,9 @@ EVERY_STEP = ("epochs", "validation in mid-epoch", "validation every second epoc
         *(pytest.param(v, 1, marks=pytest.mark.slow) for v in EVERY_STEP),
     ],
 )
-def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, tmp_path, capsys):
+def test_every_save_point_goes_on_exactly(
+    variant, every, request, rows_jsonl, tmp_path, capsys, monkeypatch
+):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
     base = request.getfixturevalue("tiny_mixtral" if variant == "experts" else "tiny_bert")
     overrides = settings(base, rows_jsonl, run_dir, *VARIANTS[variant])
@@ -195,6 +199,13 @@ def test_every_save_point_goes_on_exactly(variant, every, request, rows_jsonl, t
         assert logged(run_dir) == expected_log, copy.name
     torn = found[len(found) // 2] / "checkpoints" / "last.ckpt"
     torn.write_bytes(torn.read_bytes()[:-100])
+    write = kept._write
+
+    def watched(path, content, *, keep):
+        write(path, content, keep=keep)
+        read_checkpoint(path.with_name("last-previous.ckpt"))  # the torn one never takes its place
+
+    monkeypatch.setattr(kept, "_write", watched)
     assert resume(torn.parent.parent, run_dir, overrides) == expected, "by the one before it"
     assert logged(run_dir) == expected_log
     assert f"{run_dir / 'checkpoints' / 'last.ckpt'} is truncated" in capsys.readouterr().err

@@ -165,12 +165,15 @@ class LastCheckpoint(Checkpoint):
         self._rung: dict[str, Any] | None = None
         self._saved_at = self._validated_at = 0
         self._saved_time = 0.0
+        self._last_is_whole = True
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="last.ckpt")
         self._written: Future[None] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = self._validated_at = trainer.global_step
         self._saved_time = time.monotonic()
+        # Where a run resumes from the one before it, the last is damaged, or was never there.
+        self._last_is_whole = Path(str(trainer.ckpt_path)).name != PREVIOUS
         if self.pause_at is None:
             return
         share, planned = self.pause_at[0], int(trainer.estimated_stepping_batches)
@@ -263,7 +266,10 @@ class LastCheckpoint(Checkpoint):
         if caught.content is not None:  # in rank 0
             content = _copied(caught.content)
             check_kept(content["state_dict"])
-            self._written = self._writer.submit(_write, self.path, content)
+            self._written = self._writer.submit(
+                _write, self.path, content, keep=self._last_is_whole
+            )
+            self._last_is_whole = True
         if self._rung is not None or self._signum:
             self._wait()
         if self._rung is not None:
@@ -293,17 +299,20 @@ def _copied(content: Any) -> Any:
     return tree_map(copied, content)
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
     """Writes a checkpoint beside its place, reads it again, and puts it there.
 
-    The one that was there is kept too: a disk may lose what it had written.
+    Args:
+        path: its place.
+        content: the checkpoint.
+        keep: whether the one that is there is kept too: a disk may lose what it had written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
             torch.save(dict(content), beside)
             check_written(beside, content["state_dict"])
-            if path.exists():
+            if keep and path.exists():
                 os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(

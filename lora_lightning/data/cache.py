@@ -22,7 +22,7 @@ def is_whole(files: Iterable[Path], sums: Path) -> bool:
     """
     try:
         recorded = json.loads(sums.read_text(encoding="utf-8"))
-        return bool(recorded == {path.name: digest(path) for path in files})
+        return bool(recorded == {_name(path, sums): digest(path) for path in files})
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -36,8 +36,12 @@ def write_sums(files: Iterable[Path], sums: Path) -> None:
     found = {}
     for path in files:
         sync(path)
-        found[path.name] = digest(path)
+        found[_name(path, sums)] = digest(path)
     atomic_write(sums, json.dumps(found, indent=2) + "\n")
+
+
+def _name(path: Path, sums: Path) -> str:
+    return path.relative_to(sums.parent).as_posix()
 
 
 def tell_damage(path: Path) -> None:

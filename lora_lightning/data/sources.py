@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,7 +49,8 @@ def load_splits(config: DataConfig) -> dict[str, Any]:
     if files and config.path:
         raise UserError("give either files (data.train=...) or a hub dataset (data.path=...).")
     if files:
-        return {split: _load_files(f"data.{split}", value) for split, value in files.items()}
+        cache = cache_folder(config.cache_dir)
+        return {split: _load_files(f"data.{split}", value, cache) for split, value in files.items()}
     if config.path:
         return _load_hub(config)
     if config.embedded:
@@ -75,14 +77,13 @@ def unwritable_cache(folder: Path, error: OSError) -> UserError:
 
 def load_rows(option: str, path: Path) -> Any:
     """The rows of one file or folder; `option` is what messages call it."""
-    return _load_files(option, path)
+    return _load_files(option, path, cache_folder(None))
 
 
 def _load_embedded(config: DataConfig) -> dict[str, Any]:
-    name = str(config.embedded)
+    name, cache = str(config.embedded), cache_folder(config.cache_dir)
     shipped = {path.name for path in EMBEDDED.iterdir() if path.is_dir()}
     if name in MADE:
-        cache = cache_folder(config.cache_dir)
         try:
             paths = MADE[name](cache)
         except OSError as error:
@@ -95,7 +96,7 @@ def _load_embedded(config: DataConfig) -> dict[str, Any]:
             f"data.embedded={name}: there is no such data set.{did_you_mean(name, known)} "
             f"Known: {', '.join(known)}."
         )
-    return {split: _load_files(name, path) for split, path in paths.items()}
+    return {split: _load_files(name, path, cache) for split, path in paths.items()}
 
 
 def _load_hub(config: DataConfig) -> dict[str, Any]:
@@ -121,11 +122,11 @@ def _load_hub(config: DataConfig) -> dict[str, Any]:
     return {renamed[split]: rows for split, rows in found.items() if split in renamed}
 
 
-def _load_files(option: str, value: Any) -> Any:
+def _load_files(option: str, value: Any, cache: Path) -> Any:
     from datasets import concatenate_datasets
 
     paths = [Path(str(item)).expanduser() for item in (value if _is_list(value) else [value])]
-    parts = [_load_path(option, path) for path in paths]
+    parts = [_load_path(option, path, cache) for path in paths]
     rows = parts[0]
     if len(parts) > 1:
         columns = [part.column_names for part in parts]
@@ -140,7 +141,7 @@ def _load_files(option: str, value: Any) -> Any:
     return rows
 
 
-def _load_path(option: str, path: Path) -> Any:
+def _load_path(option: str, path: Path, cache: Path) -> Any:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
@@ -149,17 +150,17 @@ def _load_path(option: str, path: Path) -> Any:
             "Give the path of a file."
         )
     if path.is_dir():
-        return _load_folder(option, path)
+        return _load_folder(option, path, cache)
     if path.stat().st_size == 0:
         raise UserError(f"{option}: {path} is empty. Give a file that holds rows.")
     if path.suffix.lower() not in BUILDERS:
         raise UserError(
             f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, or a folder."
         )
-    return _read(option, path)
+    return _read(option, path, cache)
 
 
-def _read(option: str, path: Path) -> Any:
+def _read(option: str, path: Path, cache: Path) -> Any:
     from datasets import Dataset
 
     builder, kwargs = BUILDERS[path.suffix.lower()]
@@ -169,10 +170,12 @@ def _read(option: str, path: Path) -> Any:
     if builder != "parquet":
         _check_text(option, path)
     if path.suffix.lower() == ".json":
-        return _read_json(option, path)
+        return _read_json(option, path, cache)
     reader = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
     try:
-        return _by_content(reader[builder], path, **kwargs)
+        return _by_content(reader[builder], path, cache, **kwargs)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)} "
@@ -180,7 +183,7 @@ def _read(option: str, path: Path) -> Any:
         ) from error
 
 
-def _by_content(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:
+def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: Any) -> Any:
     """The rows of a file, kept in a cache by what it holds.
 
     The reader's own cache goes by path and time of change, which copies and archives keep.
@@ -188,30 +191,48 @@ def _by_content(reader: Callable[..., Any], path: Path, **kwargs: Any) -> Any:
     Args:
         reader: of `datasets`.
         path: the file.
+        cache: the folder.
         kwargs: of the reader.
+
+    Raises:
+        UserError: nothing can be written there.
     """
     from datasets import Dataset
 
-    key = digest(path)[:32]
-    folder = cache_folder(None) / f"rows-{key}"
+    content = json.dumps([digest(path), reader.__name__, kwargs], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:32]
+    folder = cache / f"rows-{key}"
     sums = folder / "sums.json"
-    if sums.exists() and not is_whole(folder.rglob("*.arrow"), sums):
-        tell_damage(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    rows = reader(str(path), cache_dir=str(folder), **kwargs)
-    if not sums.exists():
-        write_sums((Path(file["filename"]) for file in rows.cache_files), sums)
+    try:
+        if sums.exists() and not is_whole(_prepared(folder, sums), sums):
+            tell_damage(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = reader(str(path), cache_dir=str(folder), **kwargs)
+        if not sums.exists():
+            write_sums(_prepared(folder, sums), sums)
+    except Exception as error:
+        cause = _deepest(error)
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise unwritable_cache(cache, cause) from None
+        raise
     return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)
 
 
-def _read_json(option: str, path: Path) -> Any:
+def _prepared(folder: Path, sums: Path) -> list[Path]:
+    """What a reader has left in its cache, but for its locks."""
+    kept = (".arrow", ".json")
+    return [path for path in sorted(folder.rglob("*")) if path.suffix in kept and path != sums]
+
+
+def _read_json(option: str, path: Path, cache: Path) -> Any:
     """A .json file: a list of objects, an object of columns, or one object a line."""
     from datasets import Dataset
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return _read_as_lines(option, path)
+        return _read_as_lines(option, path, cache)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(content) == 1 and lists and all(isinstance(row, dict) for row in lists[0]):
@@ -226,16 +247,18 @@ def _read_json(option: str, path: Path) -> Any:
         ) from error
 
 
-def _read_as_lines(option: str, path: Path) -> Any:
+def _read_as_lines(option: str, path: Path, cache: Path) -> Any:
     from datasets import Dataset
 
     try:
-        return _by_content(Dataset.from_json, path)
+        return _by_content(Dataset.from_json, path, cache)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{option}: {path} is not readable as JSON: {_reason(error)}") from error
 
 
-def _load_folder(option: str, path: Path) -> Any:
+def _load_folder(option: str, path: Path, cache: Path) -> Any:
     """A folder of text files, one example each; sub-folders name the label."""
     from datasets import Dataset
 
@@ -243,7 +266,7 @@ def _load_folder(option: str, path: Path) -> Any:
     if not files:
         tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
         if tables:
-            return _load_files(option, tables)
+            return _load_files(option, tables, cache)
         raise UserError(
             f"{option}: the folder {path} holds no .txt files and no data files "
             f"({', '.join(BUILDERS)})."
@@ -302,9 +325,15 @@ def _is_list(value: Any) -> bool:
     return not isinstance(value, (str, Path)) and hasattr(value, "__iter__")
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the error that lies at the bottom of a chain."""
+def _deepest(error: BaseException) -> BaseException:
+    """The error that lies at the bottom of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the error that lies at the bottom of a chain."""
+    error = _deepest(error)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300].rstrip(".") + "."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from .errors import UserError
@@ -53,14 +54,16 @@ def check_files(folder: str | Path) -> None:
         return
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
-        recorded = dict(content.get(_KEY) or {})
+        recorded = dict((content.get(_KEY) or {}).items())
+        if not all(Path(name).name == name for name in recorded):
+            raise ValueError("a checksum is of no file beside it")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{sidecar} is damaged: {error!r}. Copy the adapter again.") from None
     if isinstance(content.get(_OLD), str):
         recorded.setdefault("adapter_model.safetensors", content[_OLD])
     for name, expected in sorted(recorded.items()):
-        path = folder / Path(name).name
-        if not path.is_file():
+        path = folder / name
+        if not os.path.isfile(path):  # also where the name is too long
             raise UserError(
                 f"{path} is absent, and {SIDECAR} has its checksum. Copy the adapter again from "
                 "where it is whole."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,6 +21,8 @@ from .errors import UserError
 
 MARK = ".written_by.json"
 """In a folder: which command wrote it, and which files."""
+_LARGE = 2**24
+"""Bytes."""
 _SHOWN = 8
 """Files that a message names at most."""
 
@@ -42,23 +46,26 @@ def replaced_folder(
     Raises:
         UserError: the place cannot be written, or holds what would be lost.
     """
-    folder = folder.resolve()  # what a link points to is replaced, not the link
-    try:
-        _repair(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}.") from None
-    refuse_loss(folder, by=by, sources=sources)
+    folder = _resolved(folder)  # what a link points to is replaced, not the link
+    with _held(folder.parent):
+        try:
+            _repair(folder)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error}.") from None
+        refuse_loss(folder, by=by, sources=sources)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
         staging.mkdir(parents=True)
         with _held(staging):
+            _write_mark(staging, by, {})
             yield staging
-            files = sorted({*_files(staging), *later})
-            (staging / MARK).write_text(json.dumps({"by": by, "files": files}, indent=2) + "\n")
+            files = {name: _kept(staging / name) for name in _files(staging)}
+            _write_mark(staging, by, {**files, **dict.fromkeys(later)})
             for path in (*staging.rglob("*"), staging):
                 sync(path)
-            refuse_loss(folder, by=by, sources=sources)  # the block may have taken hours
-            _put(staging, folder)
+            with _held(folder.parent):
+                refuse_loss(folder, by=by, sources=sources)  # the block may have taken hours
+                _put(staging, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. Nothing was changed there.") from None
@@ -74,7 +81,9 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         by: the command.
         sources: what it reads.
     """
-    folder = folder.resolve()
+    folder = _resolved(folder)
+    if folder == Path.cwd():
+        raise UserError(f"{folder} is the working folder, which is not replaced: give another.")
     for source in map(Path, sources):
         if source.exists() and (folder == source.resolve() or folder in source.resolve().parents):
             raise UserError(
@@ -86,8 +95,8 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         return
     written_by, known = _mark(folder)
     if written_by == by:
-        lost = [name for name in _files(folder) if name not in known]
-        why = f"{by} did not write all of it"
+        lost = [name for name in _files(folder) if not _is_kept(folder / name, name, known)]
+        why = f"{by} did not write all of it as it is"
     else:
         lost = _files(folder)
         why = f"{written_by or 'something other than ' + by} wrote it"
@@ -100,13 +109,42 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         )
 
 
-def _mark(folder: Path) -> tuple[str | None, set[str]]:
-    """Which command wrote a folder, and its files; None where that is not known."""
+def _resolved(folder: Path) -> Path:
     try:
-        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        return str(content["by"]), set(content["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None, set()
+        folder = folder.resolve()
+        folder.exists()  # fails where a name is too long
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
+        raise UserError(f"{folder} is no place for a folder: {error}.") from None
+    return folder
+
+
+def _write_mark(folder: Path, by: str, files: dict[str, str | int | None]) -> None:
+    content = {"by": by, "files": files}
+    (folder / MARK).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _mark(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """Which command wrote a folder, and its files; None where that is not known."""
+    path = folder / MARK
+    if not path.is_file():  # it may be anything, if others made it
+        return None, {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return str(content["by"]), dict(content["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, {}
+
+
+def _kept(path: Path) -> str | int:
+    """By what a file is known again: its SHA-256; of a large one its size."""
+    if path.is_symlink() or not path.is_file():
+        return 0
+    size = path.stat().st_size
+    return size if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_kept(path: Path, name: str, known: dict[str, Any]) -> bool:
+    return name in known and known[name] in (None, _kept(path))
 
 
 def _files(folder: Path) -> list[str]:
@@ -170,10 +208,12 @@ def _old(staging: Path) -> Path:
 
 def _repair(folder: Path) -> None:
     """Puts back, or removes, what writers of a folder left that were killed."""
+    # Whoever else gives a folder such a name puts no mark of ours into it.
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}(\.old)?")
     if not folder.parent.is_dir():
         return
-    left = [p for p in folder.parent.iterdir() if pattern.fullmatch(p.name) and not p.is_symlink()]
+    named = (path for path in folder.parent.iterdir() if pattern.fullmatch(path.name))
+    left = [path for path in named if not path.is_symlink() and (path / MARK).is_file()]
     for path in sorted(left, key=lambda path: not path.name.endswith(".old")):
         if not path.is_dir() or not (path.name.endswith(".old") or _is_free(path)):
             continue
@@ -189,8 +229,8 @@ def _repair(folder: Path) -> None:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Shows other processes that a folder is being written, where the system has such locks."""
-    handle = _lock(folder)
+    """Keeps other writers out of a folder, where the system has such locks."""
+    handle = _lock(folder, wait=True)
     try:
         yield
     finally:
@@ -207,8 +247,13 @@ def _is_free(folder: Path) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int | None:
-    """An open folder, locked; None where another process holds it, or none can."""
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """An open folder, locked; None where another process holds it, or none can.
+
+    Args:
+        folder: a writer's own, or one that may be another's.
+        wait: until it is free: others look at it for a moment.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -218,7 +263,7 @@ def _lock(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
         return None

@@ -11,6 +11,7 @@ from conftest import make_rows
 
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sources import cache_folder, load_splits
+from lora_lightning.lora import UserError
 from lora_lightning.settings import DataConfig
 from lora_lightning.tasks import build_task
 
@@ -49,6 +50,35 @@ def test_rows_of_one_content_are_one_set_of_rows(tmp_path):
         write_rows(tmp_path / name, ["one", "two"])
         found.append(load_splits(DataConfig(train=str(tmp_path / name)))["train"]._fingerprint)
     assert found[0] == found[1]
+
+
+def test_endings_are_part_of_the_content(tmp_path):
+    """The same bytes are other rows for a reader of commas than for one of tabs."""
+    content = "text\n" + "good film\tbad, room\n" * 3
+    for name in ("a.csv", "a.tsv", "b.csv"):
+        (tmp_path / name).write_text(content.replace(",", "") if name == "b.csv" else content)
+    tabs = read(tmp_path / "a.tsv")
+    assert tabs != read(tmp_path / "b.csv")
+    (tmp_path / "c.tsv").write_text((tmp_path / "b.csv").read_text())
+    assert read(tmp_path / "c.tsv") != read(tmp_path / "b.csv")
+
+
+def test_what_is_beside_the_rows_is_checked_too(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", ["beside", "the", "rows"])
+    before = set(cache_folder(None).rglob("dataset_info.json"))
+    read(tmp_path / "rows.jsonl")
+    for path in set(cache_folder(None).rglob("dataset_info.json")) - before:
+        path.write_bytes(b"")
+    assert read(tmp_path / "rows.jsonl") == ["beside", "the", "rows"]
+    assert "is made again" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ["one"])
+    (tmp_path / "file").write_text("no folder")
+    config = DataConfig(train=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write the cache of prepared data in .*file"):
+        load_splits(config)
 
 
 def _turn(path: Path) -> None:

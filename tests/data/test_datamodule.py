@@ -281,7 +281,7 @@ def test_several_processes_encode_as_one(
         assert data.encoded["train"]._fingerprint == found[0].encoded["train"]._fingerprint
     files = [sorted(p.name for p in (tmp_path / cache).iterdir()) for cache in ("one", "several")]
     assert files[0] == files[1]
-    assert [Path(name).suffix for name in files[0]] == [".arrow", ".json"]
+    assert [Path(name).suffix for name in files[0] if "." in name] == [".arrow", ".json"]
     assert "TOKENIZERS_PARALLELISM" not in os.environ
     assert "forked" not in capfd.readouterr().err
 

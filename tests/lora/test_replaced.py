@@ -64,7 +64,68 @@ def test_what_was_added_meanwhile_is_not_lost(tmp_path):
     assert entries(out) == [MARK, "a.txt", "deep", "notes.md"]
 
 
-@pytest.mark.parametrize("mark", ["", "[]", '{"by": 3}', '{"by": "merge", "files": [[]]}', "\0"])
+def test_what_was_changed_is_not_lost(tmp_path):
+    out = tmp_path / "out"
+    write(out)
+    (out / "deep" / "b.txt").write_text("edited")
+    with pytest.raises(UserError, match=r"lost: deep/b\.txt\."):
+        write(out)
+
+
+@pytest.mark.parametrize("name", [".out.20261129", ".out.20261129.old"])
+def test_folders_with_names_like_ours_are_left_alone(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious.txt").write_text("mine")
+    write(tmp_path / "out")
+    write(tmp_path / "out")
+    assert (tmp_path / name / "precious.txt").read_text() == "mine"
+
+
+def test_places_for_no_folder_are_told(tmp_path, monkeypatch):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place, told in (("a", "no place"), ("x" * 300, "no place"), ("here", "working folder")):
+        with pytest.raises(UserError, match=told):
+            write(tmp_path / place)
+    out = tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / MARK)  # a reader would wait for a writer
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match=r"lost: notes\.md"):
+        write(out)
+
+
+def _write_often(folder: Path) -> None:
+    for number in range(40):
+        write(folder, text=str(number))
+
+
+def test_several_writers_at_once_are_in_nobodys_way(tmp_path):
+    context = multiprocessing.get_context("fork")
+    out = tmp_path / "out"
+    write(out)
+    writers = [context.Process(target=_write_often, args=(out,)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "",
+        "[]",
+        '{"by": "merge", "files": "a.txt"}',
+        '{"by": 3}',
+        '{"by": "merge", "files": [[]]}',
+        "\0",
+    ],
+)
 def test_folder_of_others_is_left_alone(mark, tmp_path):
     out = tmp_path / "out"
     write(out, by="train", text="old")
