@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lightning.callbacks import BestCheckpoint, curves
+from lora_lightning.callbacks import BestCheckpoint, curves, kept
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
 from lora_lightning.lock import locked
@@ -178,7 +178,7 @@ def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp
     if file == "adapter":
         monkeypatch.setattr(lora_state, "save_file", turned(lora_state.save_file))
     else:
-        monkeypatch.setattr(torch, "save", turned(torch.save))
+        monkeypatch.setattr(kept, "_save_to", turned(kept._save_to))
     with pytest.raises(UserError, match="disk or file system is at fault"):
         train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={run}"]))
     assert tampered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 import re
@@ -118,7 +119,7 @@ class SyncedCheckpointIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_beside(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+            _save_to(beside, checkpoint)
 
 
 class _Caught(TorchCheckpointIO):
@@ -288,6 +289,17 @@ class LastCheckpoint(Checkpoint):
             written.result()
 
 
+def _save_to(path: Path, content: Any) -> None:
+    """torch.save by way of memory: by itself it does not tell why a file cannot be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
 def _copied(content: Any) -> Any:
     """A checkpoint's content in memory of its own, on the CPU."""
 
@@ -310,7 +322,7 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_beside(path) as beside:
-            torch.save(dict(content), beside)
+            _save_to(beside, dict(content))
             check_written(beside, content["state_dict"])
             if keep and path.exists():
                 os.replace(path, path.with_name(PREVIOUS))
