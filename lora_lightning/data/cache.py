@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..atomic_write import atomic_write
-from ..lora.checksums import digest
-from ..lora.outputs import sync
+from ..lora.outputs import digest, sync
 from ..terminal import say
 
 

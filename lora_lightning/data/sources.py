@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..lora.checksums import digest
 from ..lora.errors import UserError, did_you_mean
+from ..lora.outputs import digest
 from ..settings import DataConfig
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
@@ -213,7 +214,8 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
             write_sums(_prepared(folder, sums), sums)
     except Exception as error:
         cause = _deepest(error)
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+        # pyarrow tells of a damaged file by an OSError too, without a number of the system's.
+        if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
             raise unwritable_cache(cache, cause) from None
         raise
     return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from .errors import UserError
-from .outputs import MARK
+from .outputs import MARK, digest
 
 SIDECAR = "lora_lightning.json"
 """Our own file beside PEFT's: task, labels, base model and settings."""
@@ -16,15 +15,6 @@ _OLD, _KEY = "weights_sha256", "sha256"
 """Where it has the checksums: of the weights alone once, now of all files by name."""
 _FREE = (SIDECAR, MARK, "README.md")
 """Files that have none."""
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(2**20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:

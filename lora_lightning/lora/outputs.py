@@ -140,7 +140,7 @@ def _kept(path: Path) -> str | int:
     if path.is_symlink() or not path.is_file():
         return 0
     size = path.stat().st_size
-    return size if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()
+    return size if size > _LARGE else digest(path)
 
 
 def _is_kept(path: Path, name: str, known: dict[str, Any]) -> bool:
@@ -155,6 +155,15 @@ def _files(folder: Path) -> list[str]:
 
     found = (path for path in folder.rglob("*") if path != folder / MARK and counts(path))
     return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def sync(path: Path) -> None:

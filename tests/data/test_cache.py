@@ -81,6 +81,15 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
         load_splits(config)
 
 
+def test_a_damaged_parquet_file_is_the_files_fault(tmp_path):
+    write_rows(tmp_path / "rows.parquet", [f"row {n}" for n in range(2000)])
+    content = bytearray((tmp_path / "rows.parquet").read_bytes())
+    content[8:4000] = bytes(3992)
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="is not readable as PARQUET"):
+        read(tmp_path / "rows.parquet")
+
+
 def _turn(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
