@@ -325,7 +325,7 @@ def _join_collectives(layer: LoraLayer, matrix: str, group: dist.ProcessGroup) -
 
     Args:
         layer: whose base layer is cut.
-        matrix: of which this process has a share.
+        matrix: the one that is cut, "lora_A" or "lora_B".
         group: the processes that have the others.
     """
     base = layer.base_layer
@@ -355,7 +355,7 @@ _SUMMED = "_lora_summed"
 
 
 def _with_summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x, the gradients of which in several layers are added up first, then summed over a group."""
+    """x for several layers: their gradients of x are added up, then summed over a group."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     if torch.compiler.is_compiling():

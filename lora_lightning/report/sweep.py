@@ -240,7 +240,7 @@ def _read_run(folder: Path) -> Run:
     result = read_json(path)
     if there and not result:
         raise UserError(
-            f"{path} is damaged. Run the sweep's command again, which goes on with this job; or "
+            f"{path} is damaged. Run the sweep's command again, which continues this job; or "
             "delete the file, and the report takes the job for one that waits."
         )
     rows, _ = read_metrics(folder / "csv" / "metrics.csv")
