@@ -355,7 +355,7 @@ _SUMMED = "_lora_summed"
 
 
 def _with_summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x for several layers: their gradients of x are added up, then summed over a group."""
+    """Returns x for several layers; the sum of their gradients of it is summed over a group."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     if torch.compiler.is_compiling():
