@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
 
 SPLITS = ("train", "val", "test")
+SUMS = "sums.json"
 _ADVICE = {
     "csv": "A text that holds the separator must stand in double quotes.",
     "json": "Each line must be an object with the same keys and types of values.",
@@ -198,33 +200,43 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
     Raises:
         UserError: nothing can be written there.
     """
-    from datasets import Dataset
+    from datasets import Dataset, __version__, concatenate_datasets
 
-    content = json.dumps([digest(path), reader.__name__, kwargs], sort_keys=True)
+    content = json.dumps([digest(path), reader.__name__, kwargs, __version__], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache / f"rows-{key}"
-    sums = folder / "sums.json"
+    sums = folder / SUMS
     try:
-        if sums.exists() and not is_whole(_prepared(folder, sums), sums):
-            tell_damage(folder)
+        if not is_whole(folder.glob("*.arrow"), sums):
+            if sums.exists():
+                tell_damage(folder)
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = reader(str(path), cache_dir=str(folder), **kwargs)
-        if not sums.exists():
-            write_sums(_prepared(folder, sums), sums)
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}-") as work:
+                rows = reader(str(path), cache_dir=work, **kwargs)
+                _keep(rows, Path(work) / "kept", folder)
     except Exception as error:
         cause = _deepest(error)
         # pyarrow tells of a damaged file by an OSError too, without a number of the system's.
         if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
             raise unwritable_cache(cache, cause) from None
         raise
+    rows = concatenate_datasets([Dataset.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))])
     return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)
 
 
-def _prepared(folder: Path, sums: Path) -> list[Path]:
-    """What a reader has left in its cache, but for its locks."""
-    kept = (".arrow", ".json")
-    return [path for path in sorted(folder.rglob("*")) if path.suffix in kept and path != sums]
+def _keep(rows: Any, made: Path, folder: Path) -> None:
+    """Moves the files of a dataset to a folder, with their checksums, in one step."""
+    made.mkdir()
+    files = [made / f"{i:05}.arrow" for i in range(len(rows.cache_files))]
+    for file, entry in zip(files, rows.cache_files, strict=True):
+        os.replace(entry["filename"], file)
+    write_sums(files, made / SUMS)
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster, with the same rows
+            raise
 
 
 def _read_json(option: str, path: Path, cache: Path) -> Any:

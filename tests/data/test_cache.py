@@ -63,14 +63,19 @@ def test_endings_are_part_of_the_content(tmp_path):
     assert read(tmp_path / "c.tsv") != read(tmp_path / "b.csv")
 
 
-def test_what_is_beside_the_rows_is_checked_too(tmp_path, capsys):
-    write_rows(tmp_path / "rows.jsonl", ["beside", "the", "rows"])
-    before = set(cache_folder(None).rglob("dataset_info.json"))
-    read(tmp_path / "rows.jsonl")
-    for path in set(cache_folder(None).rglob("dataset_info.json")) - before:
-        path.write_bytes(b"")
-    assert read(tmp_path / "rows.jsonl") == ["beside", "the", "rows"]
-    assert "is made again" in capsys.readouterr().err
+def test_rows_of_one_content_are_read_once(tmp_path, capsys):
+    """Neither another time nor another place of the file makes them new, or damaged."""
+    words = ["not", "new", "not", "damaged"]
+    before = set(cache_folder(None).rglob("*.*"))
+    for turn in range(4):
+        path = tmp_path / str(turn % 2) / "rows.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_rows(path, words)
+        os.utime(path, ns=(10**18 + turn, 10**18 + turn))
+        assert read(path) == words
+    assert capsys.readouterr().err.count("is damaged") == 0
+    made = set(cache_folder(None).rglob("*.*")) - before
+    assert sorted(path.name for path in made) == ["00000.arrow", "sums.json"]
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):
