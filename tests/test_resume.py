@@ -77,10 +77,19 @@ class Die(Callback):
 
     def _die(self, at: str) -> None:
         if os.environ.get("DIE_AT") == at:
+            if os.environ.get("DIE_OF") == "error":
+                raise RuntimeError(f"died at {at}")
             os.kill(os.getpid(), getattr(signal, os.environ.get("DIE_OF", "SIGKILL")))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._die(f"train:{trainer.fit_loop.total_batch_idx}")
+
+    def on_after_backward(self, trainer, pl_module):
+        self._die(f"backward:{trainer.fit_loop.total_batch_idx}")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        # Between LastCheckpoint's and the step.
+        optimizer.register_step_post_hook(lambda *_: self._die(f"step:{trainer.global_step}"))
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         self._die(f"validation:{trainer.current_epoch}")
@@ -230,12 +239,17 @@ def killable(tiny_bert, rows_jsonl):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(killable, tmp_path_factory) -> tuple[bytes, dict]:
-    """The outcome of a run that nothing stopped, in a process of its own."""
+def whole_run(killable, tmp_path_factory) -> Path:
+    """The folder of a run that nothing stopped, in a process of its own."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     assert _in_fork(killable(run_dir), {}) == 0
     assert best_step(run_dir) == 30
-    return outcome(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run) -> tuple[bytes, dict]:
+    return outcome(whole_run)
 
 
 def _in_fork(
@@ -304,6 +318,35 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     assert retained == pytest.approx(1.0, abs=1e-6)
     assert resumed["before"] == stopped["before"]
     assert ("test/accuracy" in resumed["before"]) == (moment != "test")
+
+
+@pytest.mark.parametrize(
+    ("moment", "saved"),
+    [
+        ("train:18", 9),
+        ("backward:17", 9),
+        ("step:8", 6),
+        ("validation:1", 6),
+        pytest.param("train:17", 9, marks=pytest.mark.slow),
+        pytest.param("backward:18", 9, marks=pytest.mark.slow),
+        pytest.param("train:2", 1, marks=pytest.mark.slow),
+        pytest.param("train:11", 6, marks=pytest.mark.slow),
+    ],
+)
+def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_path):
+    """An exception loses no whole step, but where it comes amid one, or in a validation."""
+    run_dir, errors = tmp_path / "run", tmp_path / "errors"
+    arguments = [*killable(run_dir), "callbacks.last.every_n_steps=null"]
+    died = _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "error"}, errors)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    assert (died, read_checkpoint(last)["global_step"]) == (1, saved)
+    told = f"saved as after step {saved}: {last}\n"
+    assert (told in errors.read_text()) == (saved != 6)
+    failed = json.loads((run_dir / "result.json").read_text())
+    assert (failed["status"], failed["error"]) == ("failed", f"RuntimeError: died at {moment}")
+    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
+    assert outcome(run_dir) == outcome(whole_run)
+    assert logged(run_dir) == logged(whole_run)
 
 
 def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,10 @@ from torch.utils._pytree import tree_map
 
 from ..atomic_write import written_beside
 from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
+from ..data.sampler import ResumableDataLoader
 from ..lora import UserError
 from ..signals import SharedNumber, Stopped, StopSignals
+from ..terminal import say
 
 
 class Paused(Exception):
@@ -139,6 +142,9 @@ class LastCheckpoint(Checkpoint):
     the state to the host's memory; a thread writes it, reads it again and compares, while training
     continues. Writing is atomic: a kill in mid-write leaves the previous file.
 
+    A run of one process that an exception or Ctrl-C ends in training is saved too, as it was after
+    its last whole step. Several processes are not: the others may wait for the one that failed.
+
     Args:
         folder: where last.ckpt goes.
         every_n_minutes: minutes between two saves; None: time does not count.
@@ -167,6 +173,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = self._validated_at = 0
         self._saved_time = 0.0
         self._last_is_whole = True
+        self._whole: tuple[int, int] | None = None
+        """Where weights and optimizer are as after a whole step: Lightning's counts at its end."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="last.ckpt")
         self._written: Future[None] | None = None
 
@@ -218,6 +226,7 @@ class LastCheckpoint(Checkpoint):
         is_time = self.every_n_minutes is not None and minutes >= self.every_n_minutes
         received = 0 if self.signals is None else self.signals.received
         number = self._shared.exchange(trainer, 2 * received + is_time)
+        self._whole = None
         self._signum, self._is_time = number // 2, bool(number % 2)
 
     def on_train_batch_end(
@@ -226,13 +235,15 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         steps = trainer.global_step - self._saved_at
         due = self._is_time or (self.every_n_steps is not None and steps >= self.every_n_steps)
-        if not (due or self._signum or self._rung is not None) or loop._should_accumulate():
+        if loop._should_accumulate():
             return
         # Lightning does not make up for a validation or an epoch's end that was due here.
         fetcher = trainer.fit_loop._data_fetcher
         if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
             return
-        self._save(trainer)
+        if due or self._signum or self._rung is not None:
+            self._save(trainer)
+        self._whole = (i + 1, loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Under max_steps Lightning would run an epoch's end a second time, and it does not store
@@ -248,6 +259,14 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         with suppress(UserError):  # what has happened before is what the user has to hear of
             self._wait()
+            if self._whole is None or trainer.global_step == self._saved_at:
+                return
+            if trainer.world_size == 1:
+                _back_to(trainer, *self._whole)
+                self._save(trainer)
+                self._wait()
+                if isinstance(exception, Exception):  # else the command tells how to go on
+                    say(f"saved as after step {trainer.global_step}: {self.path}", file=sys.stderr)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._wait()
@@ -287,6 +306,31 @@ class LastCheckpoint(Checkpoint):
         written, self._written = self._written, None
         if written is not None:
             written.result()
+
+
+def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
+    """Sets Lightning's counts as they were at the end of a step, of which nothing is taken since.
+
+    Args:
+        trainer: in training, after that step.
+        batches: of this epoch, up to the step.
+        stepped: Lightning's count of steps for its loggers.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress, optimizer = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer
+    since = progress.current.completed - batches
+    for count in (progress.current, progress.total):
+        count.ready = count.started = count.processed = count.completed - since  # type: ignore[attr-defined]
+        count.completed = count.ready - 1
+    for steps, cleared in (
+        (optimizer.step.current, optimizer.zero_grad.current),
+        (optimizer.step.total, optimizer.zero_grad.total),
+    ):
+        steps.ready = cleared.ready = cleared.started = cleared.completed = steps.completed  # type: ignore[attr-defined]
+    loop._batches_that_stepped = stepped
+    for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
+        if isinstance(loader, ResumableDataLoader):
+            loader.given = batches
 
 
 def _save_to(path: Path, content: Any) -> None:

@@ -22,6 +22,7 @@ class RunClock(Callback):
         self.seconds = 0.0
         self.tokens = 0
         self._counted = 0  # on this rank, not yet in `tokens`
+        self._begun = 0  # of a step that is not yet taken
         self._trainer: L.Trainer | None = None
         self._started: float | None = None
 
@@ -34,7 +35,9 @@ class RunClock(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        self._counted += _batch_counts(batch)[1]
+        self._begun += _batch_counts(batch)[1]
+        if not trainer.fit_loop._should_accumulate():
+            self._counted, self._begun = self._counted + self._begun, 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._started is None:

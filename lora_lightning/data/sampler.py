@@ -95,7 +95,8 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._given = 0
+        self.given = 0
+        """Batches of this epoch that were given so far."""
         self._resume: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
@@ -103,7 +104,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         sampler = self._batches()
         return {
             "epoch": sampler.epoch,
-            "batches": self._given,
+            "batches": self.given,
             "ranks": sampler.num_replicas,
         }
 
@@ -125,10 +126,10 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self._batches()
         resume, self._resume = self._resume, {}
-        self._given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0
-        sampler.skip = self._given
+        self.given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0
+        sampler.skip = self.given
         for batch in super().__iter__():
-            self._given += 1
+            self.given += 1
             yield batch
 
     def _batches(self) -> LengthBucketBatchSampler:
