@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,6 +14,25 @@ from typing import Any
 
 from .lora.errors import UserError
 from .lora.outputs import sync
+
+_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EIO: "the disk fails",
+    errno.EROFS: "the disk can only be read",
+    errno.ESTALE: "the disk is gone",
+    errno.ENODEV: "the disk is gone",
+    errno.ENXIO: "the disk is gone",
+}
+
+
+def fault_of_disk(error: BaseException | None) -> str | None:
+    """What a disk did that is behind an exception, and where; None if none is."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FAULTS:
+            return f"{_FAULTS[error.errno]}: {error}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -135,6 +135,14 @@ def _guarded(action: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        from .atomic_write import fault_of_disk
+
+        fault = fault_of_disk(error)
+        if fault is None or os.environ.get(FULL_ERROR) == "1":
+            raise
+        say(f"error: {fault}. Nothing that was whole before is lost.", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 # The other verbs -----------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+from typing import Any
 
 
 def quiet_libraries() -> None:
@@ -33,5 +35,20 @@ def quiet_libraries() -> None:
     from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    _quiet_writers()
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
+
+
+def _quiet_writers() -> None:
+    """Keeps TensorBoard's thread from printing what its logger will tell of it."""
+    before = threading.excepthook
+    if getattr(before, "of_writers", False):
+        return
+
+    def hook(args: Any) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            before(args)
+
+    hook.of_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = hook

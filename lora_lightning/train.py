@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sys
 from contextlib import ExitStack, nullcontext, suppress
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from .atomic_write import remove_debris, write_json
+from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -174,12 +173,11 @@ def _run_to_its_end(
     except BaseException as error:
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if not isinstance(error, UserError) and (fault := fault_of_disk(error)) is not None:
             goes_on = last_checkpoint(run_dir) is not None
             way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "start again"
             raise UserError(
-                f"the disk is full: {error}. Nothing that was there before is lost: free some "
-                f"space and {way}."
+                f"{fault}. Nothing that was there before is lost: see to the disk and {way}."
             ) from error
         if has_lost_another(error):
             raise UserError(

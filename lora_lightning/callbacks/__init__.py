@@ -1,6 +1,6 @@
-"""Callbacks and a logger: what a run saves, shows and measures beside its scalars."""
+"""Callbacks and loggers: what a run saves, shows and measures beside its scalars."""
 
-from .curves import CurvesLogger
+from .curves import CurvesLogger, EventsLogger
 from .kept import BestCheckpoint, LastCheckpoint, Paused
 from .measured import RunClock, Throughput
 from .shown import AdapterSummary, ProgressBar, SamplePredictions, UpdateNorms
@@ -9,6 +9,7 @@ __all__ = [
     "AdapterSummary",
     "BestCheckpoint",
     "CurvesLogger",
+    "EventsLogger",
     "LastCheckpoint",
     "Paused",
     "ProgressBar",

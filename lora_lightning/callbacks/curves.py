@@ -1,17 +1,69 @@
-"""The curves of a run as CSV: Lightning's logger, whose file is never there in part."""
+"""The curves of a run: Lightning's loggers, made safe for a disk that fails."""
 
 from __future__ import annotations
 
 import csv
 import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from ..atomic_write import atomic_write
+from ..atomic_write import atomic_write, fault_of_disk
+from ..terminal import say
+
+
+class EventsLogger(TensorBoardLogger):
+    """Lightning's TensorBoardLogger, which a disk that fails ends, and not the run.
+
+    It says so once. The other logger's file, metrics.csv, has the same values.
+    """
+
+    _has_ended = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return _Tried(self, self.tried(lambda: super(EventsLogger, self).experiment))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.tried(super().log_hyperparams, *args, **kwargs)
+
+    def save(self) -> None:
+        self.tried(super().save)
+
+    def finalize(self, status: str) -> None:
+        self.tried(super().finalize, status)
+
+    def tried(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call gives; None where its disk fails, or one of an earlier call did."""
+        if self._has_ended:
+            return None
+        try:
+            return write(*args, **kwargs)
+        except Exception as error:
+            if (fault := fault_of_disk(error)) is None:
+                raise
+            self._has_ended = True
+            say(f"no more curves for TensorBoard: {fault}. The run goes on.", file=sys.stderr)
+            return None
+
+
+class _Tried:
+    """TensorBoard's writer, each of whose calls is tried."""
+
+    def __init__(self, logger: EventsLogger, writer: Any) -> None:
+        self._logger, self._writer = logger, writer or _DummyExperiment()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._writer, name)
+        if not callable(value):
+            return value
+        return lambda *args, **kwargs: self._logger.tried(value, *args, **kwargs)
 
 
 class CurvesLogger(CSVLogger):

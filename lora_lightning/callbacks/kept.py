@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_map
 
 from ..atomic_write import written_beside
 from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
-from ..data.sampler import ResumableDataLoader
 from ..lora import UserError
 from ..signals import SharedNumber, Stopped, StopSignals
 from ..terminal import say
@@ -329,7 +328,7 @@ def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
         steps.ready = cleared.ready = cleared.started = cleared.completed = steps.completed  # type: ignore[attr-defined]
     loop._batches_that_stepped = stepped
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-        if isinstance(loader, ResumableDataLoader):
+        if hasattr(loader, "given"):  # one that can go on in mid-epoch
             loader.given = batches
 
 
