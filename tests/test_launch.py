@@ -75,9 +75,11 @@ def test_on_a_cpu_as_many_as_asked_for():
     assert ProcessLauncher(jobs=3)._places(config) == [None] * 3
 
 
-@pytest.mark.parametrize("settings", [{"jobs": 0}, {"jobs": "two"}, {"gpus_per_job": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"jobs": 0}, {"jobs": "two"}, {"gpus_per_job": -1}, {"retries": -1}]
+)
 def test_wrong_settings_are_told(settings):
-    with pytest.raises(UserError, match=r"launcher\.(jobs|gpus_per_job) must be"):
+    with pytest.raises(UserError, match=r"launcher\.(jobs|gpus_per_job|retries) must be"):
         ProcessLauncher(**settings)
 
 
@@ -158,6 +160,43 @@ def test_fail_fast_starts_no_more(tmp_path):
     jobs = jobs_without_config(tmp_path, 3)
     JobQueue(jobs, once(jobs), [None], fail_fast=True).run()
     assert [job.state for job in jobs] == ["failed", "waiting", "waiting"]
+
+
+class FailsTwice(Work):
+    """A process that is killed by itself, unless two were before it."""
+
+    @property
+    def command(self) -> list[str]:
+        die = (
+            "import os, pathlib, signal, sys\n"
+            "tries = pathlib.Path(sys.argv[1]) / 'tries'\n"
+            "count = len(tries.read_text()) if tries.exists() else 0\n"
+            "tries.write_text('x' * (count + 1))\n"
+            "if count < 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "(tries.parent / 'result.json').write_text('{\"status\": \"completed\"}')"
+        )
+        return [sys.executable, "-c", die, str(self.jobs[0].folder)]
+
+
+@pytest.mark.parametrize(("retries", "state"), [(0, "failed"), (1, "failed"), (2, "completed")])
+def test_a_killed_job_is_tried_again(retries, state, tmp_path):
+    jobs = jobs_without_config(tmp_path, 1)
+
+    def more(idle: bool) -> list[Work]:
+        return [FailsTwice([job]) for job in jobs if job.state == "waiting"]
+
+    JobQueue(jobs, more, [None], retries=retries, fail_fast=True).run()
+    assert (jobs[0].state, jobs[0].retried) == (state, min(retries, 2))
+    assert (jobs[0].folder / "tries").read_text() == "x" * (retries + 1)
+    told = f"failed {retries + 1} times, at last: " if retries else ""
+    if state == "failed":
+        assert jobs[0].error().startswith(f"{told}ended by SIGKILL.")
+
+
+def test_a_mistake_is_not_tried_again(tmp_path):
+    jobs = jobs_without_config(tmp_path, 1)
+    JobQueue(jobs, once(jobs), [None], retries=3).run()
+    assert (jobs[0].state, jobs[0].status, jobs[0].retried) == ("failed", 2, 0)
 
 
 def test_the_same_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from ..report import report
 from ..settings import PAUSE
 from .folder import SWEEP, note
 from .halving import Halving
-from .queue import LOG, Job, JobQueue, Work
+from .queue import EXIT_USER_ERROR, LOG, Job, JobQueue, Work
 from .table import JobTable
 
 
@@ -43,6 +43,8 @@ class ProcessLauncher(Launcher):
         gpus_per_job: GPUs of a job; "auto": as many as trainer.devices says, else one.
         fail_fast: whether the first failure stops the sweep; else the others go on.
         halving: eta and rungs of successive halving; None: all jobs train to their end.
+        retries: how often a job that fails is started again, from its last checkpoint; a mistake
+            of the user's is not.
     """
 
     __module__ = "hydra_plugins.lora_lightning"  # where Hydra looks for it, see plugin/
@@ -53,6 +55,7 @@ class ProcessLauncher(Launcher):
         gpus_per_job: Any = "auto",
         fail_fast: bool = False,
         halving: Any = None,
+        retries: int = 0,
     ) -> None:
         for name, value in (("jobs", jobs), ("gpus_per_job", gpus_per_job)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -60,6 +63,9 @@ class ProcessLauncher(Launcher):
                 raise UserError(
                     f"launcher.{name} must be a whole number, 1 or more, or auto, got {value!r}."
                 )
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            raise UserError(f"launcher.retries must be a whole number, 0 or more, got {retries!r}.")
+        self.retries = retries
         self.jobs = jobs
         self.gpus_per_job = gpus_per_job
         self.fail_fast = fail_fast
@@ -104,6 +110,7 @@ class ProcessLauncher(Launcher):
                     lambda idle: self._next(planned, halving, idle=idle),
                     self._places(first),
                     fail_fast=self.fail_fast,
+                    retries=self.retries,
                     show=table.show,
                     inherit=(held.fileno(),),
                 ).run()
@@ -270,7 +277,7 @@ def _failure(jobs: list[Job]) -> Exception | None:
     if left:
         lines.append(f"  {len(left)} others were not finished, because of launcher.fail_fast.")
     lines.append("The same command runs these again and keeps what is complete.")
-    mistakes = all(job.status == 2 for job in failed)
+    mistakes = all(job.status == EXIT_USER_ERROR for job in failed)
     return (UserError if mistakes else SweepError)("\n".join(lines))
 
 

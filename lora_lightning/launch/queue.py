@@ -26,6 +26,7 @@ RANK_VARIABLES = re.compile(
     r"|(TORCHELASTIC|PMI|PMIX|OMPI|MPI|PL)_.*|SLURM_(NTASKS|PROCID|LOCALID|NODEID|STEP).*"
 )
 """What tells Lightning that a process is one of several; a job must not believe it."""
+EXIT_USER_ERROR = 2
 ENDS = ("completed", "interrupted", "paused")
 PATIENCE = 30.0
 """Seconds that a job has to save its state when it is told to stop."""
@@ -46,6 +47,8 @@ class Job:
     status: int | None = None
     """Exit status of its process."""
     seconds: float = 0.0
+    retried: int = 0
+    """How often it was started again after it had failed."""
     before: int = 0
     """When its result.json was last written before its process began."""
 
@@ -78,6 +81,8 @@ class Job:
             told = next((line for line in reversed(lines) if line.strip()), "")
         if self.status is not None and self.status < 0:
             told = f"ended by {signal.Signals(-self.status).name}. {told}"
+        if self.retried:
+            told = f"failed {self.retried + 1} times, at last: {told}"
         return " ".join(told.split())[:500] or f"exit status {self.status}"
 
 
@@ -166,10 +171,10 @@ class Work:
             job.seconds = time.monotonic() - self.started
             told = str(job.news().get("status"))
             if status is not None:
-                job.status = 2 if _is_mistake(job) else status
+                job.status = EXIT_USER_ERROR if _is_mistake(job) else status
                 job.state = told if told in ENDS else "failed"
             elif len(self.jobs) > 1 and told in ("completed", "failed", "paused"):
-                job.state, job.status = told, 2 if _is_mistake(job) else None
+                job.state, job.status = told, EXIT_USER_ERROR if _is_mistake(job) else None
         if status is not None:
             self.process.stdin.close()
         return status is not None
@@ -207,6 +212,7 @@ class JobQueue:
             whether nothing is running.
         places: GPUs of each place (entries of CUDA_VISIBLE_DEVICES), or None on a CPU.
         fail_fast: whether a failure stops the others.
+        retries: how often a job that fails is started again, unless by a mistake of the user.
         show: called when something has happened, and every half second.
         inherit: file descriptors that the processes keep open.
     """
@@ -218,6 +224,7 @@ class JobQueue:
         places: list[tuple[str, ...] | None],
         *,
         fail_fast: bool = False,
+        retries: int = 0,
         show: Callable[[], None] = lambda: None,
         inherit: tuple[int, ...] = (),
     ) -> None:
@@ -225,7 +232,7 @@ class JobQueue:
         self.waiting: list[Work] = []
         self.running: list[Work] = []
         self.free = list(places)
-        self.fail_fast = fail_fast
+        self.fail_fast, self.retries = fail_fast, retries
         self.show = show
         self.inherit = inherit
         shared = len(places) > 1 and places[0] is None
@@ -247,6 +254,7 @@ class JobQueue:
             if item.look():
                 self.running.remove(item)
                 self.free.append(item.devices)
+                self._retry(item)
         if self.fail_fast and any(job.state == "failed" for job in self.jobs):
             return False
         while self.free:
@@ -257,6 +265,13 @@ class JobQueue:
             item.start(self.free.pop(0), threads=self.threads, inherit=self.inherit)
             self.running.append(item)
         return bool(self.running)
+
+    def _retry(self, item: Work) -> None:
+        """Has the jobs of a process that failed wait again, each as often as is allowed."""
+        for job in item.jobs:
+            by_chance = job.state == "failed" and job.status != EXIT_USER_ERROR
+            if by_chance and job.retried < self.retries:
+                job.state, job.retried = "waiting", job.retried + 1
 
     def _stop_all(self) -> None:
         for item in self.running:
