@@ -37,8 +37,8 @@ EXIT_BY_SIGNAL = 128
 def main() -> None:
     """Entry point.
 
-    Exit status: 0, 2 for a mistake of the user, 130, 143 or 138 where Ctrl-C, SIGTERM or SIGUSR1
-    has stopped a run, else 1.
+    Exit status: 0, 2 for a mistake of the user, 130, 143, 138 or 129 where Ctrl-C, SIGTERM, SIGUSR1
+    or SIGHUP has stopped a run, else 1.
     """
     arguments = sys.argv[1:]
     _open_absent_streams()

@@ -1,4 +1,4 @@
-"""A run that is told to end: by SIGTERM, or by SIGUSR1, SLURM's warning of its time limit."""
+"""A run that is told to end: by SIGTERM, SLURM's warning of its time limit, or a closed terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,11 +21,15 @@ from torch import Tensor
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else (signal.SIGTERM,)
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP")  # not all are on Windows
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A run has ended where it was told to; in training, after it has saved its state.
+
+    It comes amid anything, as KeyboardInterrupt does, and is no exception that a reader of files
+    may take for a mistake in them.
 
     Args:
         signum: number of the signal.
@@ -32,6 +38,39 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+
+class Ended(KeyboardInterrupt):
+    """A command was told to end that has no step to save at.
+
+    Args:
+        signum: number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Has the signals that end a process raise Ended in the block, so that it can clean up."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise Ended(number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # no other can say
+    before = {number: signal.signal(number, end) for number in heard() if in_main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heard() -> tuple[signal.Signals, ...]:
+    """The signals that end a process: those of SIGNALS that nohup or a shell has not turned off."""
+    return tuple(number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
 
 
 class SharedNumber:
@@ -80,7 +119,8 @@ class StopSignals(Callback):
 
     In training the callback that keeps `last.ckpt` sends what was received to all processes, and
     saves before it ends the run. A test or a validation ends at once: what it has measured would
-    be measured again.
+    be measured again. So does what comes before and between these, such as the loading of a model,
+    where no other process waits.
 
     Lightning's own handler of SIGTERM is replaced: its processes talk to each other within it, and
     at every step it has a GPU waited for.
@@ -91,6 +131,8 @@ class StopSignals(Callback):
         self.saves = False
         """Whether another callback sends what was received, and saves before it ends the run."""
         self._shared = SharedNumber()
+        self._has_steps = False
+        """Whether Lightning is at batches, at which it is looked whether a signal has come."""
         self._before: dict[int, Any] = {}
         self._heard = -math.inf
         """When Python last came to handle a signal."""
@@ -135,7 +177,7 @@ class StopSignals(Callback):
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # a run of a pack, whose process is told for all of them
-        for number in SIGNALS:
+        for number in heard():
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
         interrupt = signal.getsignal(signal.SIGINT)
@@ -146,6 +188,8 @@ class StopSignals(Callback):
     def _note(self, number: int, _: FrameType | None) -> None:
         self._heard = time.monotonic()
         self.received = self.received or number
+        if not self._has_steps and not (dist.is_available() and dist.is_initialized()):
+            raise Stopped(self.received)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._heard = time.monotonic()
@@ -156,8 +200,12 @@ class StopSignals(Callback):
         if signum := self._shared.highest(trainer, self.received):
             raise Stopped(signum)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._install()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
+        self._has_steps = True
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_before_optimizer_step(
@@ -171,11 +219,22 @@ class StopSignals(Callback):
         if signum := self._shared.exchange(trainer, self.received):
             raise Stopped(signum)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._has_steps = False
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
+        self._has_steps = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._has_steps = trainer.state.fn == "fit"
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
+        self._has_steps = True
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._has_steps = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self._raise_in_all(trainer)

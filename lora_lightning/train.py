@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from contextlib import ExitStack, nullcontext, suppress
@@ -70,6 +71,7 @@ WRITTEN = (
     *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
 )
 """In a run's folder: files that are written beside their place, by the holder of its lock."""
+_WORKER = re.compile(r"DataLoader worker \(pid.* (killed by signal|exited unexpectedly)")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -174,10 +176,14 @@ def _run_to_its_end(
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         if not isinstance(error, UserError) and (fault := fault_of_disk(error)) is not None:
-            goes_on = last_checkpoint(run_dir) is not None
-            way = f"go on: lora-lightning train resume={run_dir}" if goes_on else "start again"
             raise UserError(
-                f"{fault}. Nothing that was there before is lost: see to the disk and {way}."
+                f"{fault}. Nothing that was there before is lost: see to the disk and "
+                f"{_way_on(run_dir)}."
+            ) from error
+        if _WORKER.search(str(error)):
+            raise UserError(
+                "a process that prepares batches was killed, as a system does that has no memory "
+                f"left. data.num_workers=0 needs none of them; with it {_way_on(run_dir)}."
             ) from error
         if has_lost_another(error):
             raise UserError(
@@ -185,6 +191,11 @@ def _run_to_its_end(
                 f"train resume={run_dir}"
             ) from error
         raise
+
+
+def _way_on(run_dir: Path) -> str:
+    goes_on = last_checkpoint(run_dir) is not None
+    return f"go on: lora-lightning train resume={run_dir}" if goes_on else "start again"
 
 
 def _run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.callbacks import BestCheckpoint, curves, kept
 from lora_lightning.checkpoint import read_checkpoint
@@ -261,6 +263,26 @@ def test_other_batches_are_told(stopped, tmp_path, run_cli):
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 2
     assert "2 processes saw different rows when this checkpoint was" in " ".join(err.split())
+
+
+class KillsWorkers(Callback):
+    """Kills the processes that prepare batches, as a system without memory does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def test_killed_workers_are_told_and_lose_no_step(settings, tmp_path):
+    more = [
+        *("callbacks.last.every_n_steps=1000", "data.num_workers=2", "data.batch_size=2"),
+        f"output_dir={tmp_path / 'run'}",
+        f"+callbacks.kills._target_={__name__}.KillsWorkers",
+    ]
+    with pytest.raises(UserError, match=r"data.num_workers=0 .* train resume="):
+        train(compose_config([*settings, *more]))
+    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] >= 2
 
 
 WAITING = """

@@ -81,6 +81,9 @@ class Die(Callback):
                 raise RuntimeError(f"died at {at}")
             os.kill(os.getpid(), getattr(signal, os.environ.get("DIE_OF", "SIGKILL")))
 
+    def setup(self, trainer, pl_module, stage):
+        self._die(f"setup:{trainer.state.fn.value}")
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._die(f"train:{trainer.fit_loop.total_batch_idx}")
 
@@ -347,6 +350,32 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == outcome(whole_run)
     assert logged(run_dir) == logged(whole_run)
+
+
+@pytest.mark.parametrize(
+    ("how", "moment", "status"),
+    [("SIGTERM", "setup:fit", 143), ("SIGHUP", "setup:fit", 129), ("SIGHUP", "train:17", 129)],
+)
+def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_path):
+    """At once where no step is near, else after one; the same run comes of it."""
+    run_dir, errors = tmp_path / "run", tmp_path / "errors"
+    told = _in_fork(killable(run_dir), {"DIE_AT": moment, "DIE_OF": how}, errors)
+    assert told == status, errors.read_text()
+    assert errors.read_text().startswith("interrupted. To go on")
+    last = run_dir / "checkpoints" / "last.ckpt"
+    assert last.exists() == (moment == "train:17")
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
+    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
+    assert outcome(run_dir) == uninterrupted
+
+
+def test_a_closed_terminal_ends_no_run_of_nohup(killable, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        died = {"DIE_AT": "train:17", "DIE_OF": "SIGHUP"}
+        assert _in_fork([*killable(tmp_path / "run"), "trainer.max_epochs=2"], died) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):

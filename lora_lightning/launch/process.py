@@ -22,6 +22,7 @@ from ..lock import locked
 from ..lora.errors import UserError
 from ..report import report
 from ..settings import PAUSE
+from ..signals import ended_by_signals
 from .folder import SWEEP, note
 from .halving import Halving
 from .queue import EXIT_USER_ERROR, LOG, Job, JobQueue, Work
@@ -104,7 +105,7 @@ class ProcessLauncher(Launcher):
             if halving is not None:
                 halving.check(jobs)
             note(sweep_dir, self._overrides(), "running")
-            with JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
+            with ended_by_signals(), JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
                 JobQueue(
                     jobs,
                     lambda idle: self._next(planned, halving, idle=idle),
