@@ -274,15 +274,14 @@ class KillsWorkers(Callback):
                 os.kill(child.pid, signal.SIGKILL)
 
 
-def test_killed_workers_are_told_and_lose_no_step(settings, tmp_path):
+def test_killed_workers_are_told(settings, tmp_path):
     more = [
         *("callbacks.last.every_n_steps=1000", "data.num_workers=2", "data.batch_size=2"),
         f"output_dir={tmp_path / 'run'}",
         f"+callbacks.kills._target_={__name__}.KillsWorkers",
     ]
-    with pytest.raises(UserError, match=r"data.num_workers=0 .* train resume="):
+    with pytest.raises(UserError, match=r"prepares batches was killed.* data.num_workers=0"):
         train(compose_config([*settings, *more]))
-    assert read_checkpoint(tmp_path / "run" / LAST)["global_step"] >= 2
 
 
 WAITING = """
