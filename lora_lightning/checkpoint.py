@@ -33,6 +33,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}.")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("it is a ZIP that grows when it is read, which torch writes none")
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {entry} is wrong")
     except Exception as error:
@@ -49,11 +53,16 @@ def _read(path: Path) -> dict[str, Any]:
     settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
     if (
         not isinstance(weights, dict)
-        or not all(isinstance(tensor, Tensor) for tensor in weights.values())
+        or not all(isinstance(t, Tensor) and _is_held(t) for t in weights.values())
         or not isinstance(settings, dict)
     ):
         raise UserError(f"{path} is no checkpoint of lora_lightning.")
     return content  # type: ignore[no-any-return]
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether a tensor has each of its values in memory: a file may repeat one without end."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def check_resumable(content: dict[str, Any], path: Path) -> None:

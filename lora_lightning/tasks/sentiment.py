@@ -56,10 +56,12 @@ class SentimentTask(Task):
         reference = splits.get("train") or next(iter(splits.values()))
         self._learn_columns(reference.column_names)
         assert self.label_column is not None
+        for split, rows in splits.items():
+            need_columns(split, rows, [self.label_column])
+            self._check_kinds(split, rows[self.label_column][:])
         if not self.labels:
             self._learn_labels(reference)
         for split, rows in splits.items():
-            need_columns(split, rows, [self.label_column])
             self._check_labels(split, rows[self.label_column][:])
 
     def learn_nothing(self) -> None:
@@ -121,6 +123,16 @@ class SentimentTask(Task):
                 f"{len(values)} rows, so it is no class label. Name the column with the label: "
                 "task.label_column=NAME."
             )
+
+    def _check_kinds(self, split: str, values: list[Any]) -> None:
+        for row, value in enumerate(values, 1):
+            if isinstance(value, (list, dict)):
+                kind = "a list" if isinstance(value, list) else "an object"
+                raise UserError(
+                    f"the {split} data has {kind} as its label in row {row}, and a label is one "
+                    f"name or number (column {self.label_column!r}). Name the column with the "
+                    "label: task.label_column=NAME."
+                )
 
     def _check_labels(self, split: str, values: list[Any]) -> None:
         lacking = [row for row, value in enumerate(values, 1) if _plain_label(value) == ""]
@@ -296,8 +308,8 @@ def _which_column(what: str, columns: list[str]) -> UserError:
 
 
 def _plain_label(value: Any) -> Any:
-    """One spelling for a label: 1.0 and True are 1, names lose outer blanks."""
-    if value is None:
+    """One spelling for a label: 1.0 and True are 1, names lose outer blanks; "" is none."""
+    if value is None or value != value:  # NaN stands for no value, and is no class
         return ""
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
