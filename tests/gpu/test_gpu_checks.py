@@ -20,7 +20,7 @@ from checks.judge import Check, Failure, Skip, at_least, at_most, equals, run, v
 NAN = math.nan
 WRONG = {
     1: {"failed": 1, "passed": 3, "on_cuda": 2},
-    2: {"plain_install_trains": False},
+    2: {"plain_install_trains": False, "without_accelerate_trains_or_tells": False},
     3: {"failed": ["lm"], "devices": ["cpu"], "peak_gap": 0.5, "skipped_by_16_mixed": 12},
     4: {"fp32_gap": 1e-3, "bf16_gap": NAN, "losses": False},
     5: {"excess": 1.2, "mask_gap": 1.0, "to_peft": 2.0},
@@ -191,6 +191,28 @@ def test_recompilations_of_a_function_with_other_shapes_are_counted():
     assert len(found) == 1
     assert not speed.BY_LENGTH.search(found[0])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("plain", "without", "passes"),
+    [
+        ((0, ""), (0, ""), True),
+        ((0, ""), (2, "cannot load the model: it needs accelerate"), True),
+        ((1, "any mistake"), (2, "it needs accelerate"), False),
+        ((0, ""), (2, "another mistake"), False),
+        ((0, ""), (1, "Traceback: it needs accelerate"), False),
+    ],
+)
+def test_installation_check_passes_where_both_runs_end_as_they_may(
+    plain, without, passes, tmp_path, monkeypatch
+):
+    def process(place, *arguments, code):
+        status, err = without if "sys.modules['accelerate'] = None" in code else plain
+        return lab.Said(status, "", err)
+
+    monkeypatch.setattr(lab.Lab, "process", process)
+    status, figures, _ = run(CHECKS[2], lab.Lab(tmp_path, rehearsal=False))
+    assert (status == "pass") == passes, figures
 
 
 def test_report_of_tests_counts_failures_and_those_that_used_a_gpu(tmp_path):
