@@ -19,7 +19,7 @@ from checks.judge import Check, Failure, Skip, at_least, at_most, equals, run, v
 
 NAN = math.nan
 WRONG = {
-    1: {"failed": 1, "passed": 3, "on_cuda": 2},
+    1: {"failed": 1, "passed": 1999, "on_cuda": 2},
     2: {"plain_install_trains": False, "without_accelerate_trains_or_tells": False},
     3: {"failed": ["lm"], "devices": ["cpu"], "peak_gap": 0.5, "skipped_by_16_mixed": 12},
     4: {"fp32_gap": 1e-3, "bf16_gap": NAN, "losses": False},
@@ -230,6 +230,19 @@ def test_report_of_tests_counts_failures_and_those_that_used_a_gpu(tmp_path):
     assert (found["passed"], found["failed"], found["without_a_package"]) == (1, 1, 1)
     assert (found["skipped"], found["on_cuda"]) == (1, 1)
     assert (found["names_failed"], found["names"]) == (["t::bad"], ["t::good"])
+
+
+def test_suite_for_a_gpu_leaves_out_what_needs_a_network(tmp_path, monkeypatch):
+    def started(arguments, **_):
+        given.extend(arguments)
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    given: list[str] = []
+    monkeypatch.setattr(subprocess, "run", started)
+    with pytest.raises(Failure, match="pytest did not finish"):
+        starts.tests(lab.Lab(tmp_path, rehearsal=False))
+    assert "--ignore=tests/test_wheel.py" in given
+    assert (lab.ROOT / "tests/test_wheel.py").is_file()
 
 
 def test_excess_of_a_layer_that_is_two_per_cent_off_is_above_one(monkeypatch):

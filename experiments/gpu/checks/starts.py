@@ -36,10 +36,12 @@ def tests(lab: Lab) -> Figures:
         raise Skip("needs the repository's tests")
     report = lab.folder / "tests.xml"
     few = ["-n", "0", "tests/gpu", "tests/lora/test_fused.py"]
+    # To build the wheel pip fetches setuptools, and there may be no network.
+    all_but = ["-n", "8", "--ignore=tests/test_wheel.py"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "checks.watch"),
-            *(f"--junitxml={report}", *lab.pick(["-n", "8"], few)),
+            *(f"--junitxml={report}", *lab.pick(all_but, few)),
         ],
         cwd=ROOT,
         env=lab.environment(),
@@ -245,7 +247,7 @@ CHECKS = [
         1,
         "the fast tests",
         tests,
-        {"failed": equals(0), "passed": at_least(500, rehearsal=20), "on_cuda": equals(0)},
+        {"failed": equals(0), "passed": at_least(2000, rehearsal=20), "on_cuda": equals(0)},
         minutes=2,
         limit=420,
     ),
