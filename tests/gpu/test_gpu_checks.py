@@ -59,7 +59,10 @@ WRONG = {
     },
     23: {"nf4_same": False, "int8_same": False},
     24: {"steps": 3, "resident_growth": 1.8, "unused_growth": 1.5},
-    25: {"gap": 0.1, "slurm_gap": NAN, "fsdp2_memory": 1.0, "gone_seconds": 90.0, "left": 1},
+    25: {
+        **{"gap": 0.1, "slurm_gap": NAN, "slurm_devices": ["cuda:0", "cuda:0"]},
+        **{"fsdp2_memory": 1.0, "gone_seconds": 90.0, "left": 1},
+    },
 }
 """A wrong value of each figure that a check is judged by."""
 

@@ -249,6 +249,15 @@ def _read(events: Any) -> Iterator[tuple[str, bool, float, float]]:
         yield event.name, on_gpu, event.time_range.start, event.time_range.end
 
 
+class Devices(Probe):
+    """Notes in the run's folder, in `devices-RANK`, where this process holds its share."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        held = sorted({str(parameter.device) for parameter in module.parameters()})
+        path = Path(trainer.default_root_dir) / f"devices-{trainer.global_rank}"
+        path.write_text(" ".join(held))
+
+
 class Kill(Probe):
     """Has one process of a run send itself the signal that the environment names.
 
