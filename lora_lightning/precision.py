@@ -131,10 +131,7 @@ def settle_precision(
             "32-true."
         )
     if half and sharded:
-        raise UserError(
-            "trainer.precision=16-mixed skips steps whose gradients overflow, which processes that "
-            "hold shares cannot agree on: use bf16-true or 32-true, or trainer=ddp."
-        )
+        refuse_scaled_loss("16-mixed")
     if name == "auto":
         name = OF_DTYPE.get(dtype, _fastest(accelerator, full=full, sharded=sharded))
         if name == "16-mixed" and dtype == "auto" and not full:
@@ -156,6 +153,19 @@ def settle_precision(
     if dtype == "auto":
         dtype = "float32" if full else TO_LOAD.get(name, "auto")
     return Precision(name, dtype)
+
+
+def refuse_scaled_loss(precision: str) -> None:
+    """Raises UserError for a precision that skips steps, where processes hold shares.
+
+    Args:
+        precision: Lightning's name of it.
+    """
+    if precision == "16-mixed":
+        raise UserError(
+            "trainer.precision=16-mixed skips steps whose gradients overflow, which processes that "
+            "hold shares cannot agree on: use bf16-true or 32-true, or trainer=ddp."
+        )
 
 
 def _fastest(accelerator: str, *, full: bool, sharded: bool) -> str:
