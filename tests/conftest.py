@@ -292,14 +292,17 @@ class OnImitatedGpu(torch.Tensor):
 class ImitatedGpu(TorchFunctionMode):
     """Under it tensors may say they are on a GPU, and have values.
 
-    What is drawn in one of them comes from a generator other than the CPU's, as on a GPU.
+    What is drawn in one of them comes from a generator other than the CPU's, as on a GPU. What
+    has to wait for one's values is noted.
     """
 
     DRAWS = ("uniform_", "normal_", "kaiming_uniform_", "trunc_normal_", "xavier_uniform_")
+    WAITS = ("cpu", "tolist", "item", "__bool__", "__int__", "__index__", "nonzero")
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = torch.Generator().manual_seed(77)
+        self.waits: list[str] = []
 
     @staticmethod
     def take(model: nn.Module) -> nn.Module:
@@ -324,10 +327,13 @@ class ImitatedGpu(TorchFunctionMode):
         moved = asked is not None and torch.device(asked).type == "cuda"
         if moved:
             kwargs["device"] = "cpu"
+        if function.__name__ in self.WAITS and there:
+            self.waits.append(function.__name__)
         result = function(*args, **kwargs)
-        if asked is None or not isinstance(result, torch.Tensor):
+        here = function.__name__ == "cpu" or (asked is not None and not moved)
+        if not isinstance(result, torch.Tensor) or not (here or moved):
             return result
-        return result.as_subclass(OnImitatedGpu if moved else torch.Tensor)
+        return result.as_subclass(torch.Tensor if here else OnImitatedGpu)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ImitatedGpu
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -18,9 +19,10 @@ from transformers import (
     LlamaConfig,
 )
 
-from lora_lightning import offload
+from lora_lightning import modeling, offload
 from lora_lightning.forward import compile_layers, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.modeling import load_classifier, load_tokenizer
 from lora_lightning.module import LoraModule
 from lora_lightning.parallel import loading_options
 from lora_lightning.settings import ModelConfig
@@ -274,3 +276,25 @@ def test_an_encoders_layers_are_gathered_each_for_itself():
     shards = _shards(2, 1)
     options = loading_options(AutoModelForSequenceClassification, config, shards)
     assert list(options["distributed_config"].fsdp_plan) == ["bert.encoder.layer.*"]
+
+
+def test_head_of_a_base_on_a_gpu_starts_as_that_of_one_on_a_cpu(tiny_bert, monkeypatch):
+    def load():
+        torch.manual_seed(6)
+        model, trained = load_classifier(config, load_tokenizer(config), ["no", "yes"])
+        assert trained == ["classifier"]
+        return model.classifier.weight, torch.get_rng_state()
+
+    def on_gpu(*arguments, **settings):
+        model, missing = real(*arguments, **settings)
+        gpu.take(model).classifier.weight.data.normal_()
+        return model, missing
+
+    config = ModelConfig(str(tiny_bert))
+    expected = load()
+    real = modeling._from_pretrained
+    monkeypatch.setattr(modeling, "_from_pretrained", on_gpu)
+    with ImitatedGpu() as gpu:
+        found = load()
+    assert expected[0].std() > 0.01
+    assert all(map(torch.equal, found, expected))
