@@ -31,7 +31,7 @@ WRONG = {
         "1b_memory_to_trl": 0.7,
     },
     8: {
-        **{"math_attention": 4, "busy": 0.6, "launches_a_step": 9000.0},
+        **{"math_attention": 4, "busy": 0.6, "launches_a_step": 3500.0},
         **{"fp32_products": 1, "flash_attention": False},
     },
     9: {
