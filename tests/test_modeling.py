@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -16,7 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertModel,
     LlamaConfig,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from lora_lightning import modeling, offload
@@ -278,19 +283,48 @@ def test_an_encoders_layers_are_gathered_each_for_itself():
     assert list(options["distributed_config"].fsdp_plan) == ["bert.encoder.layer.*"]
 
 
-def test_head_of_a_base_on_a_gpu_starts_as_that_of_one_on_a_cpu(tiny_bert, monkeypatch):
+def sizes_of(folder) -> dict[str, int]:
+    known = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in known.items() if isinstance(value, int)}
+
+
+@pytest.mark.parametrize(
+    ("build", "new"),
+    [
+        (BertModel.from_pretrained, ["classifier"]),
+        (
+            lambda folder: BertModel.from_pretrained(folder, add_pooling_layer=False),
+            ["classifier", "bert.pooler"],
+        ),
+        (
+            lambda folder: RobertaModel(
+                RobertaConfig(**{**sizes_of(folder), "pad_token_id": 0}), add_pooling_layer=False
+            ),
+            ["classifier"],
+        ),
+    ],
+    ids=["head", "head and pooler", "head of two layers"],
+)
+def test_new_modules_of_a_base_on_a_gpu_start_as_on_a_cpu(
+    build, new, tiny_bert, tmp_path, monkeypatch
+):
     def load():
         torch.manual_seed(6)
         model, trained = load_classifier(config, load_tokenizer(config), ["no", "yes"])
-        assert trained == ["classifier"]
-        return model.classifier.weight, torch.get_rng_state()
+        assert trained == new
+        tensors = [t for name in new for t in model.get_submodule(name).parameters()]
+        return [*tensors, torch.get_rng_state()]
 
     def on_gpu(*arguments, **settings):
         model, missing = real(*arguments, **settings)
-        gpu.take(model).classifier.weight.data.normal_()
+        for name in new:
+            for tensor in gpu.take(model).get_submodule(name).parameters():
+                tensor.data.normal_()
         return model, missing
 
-    config = ModelConfig(str(tiny_bert))
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    build(tiny_bert).save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"))
     expected = load()
     real = modeling._from_pretrained
     monkeypatch.setattr(modeling, "_from_pretrained", on_gpu)
