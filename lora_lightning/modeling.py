@@ -146,8 +146,10 @@ def load_classifier(
     new = _new_modules(model, missing)
     trained = list(dict.fromkeys([*head_modules(model), *new]))
     if shards is not None or any(p.is_cuda for p in model.parameters()):
-        torch.set_rng_state(random)  # a head's first values are the same on all devices
-        for name in trained:
+        # A head's first values are the same on all devices: drawn as transformers does on a CPU,
+        # in the model's order.
+        torch.set_rng_state(random)
+        for name in [name for name, _ in model.named_modules() if name in trained]:
             take_whole(model, name, draw_again=name in new)
     return model, trained
 

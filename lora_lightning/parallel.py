@@ -203,11 +203,14 @@ def take_whole(model: nn.Module, name: str, *, draw_again: bool) -> None:
     }
     plain = copy.deepcopy(module, memo)
     if draw_again:
-        for part in plain.modules():
+
+        def draw(part: nn.Module) -> None:
             part._is_hf_initialized = False  # type: ignore[assignment]
             for tensor in part.parameters(recurse=False):
                 tensor._is_hf_initialized = False  # type: ignore[attr-defined]
             model._init_weights(part)  # type: ignore[operator]
+
+        plain.apply(draw)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, plain)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ def for_lightning(name: str) -> str:
 def fast_products(precision: str, accelerator: str) -> Iterator[None]:
     """Lets fp32 products of a GPU use TF32 within the block, unless the precision is 32-true.
 
+    The setting is the process's, and threads of a packed sweep enter and leave at times of their
+    own: it holds until the last has left.
+
     Args:
         precision: one of `PRECISIONS`, settled.
         accelerator: `trainer.accelerator`.
@@ -47,12 +51,36 @@ def fast_products(precision: str, accelerator: str) -> Iterator[None]:
     if precision == "32-true" or not _on_gpu(accelerator):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    _TF32.enter()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _TF32.leave()
+
+
+class _Tf32:
+    """TF32 as long as there is a block that wants it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._before = "highest"
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._blocks == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("high")
+            self._blocks += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_TF32 = _Tf32()
 
 
 def settle_precision(
@@ -103,10 +131,7 @@ def settle_precision(
             "32-true."
         )
     if half and sharded:
-        raise UserError(
-            "trainer.precision=16-mixed skips steps whose gradients overflow, which processes that "
-            "hold shares cannot agree on: use bf16-true or 32-true, or trainer=ddp."
-        )
+        refuse_scaled_loss("16-mixed")
     if name == "auto":
         name = OF_DTYPE.get(dtype, _fastest(accelerator, full=full, sharded=sharded))
         if name == "16-mixed" and dtype == "auto" and not full:
@@ -128,6 +153,19 @@ def settle_precision(
     if dtype == "auto":
         dtype = "float32" if full else TO_LOAD.get(name, "auto")
     return Precision(name, dtype)
+
+
+def refuse_scaled_loss(precision: str) -> None:
+    """Raises UserError for a precision that skips steps, where processes hold shares.
+
+    Args:
+        precision: Lightning's name of it.
+    """
+    if precision == "16-mixed":
+        raise UserError(
+            "trainer.precision=16-mixed skips steps whose gradients overflow, which processes that "
+            "hold shares cannot agree on: use bf16-true or 32-true, or trainer=ddp."
+        )
 
 
 def _fastest(accelerator: str, *, full: bool, sharded: bool) -> str:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from .lora import UserError
 from .parallel import Shards
+from .precision import refuse_scaled_loss
 
 BY_ELEMENT = (
     *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
@@ -141,6 +142,7 @@ class ShardedStrategy(ModelParallelStrategy):
             )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
+        refuse_scaled_loss(str(self.precision_plugin.precision))
         super().setup_optimizers(trainer)
         if Shards(self.device_mesh).tensor > 1:
             for optimizer in self.optimizers:

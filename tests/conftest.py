@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -281,6 +283,57 @@ class Waits(TorchDispatchMode):
             if source.device != result.device:
                 self.found.append(f"{source.device} -> {result.device}")
         return result
+
+
+class OnImitatedGpu(torch.Tensor):
+    """A tensor that `ImitatedGpu` takes for one on a GPU."""
+
+
+class ImitatedGpu(TorchFunctionMode):
+    """Under it tensors may say they are on a GPU, and have values.
+
+    What is drawn in one of them comes from a generator other than the CPU's, as on a GPU. What
+    has to wait for one's values is noted.
+    """
+
+    DRAWS = ("uniform_", "normal_", "kaiming_uniform_", "trunc_normal_", "xavier_uniform_")
+    WAITS = ("cpu", "tolist", "item", "__bool__", "__int__", "__index__", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(77)
+        self.waits: list[str] = []
+
+    @staticmethod
+    def take(model: nn.Module) -> nn.Module:
+        """Has the parameters of a model be on the GPU."""
+        for part in model.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                there = parameter.detach().as_subclass(OnImitatedGpu)
+                part._parameters[name] = nn.Parameter(there, parameter.requires_grad)
+        return model
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else kwargs.get("tensor")
+        there = isinstance(first, OnImitatedGpu)
+        if function == torch.Tensor.device.__get__ and there:
+            return torch.device("cuda", 0)
+        if function == torch.Tensor.is_cuda.__get__:
+            return there
+        if function.__name__ in self.DRAWS and there:
+            kwargs["generator"] = self.generator
+        asked = kwargs.get("device")
+        moved = asked is not None and torch.device(asked).type == "cuda"
+        if moved:
+            kwargs["device"] = "cpu"
+        if function.__name__ in self.WAITS and there:
+            self.waits.append(function.__name__)
+        result = function(*args, **kwargs)
+        here = function.__name__ == "cpu" or (asked is not None and not moved)
+        if not isinstance(result, torch.Tensor) or not (here or moved):
+            return result
+        return result.as_subclass(torch.Tensor if here else OnImitatedGpu)
 
 
 @pytest.fixture

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import shutil
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ImitatedGpu
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertModel,
     LlamaConfig,
+    RobertaConfig,
+    RobertaModel,
 )
 
-from lora_lightning import offload
+from lora_lightning import modeling, offload
 from lora_lightning.forward import compile_layers, uncompiled
 from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.modeling import load_classifier, load_tokenizer
 from lora_lightning.module import LoraModule
 from lora_lightning.parallel import loading_options
 from lora_lightning.settings import ModelConfig
@@ -274,3 +281,54 @@ def test_an_encoders_layers_are_gathered_each_for_itself():
     shards = _shards(2, 1)
     options = loading_options(AutoModelForSequenceClassification, config, shards)
     assert list(options["distributed_config"].fsdp_plan) == ["bert.encoder.layer.*"]
+
+
+def sizes_of(folder) -> dict[str, int]:
+    known = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in known.items() if isinstance(value, int)}
+
+
+@pytest.mark.parametrize(
+    ("build", "new"),
+    [
+        (BertModel.from_pretrained, ["classifier"]),
+        (
+            lambda folder: BertModel.from_pretrained(folder, add_pooling_layer=False),
+            ["classifier", "bert.pooler"],
+        ),
+        (
+            lambda folder: RobertaModel(
+                RobertaConfig(**{**sizes_of(folder), "pad_token_id": 0}), add_pooling_layer=False
+            ),
+            ["classifier"],
+        ),
+    ],
+    ids=["head", "head and pooler", "head of two layers"],
+)
+def test_new_modules_of_a_base_on_a_gpu_start_as_on_a_cpu(
+    build, new, tiny_bert, tmp_path, monkeypatch
+):
+    def load():
+        torch.manual_seed(6)
+        model, trained = load_classifier(config, load_tokenizer(config), ["no", "yes"])
+        assert trained == new
+        tensors = [t for name in new for t in model.get_submodule(name).parameters()]
+        return [*tensors, torch.get_rng_state()]
+
+    def on_gpu(*arguments, **settings):
+        model, missing = real(*arguments, **settings)
+        for name in new:
+            for tensor in gpu.take(model).get_submodule(name).parameters():
+                tensor.data.normal_()
+        return model, missing
+
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    build(tiny_bert).save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"))
+    expected = load()
+    real = modeling._from_pretrained
+    monkeypatch.setattr(modeling, "_from_pretrained", on_gpu)
+    with ImitatedGpu() as gpu:
+        found = load()
+    assert expected[0].std() > 0.01
+    assert all(map(torch.equal, found, expected))

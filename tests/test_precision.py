@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -106,6 +107,35 @@ def test_fp32_products_use_tf32_unless_the_precision_is_32_true(monkeypatch, nam
     with precision.fast_products(name, "gpu"):
         assert torch.get_float32_matmul_precision() == within
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tf32_stays_on_until_the_last_of_several_threads_has_ended(monkeypatch):
+    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+    found = []
+
+    def block(entered, may_leave):
+        with precision.fast_products("bf16-true", "gpu"):
+            entered.set()
+            assert may_leave.wait(60)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # what a user may have chosen
+    threads = []
+    try:
+        for _ in range(2):
+            entered, may_leave = threading.Event(), threading.Event()
+            thread = threading.Thread(target=block, args=[entered, may_leave], daemon=True)
+            thread.start()
+            assert entered.wait(60)
+            threads.append((thread, may_leave))
+        for thread, may_leave in threads:
+            found.append(torch.get_float32_matmul_precision())
+            may_leave.set()
+            thread.join(60)
+        found.append(torch.get_float32_matmul_precision())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["high", "high", "medium"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lora_lightning.data.collate import PaddingCollator
 from lora_lightning.inference import PROBES, load_trained
@@ -19,8 +25,10 @@ from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.layer import dequantized
 from lora_lightning.lora.loftq import make_up, weight_of
 from lora_lightning.modeling import load_classifier, load_generator
+from lora_lightning.module import LoraModule
 from lora_lightning.quantization import experts_left
 from lora_lightning.settings import ModelConfig
+from lora_lightning.tasks.lm import LanguageModelTask
 
 KINDS = ("nf4", "int8")
 IDS = torch.arange(3, 15).view(2, 6)
@@ -238,6 +246,26 @@ def tiny_gpt2(tiny_llama, tmp_path_factory):
         GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=64)
     ).save_pretrained(folder)
     return folder
+
+
+def test_loftq_loads_the_unquantised_base_on_the_cpu(tiny_llama, monkeypatch):
+    """A GPU, which "meta" stands for, may have no room for it beside the quantised one."""
+
+    def build_model(task, config, tokenizer, shards=None):
+        built.append((config.quantization, torch.get_default_device().type))
+        return LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama)), []
+
+    built: list[tuple[str | None, str]] = []
+    monkeypatch.setattr(LanguageModelTask, "build_model", build_model)
+    module = LoraModule(
+        LanguageModelTask(),
+        ModelConfig(str(tiny_llama), quantization="nf4"),
+        LoraConfig(init="loftq"),
+    )
+    with torch.device("meta"):
+        module.configure_model()
+    assert built == [("nf4", "meta"), (None, "cpu")]
+    assert next(iter(module.adapter.layers.values())).lora_A.is_meta
 
 
 def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):

@@ -7,6 +7,7 @@ import os
 from itertools import pairwise
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -21,6 +22,7 @@ from lora_lightning.parallel import check_accelerator, local_rank_in_environment
 from lora_lightning.strategies import (
     DataParallelStrategy,
     OneDeviceStrategy,
+    ShardedStrategy,
     resident,
     scale_gradients,
 )
@@ -134,6 +136,16 @@ def test_sharded_base_on_a_cpu_beside_a_gpu_is_refused(monkeypatch):
     with pytest.raises(UserError, match='CUDA_VISIBLE_DEVICES=""'):
         check_accelerator("cpu")
     check_accelerator("cuda")
+
+
+def test_scaled_loss_is_refused_for_a_sharded_base_in_any_trainer():
+    trainer = L.Trainer(
+        strategy=ShardedStrategy(),
+        plugins=[half_precision("cpu")],
+        **{"accelerator": "cpu", "devices": 2, "logger": False},
+    )
+    with pytest.raises(UserError, match=r"trainer\.precision=16-mixed skips steps"):
+        trainer.strategy.setup_optimizers(trainer)
 
 
 def test_summed_loss_in_fp16_skips_few_steps():

@@ -33,7 +33,7 @@ ALLOWED = {
     "parallel": {"lora"},
     "placement": {"lora", "parallel"},
     "zero": {"lora", "strategies"},
-    "strategies": {"lora", "parallel"},
+    "strategies": {"lora", "parallel", "precision"},
     "signals": set(),
     "checkpoint": {"lora"},
     "cluster": {"lora"},

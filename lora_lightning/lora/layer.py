@@ -19,6 +19,7 @@ from .functional import (
     joins_products,
     low_rank_norm,
 )
+from .rng import fill_by_cpu
 from .start import first_matrices
 from .wrapper import Wrapper
 
@@ -96,9 +97,9 @@ class LoraLayer(Wrapper):
             UserError: `init` takes them from the base weight, which is too small for the rank.
         """
         if init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1.0 / self.rank)
+            fill_by_cpu(self.lora_A, nn.init.normal_, std=1.0 / self.rank)
         elif init == "kaiming":
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            fill_by_cpu(self.lora_A, nn.init.kaiming_uniform_, a=math.sqrt(5))
         else:
             a, b = first_matrices(init, self.dense_weight(), self.rank, scaling=self.scaling)
             with torch.no_grad():
@@ -304,7 +305,7 @@ class LoraEmbedding(LoraLayer):
                 "leave it out, or use lora.init=kaiming."
             )
         nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B)
+        fill_by_cpu(self.lora_B, nn.init.normal_)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = self.base_layer(x, *args, **kwargs)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from conftest import ImitatedGpu
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -109,6 +111,52 @@ def test_dropout_falls_on_the_update_alone_and_only_in_training():
     update = layer.scaling * dropped @ layer.lora_A.t() @ layer.lora_B.t()
     torch.testing.assert_close(output, layer.base_layer(x) + update)
     assert not torch.equal(output, layer(x))
+
+
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (lambda: nn.Linear(7, 5), {"targets": ["0"]}),
+        (lambda: nn.Linear(7, 5), {"targets": ["0"], "init": "gaussian"}),
+        (lambda: nn.Linear(7, 5), {"targets": ["0"], "use_dora": True}),
+        (lambda: Conv1D(5, 7), {"targets": ["0"]}),
+        (lambda: nn.Embedding(11, 6), {"targets": ["0"]}),
+        (Bank, {"targets": [], "target_parameters": ["0.weight"]}),
+    ],
+    ids=["kaiming", "gaussian", "dora", "Conv1D", "embedding", "parameter"],
+)
+def test_matrices_on_a_gpu_start_as_those_on_a_cpu(base, settings):
+    def first_values(model):
+        torch.manual_seed(4)
+        (layer,) = Adapter(model, LoraConfig(rank=2, **settings)).layers.values()
+        return layer.lora_A, layer.lora_B, torch.get_rng_state()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(base())
+    expected = first_values(copy.deepcopy(model))
+    with ImitatedGpu() as gpu:
+        found = first_values(gpu.take(model))
+        assert found[0].device.type == found[1].device.type == "cuda"
+    assert all(map(torch.equal, found, expected))
+    assert expected[0].any() or expected[1].any()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_first_values_are_those_that_torch_draws_in_place(init):
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(7, 5), 3, scaling=1.0, init=init)
+    torch.manual_seed(0)
+    nn.Linear(7, 5)
+    a = torch.empty(3, 7)
+    nn.init.normal_(a, std=1 / 3) if init == "gaussian" else nn.init.kaiming_uniform_(a, 5**0.5)
+    assert torch.equal(layer.lora_A, a)
+    assert not layer.lora_B.any()
 
 
 def test_a_layer_takes_the_mode_of_its_base():

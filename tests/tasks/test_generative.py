@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers as tf
-from conftest import Waits
+from conftest import ImitatedGpu, OnImitatedGpu, Waits
 from datasets import Dataset
 from torch.nn import functional as F
 
@@ -577,6 +577,22 @@ def test_joined_rows_do_not_wait_for_their_device(tiny_llama, flash, rows):
         task.loss(model, batch).total.backward()
     assert waits.found == []
     assert flash == ["by bounds"] * 2
+
+
+def test_rows_to_generate_for_are_read_from_a_gpu_once_a_batch(tiny_llama):
+    task, tokenizer, _ = setup(tiny_llama, name="summarization", max_new_tokens=4)
+    batch = PaddingCollator(tokenizer.pad_token_id)(rows_of(task, tokenizer))
+    batch["generate"] = [True, False, True, True, True]
+    expected = task.collect(batch)
+    assert len(expected) == 4
+    with ImitatedGpu() as gpu:
+        there = {
+            name: value.as_subclass(OnImitatedGpu) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        found = task.collect(there)
+    assert found == expected
+    assert gpu.waits == ["cpu"] * 3  # ids, mask and labels
 
 
 def test_lanes_hold_every_row_once_and_pad_at_their_ends():

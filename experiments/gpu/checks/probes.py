@@ -82,12 +82,11 @@ class Waits(Probe):
     Args:
         first: the batch with which it begins.
         last: the batch with which it ends; there has to be another after it.
-        mode: of torch.cuda.set_sync_debug_mode; "error" ends the run at the first.
     """
 
-    def __init__(self, first: int = 5, last: int = 9, mode: str = "warn") -> None:
+    def __init__(self, first: int = 5, last: int = 9) -> None:
         super().__init__()
-        self.first, self.last, self.mode = first, last, mode
+        self.first, self.last = first, last
         self.places: Counter[str] = Counter()
         self._caught: Any = None
 
@@ -106,7 +105,7 @@ class Waits(Probe):
             self._caught.__enter__()
             warnings.simplefilter("always")
             warnings.showwarning = self._warned
-            torch.cuda.set_sync_debug_mode(self.mode)
+            torch.cuda.set_sync_debug_mode("warn")
         elif index == self.first:
             self._caught = _Reads(self.places)
             self._caught.__enter__()
@@ -248,6 +247,15 @@ def _read(events: Any) -> Iterator[tuple[str, bool, float, float]]:
         if getattr(event, "is_user_annotation", False) or event.name.startswith("Optimizer."):
             continue
         yield event.name, on_gpu, event.time_range.start, event.time_range.end
+
+
+class Devices(Probe):
+    """Notes in the run's folder, in `devices-RANK`, where this process holds its share."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        held = sorted({str(parameter.device) for parameter in module.parameters()})
+        path = Path(trainer.default_root_dir) / f"devices-{trainer.global_rank}"
+        path.write_text(" ".join(held))
 
 
 class Kill(Probe):

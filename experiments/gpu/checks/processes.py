@@ -139,10 +139,8 @@ def several_processes(lab: Lab) -> Figures:
     half, all_rows = "data.batch_size=4", "data.batch_size=8"
     figures: Figures = {"left_out": lab.needs_cuda(["fsdp2_memory"])}
     alone = lab.train_apart(*common, all_rows)
-    # Two processes in rehearsal are as many as it has cores for; tp and ddp are left to GPUs.
-    ways = lab.pick({"ddp": half, "fsdp2": half, "tp": all_rows}, {"fsdp2": half})
     gaps = []
-    for way, batch in ways.items():
+    for way, batch in {"ddp": half, "fsdp2": half, "tp": all_rows}.items():
         arguments = lab.settings(f"trainer={way}", *several, *common, batch)
         run = lab.ended(arguments, lab.process(*arguments))
         gaps.append(gap(alone.losses, run.losses))
@@ -150,15 +148,20 @@ def several_processes(lab: Lab) -> Figures:
             ratio = run.result["peak_memory_mib"] / alone.result["peak_memory_mib"]
             figures["fsdp2_memory"] = ratio
     figures["gap"] = largest(gaps)
-    figures["slurm_gap"] = gap(alone.losses, in_slurm(lab, [*several, *common, half]))
+    losses, figures["slurm_devices"] = in_slurm(lab, [*several, *common, half])
+    figures["slurm_gap"] = gap(alone.losses, losses)
     lost = [f"trainer.max_steps={lab.pick(400, 40)}", "trainer.max_epochs=1000"]
     figures |= one_lost(lab, ["trainer=ddp", *several, *common, half, *lost])
     return figures
 
 
-def in_slurm(lab: Lab, settings: list[str]) -> list[float]:
-    """The losses of a run of two tasks in SLURM's environment, which sets no LOCAL_RANK."""
-    arguments = lab.settings("trainer=slurm", *settings)
+def in_slurm(lab: Lab, settings: list[str]) -> tuple[list[float], list[str]]:
+    """FSDP2 of two tasks in SLURM's environment, which sets no LOCAL_RANK: losses, devices.
+
+    Without LOCAL_RANK transformers, which spreads the base, has every task take the first GPU.
+    """
+    probe = "+callbacks.probe._target_=checks.probes.Devices"
+    arguments = lab.settings("trainer=fsdp2", *settings, probe)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -174,7 +177,8 @@ def in_slurm(lab: Lab, settings: list[str]) -> list[float]:
     ):
         if said.status:
             raise Failure(f"in SLURM's environment: exit status {said.status}: {said.tail}")
-    return losses_of(Path(arguments[-1].partition("=")[2]))
+    folder = Path(arguments[-1].partition("=")[2])
+    return losses_of(folder), [(folder / f"devices-{rank}").read_text() for rank in range(2)]
 
 
 def one_lost(lab: Lab, settings: list[str]) -> Figures:
@@ -238,6 +242,7 @@ CHECKS = [
         {
             "gap": at_most(1e-3),
             "slurm_gap": at_most(1e-3),
+            "slurm_devices": equals(["cuda:0", "cuda:1"], rehearsal=["cpu", "cpu"]),
             "fsdp2_memory": at_most(0.8),
             "gone_seconds": at_most(GONE_WITHIN),
             "left": equals(0),

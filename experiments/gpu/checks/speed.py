@@ -411,7 +411,7 @@ CHECKS = [
         {
             "math_attention": equals(0),
             "busy": at_least(0.9),
-            "launches_a_step": at_most(5500),
+            "launches_a_step": at_most(3000),
             "fp32_products": equals(0),
             "flash_attention": equals(True),
         },
