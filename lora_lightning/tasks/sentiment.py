@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -309,7 +310,7 @@ def _which_column(what: str, columns: list[str]) -> UserError:
 
 def _plain_label(value: Any) -> Any:
     """One spelling for a label: 1.0 and True are 1, names lose outer blanks; "" is none."""
-    if value is None or value != value:  # NaN stands for no value, and is no class
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         return int(value)
