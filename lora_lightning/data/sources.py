@@ -40,6 +40,8 @@ BUILDERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
+PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
+"""Kinds of columns of `datasets` whose values stand in the rows; others may name files and URLs."""
 
 
 def load_splits(config: DataConfig) -> dict[str, Any]:
@@ -120,9 +122,9 @@ def _load_hub(config: DataConfig) -> dict[str, Any]:
                     f"data.splits: {config.path} has no split {split!r}."
                     f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
                 )
-        return {ours: found[theirs] for ours, theirs in config.splits.items()}
+        return {ours: _as_stored(found[theirs]) for ours, theirs in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
-    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+    return {renamed[split]: _as_stored(rows) for split, rows in found.items() if split in renamed}
 
 
 def _load_files(option: str, value: Any, cache: Path) -> Any:
@@ -222,7 +224,32 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
             raise unwritable_cache(cache, cause) from None
         raise
     rows = concatenate_datasets([Dataset.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))])
-    return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)
+    return _as_stored(Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key))
+
+
+def _as_stored(rows: Any) -> Any:
+    """Rows whose values are those that the table holds.
+
+    A table can declare a column as pictures or sound that lie elsewhere. Whoever reads the rows
+    would open these files, or fetch them from the network.
+    """
+    from datasets import Dataset, Features
+
+    table = rows.data.replace_schema_metadata(None)
+    stored = Features.from_arrow_schema(table.schema)
+    info = rows.info.copy()
+    info.features = Features(
+        {name: kind if _is_plain(kind) else stored[name] for name, kind in rows.features.items()}
+    )
+    return Dataset(table, info=info, split=rows.split, fingerprint=rows._fingerprint)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column's values stand in the rows themselves."""
+    if isinstance(kind, dict):
+        return all(map(_is_plain, kind.values()))
+    inner = getattr(kind, "feature", None)  # of a list
+    return type(kind).__name__ in PLAIN if inner is None else _is_plain(inner)
 
 
 def _keep(rows: Any, made: Path, folder: Path) -> None:

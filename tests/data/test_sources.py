@@ -6,6 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lora_lightning.data.sources import load_splits
@@ -46,9 +49,6 @@ def _write(kind: str, folder: Path) -> Path | list[str]:
     elif kind == "jsonl-bom":
         path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     elif kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.table(columns), path)
     elif kind == "several":
         files = [folder / "one.jsonl", folder / "two.jsonl"]
@@ -170,3 +170,42 @@ def test_files_with_different_columns_are_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "b", "stars": 1}\n')
     with pytest.raises(UserError, match="the same columns"):
         load_splits(DataConfig(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+
+
+DECLARED = {
+    "picture": datasets.Image,
+    "sound": datasets.Audio,
+    "picture in a list": lambda: datasets.List(datasets.Image()),
+    "picture in a struct": lambda: {"inside": datasets.Image()},
+}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+@pytest.mark.parametrize("way", ["file", "hub"])
+def test_columns_that_name_files_are_read_as_text(declared, way, tmp_path, monkeypatch):
+    """Reading the rows opens neither files nor addresses that the data name."""
+    import socket
+
+    address = {"bytes": None, "path": "http://192.0.2.1/x.png"}
+    value = (
+        [address] if "list" in declared else {"inside": address} if "str" in declared else address
+    )
+    kinds = {"text": datasets.Value("string"), "it": DECLARED[declared]()}
+    kinds["label"] = datasets.ClassLabel(names=["bad", "good"])
+    stored = datasets.Features(kinds)
+    table = pa.table(
+        {"text": ["a", "b"], "it": [value] * 2, "label": [1, 0]},
+        schema=stored.arrow_schema,
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    if way == "hub":
+        found = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    config = {"path": "me/rows"} if way == "hub" else {"train": str(tmp_path / "train.parquet")}
+    rows = load_splits(DataConfig(**config))["train"]
+    assert rows[:] == {"text": ["a", "b"], "it": [value] * 2, "label": [1, 0]}
+    assert rows.features["label"].names == ["bad", "good"]
+    assert asked == []
