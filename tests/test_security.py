@@ -40,7 +40,12 @@ from lora_lightning.launch.queue import Job
 from lora_lightning.launch.table import JobTable
 from lora_lightning.lock import is_abandoned
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.modeling import load_classifier, load_model_config, load_tokenizer
+from lora_lightning.modeling import (
+    load_classifier,
+    load_generator,
+    load_model_config,
+    load_tokenizer,
+)
 from lora_lightning.module import LoraModule
 from lora_lightning.portable import write_canonical
 from lora_lightning.settings import ModelConfig
@@ -49,7 +54,7 @@ from lora_lightning.stored import Stored, copy_adapter
 from lora_lightning.tasks import build_task
 from lora_lightning.terminal import printable
 from lora_lightning.train import train
-from lora_lightning.untrusted import arguments_from_file
+from lora_lightning.untrusted import EXPERTS, arguments_from_file, settings_from_file
 from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -604,7 +609,7 @@ def test_a_number_too_large_to_be_one_is_told(model, adapter, tmp_path):
 def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_path):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
     content = json.loads((folder / SIDECAR).read_text())
-    for asked, kept in (("some/kernels@main", None), ("sdpa", "sdpa")):
+    for asked, kept in (("k/k@main", None), ("flash_attention_2", None), ("sdpa", "sdpa")):
         content["settings"]["model"]["attn_implementation"] = asked
         (folder / SIDECAR).write_text(json.dumps(content))
         assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
@@ -711,12 +716,30 @@ def test_kernels_of_the_hub_are_not_a_bases_to_choose(key, tiny_bert, tmp_path, 
         assert model.config.id2label == {0: "no", 1: "yes"}
         return model.config._attn_implementation
 
-    assert attention_of("evil/kernel") == "sdpa"
+    for stored in ("evil/kernel", "flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        assert attention_of(stored) == "sdpa"
     assert set(asked) <= {"None", "sdpa"}
     assert attention_of("eager") == "eager"
     attention_of("evil/kernel", typed="mine/kernel")
     assert "mine/kernel" in asked
     assert "evil/kernel" not in asked
+
+
+def test_flash_attention_that_is_installed_is_an_adapters_to_choose(monkeypatch):
+    for found in (None, "a module's spec"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        model = settings_from_file({"model": {"attn_implementation": "flash_attention_2"}}, "x")
+        assert ("attn_implementation" in model["model"]) is (found is not None)
+
+
+def test_experts_kernels_of_the_hub_are_not_a_bases_to_choose(tiny_mixtral, tmp_path):
+    base = Path(shutil.copytree(tiny_mixtral, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    for stored in ("deepgemm", "sonicmoe", "eager"):
+        (base / "config.json").write_text(json.dumps({**config, "experts_implementation": stored}))
+        settings = ModelConfig(name_or_path=str(base))
+        model = load_generator(settings, load_tokenizer(settings))
+        assert model.config._experts_implementation in EXPERTS
 
 
 def test_a_token_of_the_environment_is_written_nowhere(
