@@ -167,11 +167,11 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
     goes_on |= outside and cluster.started_again()
     if goes_on and _is_complete(run_dir):
         return
-    from .earlier import refuse_other_run, refuse_used_folder
+    from .earlier import holds_run, refuse_other_run, refuse_used_folder
     from .storage import undone_on_mistake
 
     with undone_on_mistake(run_dir):
-        if goes_on:
+        if goes_on and holds_run(run_dir):
             refuse_other_run(run_dir, config)
         else:
             refuse_used_folder(run_dir)
@@ -262,11 +262,14 @@ def _whole_configs() -> Iterator[None]:
     from hydra.core import utils
 
     def save(cfg: DictConfig, filename: str, output_dir: Path) -> None:
+        path = output_dir / filename
+        if filename == "config.yaml" and path.exists():  # the first that it writes
+            _refuse_foreign(path)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write(output_dir / filename, OmegaConf.to_yaml(cfg))
+            atomic_write(path, OmegaConf.to_yaml(cfg))
         except OSError as error:
-            raise UserError(f"{output_dir / filename} cannot be written: {error}.") from None
+            raise UserError(f"{path} cannot be written: {error}.") from None
 
     usual = utils._save_config
     utils._save_config = save
@@ -274,6 +277,16 @@ def _whole_configs() -> Iterator[None]:
         yield
     finally:
         utils._save_config = usual
+
+
+def _refuse_foreign(saved: Path) -> None:
+    """Raises UserError for a saved config that is no run's."""
+    from .earlier import holds_run
+
+    if not holds_run(saved.parent.parent):
+        raise UserError(
+            f"{saved} is of another program, or damaged. Give another output_dir, or delete it."
+        )
 
 
 def _job(config: Any) -> dict[str, Any]:
