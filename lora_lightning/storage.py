@@ -25,6 +25,7 @@ from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
 from .module import LoraModule
+from .settings import PAUSE
 from .untrusted import check_task_state, settings_from_file
 
 ADAPTER = "adapter"
@@ -114,10 +115,10 @@ def refuse_run(output: Path) -> None:
     for run_dir in output.parents:
         entry = output.relative_to(run_dir).parts[0]
         is_run = (run_dir / RESULT).is_file() or (run_dir / HYDRA).is_dir()
-        if is_run and entry in (ADAPTER, *RUN_ENTRIES):
+        if is_run and entry in (ADAPTER, PAUSE, *RUN_ENTRIES):
             raise UserError(
                 f"{output} lies in the run {run_dir}, which keeps its own files there: give "
-                "another folder."
+                "another place."
             )
 
 
