@@ -21,7 +21,7 @@ from .config import (
     compose_config,
     explain,
     read_config,
-    refuse_targets,
+    refuse_untyped,
     register_schemas,
     settings_of,
     sweep_choices,
@@ -39,6 +39,8 @@ HYDRA_FLAGS = (
 )
 RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b"
 """Settings that a run can be gone on with: they do not change what it computes."""
+TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
+"""What a resumed run may need although its own config has it, because it may be of others."""
 AUTO = "resume=auto"
 """Go on with the run in output_dir where there is one, else begin it."""
 
@@ -315,7 +317,7 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 
 def _resume(folder: str, others: list[str]) -> None:
     run_dir = Path(folder).expanduser().resolve()
-    typed = [other for other in others if "._target_=" in other]
+    typed = [other for other in others if re.search(TYPED_AGAIN, other)]
     others = [other for other in others if other not in typed]
     _refuse_settings(folder, others)
     if run_dir.is_file():
@@ -340,7 +342,7 @@ def _resume(folder: str, others: list[str]) -> None:
         return
     config.output_dir = str(run_dir)
     if OWN_CONFIG not in os.environ:
-        others += refuse_targets(config, typed, f"resume={folder}")
+        others += refuse_untyped(config, typed, f"resume={folder}")
         _refuse_settings(folder, others)
     if others:
         asked = compose_config(others)

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import struct
 from collections.abc import Callable
@@ -32,7 +33,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lora_lightning.callbacks import BestCheckpoint
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.combine import combine_adapters
-from lora_lightning.config import compose_config, read_config, settings_of
+from lora_lightning.config import (
+    compose_config,
+    read_config,
+    refuse_untyped,
+    settings_of,
+    to_be_typed,
+)
 from lora_lightning.evaluate import evaluate, predictor_for
 from lora_lightning.imported import import_adapter
 from lora_lightning.inference import load_trained, merge
@@ -516,16 +523,14 @@ def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp
     config = OmegaConf.to_container(compose_config([f"output_dir={folder}"]), resolve=False)
     saved = folder / ".hydra" / "config.yaml"
     saved.write_text(OmegaConf.to_yaml(config))
-    from lora_lightning.config import refuse_targets, targets_of_others
-
-    assert targets_of_others(read_config(saved)) == []
+    assert to_be_typed(read_config(saved)) == {}
     config["callbacks"]["early_stopping"]["deep"] = [{"_target_": target}]
     saved.write_text(OmegaConf.to_yaml(config))
     item = f"callbacks.early_stopping.deep.0._target_={target}"
     status, _, err = run_cli("train", f"resume={folder}")
     assert status == 2
     assert " ".join(err.split()).endswith(f"type it again: resume={folder} {item}")
-    assert refuse_targets(read_config(saved), [item], "resume=X") == []
+    assert refuse_untyped(read_config(saved), [item], "resume=X") == []
     idle = "callbacks.mine._target_=os.system"
     assert (
         run_cli("train", f"resume={folder}", item, idle)[2].strip().endswith(f"leave out {idle}.")
@@ -533,6 +538,37 @@ def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp
     config["callbacks"]["early_stopping"]["deep"] = f"${{oc.create:'{{_target_: {target}}}'}}"
     saved.write_text(OmegaConf.to_yaml(config))
     assert run_cli("train", f"resume={folder}")[0] == 2
+
+
+CHOSEN = {
+    "model.trust_remote_code": (True, "model.trust_remote_code=true"),
+    "model.attn_implementation": ("evil/kernel", "model.attn_implementation=evil/kernel"),
+    "data.train": ("${oc.env:HOME}/x.csv", "'data.train=${oc.env:HOME}/x.csv'"),
+    "tags": (["${oc.${task.name}:a}"], "'tags.0=${oc.${task.name}:a}'"),
+    "trainer.max_steps": ("${oc.decode:'{1}'}", "'trainer.max_steps=${oc.decode:'\"'\"'{1}'"),
+}
+
+
+@pytest.mark.parametrize("key", CHOSEN)
+def test_resume_has_what_runs_or_reads_more_than_the_config_typed_again(key, run_cli, tmp_path):
+    folder = tmp_path / "run"
+    value, item = CHOSEN[key]
+    config = compose_config([f"output_dir={folder}"])
+    OmegaConf.update(config, key, value, force_add=True)
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    saved = read_config(folder / ".hydra" / "config.yaml")
+    status, _, err = run_cli("train", f"resume={folder}")
+    assert status == 2
+    assert f"type it again: resume={folder} {item}" in " ".join(err.split())
+    typed = shlex.split(" ".join(err.split()).partition("type it again: ")[2])[1:]
+    if key in ("model.trust_remote_code", "model.attn_implementation", "data.train"):
+        assert refuse_untyped(saved, typed, "resume=X") == []
+
+
+def test_a_plain_interpolation_need_not_be_typed_again():
+    config = compose_config(["tags=['a: ${task.monitor}']", "data.train='${output_dir}/x'"])
+    assert to_be_typed(config) == {}
 
 
 def test_report_of_others_reads_no_environment(tmp_path, monkeypatch, run_cli):

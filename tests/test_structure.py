@@ -25,7 +25,7 @@ ALLOWED = {
     "settings": {"lora"},
     "quiet": set(),
     "usage": set(),
-    "config": FOUNDATION,
+    "config": FOUNDATION | {"untrusted"},
     "untrusted": FOUNDATION,
     "terminal": set(),
     "logs": {"terminal"},
