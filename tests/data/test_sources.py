@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lora_lightning.data import sources
 from lora_lightning.data.sources import load_splits
 from lora_lightning.lora.errors import UserError
 from lora_lightning.settings import DataConfig
@@ -202,10 +203,36 @@ def test_columns_that_name_files_are_read_as_text(declared, way, tmp_path, monke
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
     monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     if way == "hub":
-        found = datasets.load_dataset("parquet", data_files=str(tmp_path / "train.parquet"))
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+        found = datasets.load_dataset_builder(
+            "parquet", data_files=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "hub")
+        )
+        monkeypatch.setattr(sources, "REMOTE", ("/",))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
     config = {"path": "me/rows"} if way == "hub" else {"train": str(tmp_path / "train.parquet")}
     rows = load_splits(DataConfig(**config))["train"]
     assert rows[:] == {"text": ["a", "b"], "it": [value] * 2, "label": [1, 0]}
     assert rows.features["label"].names == ["bad", "good"]
     assert asked == []
+
+
+def test_a_folder_of_splits_names_no_file_of_the_user(tmp_path):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"text": "secret"}\n')
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    named = ("../secret.jsonl", str(secret), "data/linked.jsonl", "http://192.0.2.1/x.jsonl")
+    (folder / "data" / "linked.jsonl").symlink_to(secret)
+    for name in named:
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n"
+        )
+        with pytest.raises(UserError, match="data.path=.*(no part of it|cannot be loaded)"):
+            load_splits(DataConfig(path=str(folder)))
+
+
+def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"text": "secret"}\n')
+    found = datasets.load_dataset_builder("json", data_files=str(tmp_path / "x.jsonl"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
+    with pytest.raises(UserError, match=r"names .*x\.jsonl, which is no part of it"):
+        load_splits(DataConfig(path="me/rows"))
