@@ -185,6 +185,21 @@ def refuse_links(folder: Path) -> None:
             )
 
 
+def lies_elsewhere(path: Path, folder: Path) -> Path | None:
+    """Return where a path in a folder leads to if that is outside of the folder, else None.
+
+    A folder in the hub's cache holds links to the files of its own repository, which are inside.
+
+    Args:
+        path: a file in the folder, or a link.
+        folder: the folder.
+    """
+    inside = folder.resolve()
+    real = Path(os.path.realpath(path))  # which does not mind a ring of links
+    own = [up / "blobs" for up in inside.parents if up.name.startswith(("models--", "datasets--"))]
+    return None if any(real.is_relative_to(place) for place in (inside, *own)) else real
+
+
 def refuse_outside_shards(folder: Path) -> None:
     """Refuse a base model whose index of shards names a file outside of its folder.
 

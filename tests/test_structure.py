@@ -52,7 +52,7 @@ ALLOWED = {
     "head": {"parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward", "terminal"},
-    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal"},
+    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal", "untrusted"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
     "losses": {"lora", "atomic_write"},

@@ -16,6 +16,7 @@ from typing import Any
 from ..lora.errors import UserError, did_you_mean
 from ..lora.outputs import digest
 from ..settings import DataConfig
+from ..untrusted import lies_elsewhere
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
 
@@ -177,7 +178,7 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=cache, prefix=".set-") as work:
         builder = load_dataset_builder(str(inside), config.name, cache_dir=work)
         files = _refuse_elsewhere(
-            config, builder, lambda file: Path(os.path.realpath(file)).is_relative_to(inside)
+            config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
         )
         files += [str(inside / name) for name in DESCRIPTIONS if (inside / name).is_file()]
         sums = {os.path.relpath(file, inside): digest(Path(file)) for file in files}
@@ -407,15 +408,28 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     if not files:
         tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
         if tables:
+            _refuse_links(option, path, tables)
             return _load_files(option, tables, cache)
         raise UserError(
             f"{option}: the folder {path} holds no .txt files and no data files "
             f"({', '.join(BUILDERS)})."
         )
+    _refuse_links(option, path, files)
     columns: dict[str, list[str]] = {"text": [_text(option, file) for file in files]}
     if all(file.parent != path for file in files):
         columns["label"] = [file.relative_to(path).parts[0] for file in files]
     return Dataset.from_dict(columns)
+
+
+def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:
+    """Raises UserError for a link out of a folder: who sent it may not choose what is read."""
+    for file in files:
+        real = lies_elsewhere(file, folder)
+        if real is not None:
+            raise UserError(
+                f"{option}: {file} is a link to {real}, outside of its folder. Take it away, or "
+                f"put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+            )
 
 
 def _text(option: str, path: Path) -> str:

@@ -236,3 +236,30 @@ def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
     with pytest.raises(UserError, match=r"names .*x\.jsonl, which is no part of it"):
         load_splits(DataConfig(path="me/rows"))
+
+
+@pytest.mark.parametrize("name", ["pos/2.txt", "deep/er/2.txt", "part2.jsonl"])
+def test_a_link_out_of_a_folder_of_data_is_refused(name, tmp_path):
+    folder = tmp_path / "data"
+    (tmp_path / "secret").write_text('{"text": "PRIVATE"}\n')
+    first = folder / name.replace("2", "1")
+    first.parent.mkdir(parents=True)
+    first.write_text('{"text": "theirs"}\n')
+    (folder / name).symlink_to(first)
+    assert len(load_splits(DataConfig(train=str(folder)))["train"]) == 2
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"data.train: .*{name} is a link to .*secret, outside"):
+        load_splits(DataConfig(train=str(folder)))
+
+
+@pytest.mark.parametrize("option", ["train", "path"])
+def test_the_hubs_cache_is_a_folder_of_data(option, tmp_path):
+    cache = tmp_path / "datasets--me--rows"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "1f").write_text('{"text": "theirs"}\n')
+    (snapshot / "train.jsonl").symlink_to("../../blobs/1f")
+    rows = load_splits(DataConfig(**{option: str(snapshot)}))["train"]
+    assert rows["text"][:] == ["theirs"]
