@@ -165,8 +165,7 @@ def arguments_from_file(
 def refuse_links(folder: Path) -> None:
     """Refuse a folder with links to files elsewhere, whose content would end in what is written.
 
-    Weights are read as tensors alone, and may be links. The hub's cache is all links, from
-    snapshots/REVISION to models--NAME/blobs.
+    Weights are read as tensors alone, and may be links.
 
     Args:
         folder: an adapter, a base model, or a tokenizer.
@@ -174,11 +173,9 @@ def refuse_links(folder: Path) -> None:
     Raises:
         UserError: it holds such a link.
     """
-    inside = folder.resolve()
     for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
-        real = Path(os.path.realpath(path))  # which does not mind a ring of links
-        cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-        if not (real.is_relative_to(inside) or cached or path.suffix == ".safetensors"):
+        real = lies_elsewhere(path, folder)
+        if real is not None and path.suffix != ".safetensors":
             raise UserError(
                 f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
                 f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."

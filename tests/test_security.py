@@ -707,6 +707,23 @@ def test_the_links_of_the_hubs_cache_are_followed(run, tmp_path):
     assert (tmp_path / "out" / SIDECAR).is_file()
 
 
+@pytest.mark.parametrize("link", ["file", "blobs"])
+def test_a_file_of_another_cache_is_not_followed(link, run, tmp_path):
+    """A token that was saved as a private model's file, and a cache of links to such a one."""
+    private = tmp_path / "models--my--private" / "blobs"
+    private.mkdir(parents=True)
+    (private / "1f").write_text("PRIVATE")
+    folder = tmp_path / "models--their--adapter" / "snapshots" / "abc"
+    shutil.copytree(run / "adapter", folder)
+    if link == "blobs":
+        (folder.parents[1] / "blobs").symlink_to(private)
+    (folder / "chat_template.jinja").symlink_to(
+        "../../blobs/1f" if link == "blobs" else private / "1f"
+    )
+    with pytest.raises(UserError, match="chat_template.jinja is a link to .*1f"):
+        copy_adapter(folder, tmp_path / "out")
+
+
 def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
