@@ -16,7 +16,7 @@ from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
 from .parallel import Shards, loading_options, take_whole, whole
-from .quantization import quantization_options, train_in_one_format
+from .quantization import quantization_options, refuse_plain_weights, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
 from .untrusted import EXPERTS, is_installed_attention, refuse_links, refuse_outside_shards
@@ -198,8 +198,10 @@ def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
+        place = resolve(config.name_or_path)
+        _refuse_adapter(place, config.revision)
         loaded = AutoConfig.from_pretrained(
-            resolve(config.name_or_path),
+            place,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
@@ -208,6 +210,18 @@ def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
         loaded._attn_implementation = config.attn_implementation
         loaded._experts_implementation = None
     return loaded, others
+
+
+def _refuse_adapter(place: str, revision: str | None) -> None:
+    """Raises UserError for a base with an adapter beside it, which transformers would put on it."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(place, revision=revision) is not None:
+        raise UserError(
+            f"{place} holds an adapter beside the base model, which would become part of the "
+            "frozen base: merge it first, or take adapter_config.json away. To train that adapter: "
+            "adapter=DIR."
+        )
 
 
 def _has_kernels_of_others(model_config: Any) -> bool:
@@ -247,6 +261,8 @@ def _from_pretrained(
         if wants_skeletons():
             model = build_skeleton(auto_class, model_config, config, kwargs.get("id2label"))
             return _ready_to_train(model, config), []
+        place = resolve(config.name_or_path)
+        refuse_plain_weights(place, model_config, revision=config.revision)
         options |= quantization_options(auto_class, model_config, config)
         sharding = loading_options(
             auto_class,
@@ -261,7 +277,7 @@ def _from_pretrained(
                     setattr(model_config, key, kwargs.pop(key))
             kwargs["config"] = model_config
         model, info = auto_class.from_pretrained(
-            resolve(config.name_or_path),
+            place,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             trust_remote_code=config.trust_remote_code,
