@@ -195,7 +195,7 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
     from .config import over_saved
 
     folder = _need(plain, "adapter", "evaluate")
-    _check_output(plain, (".json",))
+    _check_output(plain, (".json",), by="evaluate")
     from .atomic_write import write_json
     from .lock import locked_output
     from .storage import read_sidecar
@@ -219,7 +219,7 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
     if ("text" in plain) == ("input" in plain):
         given = " ".join(overrides) or ("both" if "text" in plain else "neither")
         raise UserError(f'predict needs one of text="..." and input=FILE, but got {given}.')
-    _check_output(plain, (".jsonl", ".ndjson"))
+    _check_output(plain, (".jsonl", ".ndjson"), by="predict")
     from .evaluate import predictor_for
 
     predictor = predictor_for(folder, overrides)
@@ -396,8 +396,8 @@ def _need(plain: dict[str, str], key: str, verb: str) -> Path:
     return Path(plain[key]).expanduser()
 
 
-def _check_output(plain: dict[str, str], suffixes: tuple[str, ...]) -> None:
-    """Refuses a place that could not be written when the work is done."""
+def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) -> None:
+    """Refuses a place that could not be written when the work is done, or where it must not be."""
     from .lora.errors import UserError
 
     if "output" not in plain:
@@ -412,6 +412,9 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...]) -> None:
             f"output={output}: what is written is {suffixes[0][1:].upper()}, so give a name that "
             f"ends in {suffixes[0]}."
         )
+    from .written import refuse_other_file
+
+    refuse_other_file(output, by=by, source=Path(plain["input"]) if "input" in plain else None)
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

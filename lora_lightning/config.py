@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
+from .untrusted import is_installed_attention
 
 CONFIG_MODULE = "lora_lightning.conf"
 CONFIG_NAME = "train"
@@ -301,10 +304,10 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
         ) from error
 
 
-def refuse_targets(config: DictConfig, typed: list[str], source: str) -> list[str]:
-    """Refuses a saved config that builds what neither Lightning nor this package has.
+def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[str]:
+    """Refuses a saved config that runs code of others, or reads more than itself.
 
-    Such a class is code that the folder's owner chose; the caller types it again to allow it.
+    The folder's owner chose that; the caller types it again to allow it.
 
     Args:
         config: as it was saved.
@@ -312,43 +315,83 @@ def refuse_targets(config: DictConfig, typed: list[str], source: str) -> list[st
         source: the folder as it was typed, for the message.
 
     Returns:
-        What was typed and is no class that the config builds.
+        What was typed and need not be.
 
     Raises:
-        UserError: a class is neither known nor typed.
+        UserError: something was not typed.
     """
-    asked = targets_of_others(config)
-    if again := [item for item in asked if item not in typed]:
-        key, _, name = again[0].partition("._target_=")
-        raise UserError(
-            f"{source}: its config builds {key} from {name}, which is not a class of Lightning, "
-            "torch.optim or lora_lightning. It may be code of somebody else. If it is yours, type "
-            f"it again: {source} {' '.join(again)}"
-        )
+    asked: dict[str, str] = {}
+    for resolve in (False, True):  # what reads more than the config is not resolved untyped
+        asked |= to_be_typed(config, resolve=resolve)
+        if again := [item for item in asked if item not in typed]:
+            raise UserError(
+                f"{source}: its config {asked[again[0]]}. It may be of somebody else. If it is "
+                f"yours, type it again: {source} {shlex.join(again)}"
+            )
     return [item for item in typed if item not in asked]
 
 
-def targets_of_others(config: DictConfig) -> list[str]:
-    """The `KEY._target_=CLASS` of a config whose classes are not of Lightning, torch or ours.
+def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
+    """The overrides that a resumed run needs again, with what each of them does.
+
+    They are classes that are not of Lightning, torch or ours, code that comes with a base model,
+    and interpolations that call something, such as `${oc.env:NAME}`.
+
+    Args:
+        config: as it was saved.
+        resolve: whether to resolve interpolations and look at their values too.
 
     Raises:
         UserError: an interpolation cannot be resolved.
     """
+    found: dict[str, str] = {}
+    raw = dict(_leaves(OmegaConf.to_container(config, resolve=False)))
+    for key, value in raw.items():
+        if _calls(value) and key != "output_dir":  # which resume= sets
+            found[f"{key}={value}"] = f"takes {key} from {value}"
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        values = dict(_leaves(OmegaConf.to_container(config, resolve=True))) if resolve else raw
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+    for key, value in values.items():
+        does = None if isinstance(value, str) and "${" in value else _runs(key, value)
+        if does is not None:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            found[f"{key}={shown}"] = does
+    return found
 
-    def walk(node: Any, key: str) -> list[str]:
-        if isinstance(node, list):
-            return [item for i, part in enumerate(node) for item in walk(part, f"{key}{i}.")]
-        if not isinstance(node, dict):
-            return []
-        target = node.get("_target_")
-        own = [f"{key}_target_={target}"] if target is not None and not _is_known(target) else []
-        return own + [item for name, part in node.items() for item in walk(part, f"{key}{name}.")]
 
-    return walk(plain, "")
+def _runs(key: str, value: Any) -> str | None:
+    """What a setting runs that may be code of others; None: nothing."""
+    if key.rpartition(".")[2] == "_target_" and value is not None and not _is_known(value):
+        return (
+            f"builds {key.removesuffix('._target_')} from {value}, which is not a class of "
+            "Lightning, torch.optim or lora_lightning"
+        )
+    if key == "model.trust_remote_code" and value:
+        return "runs Python code that comes with its base model"
+    if key == "model.attn_implementation" and value and not is_installed_attention(value):
+        return f"takes attention kernels from elsewhere: {value}"
+    return None
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested dicts and lists, each with its value."""
+    if not isinstance(node, (dict, list)):
+        yield key, node
+        return
+    for name, part in node.items() if isinstance(node, dict) else enumerate(node):
+        if name == "_target_" and isinstance(part, (dict, list)):
+            part = str(part)
+        yield from _leaves(part, f"{key}.{name}" if key else str(name))
+
+
+def _calls(value: Any) -> bool:
+    """Whether a value holds an interpolation that calls a resolver, not another setting alone."""
+    text = value if isinstance(value, str) else ""
+    while (less := re.sub(r"\$\{[^${}:]*\}", "", text)) != text:
+        text = less
+    return "${" in text
 
 
 def _is_known(target: Any) -> bool:

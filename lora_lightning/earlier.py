@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
-from .config import config_hash
+from .config import config_hash, read_config
 from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
-from .storage import RESULT
+from .settings import PAUSE
+from .storage import ADAPTER, HYDRA, RESULT, RUN_ENTRIES
 from .terminal import say
 
 CHECKPOINTS = "checkpoints"
@@ -67,13 +69,39 @@ def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
         )
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has left the files in a folder, and not something else under their names."""
+    with suppress(UserError):
+        read_config(run_dir / HYDRA / "config.yaml")
+        return True
+    return _has_begun(run_dir)
+
+
+def _has_begun(run_dir: Path) -> bool:
+    return "config_hash" in earlier_result(run_dir) or last_checkpoint(run_dir) is not None
+
+
 def refuse_used_folder(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run already."""
-    if (run_dir / RESULT).exists() or (run_dir / CHECKPOINTS).exists():
+    """Raises UserError if the folder holds a run already, or files that a run would replace."""
+    if _has_begun(run_dir):
         raise UserError(
             f"{run_dir} holds a run already. To go on with it: lora-lightning train "
             f"resume={run_dir}. For a new run give another output_dir."
         )
+    names = [name for name in (*RUN_ENTRIES, PAUSE, ADAPTER) if _is_filled(run_dir / name)]
+    # A start that was killed before the run began leaves its config.
+    lost = [name for name in names if name != HYDRA or not holds_run(run_dir)]
+    if lost:
+        raise UserError(
+            f"{run_dir} holds {', '.join(lost)}, where a run writes files of its own. Give another "
+            "output_dir, or move them away."
+        )
+
+
+def _is_filled(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return os.path.lexists(path)
+    return any(path.iterdir())
 
 
 def continue_csv(trainer: L.Trainer, step: int) -> None:

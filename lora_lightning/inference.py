@@ -39,6 +39,7 @@ from .tasks import build_task, to_device
 from .terminal import printable
 from .untrusted import refuse_links
 from .vocabulary import refuse_unknown
+from .written import refuse_other_file
 
 
 def load_trained(
@@ -176,8 +177,10 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
         The number of rows.
 
     Raises:
-        UserError: a row has no text, or the output cannot be written.
+        UserError: a row has no text, or the output cannot be written, or is of something else.
     """
+    if output is not None:
+        refuse_other_file(output, by="predict", source=source)
     rows = load_rows("input", source)
     task = predictor.module.task
     task.find_inputs(rows.column_names)

@@ -16,10 +16,10 @@ from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
 from .parallel import Shards, loading_options, take_whole, whole
-from .quantization import quantization_options, train_in_one_format
+from .quantization import quantization_options, refuse_plain_weights, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
-from .untrusted import ATTENTION, refuse_links, refuse_outside_shards
+from .untrusted import EXPERTS, is_installed_attention, refuse_links, refuse_outside_shards
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -196,26 +196,45 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
-    """The config, and whether attention kernels that its file names were taken out of it."""
+    """The config, and whether kernels that its file names were taken out of it."""
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
+        place = resolve(config.name_or_path)
+        _refuse_adapter(place, config.revision)
         loaded = AutoConfig.from_pretrained(
-            resolve(config.name_or_path),
+            place,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
     others = _has_kernels_of_others(loaded)
     if others:
         loaded._attn_implementation = config.attn_implementation
+        loaded._experts_implementation = None
     return loaded, others
 
 
+def _refuse_adapter(place: str, revision: str | None) -> None:
+    """Raises UserError for a base with an adapter beside it, which transformers would put on it."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(place, revision=revision) is not None:
+        raise UserError(
+            f"{place} holds an adapter beside the base model, which would become part of the "
+            "frozen base: merge it first, or take adapter_config.json away. To train that adapter: "
+            "adapter=DIR."
+        )
+
+
 def _has_kernels_of_others(model_config: Any) -> bool:
-    """Whether a base's config names attention that transformers would fetch as code."""
+    """Whether a base's config names attention or experts that transformers would fetch as code."""
+    attention = getattr(model_config, "_attn_implementation", None)
+    if attention is not None and not is_installed_attention(attention):
+        return True
+    if getattr(model_config, "_experts_implementation", None) not in (None, *EXPERTS):
+        return True
     parts = [getattr(model_config, name, None) for name in getattr(model_config, "sub_configs", ())]
-    named = getattr(model_config, "_attn_implementation", None)
-    return named not in (None, *ATTENTION) or any(map(_has_kernels_of_others, filter(None, parts)))
+    return any(map(_has_kernels_of_others, filter(None, parts)))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -244,6 +263,8 @@ def _from_pretrained(
         if wants_skeletons():
             model = build_skeleton(auto_class, model_config, config, kwargs.get("id2label"))
             return _ready_to_train(model, config), []
+        place = resolve(config.name_or_path)
+        refuse_plain_weights(place, model_config, revision=config.revision)
         options |= quantization_options(auto_class, model_config, config)
         sharding = loading_options(
             auto_class,
@@ -258,7 +279,7 @@ def _from_pretrained(
                     setattr(model_config, key, kwargs.pop(key))
             kwargs["config"] = model_config
         model, info = auto_class.from_pretrained(
-            resolve(config.name_or_path),
+            place,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             trust_remote_code=config.trust_remote_code,

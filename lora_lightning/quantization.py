@@ -7,14 +7,21 @@ apart for each product, and get no gradient; the adapter on them is LoRA as ever
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from .lora import UserError
 from .lora.match import head_modules
 from .settings import ModelConfig
+
+KEY = "quantization_config"
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+"""Types of tensors that a base holds which is not quantised."""
 
 
 def quantization_options(
@@ -56,6 +63,53 @@ def quantization_options(
             llm_int8_skip_modules=[name.rpartition(".")[2] for name in head_modules(bare)],
         )
     }
+
+
+def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) -> None:
+    """Refuse a base whose config asks for quantised layers while its weights are plain numbers.
+
+    transformers would quantise it without a word. One that was saved quantised is what it says.
+
+    Args:
+        name: hub name or folder.
+        model_config: its config.
+        revision: of the hub.
+
+    Raises:
+        UserError: it is such a base.
+    """
+    text = model_config.get_text_config(decoder=True)
+    asked = getattr(model_config, KEY, None) or getattr(text, KEY, None)
+    files = _weight_files(name, revision) if asked else []
+    if files and not any(map(_is_quantised, files)):
+        method = asked.get("quant_method", "?") if isinstance(asked, dict) else "?"
+        raise UserError(
+            f"{name}: its config.json asks for quantised layers ({method}), but its weights are "
+            f"not quantised. Take {KEY} out of it. To quantise them: model.quantization=nf4."
+        )
+
+
+def _weight_files(name: str, revision: str | None) -> list[str]:
+    """The files of safetensors of a base, from the hub where they are not here."""
+    from transformers.utils.hub import cached_file
+
+    def find(file: str) -> str | None:
+        try:
+            return cached_file(name, file, revision=revision)
+        except OSError:
+            return None
+
+    index = find("model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+    return [path for path in map(find, names) if path is not None]
+
+
+def _is_quantised(path: str) -> bool:
+    with safe_open(path, "pt") as file:
+        return any(file.get_slice(name).get_dtype() not in PLAIN for name in file.keys())  # noqa: SIM118
 
 
 def experts_left(model: nn.Module) -> str:

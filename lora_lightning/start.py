@@ -21,7 +21,7 @@ from .config import (
     compose_config,
     explain,
     read_config,
-    refuse_targets,
+    refuse_untyped,
     register_schemas,
     settings_of,
     sweep_choices,
@@ -39,6 +39,8 @@ HYDRA_FLAGS = (
 )
 RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b"
 """Settings that a run can be gone on with: they do not change what it computes."""
+TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
+"""What a resumed run may need although its own config has it, because it may be of others."""
 AUTO = "resume=auto"
 """Go on with the run in output_dir where there is one, else begin it."""
 
@@ -167,11 +169,11 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
     goes_on |= outside and cluster.started_again()
     if goes_on and _is_complete(run_dir):
         return
-    from .earlier import refuse_other_run, refuse_used_folder
+    from .earlier import holds_run, refuse_other_run, refuse_used_folder
     from .storage import undone_on_mistake
 
     with undone_on_mistake(run_dir):
-        if goes_on:
+        if goes_on and holds_run(run_dir):
             refuse_other_run(run_dir, config)
         else:
             refuse_used_folder(run_dir)
@@ -262,11 +264,14 @@ def _whole_configs() -> Iterator[None]:
     from hydra.core import utils
 
     def save(cfg: DictConfig, filename: str, output_dir: Path) -> None:
+        path = output_dir / filename
+        if filename == "config.yaml" and path.exists():  # the first that it writes
+            _refuse_foreign(path)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write(output_dir / filename, OmegaConf.to_yaml(cfg))
+            atomic_write(path, OmegaConf.to_yaml(cfg))
         except OSError as error:
-            raise UserError(f"{output_dir / filename} cannot be written: {error}.") from None
+            raise UserError(f"{path} cannot be written: {error}.") from None
 
     usual = utils._save_config
     utils._save_config = save
@@ -274,6 +279,16 @@ def _whole_configs() -> Iterator[None]:
         yield
     finally:
         utils._save_config = usual
+
+
+def _refuse_foreign(saved: Path) -> None:
+    """Raises UserError for a saved config that is no run's."""
+    from .earlier import holds_run
+
+    if not holds_run(saved.parent.parent):
+        raise UserError(
+            f"{saved} is of another program, or damaged. Give another output_dir, or delete it."
+        )
 
 
 def _job(config: Any) -> dict[str, Any]:
@@ -302,7 +317,7 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 
 def _resume(folder: str, others: list[str]) -> None:
     run_dir = Path(folder).expanduser().resolve()
-    typed = [other for other in others if "._target_=" in other]
+    typed = [other for other in others if re.search(TYPED_AGAIN, other)]
     others = [other for other in others if other not in typed]
     _refuse_settings(folder, others)
     if run_dir.is_file():
@@ -327,7 +342,7 @@ def _resume(folder: str, others: list[str]) -> None:
         return
     config.output_dir = str(run_dir)
     if OWN_CONFIG not in os.environ:
-        others += refuse_targets(config, typed, f"resume={folder}")
+        others += refuse_untyped(config, typed, f"resume={folder}")
         _refuse_settings(folder, others)
     if others:
         asked = compose_config(others)

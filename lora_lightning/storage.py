@@ -25,13 +25,15 @@ from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
 from .module import LoraModule
+from .settings import PAUSE
 from .untrusted import check_task_state, settings_from_file
 
 ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
+HYDRA = ".hydra"
 RUN_ENTRIES = (
-    *(".hydra", RESULT, BAD_STEP),
+    *(HYDRA, RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
@@ -112,11 +114,11 @@ def refuse_run(output: Path) -> None:
     output = Path(os.path.realpath(output))  # which does not mind a ring of links
     for run_dir in output.parents:
         entry = output.relative_to(run_dir).parts[0]
-        is_run = (run_dir / RESULT).is_file() or (run_dir / ".hydra").is_dir()
-        if is_run and entry in (ADAPTER, *RUN_ENTRIES):
+        is_run = (run_dir / RESULT).is_file() or (run_dir / HYDRA).is_dir()
+        if is_run and entry in (ADAPTER, PAUSE, *RUN_ENTRIES):
             raise UserError(
                 f"{output} lies in the run {run_dir}, which keeps its own files there: give "
-                "another folder."
+                "another place."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import sys
 from contextlib import ExitStack, nullcontext, suppress
@@ -24,7 +25,7 @@ from .config import (
     config_hash,
     saved_settings,
     settings_of,
-    targets_of_others,
+    to_be_typed,
 )
 from .data.datamodule import LoraDataModule
 from .earlier import (
@@ -85,10 +86,10 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
         begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
-        again: list[str] = []
+        again: dict[str, str] = {}
         with suppress(UserError):  # an interpolation that this process cannot resolve
-            again = targets_of_others(config)
-        command = " ".join([f"train resume={run_dir}", *again])
+            again = to_be_typed(config)
+        command = " ".join([f"train resume={run_dir}", *map(shlex.quote, again)])
         super().__init__(f"interrupted. To go on{begins}: lora-lightning {command}")
         self.signum = signum
 

@@ -6,6 +6,7 @@ the groups and keys of `settings.py`, with their types.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,12 @@ from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Implementations that transformers has itself; other names are those of repositories of code."""
+ATTENTION = ("eager", "sdpa", "flex_attention")
+"""Attention that torch has itself; for other names transformers may fetch code from the hub."""
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Attention of an installed package, by its module. Where it is absent transformers fetches it."""
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""Products of experts that torch has itself."""
 ONLY_TYPED = (("model", "trust_remote_code"), ("data", "cache_dir"))
 """Group and key of what runs code or writes files: a file's value is left out."""
 _SCHEMAS: dict[str, type[Any]] = {
@@ -34,8 +39,8 @@ _SCHEMAS: dict[str, type[Any]] = {
 def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str, dict[str, Any]]:
     """Return our own groups of settings as a file holds them, checked against their types.
 
-    `trust_remote_code`, `cache_dir` and attention kernels that transformers does not have itself
-    are left out, and so are groups that are not ours.
+    `trust_remote_code`, `cache_dir` and attention kernels that are not installed are left out, and
+    so are groups that are not ours.
 
     Args:
         settings: groups by name.
@@ -55,9 +60,15 @@ def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str,
         kept[group] = _typed(group, values, source)
     for group, key in ONLY_TYPED:
         kept.get(group, {}).pop(key, None)
-    if kept.get("model", {}).get("attn_implementation") not in ATTENTION:
+    if not is_installed_attention(kept.get("model", {}).get("attn_implementation")):
         kept.get("model", {}).pop("attn_implementation", None)
     return kept
+
+
+def is_installed_attention(name: Any) -> bool:
+    """Whether attention that a file names is there, so that no code is fetched for it."""
+    package = FLASH.get(name) if isinstance(name, str) else None
+    return name in ATTENTION or (package is not None and bool(importlib.util.find_spec(package)))
 
 
 def check_plain(values: Any, where: str) -> None:
@@ -154,8 +165,7 @@ def arguments_from_file(
 def refuse_links(folder: Path) -> None:
     """Refuse a folder with links to files elsewhere, whose content would end in what is written.
 
-    Weights are read as tensors alone, and may be links. The hub's cache is all links, from
-    snapshots/REVISION to models--NAME/blobs.
+    Weights are read as tensors alone, and may be links.
 
     Args:
         folder: an adapter, a base model, or a tokenizer.
@@ -163,15 +173,28 @@ def refuse_links(folder: Path) -> None:
     Raises:
         UserError: it holds such a link.
     """
-    inside = folder.resolve()
     for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
-        real = Path(os.path.realpath(path))  # which does not mind a ring of links
-        cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-        if not (real.is_relative_to(inside) or cached or path.suffix == ".safetensors"):
+        real = lies_elsewhere(path, folder)
+        if real is not None and path.suffix != ".safetensors":
             raise UserError(
                 f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
                 f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
             )
+
+
+def lies_elsewhere(path: Path, folder: Path) -> Path | None:
+    """Return where a path in a folder leads to if that is outside of the folder, else None.
+
+    A folder in the hub's cache holds links to the files of its own repository, which are inside.
+
+    Args:
+        path: a file in the folder, or a link.
+        folder: the folder.
+    """
+    inside = folder.resolve()
+    real = Path(os.path.realpath(path))  # which does not mind a ring of links
+    own = [up / "blobs" for up in inside.parents if up.name.startswith(("models--", "datasets--"))]
+    return None if any(real.is_relative_to(place) for place in (inside, *own)) else real
 
 
 def refuse_outside_shards(folder: Path) -> None:

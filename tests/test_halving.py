@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lora_lightning.launch.halving import Halving
-from lora_lightning.launch.queue import Job
+from lora_lightning.launch.queue import Job, JobQueue
 from lora_lightning.lora import UserError
 from lora_lightning.report import read_sweep
 from lora_lightning.start import _whole_halving
@@ -161,6 +162,33 @@ def test_what_is_given_takes_the_place_of_a_preset():
     assert _whole_halving(whole) == whole
     for other in ("hydra.launcher.halving=null", "hydra.launcher.jobs=2", "lora.rank=1"):
         assert _whole_halving(other) == other
+
+
+def test_a_paused_job_of_others_goes_on_with_the_config_of_this_sweep(
+    run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast
+):
+    """Its hash leaves out the loggers, which a config builds."""
+    monkeypatch.chdir(tmp_path)
+    rung = {"step": 5, "planned": 10, "monitor": "val/accuracy", "value": 0.5, "share": 0.5}
+    paused = json.dumps({"status": "paused", "rungs": [rung], "steps": 5})
+
+    def pause(queue: JobQueue) -> None:
+        for job in queue.jobs:
+            (job.folder / "result.json").write_text(paused)
+            job.state = "paused"
+
+    monkeypatch.setattr(JobQueue, "run", pause)
+    sweep = ["train", "-m", f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
+    sweep += ["lora.rank=1,2", "launcher.halving={eta: 2, rungs: 1}", "hydra.sweep.dir=sweep"]
+    assert run_cli(*sweep)[0] == 0
+    for saved in Path("sweep").glob("*/.hydra/config.yaml"):
+        config = OmegaConf.load(saved)
+        config.logger.evil = {"_target_": "os.system", "command": "touch owned"}
+        OmegaConf.save(config, saved)
+        (saved.parent.parent / "result.json").write_text(paused)
+    assert run_cli(*sweep)[0] == 0
+    configs = [path.read_text() for path in Path("sweep").glob("*/.hydra/config.yaml")]
+    assert [("lora_lightning" in text, "os.system" in text) for text in configs] == [(1, 0)] * 2
 
 
 @pytest.mark.slow

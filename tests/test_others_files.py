@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lora_lightning import UserError, load_adapter
 from lora_lightning.config import compose_config
+from lora_lightning.earlier import refuse_used_folder
 from lora_lightning.lora import AdapterSet
 from lora_lightning.train import train
 
@@ -79,6 +81,42 @@ def test_each_command_replaces_what_it_wrote(command, place, run_cli):
             assert status == 2
             assert "wrote it. This would be lost" in " ".join(err.split())
     assert contents(place) == before
+
+
+ENTRIES = ("samples.jsonl", "csv/metrics.csv", "bad_step.json", "pause.json", "result.json")
+ENTRIES += ("adapter/notes.md", "checkpoints/mine.ckpt", "tensorboard/x", ".hydra/config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("entry", "how"),
+    [
+        *((entry, []) for entry in ENTRIES),
+        *((entry, ["resume=auto"]) for entry in ("samples.jsonl", ".hydra/config.yaml")),
+        *((entry, ["--config-dir=conf"]) for entry in ("result.json", ".hydra/config.yaml")),
+    ],
+)
+def test_a_run_replaces_no_file_of_the_users(entry, how, tiny_bert, rows_jsonl, tmp_path, run_cli):
+    mine = tmp_path / "data" / entry
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"mine": 1}')
+    (tmp_path / "conf").mkdir()
+    how = [item.replace("=conf", f"={tmp_path / 'conf'}") for item in how]
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", "trainer=cpu"]
+    status, _, err = run_cli("train", *how, *where, f"output_dir={tmp_path / 'data'}")
+    assert status == 2
+    assert entry.partition("/")[0] in err
+    assert "give another output_dir" in " ".join(err.split()).lower()
+    assert mine.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("left", [".hydra/config.yaml", ".lock", "csv/", "notes.md"])
+def test_a_start_that_was_killed_is_in_no_ones_way(left, tmp_path):
+    """Before its first step it leaves a config; and what a run does not write may lie there."""
+    path = tmp_path / left
+    (path if left.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+    if not left.endswith("/"):
+        path.write_text(OmegaConf.to_yaml(compose_config([])))
+    refuse_used_folder(tmp_path)
 
 
 def _turn(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -171,3 +172,55 @@ def test_predict_follows_no_link(run_cli, adapters):
     assert status == 2
     assert "output=out.jsonl cannot be written" in " ".join(err.split())
     assert Path("victim").read_bytes() == before
+
+
+MINE = {
+    "rows.jsonl": '{"text": "a film", "label": "positive"}\n',
+    "notes.json": '{"done": ["a"]}\n',
+    "list.json": "[1, 2]\n",
+    "broken.jsonl": "{\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("in.jsonl", "output=in.jsonl is what predict reads"),
+        ("linked.jsonl", "output=linked.jsonl is what predict reads"),
+        ("rows.jsonl", "predict did not write it: it holds text, label"),
+        ("broken.jsonl", "predict did not write it: it holds something else"),
+        ("notes.json", "evaluate did not write it: it holds done"),
+        ("list.json", "evaluate did not write it: it holds something else"),
+        ("peft/adapter_config.json", "evaluate did not write it: it holds alpha_pattern"),
+        ("RUN/result.json", "lies in the run"),
+        ("RUN/pause.json", "lies in the run"),
+        ("RUN/samples.jsonl", "lies in the run"),
+        ("RUN/adapter/scores.json", "lies in the run"),
+    ],
+)
+def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tmp_path, run_cli):
+    shutil.copytree(adapters[0], tmp_path / "peft")
+    for name, content in MINE.items():
+        Path(name).write_text(content)
+    Path("linked.jsonl").hardlink_to("in.jsonl")
+    output = output.replace("RUN", str(adapters[0].parent))
+    before = Path(output).read_bytes() if Path(output).exists() else None
+    verb = ["predict", "input=in.jsonl"]
+    if output.endswith(".json"):
+        verb = ["evaluate", f"data.test={rows_jsonl}"]
+    status, _, err = run_cli(*verb, f"adapter={adapters[0]}", f"output={output}")
+    assert status == 2
+    assert told in " ".join(err.split())
+    assert (Path(output).read_bytes() if Path(output).exists() else None) == before
+
+
+def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jsonl, run_cli):
+    commands = {
+        "out.jsonl": ["predict", "input=in.jsonl"],
+        "out.json": ["evaluate", f"data.test={rows_jsonl}"],
+    }
+    for output, verb in commands.items():
+        Path(output).touch()
+        for adapter in adapters:
+            status, _, err = run_cli(*verb, f"adapter={adapter}", f"output={output}")
+            assert status == 0, err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 
 import peft
 import pytest
@@ -317,3 +318,30 @@ def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
     assert status == 0, err
     sidecar = json.loads((tmp_path / "i" / "lora_lightning.json").read_text())
     assert sidecar["settings"]["lora"]["init"] == "loftq"
+
+
+@pytest.mark.parametrize("shards", ["1GB", "20KB"])
+def test_a_base_is_quantised_where_its_weights_are(shards, tiny_llama, tmp_path):
+    """And not because its config says so; what was saved quantised is loaded so."""
+    asks = generator(tiny_llama, "nf4")
+    asks.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "saved")
+    model = generator(tmp_path / "saved")
+    torch.testing.assert_close(logits(model), logits(asks))
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    generator(tiny_llama).save_pretrained(tmp_path / "plain", max_shard_size=shards)
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "plain")
+    for kind in (None, "int8"):
+        with pytest.raises(UserError, match=r"layers \(bitsandbytes\), but its weights are not"):
+            generator(tmp_path / "plain", kind)
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused(tiny_llama, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    save_adapter(adapted(generator(tiny_llama)), tmp_path / "adapter")
+    for path in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(path, base)
+    with pytest.raises(UserError, match="holds an adapter beside the base model"):
+        generator(base)

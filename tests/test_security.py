@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import struct
 from collections.abc import Callable
@@ -32,7 +33,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lora_lightning.callbacks import BestCheckpoint
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.combine import combine_adapters
-from lora_lightning.config import compose_config, read_config, settings_of
+from lora_lightning.config import (
+    compose_config,
+    read_config,
+    refuse_untyped,
+    settings_of,
+    to_be_typed,
+)
 from lora_lightning.evaluate import evaluate, predictor_for
 from lora_lightning.imported import import_adapter
 from lora_lightning.inference import load_trained, merge
@@ -40,7 +47,12 @@ from lora_lightning.launch.queue import Job
 from lora_lightning.launch.table import JobTable
 from lora_lightning.lock import is_abandoned
 from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.modeling import load_classifier, load_model_config, load_tokenizer
+from lora_lightning.modeling import (
+    load_classifier,
+    load_generator,
+    load_model_config,
+    load_tokenizer,
+)
 from lora_lightning.module import LoraModule
 from lora_lightning.portable import write_canonical
 from lora_lightning.settings import ModelConfig
@@ -49,7 +61,7 @@ from lora_lightning.stored import Stored, copy_adapter
 from lora_lightning.tasks import build_task
 from lora_lightning.terminal import printable
 from lora_lightning.train import train
-from lora_lightning.untrusted import arguments_from_file
+from lora_lightning.untrusted import EXPERTS, arguments_from_file, settings_from_file
 from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -511,16 +523,14 @@ def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp
     config = OmegaConf.to_container(compose_config([f"output_dir={folder}"]), resolve=False)
     saved = folder / ".hydra" / "config.yaml"
     saved.write_text(OmegaConf.to_yaml(config))
-    from lora_lightning.config import refuse_targets, targets_of_others
-
-    assert targets_of_others(read_config(saved)) == []
+    assert to_be_typed(read_config(saved)) == {}
     config["callbacks"]["early_stopping"]["deep"] = [{"_target_": target}]
     saved.write_text(OmegaConf.to_yaml(config))
     item = f"callbacks.early_stopping.deep.0._target_={target}"
     status, _, err = run_cli("train", f"resume={folder}")
     assert status == 2
     assert " ".join(err.split()).endswith(f"type it again: resume={folder} {item}")
-    assert refuse_targets(read_config(saved), [item], "resume=X") == []
+    assert refuse_untyped(read_config(saved), [item], "resume=X") == []
     idle = "callbacks.mine._target_=os.system"
     assert (
         run_cli("train", f"resume={folder}", item, idle)[2].strip().endswith(f"leave out {idle}.")
@@ -528,6 +538,37 @@ def test_resume_builds_no_class_of_others_that_is_not_typed(target, run_cli, tmp
     config["callbacks"]["early_stopping"]["deep"] = f"${{oc.create:'{{_target_: {target}}}'}}"
     saved.write_text(OmegaConf.to_yaml(config))
     assert run_cli("train", f"resume={folder}")[0] == 2
+
+
+CHOSEN = {
+    "model.trust_remote_code": (True, "model.trust_remote_code=true"),
+    "model.attn_implementation": ("evil/kernel", "model.attn_implementation=evil/kernel"),
+    "data.train": ("${oc.env:HOME}/x.csv", "'data.train=${oc.env:HOME}/x.csv'"),
+    "tags": (["${oc.${task.name}:a}"], "'tags.0=${oc.${task.name}:a}'"),
+    "trainer.max_steps": ("${oc.decode:'{1}'}", "'trainer.max_steps=${oc.decode:'\"'\"'{1}'"),
+}
+
+
+@pytest.mark.parametrize("key", CHOSEN)
+def test_resume_has_what_runs_or_reads_more_than_the_config_typed_again(key, run_cli, tmp_path):
+    folder = tmp_path / "run"
+    value, item = CHOSEN[key]
+    config = compose_config([f"output_dir={folder}"])
+    OmegaConf.update(config, key, value, force_add=True)
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    saved = read_config(folder / ".hydra" / "config.yaml")
+    status, _, err = run_cli("train", f"resume={folder}")
+    assert status == 2
+    assert f"type it again: resume={folder} {item}" in " ".join(err.split())
+    typed = shlex.split(" ".join(err.split()).partition("type it again: ")[2])[1:]
+    if key in ("model.trust_remote_code", "model.attn_implementation", "data.train"):
+        assert refuse_untyped(saved, typed, "resume=X") == []
+
+
+def test_a_plain_interpolation_need_not_be_typed_again():
+    config = compose_config(["tags=['a: ${task.monitor}']", "data.train='${output_dir}/x'"])
+    assert to_be_typed(config) == {}
 
 
 def test_report_of_others_reads_no_environment(tmp_path, monkeypatch, run_cli):
@@ -604,7 +645,7 @@ def test_a_number_too_large_to_be_one_is_told(model, adapter, tmp_path):
 def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_path):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
     content = json.loads((folder / SIDECAR).read_text())
-    for asked, kept in (("some/kernels@main", None), ("sdpa", "sdpa")):
+    for asked, kept in (("k/k@main", None), ("flash_attention_2", None), ("sdpa", "sdpa")):
         content["settings"]["model"]["attn_implementation"] = asked
         (folder / SIDECAR).write_text(json.dumps(content))
         assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
@@ -666,6 +707,23 @@ def test_the_links_of_the_hubs_cache_are_followed(run, tmp_path):
     assert (tmp_path / "out" / SIDECAR).is_file()
 
 
+@pytest.mark.parametrize("link", ["file", "blobs"])
+def test_a_file_of_another_cache_is_not_followed(link, run, tmp_path):
+    """A token that was saved as a private model's file, and a cache of links to such a one."""
+    private = tmp_path / "models--my--private" / "blobs"
+    private.mkdir(parents=True)
+    (private / "1f").write_text("PRIVATE")
+    folder = tmp_path / "models--their--adapter" / "snapshots" / "abc"
+    shutil.copytree(run / "adapter", folder)
+    if link == "blobs":
+        (folder.parents[1] / "blobs").symlink_to(private)
+    (folder / "chat_template.jinja").symlink_to(
+        "../../blobs/1f" if link == "blobs" else private / "1f"
+    )
+    with pytest.raises(UserError, match="chat_template.jinja is a link to .*1f"):
+        copy_adapter(folder, tmp_path / "out")
+
+
 def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -711,12 +769,30 @@ def test_kernels_of_the_hub_are_not_a_bases_to_choose(key, tiny_bert, tmp_path, 
         assert model.config.id2label == {0: "no", 1: "yes"}
         return model.config._attn_implementation
 
-    assert attention_of("evil/kernel") == "sdpa"
+    for stored in ("evil/kernel", "flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        assert attention_of(stored) == "sdpa"
     assert set(asked) <= {"None", "sdpa"}
     assert attention_of("eager") == "eager"
     attention_of("evil/kernel", typed="mine/kernel")
     assert "mine/kernel" in asked
     assert "evil/kernel" not in asked
+
+
+def test_flash_attention_that_is_installed_is_an_adapters_to_choose(monkeypatch):
+    for found in (None, "a module's spec"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        model = settings_from_file({"model": {"attn_implementation": "flash_attention_2"}}, "x")
+        assert ("attn_implementation" in model["model"]) is (found is not None)
+
+
+def test_experts_kernels_of_the_hub_are_not_a_bases_to_choose(tiny_mixtral, tmp_path):
+    base = Path(shutil.copytree(tiny_mixtral, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    for stored in ("deepgemm", "sonicmoe", "eager"):
+        (base / "config.json").write_text(json.dumps({**config, "experts_implementation": stored}))
+        settings = ModelConfig(name_or_path=str(base))
+        model = load_generator(settings, load_tokenizer(settings))
+        assert model.config._experts_implementation in EXPERTS
 
 
 def test_a_token_of_the_environment_is_written_nowhere(

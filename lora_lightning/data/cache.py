@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,7 +41,7 @@ def write_sums(files: Iterable[Path], sums: Path) -> None:
 
 
 def _name(path: Path, sums: Path) -> str:
-    return path.relative_to(sums.parent).as_posix()
+    return Path(os.path.relpath(path, sums.parent)).as_posix()
 
 
 def tell_damage(path: Path) -> None:

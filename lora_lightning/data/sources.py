@@ -16,11 +16,16 @@ from typing import Any
 from ..lora.errors import UserError, did_you_mean
 from ..lora.outputs import digest
 from ..settings import DataConfig
+from ..untrusted import lies_elsewhere
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
 
 SPLITS = ("train", "val", "test")
 SUMS = "sums.json"
+REMOTE = ("hf://", "https://", "http://")
+"""Where the files of a data set of the hub lie."""
+DESCRIPTIONS = ("README.md", "dataset_infos.json", ".huggingface.yaml")
+"""Files beside a data set that say which of its files make which split, and of which types."""
 _ADVICE = {
     "csv": "A text that holds the separator must stand in double quotes.",
     "json": "Each line must be an object with the same keys and types of values.",
@@ -40,6 +45,8 @@ BUILDERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
+PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
+"""Kinds of columns of `datasets` whose values stand in the rows; others may name files and URLs."""
 
 
 def load_splits(config: DataConfig) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def load_splits(config: DataConfig) -> dict[str, Any]:
         cache = cache_folder(config.cache_dir)
         return {split: _load_files(f"data.{split}", value, cache) for split, value in files.items()}
     if config.path:
-        return _load_hub(config)
+        return _load_hub(config, cache_folder(config.cache_dir))
     if config.embedded:
         return _load_embedded(config)
     raise UserError("there is no data: give data.train=FILE, or data.path=HUB_NAME.")
@@ -102,12 +109,12 @@ def _load_embedded(config: DataConfig) -> dict[str, Any]:
     return {split: _load_files(name, path, cache) for split, path in paths.items()}
 
 
-def _load_hub(config: DataConfig) -> dict[str, Any]:
-    from datasets import load_dataset
-
-    assert config.path is not None
+def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
+    path = Path(str(config.path)).expanduser()
     try:
-        found = load_dataset(config.path, config.name, revision=config.revision)
+        found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"data.path={config.path}: the hub dataset cannot be loaded: {_reason(error)} "
@@ -120,9 +127,93 @@ def _load_hub(config: DataConfig) -> dict[str, Any]:
                     f"data.splits: {config.path} has no split {split!r}."
                     f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
                 )
-        return {ours: found[theirs] for ours, theirs in config.splits.items()}
+        return {ours: _as_stored(found[theirs]) for ours, theirs in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
-    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+    return {renamed[split]: _as_stored(rows) for split, rows in found.items() if split in renamed}
+
+
+def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
+    """The splits of a data set of the hub, whose cache is checked and made again if damaged."""
+    from datasets import load_dataset_builder
+
+    def fetch(**how: Any) -> Any:
+        builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
+        # Of a chain (zip://a.csv::hf://...) the last part is where the file lies.
+        _refuse_elsewhere(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
+        builder.download_and_prepare(**how)
+        return builder.as_dataset()
+
+    found = fetch()
+    files = sorted({Path(part["filename"]) for rows in found.values() for part in rows.cache_files})
+    key = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:32]
+    sums = cache / f"hub-{key}.json"
+    if sums.exists() and not is_whole(files, sums):
+        tell_damage(files[0].parent)
+        before = [digest(file) for file in files]
+        found = fetch(download_mode="reuse_cache_if_exists")
+        if [digest(file) for file in files] == before:
+            raise UserError(
+                f"data.path={config.path}: its rows in {files[0].parent} are damaged, and nothing "
+                "is there to make them again from. Delete that folder, and run with a network."
+            )
+        sums.unlink()
+    if files and not sums.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_sums(files, sums)
+        except OSError as error:
+            raise unwritable_cache(cache, error) from None
+    return dict(found)
+
+
+def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:
+    """The splits of a folder that is laid out like a data set of the hub, kept by content."""
+    from datasets import __version__, load_dataset_builder
+
+    inside = path.resolve()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_cache(cache, error) from None
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".set-") as work:
+        builder = load_dataset_builder(str(inside), config.name, cache_dir=work)
+        files = _refuse_elsewhere(
+            config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
+        )
+        files += [str(inside / name) for name in DESCRIPTIONS if (inside / name).is_file()]
+        sums = {os.path.relpath(file, inside): digest(Path(file)) for file in files}
+        content = json.dumps([sums, builder.name, config.name, __version__], sort_keys=True)
+        keys = {
+            str(split): hashlib.sha256(f"{split} {content}".encode()).hexdigest()[:32]
+            for split in builder.config.data_files
+        }
+        kept = {split: cache / f"rows-{key}" for split, key in keys.items()}
+        absent = [split for split, folder in kept.items() if not _is_kept(folder)]
+        if absent:
+            builder.download_and_prepare()
+            for number, split in enumerate(absent):
+                shutil.rmtree(kept[split], ignore_errors=True)
+                _keep(builder.as_dataset(split), Path(work) / f"kept-{number}", kept[split])
+    return {split: _kept_rows(folder, keys[split]) for split, folder in kept.items()}
+
+
+def _refuse_elsewhere(
+    config: DataConfig, builder: Any, belongs: Callable[[str], bool]
+) -> list[str]:
+    """The files of a data set, of which its description may name any on the user's machine.
+
+    Raises:
+        UserError: one does not belong to it.
+    """
+    splits = (builder.config.data_files or {}).values()
+    files = [str(file) for split in splits for file in split]
+    for file in files:
+        if not belongs(file):
+            raise UserError(
+                f"data.path={config.path} names {file}, which is no part of it. If you want it "
+                "read, give it yourself: data.train=FILE."
+            )
+    return files
 
 
 def _load_files(option: str, value: Any, cache: Path) -> Any:
@@ -200,16 +291,13 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
     Raises:
         UserError: nothing can be written there.
     """
-    from datasets import Dataset, __version__, concatenate_datasets
+    from datasets import __version__
 
     content = json.dumps([digest(path), reader.__name__, kwargs, __version__], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache / f"rows-{key}"
-    sums = folder / SUMS
     try:
-        if not is_whole(folder.glob("*.arrow"), sums):
-            if sums.exists():
-                tell_damage(folder)
+        if not _is_kept(folder):
             shutil.rmtree(folder, ignore_errors=True)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}-") as work:
@@ -221,8 +309,48 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
         if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
             raise unwritable_cache(cache, cause) from None
         raise
+    return _kept_rows(folder, key)
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether rows are in a folder and whole; damage is told."""
+    whole = is_whole(folder.glob("*.arrow"), folder / SUMS)
+    if not whole and (folder / SUMS).exists():
+        tell_damage(folder)
+    return whole
+
+
+def _kept_rows(folder: Path, key: str) -> Any:
+    """The rows that `_keep` has put into a folder; `key` tells them apart from others."""
+    from datasets import Dataset, concatenate_datasets
+
     rows = concatenate_datasets([Dataset.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))])
-    return Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key)
+    return _as_stored(Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key))
+
+
+def _as_stored(rows: Any) -> Any:
+    """Rows whose values are those that the table holds.
+
+    A table can declare a column as pictures or sound that lie elsewhere. Whoever reads the rows
+    would open these files, or fetch them from the network.
+    """
+    from datasets import Dataset, Features
+
+    table = rows.data.replace_schema_metadata(None)
+    stored = Features.from_arrow_schema(table.schema)
+    info = rows.info.copy()
+    info.features = Features(
+        {name: kind if _is_plain(kind) else stored[name] for name, kind in rows.features.items()}
+    )
+    return Dataset(table, info=info, split=rows.split, fingerprint=rows._fingerprint)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column's values stand in the rows themselves."""
+    if isinstance(kind, dict):
+        return all(map(_is_plain, kind.values()))
+    inner = getattr(kind, "feature", None)  # of a list
+    return type(kind).__name__ in PLAIN if inner is None else _is_plain(inner)
 
 
 def _keep(rows: Any, made: Path, folder: Path) -> None:
@@ -280,15 +408,28 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     if not files:
         tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
         if tables:
+            _refuse_links(option, path, tables)
             return _load_files(option, tables, cache)
         raise UserError(
             f"{option}: the folder {path} holds no .txt files and no data files "
             f"({', '.join(BUILDERS)})."
         )
+    _refuse_links(option, path, files)
     columns: dict[str, list[str]] = {"text": [_text(option, file) for file in files]}
     if all(file.parent != path for file in files):
         columns["label"] = [file.relative_to(path).parts[0] for file in files]
     return Dataset.from_dict(columns)
+
+
+def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:
+    """Raises UserError for a link out of a folder: who sent it may not choose what is read."""
+    for file in files:
+        real = lies_elsewhere(file, folder)
+        if real is not None:
+            raise UserError(
+                f"{option}: {file} is a link to {real}, outside of its folder. Take it away, or "
+                f"put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+            )
 
 
 def _text(option: str, path: Path) -> str:

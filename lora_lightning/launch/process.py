@@ -96,7 +96,7 @@ class ProcessLauncher(Launcher):
                 for number, overrides in enumerate(job_overrides, initial_job_idx)
             ]
             for job, config in planned:
-                if job.state == "waiting" or not _is_saved(job):
+                if job.state not in ("kept", "stopped") or not _is_saved(job):
                     _save(config, job)
             jobs = [job for job, _ in planned]
             _name(jobs)

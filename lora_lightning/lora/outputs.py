@@ -21,8 +21,6 @@ from .errors import UserError
 
 MARK = ".written_by.json"
 """In a folder: which command wrote it, and which files."""
-_LARGE = 2**24
-"""Bytes."""
 _SHOWN = 8
 """Files that a message names at most."""
 
@@ -136,11 +134,8 @@ def _mark(folder: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _kept(path: Path) -> str | int:
-    """By what a file is known again: its SHA-256; of a large one its size."""
-    if path.is_symlink() or not path.is_file():
-        return 0
-    size = path.stat().st_size
-    return size if size > _LARGE else digest(path)
+    """By what a file is known again: its SHA-256."""
+    return 0 if path.is_symlink() or not path.is_file() else digest(path)
 
 
 def _is_kept(path: Path, name: str, known: dict[str, Any]) -> bool:

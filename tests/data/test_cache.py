@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import make_rows
 
+from lora_lightning.data import sources
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sources import cache_folder, load_splits
 from lora_lightning.lora import UserError
@@ -124,6 +125,57 @@ def test_damaged_copies_of_rows_are_made_again(ending, damage, tmp_path, capsys)
     assert capsys.readouterr().err.count("is damaged: what was prepared there is made again") == 1
     assert read(path) == words
     assert capsys.readouterr().err.count("is damaged") == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_splits_of_a_folder_are_those_of_its_files_now(damage, tmp_path, capsys):
+    """data.path: by content, and whole; a file's name and time may stay."""
+    before = set(cache_folder(None).rglob("*.arrow"))
+    for word in (f"old {damage}", f"new {damage}"):
+        for split in ("train", "validation"):
+            write_rows(tmp_path / f"{split}.jsonl", [f"{split} {word}"] * 9)
+            os.utime(tmp_path / f"{split}.jsonl", ns=(10**18, 10**18))
+        for turn in range(2):
+            found = load_splits(DataConfig(path=str(tmp_path)))
+            rows = {split: rows["text"][:] for split, rows in found.items()}
+            assert rows == {"train": [f"train {word}"] * 9, "val": [f"validation {word}"] * 9}
+            made = sorted(set(cache_folder(None).rglob("*.arrow")) - before)
+            if turn == 0:
+                DAMAGES[damage](made[0])
+                capsys.readouterr()
+            else:
+                before |= set(made)
+                assert capsys.readouterr().err.count("is made again") == 1
+
+
+def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
+    import datasets
+
+    write_rows(tmp_path / "rows.parquet", [f"row {n}" for n in range(999)])
+    build = datasets.load_dataset_builder
+    where = {"data_files": str(tmp_path / "rows.parquet"), "cache_dir": str(tmp_path / "hub")}
+    monkeypatch.setattr(sources, "REMOTE", ("/",))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda *_, **__: build("parquet", **where)
+    )
+    config = DataConfig(path="me/rows", cache_dir=str(tmp_path / "cache"))
+
+    def read_all() -> list[str]:
+        return load_splits(config)["train"]["text"][:]
+
+    expected = read_all()
+    (file,) = (tmp_path / "hub").rglob("*.arrow")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"row 50", b"row 05"))
+    capsys.readouterr()
+    assert read_all() == expected
+    assert capsys.readouterr().err.count("is made again") == 1
+    assert read_all() == expected
+    assert "is made again" not in capsys.readouterr().err
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: None)
+    file.write_bytes(content.replace(b"row 50", b"row 05"))
+    with pytest.raises(UserError, match="are damaged, and nothing is there to make them again"):
+        read_all()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -6,8 +6,12 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from lora_lightning.data import sources
 from lora_lightning.data.sources import load_splits
 from lora_lightning.lora.errors import UserError
 from lora_lightning.settings import DataConfig
@@ -46,9 +50,6 @@ def _write(kind: str, folder: Path) -> Path | list[str]:
     elif kind == "jsonl-bom":
         path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     elif kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.table(columns), path)
     elif kind == "several":
         files = [folder / "one.jsonl", folder / "two.jsonl"]
@@ -170,3 +171,95 @@ def test_files_with_different_columns_are_refused(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "b", "stars": 1}\n')
     with pytest.raises(UserError, match="the same columns"):
         load_splits(DataConfig(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]))
+
+
+DECLARED = {
+    "picture": datasets.Image,
+    "sound": datasets.Audio,
+    "picture in a list": lambda: datasets.List(datasets.Image()),
+    "picture in a struct": lambda: {"inside": datasets.Image()},
+}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+@pytest.mark.parametrize("way", ["file", "hub"])
+def test_columns_that_name_files_are_read_as_text(declared, way, tmp_path, monkeypatch):
+    """Reading the rows opens neither files nor addresses that the data name."""
+    import socket
+
+    address = {"bytes": None, "path": "http://192.0.2.1/x.png"}
+    value = (
+        [address] if "list" in declared else {"inside": address} if "str" in declared else address
+    )
+    kinds = {"text": datasets.Value("string"), "it": DECLARED[declared]()}
+    kinds["label"] = datasets.ClassLabel(names=["bad", "good"])
+    stored = datasets.Features(kinds)
+    table = pa.table(
+        {"text": ["a", "b"], "it": [value] * 2, "label": [1, 0]},
+        schema=stored.arrow_schema,
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    if way == "hub":
+        found = datasets.load_dataset_builder(
+            "parquet", data_files=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "hub")
+        )
+        monkeypatch.setattr(sources, "REMOTE", ("/",))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
+    config = {"path": "me/rows"} if way == "hub" else {"train": str(tmp_path / "train.parquet")}
+    rows = load_splits(DataConfig(**config))["train"]
+    assert rows[:] == {"text": ["a", "b"], "it": [value] * 2, "label": [1, 0]}
+    assert rows.features["label"].names == ["bad", "good"]
+    assert asked == []
+
+
+def test_a_folder_of_splits_names_no_file_of_the_user(tmp_path):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"text": "secret"}\n')
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    named = ("../secret.jsonl", str(secret), "data/linked.jsonl", "http://192.0.2.1/x.jsonl")
+    (folder / "data" / "linked.jsonl").symlink_to(secret)
+    for name in named:
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n"
+        )
+        with pytest.raises(UserError, match="data.path=.*(no part of it|cannot be loaded)"):
+            load_splits(DataConfig(path=str(folder)))
+
+
+def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"text": "secret"}\n')
+    found = datasets.load_dataset_builder("json", data_files=str(tmp_path / "x.jsonl"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
+    with pytest.raises(UserError, match=r"names .*x\.jsonl, which is no part of it"):
+        load_splits(DataConfig(path="me/rows"))
+
+
+@pytest.mark.parametrize("name", ["pos/2.txt", "deep/er/2.txt", "part2.jsonl"])
+def test_a_link_out_of_a_folder_of_data_is_refused(name, tmp_path):
+    folder = tmp_path / "data"
+    (tmp_path / "secret").write_text('{"text": "PRIVATE"}\n')
+    first = folder / name.replace("2", "1")
+    first.parent.mkdir(parents=True)
+    first.write_text('{"text": "theirs"}\n')
+    (folder / name).symlink_to(first)
+    assert len(load_splits(DataConfig(train=str(folder)))["train"]) == 2
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"data.train: .*{name} is a link to .*secret, outside"):
+        load_splits(DataConfig(train=str(folder)))
+
+
+@pytest.mark.parametrize("option", ["train", "path"])
+def test_the_hubs_cache_is_a_folder_of_data(option, tmp_path):
+    cache = tmp_path / "datasets--me--rows"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "1f").write_text('{"text": "theirs"}\n')
+    (snapshot / "train.jsonl").symlink_to("../../blobs/1f")
+    rows = load_splits(DataConfig(**{option: str(snapshot)}))["train"]
+    assert rows["text"][:] == ["theirs"]

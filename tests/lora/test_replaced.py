@@ -72,6 +72,19 @@ def test_what_was_changed_is_not_lost(tmp_path):
         write(out)
 
 
+def test_large_weights_that_were_trained_in_place_are_not_lost(tmp_path):
+    """Their size stays."""
+    out = tmp_path / "out"
+    size = 2**24 + 1
+    with replaced_folder(out, by="merge") as staging:
+        (staging / "model.safetensors").write_bytes(bytes(size))
+    with (out / "model.safetensors").open("r+b") as handle:
+        handle.seek(size // 2)
+        handle.write(b"1")
+    with pytest.raises(UserError, match=r"lost: model\.safetensors\."):
+        write(out)
+
+
 @pytest.mark.parametrize("name", [".out.20261129", ".out.20261129.old"])
 def test_folders_with_names_like_ours_are_left_alone(name, tmp_path):
     (tmp_path / name).mkdir()
