@@ -71,11 +71,7 @@ def save_trained(
 
     def also(staging: Path) -> None:
         save_tokenizer(module.tokenizer, staging)
-        if module.adapter is not None:
-            write_checksums(staging, content)
-        else:
-            text = json.dumps(content, indent=2, sort_keys=True)
-            (staging / SIDECAR).write_text(text + "\n", encoding="utf-8")
+        write_checksums(staging, content)
 
     check_trained(module.trainable_tensors(), kept=f"{folder} was not written.")
     if module.adapter is not None:
