@@ -19,7 +19,7 @@ from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, train_in_one_format
 from .settings import ModelConfig
 from .skeleton import build_skeleton, wants_skeletons
-from .untrusted import ATTENTION, refuse_links, refuse_outside_shards
+from .untrusted import EXPERTS, is_installed_attention, refuse_links, refuse_outside_shards
 from .vocabulary import add_tokens, make_room
 
 PACKAGE_SCHEME = "pkg://"
@@ -194,7 +194,7 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
-    """The config, and whether attention kernels that its file names were taken out of it."""
+    """The config, and whether kernels that its file names were taken out of it."""
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
@@ -206,14 +206,19 @@ def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
     others = _has_kernels_of_others(loaded)
     if others:
         loaded._attn_implementation = config.attn_implementation
+        loaded._experts_implementation = None
     return loaded, others
 
 
 def _has_kernels_of_others(model_config: Any) -> bool:
-    """Whether a base's config names attention that transformers would fetch as code."""
+    """Whether a base's config names attention or experts that transformers would fetch as code."""
+    attention = getattr(model_config, "_attn_implementation", None)
+    if attention is not None and not is_installed_attention(attention):
+        return True
+    if getattr(model_config, "_experts_implementation", None) not in (None, *EXPERTS):
+        return True
     parts = [getattr(model_config, name, None) for name in getattr(model_config, "sub_configs", ())]
-    named = getattr(model_config, "_attn_implementation", None)
-    return named not in (None, *ATTENTION) or any(map(_has_kernels_of_others, filter(None, parts)))
+    return any(map(_has_kernels_of_others, filter(None, parts)))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,6 +6,7 @@ the groups and keys of `settings.py`, with their types.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,12 @@ from .lora.config import LoraConfig
 from .lora.errors import UserError, did_you_mean
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Implementations that transformers has itself; other names are those of repositories of code."""
+ATTENTION = ("eager", "sdpa", "flex_attention")
+"""Attention that torch has itself; for other names transformers may fetch code from the hub."""
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Attention of an installed package, by its module. Where it is absent transformers fetches it."""
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""Products of experts that torch has itself."""
 ONLY_TYPED = (("model", "trust_remote_code"), ("data", "cache_dir"))
 """Group and key of what runs code or writes files: a file's value is left out."""
 _SCHEMAS: dict[str, type[Any]] = {
@@ -34,8 +39,8 @@ _SCHEMAS: dict[str, type[Any]] = {
 def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str, dict[str, Any]]:
     """Return our own groups of settings as a file holds them, checked against their types.
 
-    `trust_remote_code`, `cache_dir` and attention kernels that transformers does not have itself
-    are left out, and so are groups that are not ours.
+    `trust_remote_code`, `cache_dir` and attention kernels that are not installed are left out, and
+    so are groups that are not ours.
 
     Args:
         settings: groups by name.
@@ -55,9 +60,15 @@ def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str,
         kept[group] = _typed(group, values, source)
     for group, key in ONLY_TYPED:
         kept.get(group, {}).pop(key, None)
-    if kept.get("model", {}).get("attn_implementation") not in ATTENTION:
+    if not is_installed_attention(kept.get("model", {}).get("attn_implementation")):
         kept.get("model", {}).pop("attn_implementation", None)
     return kept
+
+
+def is_installed_attention(name: Any) -> bool:
+    """Whether attention that a file names is there, so that no code is fetched for it."""
+    package = FLASH.get(name) if isinstance(name, str) else None
+    return name in ATTENTION or (package is not None and bool(importlib.util.find_spec(package)))
 
 
 def check_plain(values: Any, where: str) -> None:
