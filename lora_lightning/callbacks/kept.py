@@ -82,8 +82,8 @@ class BestCheckpoint(ModelCheckpoint):
 
         def here(path: Any, own: str = prefix) -> str:
             name = Path(path).name if isinstance(path, str) else repr(path)
-            fits = re.fullmatch(rf"{own}[^/\\\0]*\.ckpt", name)
-            if path and (not fits or (own == prefix and name == "last.ckpt")):
+            fits = re.fullmatch(rf"(?!\.){own}[^/\\\0]*\.ckpt", name)
+            if path and (not fits or name == PREVIOUS or (own == prefix and name == LAST)):
                 raise _forged(f"names {path!r} as one of the best checkpoints")
             return str(Path(str(self.dirpath)) / name) if path else ""
 
