@@ -9,12 +9,14 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from lora_lightning import atomic_write as module
 from lora_lightning.atomic_write import atomic_write, remove_debris, write_json
-from lora_lightning.callbacks import CurvesLogger, SamplePredictions
+from lora_lightning.callbacks import CurvesLogger, SamplePredictions, kept
+from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
 from lora_lightning.launch.folder import note
 from lora_lightning.launch.process import _save
@@ -227,3 +229,23 @@ def test_checkpoints_are_synced_before_they_are_named(settings, tmp_path, monkey
     assert any(each.startswith("best-step-") for each in named)
     inode = (tmp_path / "run" / "checkpoints").stat().st_ino
     assert inode in synced
+
+
+def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+
+    def content(value: float) -> dict:
+        return {"state_dict": {"a": torch.tensor([value])}}
+
+    for value in (1.0, 2.0):
+        kept._write(path, content(value), keep=True)
+
+    def fail(*_):
+        raise OSError(5, "the disk fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(UserError, match="The checkpoint before it is whole"):
+            kept._write(path, content(3.0), keep=True)
+    found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
+    assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}

@@ -26,6 +26,7 @@ from ..atomic_write import written_beside
 from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
 from ..data.sampler import ResumableDataLoader
 from ..lora import UserError
+from ..lora.outputs import sync
 from ..signals import SharedNumber, Stopped, StopSignals
 from ..terminal import say
 
@@ -369,6 +370,7 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
             _save_to(beside, dict(content))
             check_written(beside, content["state_dict"])
             if keep and path.exists():
+                sync(beside)  # what may fail comes before the older ones are touched
                 os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(
