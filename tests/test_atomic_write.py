@@ -8,8 +8,10 @@ import os
 import stat
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
@@ -249,3 +251,15 @@ def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, mo
             kept._write(path, content(3.0), keep=True)
     found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
     assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}
+
+
+def test_the_best_is_synced_in_a_trainer_of_ones_own(tmp_path, done):
+    trainer = L.Trainer(
+        **{"accelerator": "cpu", "logger": False, "limit_train_batches": 2, "limit_val_batches": 0},
+        **{"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False},
+        callbacks=[kept.BestCheckpoint(tmp_path, filename="best")],
+    )
+    trainer.fit(BoringModel())
+    at = done.index(("rename", str(tmp_path / "best.ckpt")))
+    assert done[at - 1][1].startswith(str(tmp_path / ".best.ckpt."))
+    assert done[at + 1] == ("sync", str(tmp_path))

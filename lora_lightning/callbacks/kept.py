@@ -58,8 +58,13 @@ def _steps_between_validations(trainer: L.Trainer) -> float:
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's, which reads again what it has written, before an older one makes way for it.
 
-    It finds its files in its own folder too where the run has been moved.
+    Its files are on the disk before they are named, in any Trainer. It finds them in its own folder
+    too where the run has been moved.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        sync_checkpoints(trainer)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -124,6 +129,12 @@ class SyncedCheckpointIO(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with written_beside(Path(path)) as beside:
             _save_to(beside, checkpoint)
+
+
+def sync_checkpoints(trainer: L.Trainer) -> None:
+    """Has a trainer write its checkpoints synced, unless it has a way of its own to write them."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SyncedCheckpointIO()
 
 
 class _Caught(TorchCheckpointIO):
