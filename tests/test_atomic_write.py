@@ -151,6 +151,16 @@ def test_curves_are_those_of_lightning(tmp_path):
     assert ours.read_bytes() == log(CSVLogger(tmp_path, name="theirs", version="")).read_bytes()
 
 
+def test_rows_of_known_columns_are_synced(tmp_path, done):
+    logger = CurvesLogger(tmp_path, name="csv", version="")
+    path = log(logger)
+    done.clear()
+    logger.log_metrics({"a": 5.0}, 9)
+    logger.save()
+    assert path.read_text().splitlines()[-1].startswith("5.0,")
+    assert done == [("sync", str(path))]
+
+
 class Killed(BaseException):
     """What a kill is to the code that it ends."""
 

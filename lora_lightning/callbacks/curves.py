@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from ..atomic_write import atomic_write
+from ..lora.outputs import sync
 
 
 class CurvesLogger(CSVLogger):
@@ -31,7 +32,7 @@ class CurvesLogger(CSVLogger):
 
 
 class _CurvesWriter(ExperimentWriter):
-    """Replaces the file at its first rows and where a column is new; else appends."""
+    """Replaces the file at its first rows and where a column is new; else appends; both synced."""
 
     _header: list[str] | None = None
     """Columns of the file as this process has written it."""
@@ -43,10 +44,11 @@ class _CurvesWriter(ExperimentWriter):
         if not self.metrics:
             return
         self._record_new_keys()
+        path = Path(self.metrics_file_path)
         if self._header == self.metrics_keys:
             super().save()
+            sync(path)  # a checkpoint that knows of these rows is on the disk soon
             return
-        path = Path(self.metrics_file_path)
         rows: list[dict[str, Any]] = []
         if self._header is not None and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
