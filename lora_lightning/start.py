@@ -28,6 +28,7 @@ from .config import (
 )
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
+from .lora.outputs import made_folder
 from .terminal import say
 from .usage import FULL_ERROR
 
@@ -263,7 +264,7 @@ def _whole_configs() -> Iterator[None]:
 
     def save(cfg: DictConfig, filename: str, output_dir: Path) -> None:
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            made_folder(output_dir)
             atomic_write(output_dir / filename, OmegaConf.to_yaml(cfg))
         except OSError as error:
             raise UserError(f"{output_dir / filename} cannot be written: {error}.") from None

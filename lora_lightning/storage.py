@@ -20,7 +20,7 @@ from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.checks import check_trained
 from .lora.checksums import SIDECAR, write_checksums
-from .lora.outputs import refuse_loss, replaced_folder
+from .lora.outputs import made_folder, refuse_loss, replaced_folder
 from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
@@ -219,7 +219,7 @@ def writable(run_dir: Path) -> None:
         UserError: it cannot be written, or the disk is nearly full.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        made_folder(run_dir)
         probe, path = tempfile.mkstemp(prefix=".writable-", dir=run_dir)  # follows no link
         os.close(probe)
         os.unlink(path)

@@ -23,8 +23,12 @@ from lora_lightning.config import compose_config
 from lora_lightning.launch.folder import note
 from lora_lightning.launch.process import _save
 from lora_lightning.launch.queue import Job
+from lora_lightning.lock import locked
 from lora_lightning.lora import UserError
+from lora_lightning.lora.outputs import made_folder, replaced_folder
 from lora_lightning.report.tables import written
+from lora_lightning.start import _whole_configs
+from lora_lightning.storage import writable
 
 
 @pytest.fixture
@@ -134,6 +138,69 @@ def test_a_run_syncs_its_files_and_removes_debris(
         at = done.index(("rename", str(path)))
         assert done[at - 1][1].startswith(str(path.with_name(f".{path.name}."))), name
         assert done[at + 1] == ("sync", str(path.parent)), name
+
+
+def _config_of_a_run(folder: Path) -> None:
+    from hydra.core import utils
+
+    with _whole_configs():
+        utils._save_config(OmegaConf.create({"a": 1}), "config.yaml", folder)
+
+
+def _config_of_a_job(folder: Path) -> None:
+    config = compose_config([])
+    OmegaConf.set_struct(config, False)
+    config.hydra = {"overrides": {"task": []}}
+    _save(config, Job(0, [], folder))
+
+
+def _exported(folder: Path) -> None:
+    with replaced_folder(folder, by="test"):
+        pass
+
+
+def _locked(folder: Path) -> None:
+    with locked(folder, setting="output_dir"):
+        pass
+
+
+MAKERS = {
+    "any": made_folder,
+    "run": writable,
+    "lock": _locked,
+    ".hydra of a run": _config_of_a_run,
+    ".hydra of a job": _config_of_a_job,
+    "adapter": _exported,
+    "csv": lambda folder: log(CurvesLogger(folder, name="csv", version="")),
+    "last": lambda folder: kept._write(folder / "last.ckpt", {"state_dict": {}}, keep=True),
+    "best": lambda folder: kept.SyncedCheckpointIO().save_checkpoint({}, folder / "best.ckpt"),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_new_folder_is_on_the_disk_before_what_is_in_it(maker, tmp_path, monkeypatch, done):
+    mkdir = os.mkdir
+
+    def make(path, mode=0o777) -> None:
+        mkdir(path, mode)
+        done.append(("make", str(path)))
+
+    monkeypatch.setattr(os, "mkdir", make)
+    MAKERS[maker](tmp_path / "a" / "b" / "c")
+    made = [at for at, (what, _) in enumerate(done) if what == "make"]
+    assert {done[at][1] for at in made} >= {str(tmp_path / "a"), str(tmp_path / "a" / "b")}
+    for at in made:
+        name = Path(done[at][1])
+        if not name.name.startswith(".c."):  # not under its name yet
+            assert done[at + 1] == ("sync", str(name.parent))
+
+
+def test_a_folder_is_not_made_where_a_file_is(tmp_path):
+    made_folder(tmp_path)
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(OSError, match="a"):
+            made_folder(path)
 
 
 ROUNDS = [{"a": 1.0}, {"a": 2.0}, {"a": 3.0, "b": 1.0}, {"c": 0.5}, {"a": 4.0}]

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from ..atomic_write import atomic_write
-from ..lora.outputs import sync
+from ..lora.outputs import made_folder, sync
 
 
 class CurvesLogger(CSVLogger):
@@ -27,6 +27,7 @@ class CurvesLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None and "://" not in self.log_dir:
+            made_folder(Path(self.log_dir))
             self._experiment = _CurvesWriter(log_dir=self.log_dir)
         return super().experiment
 

@@ -26,7 +26,7 @@ from ..atomic_write import written_beside
 from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
 from ..data.sampler import ResumableDataLoader
 from ..lora import UserError
-from ..lora.outputs import sync
+from ..lora.outputs import made_folder, sync
 from ..signals import SharedNumber, Stopped, StopSignals
 from ..terminal import say
 
@@ -126,7 +126,7 @@ class SyncedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        made_folder(Path(path).parent)
         with written_beside(Path(path)) as beside:
             _save_to(beside, checkpoint)
 
@@ -376,7 +376,7 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
         keep: whether the one that is there is kept too: a disk may lose what it had written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made_folder(path.parent)
         with written_beside(path) as beside:
             _save_to(beside, dict(content))
             check_written(beside, content["state_dict"])

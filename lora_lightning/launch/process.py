@@ -20,6 +20,7 @@ from ..atomic_write import atomic_write, remove_debris
 from ..config import config_hash, read_config, read_overrides
 from ..lock import locked
 from ..lora.errors import UserError
+from ..lora.outputs import made_folder
 from ..report import report
 from ..settings import PAUSE
 from .folder import SWEEP, note
@@ -81,7 +82,7 @@ class ProcessLauncher(Launcher):
         """
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
-        sweep_dir.mkdir(parents=True, exist_ok=True)
+        made_folder(sweep_dir)
         with locked(sweep_dir, setting="hydra.sweep.dir") as held:
             remove_debris(sweep_dir / SWEEP)
             planned = [
@@ -245,7 +246,7 @@ def _save(config: DictConfig, job: Job) -> None:
     """Writes .hydra/, from which the job's process and a later sweep read what it is."""
     folder = job.folder / ".hydra"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         hydra = OmegaConf.masked_copy(config, "hydra")
         for name, content in (
             ("hydra.yaml", hydra),
