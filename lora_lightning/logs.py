@@ -11,6 +11,9 @@ from typing import Any
 
 from .terminal import say
 
+_DIGITS = 18
+"""Of a step, at most: a damaged number may be too long for Python to read."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one where the file is absent or damaged."""
@@ -32,7 +35,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, str]], int]:
     for line in filter(None, lines):
         values = _cells(line)
         row = dict(zip(names, values, strict=False))
-        if len(values) == len(names) and row.get("step", "").isdecimal():
+        step = row.get("step", "")
+        if len(values) == len(names) and step.isdecimal() and len(step) <= _DIGITS:
             rows.append(row)
         else:
             damaged += 1
@@ -56,8 +60,10 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
+            if len(str(row["step"])) > _DIGITS:
+                raise ValueError("no run makes so many steps")
             rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             damaged += 1
     return rows, damaged
 

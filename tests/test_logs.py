@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from lora_lightning.callbacks import CurvesLogger
 from lora_lightning.callbacks.shown import SamplePredictions
 from lora_lightning.config import compose_config, config_hash
+from lora_lightning.earlier import continue_csv
 from lora_lightning.launch.process import _own
 from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.launch.table import JobTable
@@ -40,6 +43,8 @@ DAMAGED = {
     "no UTF-8": (HEADER + b"\xff\xfe,1,\r\n" + ROWS, WHOLE, 1),
     "more cells": (HEADER + b"1,2,3,4\r\n" + ROWS, WHOLE, 1),
     "fewer cells": (HEADER + b"7,8\r\n" + ROWS, WHOLE, 1),
+    "a step too long to read": (HEADER + b"9" * 5000 + b",,\r\n" + ROWS, WHOLE, 1),
+    "a step too large for a float": (HEADER + b"9" * 400 + b",,\r\n" + ROWS, WHOLE, 1),
     "half a header": (b"step,trai", [], 1),
     "no header": (bytes(8) + b"\n" + ROWS, [], 2),
     "empty": (b"", [], 0),
@@ -57,6 +62,18 @@ def test_read_metrics_keeps_whole_rows(kind, tmp_path):
 def test_read_metrics_of_no_file_is_empty(tmp_path):
     assert read_metrics(tmp_path / "metrics.csv") == ([], 0)
     assert read_samples(tmp_path / "samples.jsonl") == ([], 0)
+
+
+def test_a_run_goes_on_over_a_step_that_is_no_number(tmp_path, capsys):
+    path = tmp_path / "csv" / "metrics.csv"
+    path.parent.mkdir()
+    path.write_bytes(HEADER + ROWS + b"9" * 5000 + b",0.1,\r\n")
+    trainer = SimpleNamespace(
+        loggers=[CurvesLogger(tmp_path, name="csv", version="")], is_global_zero=True
+    )
+    continue_csv(trainer, step=2)
+    assert read_metrics(path)[0] == [{"step": "1", "train/loss": "0.5"}]
+    assert "1 damaged line left out" in capsys.readouterr().err
 
 
 def test_curve_leaves_out_what_is_no_number():
@@ -102,7 +119,18 @@ def test_samples_with_separators_of_an_older_run_are_kept(tmp_path):
     assert [json.loads(line)["input"] for line in path.open()] == ["a\u2028b", "c"]
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "inp', ZEROS, b"[1]\n", b'{"step": "x"}\n'])
+LINES = (b"[1]", b'{"step": "x"}', b'{"step": 1e999}', b'{"step": 1e300}', b'{"step": NaN}')
+LINES += (b'{"step": ' + b"9" * 5000 + b"}", b'{"step": "' + b"9" * 5000 + b'"}')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2, "inp',
+        ZEROS,
+        *(pytest.param(line + b"\n", id=str(line[:20])) for line in LINES),
+    ],
+)
 def test_damaged_samples_are_left_out_and_said_once(damage, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     SamplePredictions._write(path, 1, [{"input": "a"}])
