@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -74,6 +75,31 @@ def test_a_run_goes_on_over_a_step_that_is_no_number(tmp_path, capsys):
     continue_csv(trainer, step=2)
     assert read_metrics(path)[0] == [{"step": "1", "train/loss": "0.5"}]
     assert "1 damaged line left out" in capsys.readouterr().err
+
+
+LINE = b"2.0,1\r\n"
+CHANGES = {
+    "too many cells": (LINE, b"2.0,1,5\r\n", ["1.0", "", "4.0"], 1),
+    "no UTF-8": (LINE, b"\xff,1\r\n", ["1.0", "\ufffd", "", "4.0"], 0),
+    "zero bytes": (LINE, bytes(7), ["1.0", "", "4.0"], 1),
+    "the header": (b"a,step", b"\xff,step", ["", "", "", "4.0"], 0),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_new_column_over_damaged_curves_ends_no_run(kind, tmp_path, capsys):
+    before, after, expected, damaged = CHANGES[kind]
+    logger = CurvesLogger(tmp_path, name="csv", version="")
+    path = tmp_path / "csv" / "metrics.csv"
+    for step in range(2):
+        logger.log_metrics({"a": step + 1.0}, step)
+    logger.save()
+    path.write_bytes(path.read_bytes().replace(before, after))
+    for step, metrics in enumerate([{"b": 3.0}, {"a": 4.0}], 2):
+        logger.log_metrics(metrics, step)
+        logger.save()
+    assert [row["a"] for row in csv.DictReader(path.open(newline=""))] == expected
+    assert ("1 damaged line left out" in capsys.readouterr().err) == bool(damaged)
 
 
 def test_curve_leaves_out_what_is_no_number():

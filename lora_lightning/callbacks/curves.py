@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from ..atomic_write import atomic_write
+from ..logs import read_metrics, tell_damaged
 from ..lora.outputs import made_folder, sync
 
 
@@ -50,10 +51,12 @@ class _CurvesWriter(ExperimentWriter):
             super().save()
             sync(path)  # a checkpoint that knows of these rows is on the disk soon
             return
-        rows: list[dict[str, Any]] = []
-        if self._header is not None and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+        rows: list[dict[str, str]] = []
+        if self._header is not None:
+            rows, damaged = read_metrics(path)
+            tell_damaged(path, damaged)
+            names = (name for row in rows for name in row)  # others, where the header is damaged
+            self.metrics_keys = list(dict.fromkeys([*self.metrics_keys, *names]))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
