@@ -22,7 +22,7 @@ from lora_lightning.earlier import continue_csv
 from lora_lightning.launch.process import _own
 from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.launch.table import JobTable
-from lora_lightning.logs import curve, read_json, read_metrics, read_samples
+from lora_lightning.logs import curve, read_json, read_metrics, read_result, read_samples
 from lora_lightning.packed.__main__ import main as train_pack
 from lora_lightning.report import read_sweep
 from lora_lightning.train import train
@@ -118,6 +118,51 @@ def test_read_json_of_a_damaged_file_is_empty(content, tmp_path):
     path.write_bytes(content)
     assert read_json(path) == {}
     assert read_json(tmp_path / "none") == {}
+
+
+RUNG = {"step": 4, "planned": 8, "monitor": "m", "value": 0.25}
+KINDS = [
+    ({"objective": 0.5, "status": "completed"}, ("", "m 0.5000")),
+    ({"objective": 0.5, "steps": 7, "monitor": "n"}, ("7", "n 0.5000")),
+    ({"rungs": [RUNG]}, ("4", "m 0.2500")),
+    ({"objective": "x", "steps": 7, "monitor": "m"}, None),
+    ({"objective": [1]}, None),
+    ({"objective": 10**400}, None),
+    ({"steps": "x", "objective": 0.5}, None),
+    ({"val/loss": "x"}, None),
+    ({"status": 5}, None),
+    ({"versions": [1]}, None),
+    ({"rungs": 5}, None),
+    ({"rungs": [5]}, None),
+    *[({"rungs": [{key: RUNG[key] for key in RUNG if key != name}]}, None) for name in RUNG],
+    ({"rungs": [{**RUNG, "value": "x"}]}, None),
+    ({"rungs": [{**RUNG, "planned": 0}]}, None),
+    ({"rungs": [{**RUNG, "share": "x"}]}, None),
+]
+
+
+@pytest.mark.parametrize(("result", "shown"), KINDS)
+def test_a_result_of_other_kinds_counts_as_damaged(result, shown, tmp_path):
+    job = Job(0, [], tmp_path, state="paused")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert read_result(tmp_path / "result.json") == ({} if shown is None else result)
+    assert JobTable(tmp_path, [job], "m")._progress(job) == (shown or ("", "-"))
+    assert job.rungs() == read_result(tmp_path / "result.json").get("rungs", [])
+
+
+def test_a_table_that_cannot_be_shown_ends_no_sweep(tmp_path, capsys):
+    job, ended = Job(0, [], tmp_path), []
+
+    def show() -> None:
+        ended.append(job.state)
+        raise ValueError("no table")
+
+    work = Says([job])
+    work.code = "pass"
+    left = [[work], []]
+    JobQueue([job], lambda _: left.pop(0) if left else [], [None], show=show).run()
+    assert (job.status, ended[-1]) == (0, "failed")  # it has written no result
+    assert capsys.readouterr().err == "warning: the jobs cannot be shown: ValueError('no table')\n"
 
 
 # Samples -------------------------------------------------------------------------------------

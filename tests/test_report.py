@@ -136,7 +136,8 @@ def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
 
 
 def test_what_halving_has_not_finished_shows_where_it_stands(sweep_dir):
-    rungs = [{"step": step, "planned": 80, "value": step / 100} for step in (10, 20)]
+    rung = {"planned": 80, "monitor": "val/accuracy"}
+    rungs = [{**rung, "step": step, "value": step / 100} for step in (10, 20)]
     paused = {"status": "paused", "steps": 20, "rungs": rungs}
     write_run(sweep_dir / "13", ["lora.rank=32", "seed=0"], paused)
     report(sweep_dir)
