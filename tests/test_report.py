@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shlex
 import shutil
@@ -182,6 +183,55 @@ def test_mistakes_are_told(tmp_path, run_cli):
         status, _, err = run_cli("report", *arguments)
         assert status == 2
         assert told in err
+
+
+FORGED_CONFIGS = {
+    "no task": {"task": None},
+    "no monitor": {"task": {"name": "sentiment"}},
+    "a monitor of nothing": {"task": {"monitor": "${nothere}"}},
+    "a monitor of itself": {"task": {"monitor": "${task.monitor}"}},
+    "another kind of monitor": {"task": {"monitor": [1]}},
+    "no lora": {"lora": None},
+    "lora as a list": {"lora": [1]},
+    "a setting that is none": {"lora": {"rank": 2, "nonsense": 1}},
+    "another kind of setting": {"lora": {"rank": "two"}},
+    "a rank that is none": {"lora": {"rank": -1}},
+    "a seed that is none": {"seed": "${nothere}"},
+    "another kind of seed": {"seed": {"a": 1}},
+}
+FORGED_RESULTS = [{"rungs": 5}, {"rungs": [{}]}, {"versions": [1]}, {"steps": [1]}, {"status": 1}]
+FORGED_OVERRIDES = ["lora.rank=2,4", "lora.rank=range(1,3)", "lora.rank=choice(1,2)"]
+
+
+@pytest.mark.parametrize("forged", [*FORGED_CONFIGS, *FORGED_RESULTS, *FORGED_OVERRIDES], ids=str)
+def test_a_run_of_others_is_named_that_makes_no_sense(forged, tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    folder = tmp_path / "1"
+    write_run(folder, ["lora.rank=2"], {"status": "running"})
+    if isinstance(forged, dict):
+        path = folder / "result.json"
+        path.write_text(json.dumps(forged))
+    elif forged in FORGED_CONFIGS:
+        path = folder / ".hydra" / "config.yaml"
+        config = OmegaConf.load(path)
+        path.write_text(OmegaConf.to_yaml({**config, **FORGED_CONFIGS[forged]}))
+    else:
+        path = folder / ".hydra" / "overrides.yaml"
+        path.write_text(OmegaConf.to_yaml([forged]))
+    status, _, err = run_cli("report", str(tmp_path))
+    assert status == 2
+    assert err.startswith("error: ")
+    assert str(path) in err
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_none(value, tmp_path):
+    for job in range(2):
+        result = {"status": "completed", "objective": value, "val/loss": value, "seconds": 1.0}
+        write_run(tmp_path / str(job), ["lora.rank=2", f"seed={job}"], result)
+    sweep = report(tmp_path)
+    assert [run.objective for run in sweep.runs] == [None, None]
+    assert sweep.best is None
 
 
 def test_one_job_without_anything_measured(tmp_path, run_cli):
