@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
 
 
 def _guarded(action: Callable[[], Any]) -> Any:
-    """Runs an action; a mistake of the user becomes one message and exit status 2."""
+    """Runs an action; a mistake of the user becomes one message and exit status 2.
+
+    The traceback of another error is shown escaped: its message may quote somebody else's file.
+    """
     from .lora.errors import UserError
 
     try:
@@ -135,6 +139,11 @@ def _guarded(action: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        say(traceback.format_exc(), file=sys.stderr, end="")
+        sys.exit(1)
 
 
 # The other verbs -----------------------------------------------------------------------------

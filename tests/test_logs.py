@@ -469,6 +469,19 @@ def test_what_an_earlier_process_came_to_is_not_the_end_of_this_one(status, tmp_
     assert (job.state, job.error()) == ("failed", "the reason")
 
 
+def test_a_pack_tells_an_error_in_its_log_escaped(tmp_path, monkeypatch):
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(_own(compose_config([])), tmp_path / ".hydra" / "config.yaml")
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a \x1b[31mbug\x07")
+
+    monkeypatch.setattr("lora_lightning.packed.pack.train", broken)
+    assert train_pack([tmp_path]) == 1
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last == "ZeroDivisionError: a \\x1b[31mbug\\x07"
+
+
 @pytest.mark.parametrize("content", [b"", ZEROS])
 def test_a_pack_that_cannot_begin_tells_it_in_each_log(content, tmp_path, capsys):
     folders = [tmp_path / str(number) for number in range(2)]
