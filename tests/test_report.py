@@ -185,6 +185,34 @@ def test_mistakes_are_told(tmp_path, run_cli):
         assert told in err
 
 
+MARKUP = "<img src=x onerror=alert(1)>|`a`\n\n```\n# b ![](http://c)"
+SHOWN = "&lt;img src=x onerror=alert(1)&gt;&#124;&#96;a&#96;\\n\\n&#96;&#96;&#96;\\n# b ![]&#40;http://c)"
+
+
+def test_values_of_others_are_plain_text_in_markdown(tmp_path):
+    """In cells, errors, names and the command, which is a block of its own."""
+    folder = tmp_path / MARKUP.replace("/", "").replace("\n", "")
+    values = (MARKUP, "b")
+    for job, value in enumerate(values):
+        quoted = value.replace("'", "\\'")
+        result = {"status": "completed", "objective": 1.0 - job, "versions": {MARKUP: "1"}}
+        write_run(folder / str(job), [f"tags=['{quoted}']"], result)
+    failed = {"status": "failed", "error": MARKUP.replace("\n", " ")}
+    write_run(folder / "2", ["tags=[c]"], failed)
+    report(folder)
+    text = (folder / "report.md").read_text()
+    assert f"| 0 | ['{SHOWN}'] |" in text
+    assert f"Made with {SHOWN} 1." in text
+    plain, command = re.split(r"(?m)^````bash\n", text)
+    command, rest = re.split(r"(?m)^````$", command)
+    assert f"tags=['{MARKUP}']" in shlex.split(command)
+    for mark in ("<", "`", "]("):
+        assert mark not in plain + rest
+    rows = [line for line in plain.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert len(rows) == 2 + 3
+
+
 FORGED_CONFIGS = {
     "no task": {"task": None},
     "no monitor": {"task": {"name": "sentiment"}},

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..atomic_write import atomic_write
 from ..lora.errors import UserError
-from ..terminal import printable
+from ..terminal import fenced, one_line, printable
 from .sweep import Run, Setting, Sweep
 
 MEASURED = (
@@ -166,18 +166,27 @@ def write_csv(sweep: Sweep, path: Path) -> None:
 def write_markdown(sweep: Sweep, path: Path) -> None:
     """Writes the table of settings, failures and the best run."""
     rows = rows_by_setting(sweep)
-    lines = [f"# Sweep {sweep.folder.name}", "", f"{len(sweep.runs)} runs: {sweep.counts()}.", ""]
+    counts = one_line(sweep.counts())
+    lines = [f"# Sweep {one_line(sweep.folder.name)}", "", f"{len(sweep.runs)} runs: {counts}.", ""]
     lines += [_cells(list(rows[0])), _cells(["---"] * len(rows[0]))]
     lines += [_cells(list(row.values())) for row in rows]
     if sweep.best is not None:
-        lines += ["", *(f"* {name}: `{text}`" for name, text in best_lines(sweep.best, sweep))]
+        *named, (again, command) = best_lines(sweep.best, sweep)
+        lines += ["", *(f"* {name}: {one_line(text)}" for name, text in named)]
+        lines += ["", f"{again}:", "", *fenced(command)]
     if stopped_lines(sweep):
-        lines += ["", "## Stopped early", "", *(f"* {line}" for line in stopped_lines(sweep))]
+        lines += [
+            "",
+            "## Stopped early",
+            "",
+            *(f"* {one_line(line)}" for line in stopped_lines(sweep)),
+        ]
     if sweep.failed:
         lines += ["", "## Failures", ""]
-        lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
+        told = [(run.job, first_line(run.result.get("error"))) for run in sweep.failed]
+        lines += [f"* job {one_line(job)}: {one_line(error)}" for job, error in told]
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
-    lines += [f"Made with {made_with(sweep)}."] if made_with(sweep) else []
+    lines += [f"Made with {one_line(made_with(sweep))}."] if made_with(sweep) else []
     written(path, printable("\n".join(lines)) + "\n")
 
 
@@ -200,7 +209,7 @@ def first_line(text: Any) -> str:
 
 
 def _cells(values: list[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+    return f"| {' | '.join(map(one_line, values))} |"
 
 
 def _number(value: float | None) -> str:
