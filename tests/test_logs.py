@@ -392,6 +392,15 @@ def test_a_sweep_writes_a_damaged_config_again(content, sweep):
         assert ran == ([] if state == "completed" else [1])
 
 
+def test_a_sweep_ends_well_beside_a_report_of_others(sweep):
+    Path("sweep").mkdir()
+    Path("sweep/report.md").write_text("mine")
+    status, _, err, ran = sweep()
+    assert (status, ran) == (0, [0, 1]), err
+    assert "warning: there is no report: " in err
+    assert Path("sweep/report.md").read_text() == "mine"
+
+
 def test_a_damaged_config_of_other_settings_is_told(sweep):
     assert sweep()[0] == 0
     config = Path("sweep/1/.hydra/config.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -211,6 +212,37 @@ def test_values_of_others_are_plain_text_in_markdown(tmp_path):
     rows = [line for line in plain.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {rows[0].count("|")}
     assert len(rows) == 2 + 3
+
+
+OTHERS = {
+    "text": lambda path: path.write_text("# My own thoughts\n"),
+    "no text": lambda path: path.write_bytes(b"\xff"),
+    "link": lambda path: path.symlink_to("nowhere"),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", ["results.csv", "report.md", "report.html"])
+def test_a_file_of_others_is_not_replaced(name, kind, tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    OTHERS[kind](tmp_path / name)
+    status, _, err = run_cli("report", str(tmp_path))
+    assert status == 2
+    assert f"{tmp_path / name} is no report of lora-lightning" in err
+    assert sorted(os.listdir(tmp_path)) == sorted(["0", name])
+
+
+def test_a_report_replaces_its_own_files(tmp_path):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    (tmp_path / "report.md").touch()
+    report(tmp_path)
+    write_run(tmp_path / "1", ["lora.rank=4"], {"status": "running"})
+    report(tmp_path)
+    assert "2 runs" in (tmp_path / "report.md").read_text()
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
 FORGED_CONFIGS = {

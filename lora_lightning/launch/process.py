@@ -7,6 +7,7 @@ Under DDP, Lightning starts its other ranks with the command line of the first. 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..lora.errors import UserError
 from ..lora.outputs import made_folder
 from ..report import report
 from ..settings import PAUSE
+from ..terminal import say
 from .folder import SWEEP, note
 from .halving import Halving
 from .queue import LOG, Job, JobQueue, Work
@@ -111,7 +113,10 @@ class ProcessLauncher(Launcher):
             if halving is not None and not any(job.state == "waiting" for job in jobs):
                 halving.stop(jobs)
             if any(job.result() for job in jobs):
-                report(sweep_dir)
+                try:
+                    report(sweep_dir)
+                except UserError as error:
+                    say(f"warning: there is no report: {error}", file=sys.stderr)
             failure = _failure(jobs)
             note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
         return [_returned(job, config, failure) for job, config in planned]

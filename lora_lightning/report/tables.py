@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ MEASURED = (
     "peak_memory_mib",
 )
 
+SIGNS = {
+    "results.csv": r"\Ajob,status,.*,folder\n",
+    "report.md": r"(?m)^Figures and curves: report\.html; every run with all its numbers: results",
+    "report.html": r"<h2>Settings, the best first</h2>",
+}
+"""The files of a report, and by what they are known again."""
 LESS_WANTED = ("tokens/s", "scale", "memory", "trained", "time")
 """Columns that a narrow terminal goes without; the files have them."""
 
@@ -188,6 +196,22 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
     lines += [f"Made with {one_line(made_with(sweep))}."] if made_with(sweep) else []
     written(path, printable("\n".join(lines)) + "\n")
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises UserError where a file has the name of a report, and is none."""
+    for name, sign in SIGNS.items():
+        path = folder / name
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            own = re.search(sign, text) is not None or (path.is_file() and not text)
+        except OSError:
+            own = False
+        if os.path.lexists(path) and not own:
+            raise UserError(
+                f"{path} is no report of lora-lightning, and would be replaced by one: move it "
+                "away."
+            )
 
 
 def written(path: Path, text: str) -> None:
