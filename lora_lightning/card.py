@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from contextlib import suppress
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from .lora.state import CONFIG_NAME
 from .lora.vocabulary import vocabulary_rows
 from .module import LoraModule
 from .storage import versions
-from .terminal import printable
+from .terminal import fenced, one_line, printable
 
 CARD = "README.md"
 CLASSES = {
@@ -115,13 +114,8 @@ def _use(settings: Settings, module: LoraModule) -> str:
         )
         lines += ["", f"Trained on its base in {settings.model.quantization}, {belongs}."]
     if labels:
-        lines += ["", f"Labels, in order: {', '.join(map(_one_line, labels))}."]
+        lines += ["", f"Labels, in order: {', '.join(map(one_line, labels))}."]
     return "\n".join(lines)
-
-
-def _one_line(value: object) -> str:
-    """A label or a name of the data, which is no Markdown and no HTML."""
-    return escape(str(value), quote=False).replace("\n", "\\n").replace("|", "\\|")
 
 
 def _data(settings: Settings, data: LoraDataModule) -> str:
@@ -133,7 +127,7 @@ def _data(settings: Settings, data: LoraDataModule) -> str:
     }
     source = (
         settings.data.path
-        or ", ".join(map(_one_line, dict.fromkeys(named.values())))
+        or ", ".join(map(one_line, dict.fromkeys(named.values())))
         or "the package's own"
     )
     return f"## Data\n\n{source}: {', '.join(counts)} rows."
@@ -171,7 +165,7 @@ def _making(settings: Settings, result: dict[str, Any], run_dir: Path, stored: s
             # Unresolved: what an environment variable holds is not for a card that is shared.
             typed = read_overrides(overrides)
             told = [x for x in typed if not x.lstrip("+").startswith(("output_dir=", "hydra"))]
-            lines += ["```bash", shlex.join(["lora-lightning", "train", *told]), "```", ""]
+            lines += [*fenced(shlex.join(["lora-lightning", "train", *told])), ""]
     values = {"learning rate": settings.optim.lr, "optimizer": settings.optim.name}
     lora = settings.lora
     if lora is not None:

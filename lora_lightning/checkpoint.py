@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def check_resumable(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: something is absent or of another kind than a run writes.
     """
-    problem = _missing(content)
+    problem = _missing(content) or _foreign(content["callbacks"], path.parent.parent)
     if problem is not None:
         raise UserError(
             f"a run cannot go on from {path}: {problem}. Something else than a run has written it. "
@@ -93,6 +94,40 @@ def _missing(content: dict[str, Any]) -> str | None:
     if not re.match(r"\d+\.\d+", content["pytorch-lightning_version"]):
         return "its version of Lightning is none"
     return None
+
+
+def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
+    """A file that a callback's state names as a checkpoint of the run, and that may be another's.
+
+    Lightning's ModelCheckpoint deletes such a file as soon as there is a better one. Ours looks for
+    the names in its own folder, wherever the run was when they were written.
+    """
+    for key, state in states.items():
+        if not isinstance(state, dict):
+            continue
+        best = state.get("best_k_models", {})
+        if not isinstance(best, dict):
+            return "it has no list of the best checkpoints"
+        named = [*best, *(state.get(name) for name in ("best_model_path", "kth_best_model_path"))]
+        refused = [(path, r"last.*") for path in named]
+        refused += [(state.get("last_model_path"), re.escape(PREVIOUS))]
+        for path, others in refused:
+            if path is None or (isinstance(path, str) and not path):
+                continue
+            name = os.path.basename(path) if isinstance(path, str) else ""
+            if not re.fullmatch(r"[^.\\\0][^\\\0]*\.ckpt", name) or re.fullmatch(others, name):
+                return f"it names {path!r} as one of the best checkpoints"
+            if not str(key).startswith("BestCheckpoint") and not _is_own(path, run_dir):
+                return f"{path} lies outside of the run, and would be deleted for a better one"
+    return None
+
+
+def _is_own(path: str, run_dir: Path) -> bool:
+    """Whether a path lies in the run, or leads nowhere, as after the run was moved."""
+    if not os.path.isabs(path) or os.path.normpath(path) != path:
+        return False
+    parent = Path(os.path.realpath(os.path.dirname(path)))
+    return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
 
 
 _KINDS = {

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
 
 
 def _guarded(action: Callable[[], Any]) -> Any:
-    """Runs an action; a mistake of the user becomes one message and exit status 2."""
+    """Runs an action; a mistake of the user becomes one message and exit status 2.
+
+    The traceback of another error is shown escaped: its message may quote somebody else's file.
+    """
     from .lora.errors import UserError
 
     try:
@@ -138,11 +142,13 @@ def _guarded(action: Callable[[], Any]) -> Any:
     except Exception as error:
         from .atomic_write import fault_of_disk
 
-        fault = fault_of_disk(error)
-        if fault is None or os.environ.get(FULL_ERROR) == "1":
+        if os.environ.get(FULL_ERROR) == "1":
             raise
-        say(f"error: {fault}. Nothing that was whole before is lost.", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        if (fault := fault_of_disk(error)) is not None:
+            say(f"error: {fault}. Nothing that was whole before is lost.", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+        say(traceback.format_exc(), file=sys.stderr, end="")
+        sys.exit(1)
 
 
 # The other verbs -----------------------------------------------------------------------------

@@ -442,7 +442,8 @@ def read_overrides(path: Path) -> list[str]:
         if not isinstance(saved, list):
             raise TypeError("it holds no list")
         overrides = [str(item) for item in saved]
-        OverridesParser.create().parse_overrides(overrides)
+        for item in OverridesParser.create().parse_overrides(overrides):
+            item.get_value_element_as_str()  # fails for several values: a run has one of each
     except Exception as error:  # yaml errors have no common base that is worth importing
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
     return overrides

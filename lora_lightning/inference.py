@@ -20,6 +20,7 @@ from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lock import locked_output, open_file
 from .lora import UserError, load_adapter
+from .lora.checksums import check_files
 from .lora.loftq import take_over_values
 from .lora.outputs import refuse_loss, replaced_folder
 from .lora.vocabulary import vocabulary_rows
@@ -69,6 +70,7 @@ def load_trained(
         raise damaged(folder, error) from None
     model_settings = {**asdict(settings.model), **(model or {})}
     if settings.lora is None:
+        check_files(folder)  # those of an adapter are checked where it is loaded
         model_settings["name_or_path"] = str(folder)
     config = ModelConfig(**model_settings)
     refuse_quantised(folder, on=config.quantization)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .lora.errors import UserError
+from .lora.outputs import made_folder
 
 LOCK = ".lock"
 OWNER = ".owner"
@@ -132,7 +133,7 @@ def _held(
     while True:
         try:
             if make_folder:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                made_folder(path.parent)
             handle = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             # Whoever made the folder may have removed it again in between.

@@ -11,6 +11,9 @@ from typing import Any
 
 from .terminal import say
 
+_DIGITS = 18
+"""Of a step, at most: a damaged number may be too long for Python to read."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one where the file is absent or damaged."""
@@ -18,6 +21,45 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the content of a result.json, empty where it is absent, damaged, or not a run's."""
+    result = read_json(path)
+    rungs = result.get("rungs", [])
+    versions = result.get("versions", {})
+    whole = (
+        all(isinstance(result.get(key), (str, type(None))) for key in _TEXTS)
+        and all(_is_number(result.get(key, 0)) for key in _NUMBERS)
+        and all(_is_number(value, or_none=True) for key, value in result.items() if "/" in key)
+        and _is_number(result.get("objective"), or_none=True)
+        and isinstance(versions, dict)
+        and isinstance(rungs, list)
+        and all(isinstance(rung, dict) and _is_rung(rung) for rung in rungs)
+    )
+    return result if whole else {}
+
+
+_TEXTS = ("status", "monitor", "error", "stopped", "config_hash", "device", "precision")
+_TOO_LARGE = 10**18
+_NUMBERS = ("steps", "seconds", "tokens_per_second", "trainable_parameters", "peak_memory_mib")
+
+
+def _is_number(value: Any, *, or_none: bool = False) -> bool:
+    """Whether a value is a number that Python can make a float, and a text, of."""
+    if isinstance(value, int):
+        return abs(value) < _TOO_LARGE
+    return isinstance(value, float) or (or_none and value is None)
+
+
+def _is_rung(rung: dict[str, Any]) -> bool:
+    steps = [rung.get("step"), rung.get("planned")]
+    return (
+        all(isinstance(step, int) and 0 < step < _TOO_LARGE for step in steps)
+        and isinstance(rung.get("monitor"), str)
+        and all(_is_number(rung.get(key, 0)) for key in ("share", "loss"))
+        and _is_number(rung.get("value"))
+    )
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, str]], int]:
@@ -32,7 +74,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, str]], int]:
     for line in filter(None, lines):
         values = _cells(line)
         row = dict(zip(names, values, strict=False))
-        if len(values) == len(names) and row.get("step", "").isdecimal():
+        step = row.get("step", "")
+        if len(values) == len(names) and step.isdecimal() and len(step) <= _DIGITS:
             rows.append(row)
         else:
             damaged += 1
@@ -56,8 +99,10 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
+            if len(str(row["step"])) > _DIGITS:
+                raise ValueError("no run makes so many steps")
             rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             damaged += 1
     return rows, damaged
 

@@ -28,6 +28,7 @@ from .config import (
 )
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
+from .lora.outputs import made_folder
 from .terminal import say
 from .usage import FULL_ERROR
 
@@ -268,7 +269,7 @@ def _whole_configs() -> Iterator[None]:
         if filename == "config.yaml" and path.exists():  # the first that it writes
             _refuse_foreign(path)
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            made_folder(output_dir)
             atomic_write(path, OmegaConf.to_yaml(cfg))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}.") from None

@@ -20,7 +20,7 @@ from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.checks import check_trained
 from .lora.checksums import SIDECAR, write_checksums
-from .lora.outputs import refuse_loss, replaced_folder
+from .lora.outputs import made_folder, refuse_loss, replaced_folder
 from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
 from .modeling import fingerprint
@@ -73,11 +73,7 @@ def save_trained(
 
     def also(staging: Path) -> None:
         save_tokenizer(module.tokenizer, staging)
-        if module.adapter is not None:
-            write_checksums(staging, content)
-        else:
-            text = json.dumps(content, indent=2, sort_keys=True)
-            (staging / SIDECAR).write_text(text + "\n", encoding="utf-8")
+        write_checksums(staging, content)
 
     check_trained(module.trainable_tensors(), kept=f"{folder} was not written.")
     if module.adapter is not None:
@@ -225,7 +221,7 @@ def writable(run_dir: Path) -> None:
         UserError: it cannot be written, or the disk is nearly full.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        made_folder(run_dir)
         probe, path = tempfile.mkstemp(prefix=".writable-", dir=run_dir)  # follows no link
         os.close(probe)
         os.unlink(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 from typing import Any, TextIO
 
 _CONTROL = re.compile(
@@ -26,6 +27,21 @@ def printable(text: str, *, json: bool = False) -> str:
         return f"\\u{number:04x}" if json or number > 0xFF else f"\\x{number:02x}"
 
     return _CONTROL.sub(escaped, text)
+
+
+def one_line(value: object) -> str:
+    """Return a value as a line of Markdown in which it is no HTML, no link and no second cell."""
+    text = escape(str(value), quote=False).replace("\n", "\\n")
+    for mark, shown in (("|", "&#124;"), ("`", "&#96;"), ("](", "]&#40;")):
+        text = text.replace(mark, shown)
+    return text
+
+
+def fenced(command: str) -> list[str]:
+    """Return the lines of Markdown that show a command, which cannot end its own block."""
+    longest = max((len(run) for run in re.findall("`+", command)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}bash", command, fence]
 
 
 def say(text: Any, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:

@@ -9,11 +9,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
-from .callbacks.kept import SyncedCheckpointIO
+from .callbacks.kept import sync_checkpoints
 from .cluster import check_nodes
 from .config import instantiate_all, instantiate_one
 from .lora import UserError
@@ -85,8 +84,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         if "gpu backend" in said:
             said += ". Without a GPU: trainer=cpu"
         raise UserError(f"trainer: {said}.") from error
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = SyncedCheckpointIO()
+    sync_checkpoints(trainer)
     return trainer
 
 

@@ -8,19 +8,27 @@ import os
 import stat
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from lora_lightning import atomic_write as module
 from lora_lightning.atomic_write import atomic_write, remove_debris, write_json
-from lora_lightning.callbacks import CurvesLogger, SamplePredictions
+from lora_lightning.callbacks import CurvesLogger, SamplePredictions, kept
+from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
 from lora_lightning.launch.folder import note
 from lora_lightning.launch.process import _save
 from lora_lightning.launch.queue import Job
+from lora_lightning.lock import locked
 from lora_lightning.lora import UserError
+from lora_lightning.lora.outputs import made_folder, replaced_folder
 from lora_lightning.report.tables import written
+from lora_lightning.start import _whole_configs
+from lora_lightning.storage import writable
 
 
 @pytest.fixture
@@ -132,6 +140,69 @@ def test_a_run_syncs_its_files_and_removes_debris(
         assert done[at + 1] == ("sync", str(path.parent)), name
 
 
+def _config_of_a_run(folder: Path) -> None:
+    from hydra.core import utils
+
+    with _whole_configs():
+        utils._save_config(OmegaConf.create({"a": 1}), "config.yaml", folder)
+
+
+def _config_of_a_job(folder: Path) -> None:
+    config = compose_config([])
+    OmegaConf.set_struct(config, False)
+    config.hydra = {"overrides": {"task": []}}
+    _save(config, Job(0, [], folder))
+
+
+def _exported(folder: Path) -> None:
+    with replaced_folder(folder, by="test"):
+        pass
+
+
+def _locked(folder: Path) -> None:
+    with locked(folder, setting="output_dir"):
+        pass
+
+
+MAKERS = {
+    "any": made_folder,
+    "run": writable,
+    "lock": _locked,
+    ".hydra of a run": _config_of_a_run,
+    ".hydra of a job": _config_of_a_job,
+    "adapter": _exported,
+    "csv": lambda folder: log(CurvesLogger(folder, name="csv", version="")),
+    "last": lambda folder: kept._write(folder / "last.ckpt", {"state_dict": {}}, keep=True),
+    "best": lambda folder: kept.SyncedCheckpointIO().save_checkpoint({}, folder / "best.ckpt"),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_new_folder_is_on_the_disk_before_what_is_in_it(maker, tmp_path, monkeypatch, done):
+    mkdir = os.mkdir
+
+    def make(path, mode=0o777) -> None:
+        mkdir(path, mode)
+        done.append(("make", str(path)))
+
+    monkeypatch.setattr(os, "mkdir", make)
+    MAKERS[maker](tmp_path / "a" / "b" / "c")
+    made = [at for at, (what, _) in enumerate(done) if what == "make"]
+    assert {done[at][1] for at in made} >= {str(tmp_path / "a"), str(tmp_path / "a" / "b")}
+    for at in made:
+        name = Path(done[at][1])
+        if not name.name.startswith(".c."):  # not under its name yet
+            assert done[at + 1] == ("sync", str(name.parent))
+
+
+def test_a_folder_is_not_made_where_a_file_is(tmp_path):
+    made_folder(tmp_path)
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(OSError, match="a"):
+            made_folder(path)
+
+
 ROUNDS = [{"a": 1.0}, {"a": 2.0}, {"a": 3.0, "b": 1.0}, {"c": 0.5}, {"a": 4.0}]
 
 
@@ -145,6 +216,16 @@ def log(logger: CSVLogger) -> Path:
 def test_curves_are_those_of_lightning(tmp_path):
     ours = log(CurvesLogger(tmp_path, name="ours", version=""))
     assert ours.read_bytes() == log(CSVLogger(tmp_path, name="theirs", version="")).read_bytes()
+
+
+def test_rows_of_known_columns_are_synced(tmp_path, done):
+    logger = CurvesLogger(tmp_path, name="csv", version="")
+    path = log(logger)
+    done.clear()
+    logger.log_metrics({"a": 5.0}, 9)
+    logger.save()
+    assert path.read_text().splitlines()[-1].startswith("5.0,")
+    assert done == [("sync", str(path))]
 
 
 class Killed(BaseException):
@@ -227,3 +308,35 @@ def test_checkpoints_are_synced_before_they_are_named(settings, tmp_path, monkey
     assert any(each.startswith("best-step-") for each in named)
     inode = (tmp_path / "run" / "checkpoints").stat().st_ino
     assert inode in synced
+
+
+def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+
+    def content(value: float) -> dict:
+        return {"state_dict": {"a": torch.tensor([value])}}
+
+    for value in (1.0, 2.0):
+        kept._write(path, content(value), keep=True)
+
+    def fail(*_):
+        raise OSError(5, "the disk fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(UserError, match="The checkpoint before it is whole"):
+            kept._write(path, content(3.0), keep=True)
+    found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
+    assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}
+
+
+def test_the_best_is_synced_in_a_trainer_of_ones_own(tmp_path, done):
+    trainer = L.Trainer(
+        **{"accelerator": "cpu", "logger": False, "limit_train_batches": 2, "limit_val_batches": 0},
+        **{"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False},
+        callbacks=[kept.BestCheckpoint(tmp_path, filename="best")],
+    )
+    trainer.fit(BoringModel())
+    at = done.index(("rename", str(tmp_path / "best.ckpt")))
+    assert done[at - 1][1].startswith(str(tmp_path / ".best.ckpt."))
+    assert done[at + 1] == ("sync", str(tmp_path))

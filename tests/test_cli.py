@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,18 @@ def test_evaluate_needs_no_training_data(run_cli, fast, tiny_bert, tmp_path, mon
     status, _, err = run_cli(*evaluate, "data.test=other.jsonl")
     assert status == 2
     assert "task.text_column=Body Text: the data has no such column" in err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, name):
+    shutil.copytree(runs["full"] / "adapter", "full")
+    content = bytearray(Path("full", name).read_bytes())
+    content[content.index(b"version") if name == "config.json" else -5] ^= 1
+    Path("full", name).write_bytes(content)
+    for command in (["predict", "text=good"], ["evaluate", f"data.test={rows_jsonl}"]):
+        status, out, err = run_cli(*command, "adapter=full")
+        assert (status, out) == (2, "")
+        assert f"full/{name} is damaged, or was changed" in " ".join(err.split())
 
 
 def test_every_monitor_is_measured(runs):

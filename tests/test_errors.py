@@ -1182,12 +1182,17 @@ def test_job_of_a_sweep(place, run_cli):
 
 def test_what_is_no_mistake_of_the_user_shows_its_traceback(place, run_cli, monkeypatch):
     def broken(*arguments, **kwargs):
-        raise ZeroDivisionError("a bug")
+        raise ZeroDivisionError("a \x1b[31mbug\x07")
 
     monkeypatch.setattr("lora_lightning.train.build_trainer", broken)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        run_cli(*place.train())
+    status, _, err = run_cli(*place.train())
+    assert status == 1
+    assert "\nTraceback (most recent call last):\n" in err
+    assert err.splitlines()[-1] == "ZeroDivisionError: a \\x1b[31mbug\\x07"
     assert json.loads((place.root / "out/result.json").read_text())["status"] == "failed"
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        run_cli(*place.train("output_dir=other"))
 
 
 def test_full_error_shows_the_traceback_of_a_mistake_too(place, run_cli, monkeypatch):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from lora_lightning.callbacks import CurvesLogger
 from lora_lightning.callbacks.shown import SamplePredictions
 from lora_lightning.config import compose_config, config_hash
+from lora_lightning.earlier import continue_csv
 from lora_lightning.launch.process import _own
 from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.launch.table import JobTable
-from lora_lightning.logs import curve, read_json, read_metrics, read_samples
+from lora_lightning.logs import curve, read_json, read_metrics, read_result, read_samples
 from lora_lightning.packed.__main__ import main as train_pack
 from lora_lightning.report import read_sweep
 from lora_lightning.train import train
@@ -40,6 +44,8 @@ DAMAGED = {
     "no UTF-8": (HEADER + b"\xff\xfe,1,\r\n" + ROWS, WHOLE, 1),
     "more cells": (HEADER + b"1,2,3,4\r\n" + ROWS, WHOLE, 1),
     "fewer cells": (HEADER + b"7,8\r\n" + ROWS, WHOLE, 1),
+    "a step too long to read": (HEADER + b"9" * 5000 + b",,\r\n" + ROWS, WHOLE, 1),
+    "a step too large for a float": (HEADER + b"9" * 400 + b",,\r\n" + ROWS, WHOLE, 1),
     "half a header": (b"step,trai", [], 1),
     "no header": (bytes(8) + b"\n" + ROWS, [], 2),
     "empty": (b"", [], 0),
@@ -59,6 +65,43 @@ def test_read_metrics_of_no_file_is_empty(tmp_path):
     assert read_samples(tmp_path / "samples.jsonl") == ([], 0)
 
 
+def test_a_run_goes_on_over_a_step_that_is_no_number(tmp_path, capsys):
+    path = tmp_path / "csv" / "metrics.csv"
+    path.parent.mkdir()
+    path.write_bytes(HEADER + ROWS + b"9" * 5000 + b",0.1,\r\n")
+    trainer = SimpleNamespace(
+        loggers=[CurvesLogger(tmp_path, name="csv", version="")], is_global_zero=True
+    )
+    continue_csv(trainer, step=2)
+    assert read_metrics(path)[0] == [{"step": "1", "train/loss": "0.5"}]
+    assert "1 damaged line left out" in capsys.readouterr().err
+
+
+LINE = b"2.0,1\r\n"
+CHANGES = {
+    "too many cells": (LINE, b"2.0,1,5\r\n", ["1.0", "", "4.0"], 1),
+    "no UTF-8": (LINE, b"\xff,1\r\n", ["1.0", "\ufffd", "", "4.0"], 0),
+    "zero bytes": (LINE, bytes(7), ["1.0", "", "4.0"], 1),
+    "the header": (b"a,step", b"\xff,step", ["", "", "", "4.0"], 0),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_new_column_over_damaged_curves_ends_no_run(kind, tmp_path, capsys):
+    before, after, expected, damaged = CHANGES[kind]
+    logger = CurvesLogger(tmp_path, name="csv", version="")
+    path = tmp_path / "csv" / "metrics.csv"
+    for step in range(2):
+        logger.log_metrics({"a": step + 1.0}, step)
+    logger.save()
+    path.write_bytes(path.read_bytes().replace(before, after))
+    for step, metrics in enumerate([{"b": 3.0}, {"a": 4.0}], 2):
+        logger.log_metrics(metrics, step)
+        logger.save()
+    assert [row["a"] for row in csv.DictReader(path.open(newline=""))] == expected
+    assert ("1 damaged line left out" in capsys.readouterr().err) == bool(damaged)
+
+
 def test_curve_leaves_out_what_is_no_number():
     rows = [*WHOLE, {"step": "3", "train/loss": "0.3", "val/loss": "4.8e-"}]
     assert curve(rows, "val/loss") == [(2, 0.25)]
@@ -75,6 +118,51 @@ def test_read_json_of_a_damaged_file_is_empty(content, tmp_path):
     path.write_bytes(content)
     assert read_json(path) == {}
     assert read_json(tmp_path / "none") == {}
+
+
+RUNG = {"step": 4, "planned": 8, "monitor": "m", "value": 0.25}
+KINDS = [
+    ({"objective": 0.5, "status": "completed"}, ("", "m 0.5000")),
+    ({"objective": 0.5, "steps": 7, "monitor": "n"}, ("7", "n 0.5000")),
+    ({"rungs": [RUNG]}, ("4", "m 0.2500")),
+    ({"objective": "x", "steps": 7, "monitor": "m"}, None),
+    ({"objective": [1]}, None),
+    ({"objective": 10**400}, None),
+    ({"steps": "x", "objective": 0.5}, None),
+    ({"val/loss": "x"}, None),
+    ({"status": 5}, None),
+    ({"versions": [1]}, None),
+    ({"rungs": 5}, None),
+    ({"rungs": [5]}, None),
+    *[({"rungs": [{key: RUNG[key] for key in RUNG if key != name}]}, None) for name in RUNG],
+    ({"rungs": [{**RUNG, "value": "x"}]}, None),
+    ({"rungs": [{**RUNG, "planned": 0}]}, None),
+    ({"rungs": [{**RUNG, "share": "x"}]}, None),
+]
+
+
+@pytest.mark.parametrize(("result", "shown"), KINDS)
+def test_a_result_of_other_kinds_counts_as_damaged(result, shown, tmp_path):
+    job = Job(0, [], tmp_path, state="paused")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert read_result(tmp_path / "result.json") == ({} if shown is None else result)
+    assert JobTable(tmp_path, [job], "m")._progress(job) == (shown or ("", "-"))
+    assert job.rungs() == read_result(tmp_path / "result.json").get("rungs", [])
+
+
+def test_a_table_that_cannot_be_shown_ends_no_sweep(tmp_path, capsys):
+    job, ended = Job(0, [], tmp_path), []
+
+    def show() -> None:
+        ended.append(job.state)
+        raise ValueError("no table")
+
+    work = Says([job])
+    work.code = "pass"
+    left = [[work], []]
+    JobQueue([job], lambda _: left.pop(0) if left else [], [None], show=show).run()
+    assert (job.status, ended[-1]) == (0, "failed")  # it has written no result
+    assert capsys.readouterr().err == "warning: the jobs cannot be shown: ValueError('no table')\n"
 
 
 # Samples -------------------------------------------------------------------------------------
@@ -102,7 +190,18 @@ def test_samples_with_separators_of_an_older_run_are_kept(tmp_path):
     assert [json.loads(line)["input"] for line in path.open()] == ["a\u2028b", "c"]
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "inp', ZEROS, b"[1]\n", b'{"step": "x"}\n'])
+LINES = (b"[1]", b'{"step": "x"}', b'{"step": 1e999}', b'{"step": 1e300}', b'{"step": NaN}')
+LINES += (b'{"step": ' + b"9" * 5000 + b"}", b'{"step": "' + b"9" * 5000 + b'"}')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2, "inp',
+        ZEROS,
+        *(pytest.param(line + b"\n", id=str(line[:20])) for line in LINES),
+    ],
+)
 def test_damaged_samples_are_left_out_and_said_once(damage, tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     SamplePredictions._write(path, 1, [{"input": "a"}])
@@ -293,6 +392,15 @@ def test_a_sweep_writes_a_damaged_config_again(content, sweep):
         assert ran == ([] if state == "completed" else [1])
 
 
+def test_a_sweep_ends_well_beside_a_report_of_others(sweep):
+    Path("sweep").mkdir()
+    Path("sweep/report.md").write_text("mine")
+    status, _, err, ran = sweep()
+    assert (status, ran) == (0, [0, 1]), err
+    assert "warning: there is no report: " in err
+    assert Path("sweep/report.md").read_text() == "mine"
+
+
 def test_a_damaged_config_of_other_settings_is_told(sweep):
     assert sweep()[0] == 0
     config = Path("sweep/1/.hydra/config.yaml")
@@ -368,6 +476,19 @@ def test_what_an_earlier_process_came_to_is_not_the_end_of_this_one(status, tmp_
     (tmp_path / "result.json").write_text(json.dumps(earlier))
     job = ended(Job(0, [], tmp_path), "import sys; sys.exit('the reason')")
     assert (job.state, job.error()) == ("failed", "the reason")
+
+
+def test_a_pack_tells_an_error_in_its_log_escaped(tmp_path, monkeypatch):
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(_own(compose_config([])), tmp_path / ".hydra" / "config.yaml")
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a \x1b[31mbug\x07")
+
+    monkeypatch.setattr("lora_lightning.packed.pack.train", broken)
+    assert train_pack([tmp_path]) == 1
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last == "ZeroDivisionError: a \\x1b[31mbug\\x07"
 
 
 @pytest.mark.parametrize("content", [b"", ZEROS])

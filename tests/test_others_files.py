@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_lightning import UserError, load_adapter
+from lora_lightning import LoraConfig, LoraModule, UserError, load_adapter
 from lora_lightning.config import compose_config
 from lora_lightning.earlier import refuse_used_folder
+from lora_lightning.first_look import found_before
 from lora_lightning.lora import AdapterSet
 from lora_lightning.train import train
 
@@ -180,6 +181,21 @@ def test_changed_files_are_told_in_python(name, place):
     with pytest.raises(UserError, match="is damaged, or was changed"):
         adapters.add("it", adapter)
     assert adapters.adapters == {}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_changed_files_are_told_where_a_module_starts_from_them(name, place):
+    """Before a value is taken, or the ranks that EVA has come to."""
+    adapter = place / "run" / "adapter"
+    state = json.loads((adapter / "lora_lightning.json").read_text())["task_state"]
+    base = {"name_or_path": str(place / "base")}
+    start = {"start_from": str(adapter), "task_state": state}
+    LoraModule({"name": "sentiment"}, base, {"rank": 8}, **start).configure_model()
+    DAMAGES[name](adapter / name)
+    with pytest.raises(UserError, match="is damaged, or was changed"):
+        LoraModule({"name": "sentiment"}, base, {"rank": 8}, **start).configure_model()
+    with pytest.raises(UserError, match="is damaged, or was changed"):
+        found_before(str(adapter), LoraConfig())
 
 
 def test_weights_of_an_older_folder_are_checked(place):

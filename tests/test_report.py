@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import re
 import shlex
 import shutil
@@ -136,7 +138,8 @@ def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
 
 
 def test_what_halving_has_not_finished_shows_where_it_stands(sweep_dir):
-    rungs = [{"step": step, "planned": 80, "value": step / 100} for step in (10, 20)]
+    rung = {"planned": 80, "monitor": "val/accuracy"}
+    rungs = [{**rung, "step": step, "value": step / 100} for step in (10, 20)]
     paused = {"status": "paused", "steps": 20, "rungs": rungs}
     write_run(sweep_dir / "13", ["lora.rank=32", "seed=0"], paused)
     report(sweep_dir)
@@ -181,6 +184,114 @@ def test_mistakes_are_told(tmp_path, run_cli):
         status, _, err = run_cli("report", *arguments)
         assert status == 2
         assert told in err
+
+
+MARKUP = "<img src=x onerror=alert(1)>|`a`\n\n```\n# b ![](http://c)"
+SHOWN = "&lt;img src=x onerror=alert(1)&gt;&#124;&#96;a&#96;\\n\\n&#96;&#96;&#96;\\n# b ![]&#40;http://c)"
+
+
+def test_values_of_others_are_plain_text_in_markdown(tmp_path):
+    """In cells, errors, names and the command, which is a block of its own."""
+    folder = tmp_path / MARKUP.replace("/", "").replace("\n", "")
+    values = (MARKUP, "b")
+    for job, value in enumerate(values):
+        quoted = value.replace("'", "\\'")
+        result = {"status": "completed", "objective": 1.0 - job, "versions": {MARKUP: "1"}}
+        write_run(folder / str(job), [f"tags=['{quoted}']"], result)
+    failed = {"status": "failed", "error": MARKUP.replace("\n", " ")}
+    write_run(folder / "2", ["tags=[c]"], failed)
+    report(folder)
+    text = (folder / "report.md").read_text()
+    assert f"| 0 | ['{SHOWN}'] |" in text
+    assert f"Made with {SHOWN} 1." in text
+    plain, command = re.split(r"(?m)^````bash\n", text)
+    command, rest = re.split(r"(?m)^````$", command)
+    assert f"tags=['{MARKUP}']" in shlex.split(command)
+    for mark in ("<", "`", "]("):
+        assert mark not in plain + rest
+    rows = [line for line in plain.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert len(rows) == 2 + 3
+
+
+OTHERS = {
+    "text": lambda path: path.write_text("# My own thoughts\n"),
+    "no text": lambda path: path.write_bytes(b"\xff"),
+    "link": lambda path: path.symlink_to("nowhere"),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("name", ["results.csv", "report.md", "report.html"])
+def test_a_file_of_others_is_not_replaced(name, kind, tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    OTHERS[kind](tmp_path / name)
+    status, _, err = run_cli("report", str(tmp_path))
+    assert status == 2
+    assert f"{tmp_path / name} is no report of lora-lightning" in err
+    assert sorted(os.listdir(tmp_path)) == sorted(["0", name])
+
+
+def test_a_report_replaces_its_own_files(tmp_path):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    (tmp_path / "report.md").touch()
+    report(tmp_path)
+    write_run(tmp_path / "1", ["lora.rank=4"], {"status": "running"})
+    report(tmp_path)
+    assert "2 runs" in (tmp_path / "report.md").read_text()
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+
+
+FORGED_CONFIGS = {
+    "no task": {"task": None},
+    "no monitor": {"task": {"name": "sentiment"}},
+    "a monitor of nothing": {"task": {"monitor": "${nothere}"}},
+    "a monitor of itself": {"task": {"monitor": "${task.monitor}"}},
+    "another kind of monitor": {"task": {"monitor": [1]}},
+    "no lora": {"lora": None},
+    "lora as a list": {"lora": [1]},
+    "a setting that is none": {"lora": {"rank": 2, "nonsense": 1}},
+    "another kind of setting": {"lora": {"rank": "two"}},
+    "a rank that is none": {"lora": {"rank": -1}},
+    "a seed that is none": {"seed": "${nothere}"},
+    "another kind of seed": {"seed": {"a": 1}},
+}
+FORGED_RESULTS = [{"rungs": 5}, {"rungs": [{}]}, {"versions": [1]}, {"steps": [1]}, {"status": 1}]
+FORGED_OVERRIDES = ["lora.rank=2,4", "lora.rank=range(1,3)", "lora.rank=choice(1,2)"]
+
+
+@pytest.mark.parametrize("forged", [*FORGED_CONFIGS, *FORGED_RESULTS, *FORGED_OVERRIDES], ids=str)
+def test_a_run_of_others_is_named_that_makes_no_sense(forged, tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": "running"})
+    folder = tmp_path / "1"
+    write_run(folder, ["lora.rank=2"], {"status": "running"})
+    if isinstance(forged, dict):
+        path = folder / "result.json"
+        path.write_text(json.dumps(forged))
+    elif forged in FORGED_CONFIGS:
+        path = folder / ".hydra" / "config.yaml"
+        config = OmegaConf.load(path)
+        path.write_text(OmegaConf.to_yaml({**config, **FORGED_CONFIGS[forged]}))
+    else:
+        path = folder / ".hydra" / "overrides.yaml"
+        path.write_text(OmegaConf.to_yaml([forged]))
+    status, _, err = run_cli("report", str(tmp_path))
+    assert status == 2
+    assert err.startswith("error: ")
+    assert str(path) in err
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_is_none(value, tmp_path):
+    for job in range(2):
+        result = {"status": "completed", "objective": value, "val/loss": value, "seconds": 1.0}
+        write_run(tmp_path / str(job), ["lora.rank=2", f"seed={job}"], result)
+    sweep = report(tmp_path)
+    assert [run.objective for run in sweep.runs] == [None, None]
+    assert sweep.best is None
 
 
 def test_one_job_without_anything_measured(tmp_path, run_cli):

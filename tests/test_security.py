@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_lightning.callbacks import BestCheckpoint
-from lora_lightning.checkpoint import read_checkpoint
+from lora_lightning.checkpoint import check_resumable, read_checkpoint
 from lora_lightning.combine import combine_adapters
 from lora_lightning.config import (
     compose_config,
@@ -467,15 +467,17 @@ def test_checkpoint_settings_off_the_list_are_refused(change, told, run, tmp_pat
         ("..", "names"),
         ("/elsewhere/..", "names"),
         ("last.ckpt", "names"),
+        ("last-previous.ckpt", "names"),
         ("config.yaml", "names"),
-        (".best-step-1.ckpt", "names"),
+        ("/elsewhere/.ckpt", "names"),
         (7, "names"),
     ],
 )
 @pytest.mark.parametrize("key", ["best_k_models", "kth_best_model_path", "best_model_path"])
-def test_best_checkpoint_of_another_name_is_refused(name, told, key, tmp_path):
+@pytest.mark.parametrize("filename", ["best-step-{step}", "{epoch}-{step}"])
+def test_best_checkpoint_of_another_name_is_refused(name, told, key, filename, tmp_path):
     """Lightning deletes what stands there, a whole folder too, at the next better validation."""
-    callback = BestCheckpoint(dirpath=str(tmp_path), filename="best-step-{step}")
+    callback = BestCheckpoint(dirpath=str(tmp_path), filename=filename)
     good = {
         **{"best_model_score": 1.0, "kth_value": 1.0, "current_score": 1.0, "dirpath": "/old"},
         "best_model_path": "/old/best-step-4.ckpt",
@@ -509,6 +511,60 @@ def test_resume_of_a_forged_checkpoint_deletes_nothing(fast, tiny_bert, rows_jso
     with pytest.raises(UserError, match="names '..' as one of the best checkpoints"):
         train(compose_config([*asked, "trainer.max_epochs=2"]), resume=True)
     assert before <= set((tmp_path / "run").rglob("*.ckpt"))
+
+
+LIGHTNINGS = "ModelCheckpoint{'monitor': None}"
+OWN = "{run}/checkpoints/"
+
+
+@pytest.mark.parametrize(
+    ("callback", "state", "told"),
+    [
+        (LIGHTNINGS, {"best_k_models": {"{home}/thesis": 1e9}}, "names '{home}/thesis'"),
+        (LIGHTNINGS, {"best_k_models": {"{home}/thesis.ckpt": 1e9}}, "outside of the run"),
+        (LIGHTNINGS, {"best_k_models": {OWN + "../../thesis.ckpt": 1e9}}, "outside of the run"),
+        (LIGHTNINGS, {"best_k_models": {OWN + "link/thesis.ckpt": 1e9}}, "outside of the run"),
+        (LIGHTNINGS, {"best_k_models": {"s3://bucket/thesis.ckpt": 1e9}}, "outside of the run"),
+        (LIGHTNINGS, {"best_k_models": {OWN + "last.ckpt": 1e9}}, "names"),
+        (LIGHTNINGS, {"best_k_models": {7: 1e9}}, "names 7"),
+        (LIGHTNINGS, {"best_k_models": torch.zeros(2)}, "no list"),
+        (LIGHTNINGS, {"kth_best_model_path": "{home}"}, "names '{home}'"),
+        (LIGHTNINGS, {"best_model_path": torch.zeros(2)}, "names tensor"),
+        (LIGHTNINGS, {"last_model_path": OWN + "last-previous.ckpt"}, "names"),
+        (LIGHTNINGS, {"last_model_path": "{home}/thesis.ckpt"}, "outside of the run"),
+        ("BestCheckpoint{}", {"last_model_path": OWN + "last-previous.ckpt"}, "names"),
+        (LIGHTNINGS, {"last_model_path": OWN + "last.ckpt"}, None),
+        (LIGHTNINGS, {"best_k_models": {OWN + "val/loss=0.1.ckpt": 1e9}}, None),
+        (LIGHTNINGS, {"best_model_path": "/moved/checkpoints/epoch=1.ckpt"}, None),
+        (LIGHTNINGS, {"best_model_path": ""}, None),
+        ("BestCheckpoint{}", {"best_model_path": "{home}/thesis.ckpt"}, None),
+        ("EarlyStopping{}", {"wait_count": 0}, None),
+    ],
+)
+def test_a_state_that_has_lightning_delete_others_files_is_refused(callback, state, told, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "link").symlink_to(tmp_path)
+    (tmp_path / "thesis.ckpt").write_text("PRECIOUS")
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {placed(key): placed(one) for key, one in value.items()}
+        return value.format(run=run, home=tmp_path) if isinstance(value, str) else value
+
+    steps = {"total": {"completed": 0}}
+    optimizer = {"optimizer": {"step": steps}}
+    loop = {"epoch_loop.automatic_optimization.optim_progress": optimizer}
+    content = {
+        **{"epoch": 0, "global_step": 0, "data_ranks": 1, "pytorch-lightning_version": "2.6.4"},
+        **{"optimizer_states": [], "lr_schedulers": [], "loops": {"fit_loop": loop}},
+        "callbacks": {callback: placed(state)},
+    }
+    if told is None:
+        check_resumable(content, run / "checkpoints" / "last.ckpt")
+        return
+    with pytest.raises(UserError, match=re.escape(placed(told))):
+        check_resumable(content, run / "checkpoints" / "last.ckpt")
 
 
 EVIL = ("os.system", "pathlib.Path.touch", "lightning.pytorch.callbacks.Callback.os.system")

@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from ..atomic_write import atomic_write, fault_of_disk
+from ..logs import read_metrics, tell_damaged
+from ..lora.outputs import made_folder, sync
 from ..terminal import say
 
 
@@ -78,12 +80,13 @@ class CurvesLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None and "://" not in self.log_dir:
+            made_folder(Path(self.log_dir))
             self._experiment = _CurvesWriter(log_dir=self.log_dir)
         return super().experiment
 
 
 class _CurvesWriter(ExperimentWriter):
-    """Replaces the file at its first rows and where a column is new; else appends."""
+    """Replaces the file at its first rows and where a column is new; else appends; both synced."""
 
     _header: list[str] | None = None
     """Columns of the file as this process has written it."""
@@ -95,14 +98,17 @@ class _CurvesWriter(ExperimentWriter):
         if not self.metrics:
             return
         self._record_new_keys()
+        path = Path(self.metrics_file_path)
         if self._header == self.metrics_keys:
             super().save()
+            sync(path)  # a checkpoint that knows of these rows is on the disk soon
             return
-        path = Path(self.metrics_file_path)
-        rows: list[dict[str, Any]] = []
-        if self._header is not None and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+        rows: list[dict[str, str]] = []
+        if self._header is not None:
+            rows, damaged = read_metrics(path)
+            tell_damaged(path, damaged)
+            names = (name for row in rows for name in row)  # others, where the header is damaged
+            self.metrics_keys = list(dict.fromkeys([*self.metrics_keys, *names]))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from ..atomic_write import written_beside
 from ..checkpoint import LAST, PREVIOUS, check_kept, check_written
 from ..lora import UserError
+from ..lora.outputs import made_folder, sync
 from ..signals import SharedNumber, Stopped, StopSignals
 from ..terminal import say
 
@@ -56,8 +57,13 @@ def _steps_between_validations(trainer: L.Trainer) -> float:
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's, which reads again what it has written, before an older one makes way for it.
 
-    It finds its files in its own folder too where the run has been moved.
+    Its files are on the disk before they are named, in any Trainer. It finds them in its own folder
+    too where the run has been moved.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        sync_checkpoints(trainer)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -81,8 +87,8 @@ class BestCheckpoint(ModelCheckpoint):
 
         def here(path: Any, own: str = prefix) -> str:
             name = Path(path).name if isinstance(path, str) else repr(path)
-            fits = re.fullmatch(rf"{own}[^/\\\0]*\.ckpt", name)
-            if path and (not fits or (own == prefix and name == "last.ckpt")):
+            fits = re.fullmatch(rf"(?!\.){own}[^/\\\0]*\.ckpt", name)
+            if path and (not fits or name == PREVIOUS or (own == prefix and name == LAST)):
                 raise _forged(f"names {path!r} as one of the best checkpoints")
             return str(Path(str(self.dirpath)) / name) if path else ""
 
@@ -119,9 +125,15 @@ class SyncedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        made_folder(Path(path).parent)
         with written_beside(Path(path)) as beside:
             _save_to(beside, checkpoint)
+
+
+def sync_checkpoints(trainer: L.Trainer) -> None:
+    """Has a trainer write its checkpoints synced, unless it has a way of its own to write them."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SyncedCheckpointIO()
 
 
 class _Caught(TorchCheckpointIO):
@@ -363,11 +375,12 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
         keep: whether the one that is there is kept too: a disk may lose what it had written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made_folder(path.parent)
         with written_beside(path) as beside:
             _save_to(beside, dict(content))
             check_written(beside, content["state_dict"])
             if keep and path.exists():
+                sync(beside)  # what may fail comes before the older ones are touched
                 os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(

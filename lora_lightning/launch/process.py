@@ -7,6 +7,7 @@ Under DDP, Lightning starts its other ranks with the command line of the first. 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from ..atomic_write import atomic_write, remove_debris
 from ..config import config_hash, read_config, read_overrides
 from ..lock import locked
 from ..lora.errors import UserError
+from ..lora.outputs import made_folder
 from ..report import report
 from ..settings import PAUSE
 from ..signals import ended_by_signals
+from ..terminal import say
 from .folder import SWEEP, note
 from .halving import Halving
 from .queue import EXIT_USER_ERROR, LOG, Job, JobQueue, Work
@@ -88,7 +91,7 @@ class ProcessLauncher(Launcher):
         """
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
-        sweep_dir.mkdir(parents=True, exist_ok=True)
+        made_folder(sweep_dir)
         with locked(sweep_dir, setting="hydra.sweep.dir") as held:
             remove_debris(sweep_dir / SWEEP)
             planned = [
@@ -118,7 +121,10 @@ class ProcessLauncher(Launcher):
             if halving is not None and not any(job.state == "waiting" for job in jobs):
                 halving.stop(jobs)
             if any(job.result() for job in jobs):
-                report(sweep_dir)
+                try:
+                    report(sweep_dir)
+                except UserError as error:
+                    say(f"warning: there is no report: {error}", file=sys.stderr)
             failure = _failure(jobs)
             note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
         return [_returned(job, config, failure) for job, config in planned]
@@ -253,7 +259,7 @@ def _save(config: DictConfig, job: Job) -> None:
     """Writes .hydra/, from which the job's process and a later sweep read what it is."""
     folder = job.folder / ".hydra"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made_folder(folder)
         hydra = OmegaConf.masked_copy(config, "hydra")
         for name, content in (
             ("hydra.yaml", hydra),

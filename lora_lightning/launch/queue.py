@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..logs import read_json
+from ..logs import read_result
+from ..terminal import say
 
 LIFELINE = "LORA_LIGHTNING_LIFELINE"
 """Set for a job: it ends when its standard input does, that is, when the sweep is killed."""
@@ -54,7 +55,7 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         """Its result.json, as far as it has come."""
-        return read_json(self.folder / "result.json")
+        return read_result(self.folder / "result.json")
 
     def news(self) -> dict[str, Any]:
         """Its result.json where its process has written it, not one before."""
@@ -235,6 +236,7 @@ class JobQueue:
         self.fail_fast, self.retries = fail_fast, retries
         self.show = show
         self.inherit = inherit
+        self._told = False
         shared = len(places) > 1 and places[0] is None
         self.threads = max(1, (os.cpu_count() or 1) // len(places)) if shared else None
 
@@ -242,11 +244,22 @@ class JobQueue:
         """Until all has ended. What interrupts it has the running jobs save first."""
         try:
             while self._advance():
-                self.show()
+                self._show()
                 time.sleep(0.5)
         finally:
             self._stop_all()
+            self._show()
+
+    def _show(self) -> None:
+        """Shows how things stand; what goes wrong with it is told once, and ends no job."""
+        try:
             self.show()
+        except BrokenPipeError:  # nobody reads it any more
+            raise
+        except Exception as error:
+            if not self._told:
+                say(f"warning: the jobs cannot be shown: {error!r}", file=sys.stderr)
+            self._told = True
 
     def _advance(self) -> bool:
         """Takes note of what has ended, starts more; whether there is more to do."""

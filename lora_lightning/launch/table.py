@@ -96,7 +96,8 @@ class JobTable:
         """How far a job is: its step, and what is compared or, before that, its loss."""
         result = job.result()
         if result.get("objective") is not None:
-            return str(result["steps"]), f"{result['monitor']} {result['objective']:.4f}"
+            monitor = result.get("monitor", self.monitor)
+            return str(result.get("steps", "")), f"{monitor} {result['objective']:.4f}"
         if job.state in ("paused", "stopped") and job.rungs():
             rung = job.rungs()[-1]
             return str(rung["step"]), f"{rung['monitor']} {rung['value']:.4f}"

@@ -53,7 +53,8 @@ def replaced_folder(
         refuse_loss(folder, by=by, sources=sources)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
-        staging.mkdir(parents=True)
+        made_folder(staging.parent)
+        staging.mkdir()
         with _held(staging):
             _write_mark(staging, by, {})
             yield staging
@@ -174,6 +175,19 @@ def sync(path: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def made_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are absent, with their names on the disk.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if not path.is_dir():
+        if not path.parent.is_dir():
+            made_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def _put(staging: Path, folder: Path) -> None:

@@ -152,7 +152,7 @@ class Pack:
         except BaseException as error:
             slot.error = error
             if not self.stopping:
-                traceback.print_exc(file=slot.out)
+                say(traceback.format_exc(), file=slot.out, end="")
         finally:
             slot.ended = True
             slot.request = slot.passed = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .sweep import Sweep, read_sweep
-from .tables import terminal_report, write_csv, write_markdown
+from .tables import refuse_others, terminal_report, write_csv, write_markdown
 
 
 def report(folder: Path) -> Sweep:
@@ -22,9 +22,11 @@ def report(folder: Path) -> Sweep:
         What was read.
 
     Raises:
-        UserError: there is no run in the folder, or it cannot be written to.
+        UserError: there is no run in the folder, it cannot be written to, or it holds a file that
+            another has written under the name of a report.
     """
     sweep = read_sweep(folder)
+    refuse_others(folder)
     write_csv(sweep, folder / "results.csv")
     write_markdown(sweep, folder / "report.md")
     from .page import write_page  # matplotlib takes a second to import

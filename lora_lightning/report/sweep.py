@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ..config import read_config, read_overrides
 from ..lock import is_abandoned
-from ..logs import curve, read_json, read_metrics
+from ..logs import curve, read_metrics, read_result
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
+from ..untrusted import settings_from_file
 
 SEED = "seed"
 PLACES = ("output_dir", "hydra.sweep.dir", "hydra.run.dir")
@@ -31,6 +33,8 @@ class Run:
     config: DictConfig
     overrides: list[str]
     result: dict[str, Any]
+    lora: LoraConfig | None = None
+    """The adapter's settings; None for full fine-tuning."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """The monitored metric at each validation: optimizer step and value."""
 
@@ -50,9 +54,9 @@ class Run:
         return self.final("objective")
 
     def final(self, name: str) -> float | None:
-        """A number of a completed run; None where there is none."""
+        """A finite number of a completed run; None where there is none."""
         value = self.result.get(name)
-        number = isinstance(value, (int, float)) and not math.isnan(value)
+        number = isinstance(value, (int, float)) and math.isfinite(value)
         return float(value) if number and self.status == "completed" else None  # type: ignore[arg-type]
 
     @cached_property
@@ -62,14 +66,6 @@ class Run:
         return {
             item.get_key_element().lstrip("+"): item.get_value_element_as_str() for item in parsed
         }
-
-    @cached_property
-    def lora(self) -> LoraConfig | None:
-        """The adapter's settings; None for full fine-tuning."""
-        lora = OmegaConf.to_container(self.config.lora, resolve=True)
-        assert isinstance(lora, dict)
-        method = lora.pop("method", "lora")
-        return None if method == "full" else LoraConfig(**{str(k): v for k, v in lora.items()})
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -233,11 +229,13 @@ def _where(folder: Path) -> str:
 
 
 def _read_run(folder: Path) -> Run:
-    config = _without_resolvers(read_config(folder / ".hydra" / "config.yaml"))
+    saved = folder / ".hydra" / "config.yaml"
+    config = _without_resolvers(read_config(saved))
+    lora = _settings(config, saved)
     given = read_overrides(folder / ".hydra" / "overrides.yaml")
     path = folder / "result.json"
     there = path.is_file()
-    result = read_json(path)
+    result = read_result(path)
     if there and not result:
         raise UserError(
             f"{path} is damaged. Run the sweep's command again, which continues this job; or "
@@ -245,7 +243,31 @@ def _read_run(folder: Path) -> Run:
         )
     rows, _ = read_metrics(folder / "csv" / "metrics.csv")
     points = dict(curve(rows, str(config.task.monitor)))
-    return Run(folder, config, given, result, sorted(points.items()))
+    return Run(folder, config, given, result, lora, sorted(points.items()))
+
+
+def _settings(config: DictConfig, path: Path) -> LoraConfig | None:
+    """The adapter's settings; None for full fine-tuning.
+
+    Raises:
+        UserError: what a report reads of the config is absent or of another kind.
+    """
+    try:
+        task, lora, seed = (
+            OmegaConf.to_container(node, resolve=True) if isinstance(node, Container) else node
+            for node in (config[key] for key in ("task", "lora", "seed"))
+        )
+        if not isinstance(task, dict) or not isinstance(task.get("monitor"), str):
+            raise UserError(f"{path}: task.monitor must be the name of a metric.")
+        if not isinstance(seed, int):
+            raise UserError(f"{path}: seed must be a whole number.")
+        values = settings_from_file({"lora": lora}, path)["lora"]
+        return None if values.pop("method", "lora") == "full" else LoraConfig(**values)
+    except UserError as error:
+        named = str(path) in str(error)
+        raise UserError(str(error) if named else f"{path}: {error}") from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}.") from None
 
 
 def _without_resolvers(config: DictConfig) -> DictConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from ..atomic_write import atomic_write
 from ..lora.errors import UserError
-from ..terminal import printable
+from ..terminal import fenced, one_line, printable
 from .sweep import Run, Setting, Sweep
 
 MEASURED = (
@@ -26,6 +28,12 @@ MEASURED = (
     "peak_memory_mib",
 )
 
+SIGNS = {
+    "results.csv": r"\Ajob,status,.*,folder\n",
+    "report.md": r"(?m)^Figures and curves: report\.html; every run with all its numbers: results",
+    "report.html": r"<h2>Settings, the best first</h2>",
+}
+"""The files of a report, and by what they are known again."""
 LESS_WANTED = ("tokens/s", "scale", "memory", "trained", "time")
 """Columns that a narrow terminal goes without; the files have them."""
 
@@ -166,19 +174,44 @@ def write_csv(sweep: Sweep, path: Path) -> None:
 def write_markdown(sweep: Sweep, path: Path) -> None:
     """Writes the table of settings, failures and the best run."""
     rows = rows_by_setting(sweep)
-    lines = [f"# Sweep {sweep.folder.name}", "", f"{len(sweep.runs)} runs: {sweep.counts()}.", ""]
+    counts = one_line(sweep.counts())
+    lines = [f"# Sweep {one_line(sweep.folder.name)}", "", f"{len(sweep.runs)} runs: {counts}.", ""]
     lines += [_cells(list(rows[0])), _cells(["---"] * len(rows[0]))]
     lines += [_cells(list(row.values())) for row in rows]
     if sweep.best is not None:
-        lines += ["", *(f"* {name}: `{text}`" for name, text in best_lines(sweep.best, sweep))]
+        *named, (again, command) = best_lines(sweep.best, sweep)
+        lines += ["", *(f"* {name}: {one_line(text)}" for name, text in named)]
+        lines += ["", f"{again}:", "", *fenced(command)]
     if stopped_lines(sweep):
-        lines += ["", "## Stopped early", "", *(f"* {line}" for line in stopped_lines(sweep))]
+        lines += [
+            "",
+            "## Stopped early",
+            "",
+            *(f"* {one_line(line)}" for line in stopped_lines(sweep)),
+        ]
     if sweep.failed:
         lines += ["", "## Failures", ""]
-        lines += [f"* job {run.job}: {first_line(run.result.get('error'))}" for run in sweep.failed]
+        told = [(run.job, first_line(run.result.get("error"))) for run in sweep.failed]
+        lines += [f"* job {one_line(job)}: {one_line(error)}" for job, error in told]
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
-    lines += [f"Made with {made_with(sweep)}."] if made_with(sweep) else []
+    lines += [f"Made with {one_line(made_with(sweep))}."] if made_with(sweep) else []
     written(path, printable("\n".join(lines)) + "\n")
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises UserError where a file has the name of a report, and is none."""
+    for name, sign in SIGNS.items():
+        path = folder / name
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            own = re.search(sign, text) is not None or (path.is_file() and not text)
+        except OSError:
+            own = False
+        if os.path.lexists(path) and not own:
+            raise UserError(
+                f"{path} is no report of lora-lightning, and would be replaced by one: move it "
+                "away."
+            )
 
 
 def written(path: Path, text: str) -> None:
@@ -200,7 +233,7 @@ def first_line(text: Any) -> str:
 
 
 def _cells(values: list[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
+    return f"| {' | '.join(map(one_line, values))} |"
 
 
 def _number(value: float | None) -> str:
