@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import read_checkpoint
 from .lora import LoraConfig, UserError
+from .lora.checksums import check_files
 from .lora.eva import Start, start_from_data
 from .lora.state import from_peft_config, read_adapter
 from .tasks import Task, to_device
@@ -76,12 +77,17 @@ def found_before(source: str, config: LoraConfig) -> LoraConfig:
     Args:
         source: a checkpoint or an adapter of that run.
         config: what else the adapter is to be.
+
+    Raises:
+        UserError: the checkpoint or the adapter is damaged.
     """
     if source.endswith(".ckpt"):
         saved = arguments_from_file(read_checkpoint(source).get("hyper_parameters", {}), source)
         found = LoraConfig(**saved.get("lora") or {})
     else:
-        found = from_peft_config(read_adapter(source)[0])
+        raw, _ = read_adapter(source)
+        check_files(source)
+        found = from_peft_config(raw)
     return replace(
         config,
         init="kaiming",

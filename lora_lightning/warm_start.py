@@ -6,6 +6,7 @@ from typing import Any
 
 from .checkpoint import read_checkpoint
 from .lora import Adapter, LoraConfig, UserError
+from .lora.checksums import check_files
 from .lora.copies import without_copies
 from .lora.state import read_adapter
 from .settings import ModelConfig
@@ -16,9 +17,10 @@ def load_values(adapter: Adapter, folder: str) -> None:
     """Gives an adapter the values of one of the same shape that lies in a folder.
 
     Raises:
-        UserError: it is of another shape, or its trained rows are of other tokens.
+        UserError: it is damaged or of another shape, or its trained rows are of other tokens.
     """
     raw, tensors = read_adapter(folder)
+    check_files(folder)
     asked = raw.get("trainable_token_indices") or {}
     theirs = list(asked.values()) if isinstance(asked, dict) else [asked]
     ours = [rows.indices for rows in adapter.rows]
