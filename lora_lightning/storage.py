@@ -19,7 +19,7 @@ import torch
 from .lock import LOCK, locked
 from .lora import UserError, save_adapter
 from .lora.checks import check_trained
-from .lora.checksums import SIDECAR, write_checksums
+from .lora.checksums import SIDECAR, check_content, write_checksums
 from .lora.outputs import made_folder, refuse_loss, replaced_folder
 from .lora.vocabulary import before_growth
 from .losses import BAD_STEP
@@ -173,6 +173,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
             raise TypeError("settings and task_state must be objects")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(folder, error) from None
+    check_content(content, path)
     check_task_state(content["task_state"], path)
     return {**content, "settings": settings_from_file(content["settings"], path)}
 

@@ -198,12 +198,53 @@ def test_changed_files_are_told_where_a_module_starts_from_them(name, place):
         found_before(str(adapter), LoraConfig())
 
 
+LETTERS = {
+    "a label": ('"positive"', '"pasitive"'),
+    "the base": ('"base_fingerprint": "', '"base_fingerprint": "0'),
+    "a setting": ('"batch_size": ', '"batch_size": 1'),
+}
+
+
+@pytest.mark.parametrize("kind", LETTERS)
+def test_a_letter_in_our_own_file_is_told(kind, place, run_cli):
+    path = place / "run" / "adapter" / "lora_lightning.json"
+    text = path.read_text()
+    assert LETTERS[kind][0] in text
+    path.write_text(text.replace(*LETTERS[kind]))
+    for arguments in (
+        ["predict", "adapter=run/adapter", "text=good"],
+        ["evaluate", "adapter=run/adapter", "data.test=none.jsonl"],
+        ["merge", "adapter=run/adapter", "output=out"],
+        ["combine", "adapter=run/adapter", "weights=0.5", "output=out"],
+        ["train", "adapter=run/adapter", "model.name_or_path=base", "output_dir=new"],
+    ):
+        status, _, err = run_cli(*arguments)
+        assert status == 2, arguments
+        assert "lora_lightning.json is damaged, or was changed" in " ".join(err.split()), arguments
+
+
+def test_our_own_file_may_be_laid_out_anew_or_have_no_checksum(place, run_cli):
+    path = place / "run" / "adapter" / "lora_lightning.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content))
+    assert run_cli("predict", "adapter=run/adapter", "text=good")[0] == 0
+    status, _, err = run_cli("combine", "adapter=run/adapter", "weights=0.5", "output=out")
+    assert status == 0, err
+    assert run_cli("predict", "adapter=out", "text=good")[0] == 0
+    del content["content_sha256"]
+    content["task_state"]["labels"] = ["negative", "pasitive"]
+    path.write_text(json.dumps(content))
+    status, _, err = run_cli("predict", "adapter=run/adapter", "text=good")
+    assert status == 0, err
+
+
 def test_weights_of_an_older_folder_are_checked(place):
     """There the checksum of the weights stood alone."""
     adapter = place / "run" / "adapter"
     path = adapter / "lora_lightning.json"
     content = json.loads(path.read_text())
     sums = content.pop("sha256")
+    del content["content_sha256"]
     path.write_text(json.dumps({**content, "weights_sha256": sums["adapter_model.safetensors"]}))
     from lora_lightning.inference import load_trained
 

@@ -105,6 +105,12 @@ def run(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
     return folder
 
 
+def write_sidecar(folder: Path, content: dict[str, Any]) -> None:
+    """Writes it as who forges it would: without the checksum of what it said."""
+    content.pop("content_sha256", None)
+    (folder / SIDECAR).write_text(json.dumps(content))
+
+
 def with_config(adapter: Path, folder: Path, **changes: object) -> Path:
     """A copy whose adapter_config.json has other values."""
     shutil.copytree(adapter, folder)
@@ -224,7 +230,7 @@ def test_forged_settings_beside_an_adapter(data, run, tmp_path):
             part[key] = data.draw(JSON)
             break
         part = part[key]
-    (folder / SIDECAR).write_text(json.dumps(content))
+    write_sidecar(folder, content)
     try:
         found = load_trained(folder)
     except UserError:
@@ -300,7 +306,7 @@ def test_classes_that_come_with_an_adapter_are_not_built(group, run, rows_jsonl,
     node = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": []}}
     node["self"]["_args_"] = [str(tmp_path / "owned")]
     content["settings"].setdefault(group, {})["evil"] = node
-    (folder / SIDECAR).write_text(json.dumps(content))
+    write_sidecar(folder, content)
     try:
         settings = read_sidecar(folder)["settings"]
         assert set(settings) <= {"model", "task", "data", "lora", "optim"}
@@ -318,7 +324,7 @@ def test_an_adapter_cannot_allow_remote_code_or_say_where_to_write(run, tmp_path
     content = json.loads((folder / SIDECAR).read_text())
     content["settings"]["model"]["trust_remote_code"] = True
     content["settings"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
-    (folder / SIDECAR).write_text(json.dumps(content))
+    write_sidecar(folder, content)
     settings = read_sidecar(folder)["settings"]
     assert "trust_remote_code" not in settings["model"]
     assert "cache_dir" not in settings["data"]
@@ -329,7 +335,7 @@ def test_an_adapter_cannot_read_the_environment(run, tmp_path):
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
     content = json.loads((folder / SIDECAR).read_text())
     content["settings"]["model"]["name_or_path"] = "${oc.env:HOME}"
-    (folder / SIDECAR).write_text(json.dumps(content))
+    write_sidecar(folder, content)
     with pytest.raises(UserError, match="settings must be plain values"):
         read_sidecar(folder)
 
@@ -427,7 +433,7 @@ def test_task_name_that_is_a_path_composes_no_file(kind, run, tmp_path, monkeypa
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "forged"))
     content = json.loads((folder / SIDECAR).read_text())
     content["settings"]["task"]["name"] = name
-    (folder / SIDECAR).write_text(json.dumps(content))
+    write_sidecar(folder, content)
     asked: list[str] = []
     monkeypatch.setattr("lora_lightning.config.compose_config", asked.extend)
     uses = {
@@ -703,7 +709,7 @@ def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_pat
     content = json.loads((folder / SIDECAR).read_text())
     for asked, kept in (("k/k@main", None), ("flash_attention_2", None), ("sdpa", "sdpa")):
         content["settings"]["model"]["attn_implementation"] = asked
-        (folder / SIDECAR).write_text(json.dumps(content))
+        write_sidecar(folder, content)
         assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
 
 
