@@ -214,6 +214,17 @@ def test_values_of_others_are_plain_text_in_markdown(tmp_path):
     assert len(rows) == 2 + 3
 
 
+@pytest.mark.parametrize("status", ["completed", "failed", "running"])
+def test_damaged_curves_of_a_run_that_has_ended_are_told(status, tmp_path, run_cli):
+    write_run(tmp_path / "0", ["lora.rank=2"], {"status": status}, [(5, 0.4)])
+    path = tmp_path / "0" / "csv" / "metrics.csv"
+    path.write_bytes(path.read_bytes() + b"6,,0.5,7\n" + bytes(20))
+    code, _, err = run_cli("report", str(tmp_path))
+    assert code == 0
+    told = f"warning: {path}: 2 damaged lines left out.\n"
+    assert err == ("" if status == "running" else told)
+
+
 OTHERS = {
     "text": lambda path: path.write_text("# My own thoughts\n"),
     "no text": lambda path: path.write_bytes(b"\xff"),

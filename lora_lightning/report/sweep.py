@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config import read_config, read_overrides
 from ..lock import is_abandoned
-from ..logs import curve, read_metrics, read_result
+from ..logs import curve, read_metrics, read_result, tell_damaged
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
 from ..untrusted import settings_from_file
@@ -241,7 +241,10 @@ def _read_run(folder: Path) -> Run:
             f"{path} is damaged. Run the sweep's command again, which continues this job; or "
             "delete the file, and the report takes the job for one that waits."
         )
-    rows, _ = read_metrics(folder / "csv" / "metrics.csv")
+    metrics = folder / "csv" / "metrics.csv"
+    rows, damaged = read_metrics(metrics)
+    if result.get("status") != "running":  # its last line may be half there
+        tell_damaged(metrics, damaged)
     points = dict(curve(rows, str(config.task.monitor)))
     return Run(folder, config, given, result, lora, sorted(points.items()))
 
