@@ -24,13 +24,18 @@ _FAULTS = {
     errno.ENODEV: "the disk is gone",
     errno.ENXIO: "the disk is gone",
 }
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+"""How tokenizers and safetensors tell of what is no OSError in Python."""
 
 
 def fault_of_disk(error: BaseException | None) -> str | None:
     """What a disk did that is behind an exception, and where; None if none is."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FAULTS:
-            return f"{_FAULTS[error.errno]}: {error}"
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (told := _OF_RUST.search(str(error))) is not None:
+            number = int(told[1])
+        if number in _FAULTS:
+            return f"{_FAULTS[number]}: {error}"
         error = error.__cause__ or error.__context__
     return None
 
@@ -77,6 +82,11 @@ def replace_synced(beside: Path, path: Path) -> None:
     """
     os.replace(beside, path)
     sync(path.parent)
+
+
+def is_debris(path: Path) -> bool:
+    """Whether a file has a name that `written_beside` gives until the file is whole."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
 def remove_debris(*paths: Path) -> None:

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
+from .atomic_write import is_debris
 from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
 from .config import config_hash, read_config
 from .logs import read_json, read_metrics, tell_damaged
@@ -101,7 +102,7 @@ def refuse_used_folder(run_dir: Path) -> None:
 def _is_filled(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return os.path.lexists(path)
-    return any(path.iterdir())
+    return any(not is_debris(each) for each in path.iterdir())
 
 
 def continue_csv(trainer: L.Trainer, step: int) -> None:

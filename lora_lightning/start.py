@@ -38,7 +38,7 @@ HYDRA_FLAGS = (
     *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
     *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
 )
-RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b"
+RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b|data\.num_workers="
 """Settings that a run can be gone on with: they do not change what it computes."""
 TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
 """What a resumed run may need although its own config has it, because it may be of others."""
@@ -347,8 +347,11 @@ def _resume(folder: str, others: list[str]) -> None:
         _refuse_settings(folder, others)
     if others:
         asked = compose_config(others)
-        for key in ("accelerator", "devices", "num_nodes", "strategy"):
-            config.trainer[key] = asked.trainer[key]
+        if any(other.startswith("trainer") for other in others):
+            for key in ("accelerator", "devices", "num_nodes", "strategy"):
+                config.trainer[key] = asked.trainer[key]
+        if any(other.startswith("data.num_workers=") for other in others):
+            config.data.num_workers = asked.data.num_workers
     train(config, resume=True)
 
 
@@ -358,7 +361,7 @@ def _refuse_settings(folder: str, others: list[str]) -> None:
     if refused:
         raise UserError(
             f"resume={folder} goes on with the run's own config and takes no other settings than "
-            f"where it trains (trainer=, trainer.devices= and the like): leave out "
+            "where it trains (trainer=, trainer.devices=, data.num_workers=): leave out "
             f"{' '.join(refused)}."
         )
 

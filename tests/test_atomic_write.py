@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import stat
@@ -16,7 +17,12 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from lora_lightning import atomic_write as module
-from lora_lightning.atomic_write import atomic_write, remove_debris, write_json
+from lora_lightning.atomic_write import (
+    atomic_write,
+    fault_of_disk,
+    remove_debris,
+    write_json,
+)
 from lora_lightning.callbacks import CurvesLogger, SamplePredictions, kept
 from lora_lightning.checkpoint import read_checkpoint
 from lora_lightning.config import compose_config
@@ -122,13 +128,9 @@ def test_a_run_syncs_its_files_and_removes_debris(
     for name in debris:
         (run / f"{name}.0123abcd.tmp").write_text("left by a kill")
     (run / ".mine.0123abcd.tmp").touch()
-    (tmp_path / "victim").write_text("PRECIOUS")
-    for name in (".hydra/config.yaml", ".hydra/hydra.yaml"):
-        (run / name).symlink_to(tmp_path / "victim")
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
     status, _, err = run_cli("train", *fast, *where, f"output_dir={run}")
     assert status == 0, err
-    assert (tmp_path / "victim").read_text() == "PRECIOUS"
     assert [path.name for path in run.rglob("*.tmp")] == [".mine.0123abcd.tmp"]
     assert OmegaConf.load(run / ".hydra" / "config.yaml").data.train == str(rows_jsonl)
     names = ["result.json", "samples.jsonl", "csv/metrics.csv", "adapter/README.md"]
@@ -138,6 +140,23 @@ def test_a_run_syncs_its_files_and_removes_debris(
         at = done.index(("rename", str(path)))
         assert done[at - 1][1].startswith(str(path.with_name(f".{path.name}."))), name
         assert done[at + 1] == ("sync", str(path.parent)), name
+
+
+def test_a_fault_of_a_disk_is_found_behind_what_libraries_make_of_it():
+    def chain(inner: BaseException) -> BaseException:
+        try:
+            try:
+                raise inner
+            except Exception:
+                raise ValueError("you tried to log 0.5") from None
+        except ValueError as error:
+            return error
+
+    assert fault_of_disk(chain(OSError(errno.EIO, "no"))) == "the disk fails: [Errno 5] no"
+    told = fault_of_disk(Exception("No space left on device (os error 28)"))
+    assert told == "the disk is full: No space left on device (os error 28)"
+    assert fault_of_disk(chain(FileNotFoundError(errno.ENOENT, "no"))) is None
+    assert fault_of_disk(None) is None
 
 
 def _config_of_a_run(folder: Path) -> None:

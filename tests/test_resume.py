@@ -347,7 +347,7 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     assert (told in errors.read_text()) == (saved != 6)
     failed = json.loads((run_dir / "result.json").read_text())
     assert (failed["status"], failed["error"]) == ("failed", f"RuntimeError: died at {moment}")
-    assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
+    assert run_cli("train", f"resume={run_dir}", OWN, "data.num_workers=0")[0] == 0
     assert outcome(run_dir) == outcome(whole_run)
     assert logged(run_dir) == logged(whole_run)
 
