@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-FAULTS = ("full", "broken", "killed", "cut")
-"""A disk that is full from then on; one operation that fails; a kill; a kill and a power cut."""
+FAULTS = ("full", "broken", "short", "killed")
+"""A disk that is full from then on; one operation that fails; a write of half of what it was given;
+a kill, amid a write, which "cut" turns into a power cut."""
 
 
 class Operation(NamedTuple):
@@ -47,7 +48,7 @@ class Trial:
     Args:
         called: the operation.
         nth: which of those that are called so.
-        fault: of FAULTS.
+        fault: of FAULTS, or "cut".
         status: of the command.
         errors: what it said.
         again: status of the same command afterwards.
@@ -71,17 +72,19 @@ class Harness:
 
     Args:
         work: a folder of its own.
-        inputs: what the commands read, copied to the folder they run in before each.
+        inputs: what the commands read.
         arguments: the command.
-        outcome: what the folder holds at the end that counts, in a form that can be compared.
-        warm: arguments of a command that loads all modules; without output below `work`/root.
+        outcome: what the folder it runs in holds at the end that counts, to be compared.
+        before: commands that run first, without a fault, and load all modules.
+        away: what these leave that is taken away.
     """
 
     work: Path
     inputs: Path
     arguments: list[str]
     outcome: Callable[[Path], Any]
-    warm: list[str] = field(default_factory=list)
+    before: list[list[str]] = field(default_factory=list)
+    away: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         library = self.work / "faulty.so"
@@ -96,9 +99,12 @@ class Harness:
             env={**os.environ, "LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"},
         )
         self._fresh()
-        if self.warm:
-            status, said = self._ask(self.warm, kind="warm")
+        for command in self.before:
+            status, said = self._ask(command, kind="warm")
             assert status == 0, said
+        for name in self.away:
+            shutil.rmtree(self.root / name)
+        self.inputs = Path(shutil.copytree(self.root, self.work / "inputs", symlinks=True))
         self._fresh()
         status, said = self._ask(self.arguments)
         assert status == 0, said

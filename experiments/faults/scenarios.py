@@ -1,0 +1,93 @@
+"""Commands on a small model whose operations on files fail in turn, and what is to come of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lora_lightning
+
+MODEL = Path(lora_lightning.__file__).parent / "embedded" / "tiny_lm"
+SETTINGS = [
+    *("trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=1", "lora.rank=2"),
+    *("model.name_or_path=base", "data.train=rows.jsonl", "data.cache_dir=cache"),
+    *("data.batch_size=6", "data.max_length=16", "test_before=false"),
+    *("callbacks.last.every_n_steps=2", "trainer.log_every_n_steps=2"),
+    *("callbacks.progress_bar=null", "callbacks.rich_summary=null"),
+    "trainer.enable_progress_bar=false",
+]
+RUN = ["train", *SETTINGS, "output_dir=run", "resume=auto"]
+SWEEP = ["train", "-m", *SETTINGS, "lora.rank=1,2", "hydra.sweep.dir=sweep"]
+MERGE = ["merge", "adapter=run/adapter", "output=merged"]
+EXPORT = ["export", "adapter=run/adapter", "output=exported", "format=canonical"]
+PREDICT = ["predict", "adapter=run/adapter", "input=rows.jsonl", "output=said.jsonl"]
+
+
+class Scenario(NamedTuple):
+    """A command.
+
+    Args:
+        arguments: of it.
+        outcome: see Harness.
+        before: commands that make what it reads, and an earlier output that it replaces.
+        away: see Harness.
+    """
+
+    arguments: list[str]
+    outcome: Callable[[Path], Any]
+    before: list[list[str]]
+    away: tuple[str, ...] = ()
+
+
+def write_inputs(folder: Path) -> Path:
+    """A model and rows."""
+    shutil.copytree(MODEL, folder / "base")
+    words = ("good", "bad", "warm", "cold", "clean", "dirty")
+    rows = [
+        {"text": f"the {word} food {number}", "label": ("no", "yes")[index % 2]}
+        for number in range(4)
+        for index, word in enumerate(words)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def of_run(root: Path) -> Any:
+    result = json.loads((root / "run" / "result.json").read_text())
+    counts = ("steps", "epochs", "tokens", "status")
+    kept = {k: v for k, v in result.items() if k.startswith(("val/", "test/")) or k in counts}
+    checkpoints = sorted(path.name for path in (root / "run" / "checkpoints").iterdir())
+    return kept, _digests(root / "run" / "adapter"), checkpoints
+
+
+def of_sweep(root: Path) -> Any:
+    folder = root / "sweep"
+    return (
+        json.loads((folder / "sweep.json").read_text())["status"],
+        (folder / "results.csv").read_text(),
+        [_digests(folder / str(job) / "adapter") for job in (0, 1)],
+    )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the files of a folder hold, but for a card, which tells seconds, and marks of it."""
+    own = ("README.md", ".written_by.json")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in own
+    }
+
+
+SCENARIOS = {
+    "train": Scenario(RUN, of_run, [RUN], ("run", "cache")),
+    # Both runs are there; what is done again is all that the sweep itself writes.
+    "sweep": Scenario(SWEEP, of_sweep, [SWEEP]),
+    "merge": Scenario(MERGE, lambda root: _digests(root / "merged"), [RUN, MERGE]),
+    "export": Scenario(EXPORT, lambda root: _digests(root / "exported"), [RUN, EXPORT]),
+    "predict": Scenario(PREDICT, lambda root: (root / "said.jsonl").read_text(), [RUN, PREDICT]),
+}
