@@ -13,7 +13,7 @@ from typing import Any
 
 from . import cluster
 from .launch.queue import end_with_parent
-from .terminal import printable, say
+from .terminal import is_text, printable, say
 from .usage import FULL_ERROR, HELP
 
 VERBS = (
@@ -83,6 +83,9 @@ def _set_allocator() -> None:
 def _dispatch(verb: str, arguments: list[str]) -> None:
     from .lora.errors import UserError, did_you_mean
 
+    for argument in arguments:
+        if not is_text(argument):
+            raise UserError(f"{argument} is no text in UTF-8: rename the file or folder.")
     if verb not in VERBS:
         hint = did_you_mean(verb, VERBS)
         raise UserError(f"there is no verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.")

@@ -29,6 +29,11 @@ def printable(text: str, *, json: bool = False) -> str:
     return _CONTROL.sub(escaped, text)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8: on a command line, and in a file system, it may be any bytes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def one_line(value: object) -> str:
     """Return a value as a line of Markdown in which it is no HTML, no link and no second cell."""
     text = escape(str(value), quote=False).replace("\n", "\\n")

@@ -413,6 +413,19 @@ DATA = [
         "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
     ),
     Case(
+        "label is a list",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": [row["label"]]} for row in ROWS))),
+        "a list as its label in row 1",
+        "task.label_column=NAME",
+    ),
+    Case(
+        "label is an object",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": {"is": 1}} for row in ROWS))),
+        "an object as its label in row 1",
+        "task.label_column=NAME",
+    ),
+    Case("no UTF-8", lambda p: p.train("data.train=caf\udce9"), "caf\\udce9", "rename"),
+    Case(
         "labels all distinct",
         lambda p: p.on("a.jsonl", jsonl(*({**ROWS[0], "label": f"{i} x"} for i in range(80)))),
         "no class label",

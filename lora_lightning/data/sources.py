@@ -16,6 +16,7 @@ from typing import Any
 from ..lora.errors import UserError, did_you_mean
 from ..lora.outputs import digest
 from ..settings import DataConfig
+from ..terminal import is_text
 from ..untrusted import lies_elsewhere
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
@@ -322,13 +323,22 @@ def _is_kept(folder: Path) -> bool:
 
 def _kept_rows(folder: Path, key: str) -> Any:
     """The rows that `_keep` has put into a folder; `key` tells them apart from others."""
-    from datasets import Dataset, concatenate_datasets
+    from datasets import DatasetInfo, Features
+    from datasets.table import MemoryMappedTable, concat_tables
 
-    rows = concatenate_datasets([Dataset.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))])
-    return _as_stored(Dataset(rows.data, info=rows.info, split=rows.split, fingerprint=key))
+    # Each Dataset made of another describes all its columns anew, of which there may be thousands.
+    table = concat_tables(
+        [MemoryMappedTable.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))]
+    )
+    info = DatasetInfo(features=Features.from_arrow_schema(table.schema))
+    return _stored(table, info, None, key)
 
 
 def _as_stored(rows: Any) -> Any:
+    return _stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
+
+
+def _stored(table: Any, info: Any, split: Any, fingerprint: str) -> Any:
     """Rows whose values are those that the table holds.
 
     A table can declare a column as pictures or sound that lie elsewhere. Whoever reads the rows
@@ -336,13 +346,13 @@ def _as_stored(rows: Any) -> Any:
     """
     from datasets import Dataset, Features
 
-    table = rows.data.replace_schema_metadata(None)
+    declared = info.features
+    table = table.replace_schema_metadata(None)
     stored = Features.from_arrow_schema(table.schema)
-    info = rows.info.copy()
     info.features = Features(
-        {name: kind if _is_plain(kind) else stored[name] for name, kind in rows.features.items()}
+        {name: kind if _is_plain(kind) else stored[name] for name, kind in declared.items()}
     )
-    return Dataset(table, info=info, split=rows.split, fingerprint=rows._fingerprint)
+    return Dataset(table, info=info, split=split, fingerprint=fingerprint)
 
 
 def _is_plain(kind: Any) -> bool:
@@ -418,6 +428,12 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     columns: dict[str, list[str]] = {"text": [_text(option, file) for file in files]}
     if all(file.parent != path for file in files):
         columns["label"] = [file.relative_to(path).parts[0] for file in files]
+        for name in sorted(set(columns["label"])):
+            if not is_text(name):
+                raise UserError(
+                    f"{option}: the folder {str(path / name)!r} names a class, and its name is not "
+                    "UTF-8: rename it."
+                )
     return Dataset.from_dict(columns)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -263,3 +264,34 @@ def test_the_hubs_cache_is_a_folder_of_data(option, tmp_path):
     (snapshot / "train.jsonl").symlink_to("../../blobs/1f")
     rows = load_splits(DataConfig(**{option: str(snapshot)}))["train"]
     assert rows["text"][:] == ["theirs"]
+
+
+def test_a_class_of_no_utf8_is_told(tmp_path):
+    for name in (b"caf\xe9", b"bad"):
+        folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+        folder.mkdir()
+        (folder / "1.txt").write_text("good")
+    with pytest.raises(UserError, match=r"caf.udce9' names a class, and its name is not UTF-8"):
+        load_splits(DataConfig(train=str(tmp_path)))
+
+
+def test_each_of_many_columns_is_described_once(tmp_path, monkeypatch):
+    """What is done for each column is done a few times in all, and not for each step."""
+    from datasets import features
+
+    rows = [{**{f"c{n}": n for n in range(500)}, "text": str(row)} for row in range(8)]
+    (tmp_path / "wide.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = 0
+    begin = features.Value.__post_init__
+
+    def count(self):
+        nonlocal made
+        made += 1
+        begin(self)
+
+    monkeypatch.setattr(features.Value, "__post_init__", count)
+    config = DataConfig(train=str(tmp_path / "wide.jsonl"), cache_dir=str(tmp_path / "cache"))
+    load_splits(config)
+    made = 0
+    assert load_splits(config)["train"].num_columns == 501
+    assert made <= 4 * 501
