@@ -20,6 +20,8 @@ _FAULTS = {
     errno.EDQUOT: "the quota of the disk is used up",
     errno.EIO: "the disk fails",
     errno.EROFS: "the disk can only be read",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.ESTALE: "the disk is gone",
     errno.ENODEV: "the disk is gone",
     errno.ENXIO: "the disk is gone",
@@ -30,7 +32,9 @@ _OF_RUST = re.compile(r"\(os error (\d+)\)")
 
 def fault_of_disk(error: BaseException | None) -> str | None:
     """What a disk did that is behind an exception, and where; None if none is."""
-    while error is not None:
+    seen: set[int] = set()  # a chain may end in itself
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (told := _OF_RUST.search(str(error))) is not None:
             number = int(told[1])

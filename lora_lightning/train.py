@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -181,6 +182,13 @@ def _run_to_its_end(
                 f"{fault}. Nothing that was there before is lost: see to the disk and "
                 f"{_way_on(run_dir)}."
             ) from error
+        if isinstance(error, FileNotFoundError) and error.filename:
+            gone = Path(os.fsdecode(error.filename))
+            if run_dir in gone.parents:
+                raise UserError(
+                    f"{gone} is gone: was {run_dir} moved or deleted while the run wrote there? "
+                    "What is gone is lost; start again, with another output_dir."
+                ) from error
         if _WORKER.search(str(error)):
             raise UserError(
                 "a process that prepares batches was killed, as a system does that has no memory "

@@ -157,6 +157,9 @@ def test_a_fault_of_a_disk_is_found_behind_what_libraries_make_of_it():
     assert told == "the disk is full: No space left on device (os error 28)"
     assert fault_of_disk(chain(FileNotFoundError(errno.ENOENT, "no"))) is None
     assert fault_of_disk(None) is None
+    one, other = ValueError("one"), ValueError("other")
+    one.__context__, other.__cause__ = other, one
+    assert fault_of_disk(one) is None, "a chain may be a ring"
 
 
 def _config_of_a_run(folder: Path) -> None:

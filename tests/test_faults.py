@@ -284,6 +284,29 @@ def test_killed_workers_are_told(settings, tmp_path):
         train(compose_config([*settings, *more]))
 
 
+class TakesAway(Callback):
+    """Deletes the folder of the run."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            shutil.rmtree(self.folder)
+
+
+def test_a_folder_that_is_taken_away_is_told(settings, tmp_path):
+    run = tmp_path / "run"
+    more = [
+        *(f"output_dir={run}", "callbacks.last.every_n_steps=1000", "data.batch_size=4"),
+        f"+callbacks.takes._target_={__name__}.TakesAway",
+        f"+callbacks.takes.folder={run}",
+    ]
+    config = compose_config([*settings, *more])
+    with pytest.raises(UserError, match=r"is gone: was .*run moved or deleted"):
+        train(config)
+
+
 WAITING = """
 import signal, torch.distributed as dist
 from lora_lightning import signals

@@ -214,6 +214,29 @@ def test_values_of_others_are_plain_text_in_markdown(tmp_path):
     assert len(rows) == 2 + 3
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t"])
+def test_values_of_others_are_no_formula_in_a_table(start, tmp_path):
+    """A program for tables would run =HYPERLINK(...), and show what an apostrophe begins."""
+    evil = f"{start}HYPERLINK(1)"
+    for job, value in enumerate((evil, "b")):
+        result = {"status": "completed", "objective": -0.5, "monitor": "m"}
+        write_run(tmp_path / str(job), [f"task.label_column={json.dumps(value)}"], result)
+    report(tmp_path)
+    with (tmp_path / "results.csv").open(newline="") as handle:
+        rows = list(csv.reader(handle))
+    cells = [cell for row in rows for cell in row]
+    assert not [cell for cell in cells if cell.startswith(start) and not _is_number(cell)]
+    assert "-0.5" in cells
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("status", ["completed", "failed", "running"])
 def test_damaged_curves_of_a_run_that_has_ended_are_told(status, tmp_path, run_cli):
     write_run(tmp_path / "0", ["lora.rank=2"], {"status": status}, [(5, 0.4)])

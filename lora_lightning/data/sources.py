@@ -498,9 +498,10 @@ def _is_list(value: Any) -> bool:
 
 def _deepest(error: BaseException) -> BaseException:
     """The error that lies at the bottom of a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # it may be a ring
+        chain.append(cause)
+    return chain[-1]
 
 
 def _reason(error: BaseException) -> str:

@@ -167,8 +167,17 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     writer = csv.DictWriter(handle, list(rows[0]))
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
+        writer.writerow({k: _cell(v) if isinstance(v, str) else v for k, v in row.items()})
     written(path, handle.getvalue())
+
+
+def _cell(text: str) -> str:
+    """A text that no program for tables takes for a formula, by the apostrophe that they know."""
+    return (
+        f"'{printable(text)}"
+        if text.startswith(("=", "+", "-", "@", "\t", "\r"))
+        else printable(text)
+    )
 
 
 def write_markdown(sweep: Sweep, path: Path) -> None:
