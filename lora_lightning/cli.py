@@ -13,7 +13,7 @@ from typing import Any
 
 from . import cluster
 from .launch.queue import end_with_parent
-from .terminal import is_text, printable, say
+from .terminal import Terminal, is_text, printable, say
 from .usage import FULL_ERROR, HELP
 
 VERBS = (
@@ -64,10 +64,13 @@ def _open_absent_streams() -> None:
     """Opens the null device for standard streams that were closed, as cron and `<&-` do.
 
     Python has None for them. What is opened next would take their numbers, and get their output.
+    Those of a terminal are made safe for its end.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and getattr(sys, name).isatty():
+            setattr(sys, name, Terminal(getattr(sys, name)))
 
 
 def _set_allocator() -> None:

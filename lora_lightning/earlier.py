@@ -44,7 +44,7 @@ def whole_checkpoint(run_dir: Path) -> Path | None:
     except Damaged as error:
         with suppress(UserError):
             read_checkpoint(previous)
-            say(f"{error}\nThe one before it is taken: {previous}", file=sys.stderr)
+            say(f"{previous} is taken, as the one after it is not whole: {error}", file=sys.stderr)
             return previous
     return last
 

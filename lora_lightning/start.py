@@ -26,6 +26,7 @@ from .config import (
     settings_of,
     sweep_choices,
 )
+from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
 from .lora.outputs import made_folder
@@ -168,15 +169,16 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
             run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
         return
     goes_on |= outside and cluster.started_again()
-    if goes_on and _is_complete(run_dir):
-        return
     from .earlier import holds_run, refuse_other_run, refuse_used_folder
     from .storage import undone_on_mistake
 
+    is_there = goes_on and holds_run(run_dir)
+    if is_there:
+        refuse_other_run(run_dir, config)
+        if _is_complete(run_dir):
+            return
     with undone_on_mistake(run_dir):
-        if goes_on and holds_run(run_dir):
-            refuse_other_run(run_dir, config)
-        else:
+        if not is_there:
             refuse_used_folder(run_dir)
         run_hydra(overrides, resume=goes_on)
 
@@ -329,6 +331,11 @@ def _resume(folder: str, others: list[str]) -> None:
     if not run_dir.is_dir():
         raise UserError(
             f"resume={folder}: there is no such folder. Give the output_dir of a run that stopped."
+        )
+    if (run_dir / SWEEP).is_file():
+        raise UserError(
+            f"resume={folder} is the folder of a sweep, which goes on by its own command: type it "
+            f"again, with hydra.sweep.dir={folder}."
         )
     saved = run_dir / ".hydra" / "config.yaml"
     if not saved.is_file():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from collections.abc import Callable
 from html import escape
 from typing import Any, TextIO
 
@@ -47,6 +50,39 @@ def fenced(command: str) -> list[str]:
     longest = max((len(run) for run in re.findall("`+", command)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}bash", command, fence]
+
+
+class Terminal:
+    """A stream of a terminal, which may be closed while a run goes on: then nothing is shown.
+
+    The system tells of it by SIGHUP and by an error (EIO) in the next write, whichever is first.
+
+    Args:
+        stream: sys.stdout or sys.stderr.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
 
 
 def say(text: Any, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:

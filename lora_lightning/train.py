@@ -199,6 +199,8 @@ def _run_to_its_end(
                 "another process of this run has died, or was killed. To go on: lora-lightning "
                 f"train resume={run_dir}"
             ) from error
+        if not isinstance(error, UserError) and last_checkpoint(run_dir) is not None:
+            say(f"failed. To go on: lora-lightning train resume={run_dir}", file=sys.stderr)
         raise
 
 

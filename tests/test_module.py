@@ -678,7 +678,8 @@ def test_a_runs_clock_stops_when_the_device_is_done(monkeypatch):
     monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     strategy = SimpleNamespace(root_device=torch.device("cuda", 3))
-    trainer = SimpleNamespace(strategy=strategy, world_size=1)
+    loop = SimpleNamespace(_should_accumulate=lambda: False)
+    trainer = SimpleNamespace(strategy=strategy, world_size=1, fit_loop=loop)
     run = RunClock()
     run.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
     for _ in range(2):

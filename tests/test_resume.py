@@ -87,6 +87,9 @@ class Die(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._die(f"train:{trainer.fit_loop.total_batch_idx}")
 
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._die(f"end:{trainer.fit_loop.total_batch_idx}")
+
     def on_after_backward(self, trainer, pl_module):
         self._die(f"backward:{trainer.fit_loop.total_batch_idx}")
 
@@ -264,6 +267,8 @@ def _in_fork(
         os.environ.update(environment)
         # Python leaves SIGINT ignored where a shell started the tests in its background.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        hup = signal.SIG_IGN if "NOHUP" in environment else signal.SIG_DFL
+        signal.signal(signal.SIGHUP, hup)
         sys.argv = ["lora-lightning", *arguments]
         with errors.open("w") as sys.stderr:
             main()
@@ -328,6 +333,8 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     [
         ("train:18", 9),
         ("backward:17", 9),
+        ("end:16", 9),
+        ("end:17", 9),
         ("step:8", 6),
         ("validation:1", 6),
         pytest.param("train:17", 9, marks=pytest.mark.slow),
@@ -343,7 +350,7 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     died = _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "error"}, errors)
     last = run_dir / "checkpoints" / "last.ckpt"
     assert (died, read_checkpoint(last)["global_step"]) == (1, saved)
-    told = f"saved as after step {saved}: {last}\n"
+    told = f"saved the state after step {saved}: {last}\n"
     assert (told in errors.read_text()) == (saved != 6)
     failed = json.loads((run_dir / "result.json").read_text())
     assert (failed["status"], failed["error"]) == ("failed", f"RuntimeError: died at {moment}")
@@ -370,12 +377,8 @@ def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_
 
 
 def test_a_closed_terminal_ends_no_run_of_nohup(killable, tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        died = {"DIE_AT": "train:17", "DIE_OF": "SIGHUP"}
-        assert _in_fork([*killable(tmp_path / "run"), "trainer.max_epochs=2"], died) == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    died = {"DIE_AT": "train:17", "DIE_OF": "SIGHUP", "NOHUP": "1"}
+    assert _in_fork([*killable(tmp_path / "run"), "trainer.max_epochs=2"], died) == 0
 
 
 def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):

@@ -246,11 +246,7 @@ class LastCheckpoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         steps = trainer.global_step - self._saved_at
         due = self._is_time or (self.every_n_steps is not None and steps >= self.every_n_steps)
-        if loop._should_accumulate():
-            return
-        # Lightning does not make up for a validation or an epoch's end that was due here.
-        fetcher = trainer.fit_loop._data_fetcher
-        if loop._is_training_done or loop._should_check_val_fx(fetcher):  # type: ignore[arg-type]
+        if not _can_go_on_here(trainer):
             return
         if due or self._signum or self._rung is not None:
             self._save(trainer)
@@ -270,14 +266,16 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         with suppress(UserError):  # what has happened before is what the user has to hear of
             self._wait()
-            if self._whole is None or trainer.global_step == self._saved_at:
+            if trainer.world_size > 1 or trainer.global_step == self._saved_at:
                 return
-            if trainer.world_size == 1:
-                _back_to(trainer, *self._whole)
+            whole = self._whole or _at_the_end_of_a_step(trainer)
+            if whole is not None:
+                _back_to(trainer, *whole)
                 self._save(trainer)
                 self._wait()
                 if isinstance(exception, Exception):  # else the command tells how to go on
-                    say(f"saved as after step {trainer.global_step}: {self.path}", file=sys.stderr)
+                    at = f"the state after step {trainer.global_step}"
+                    say(f"saved {at}: {self.path}", file=sys.stderr)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._wait()
@@ -317,6 +315,28 @@ class LastCheckpoint(Checkpoint):
         written, self._written = self._written, None
         if written is not None:
             written.result()
+
+
+def _can_go_on_here(trainer: L.Trainer) -> bool:
+    """Whether a run can go on from the end of this batch, when its hooks are called.
+
+    No gradient may be half accumulated, and Lightning does not make up for a validation or an
+    epoch's end that was due here.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    return not (
+        loop._should_accumulate() or loop._is_training_done or loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+    )
+
+
+def _at_the_end_of_a_step(trainer: L.Trainer) -> tuple[int, int] | None:
+    """Lightning's counts where it is calling the hooks at a step's end; None elsewhere."""
+    loop = trainer.fit_loop.epoch_loop
+    count = loop.batch_progress.current
+    is_there = trainer.training and count.processed == count.completed + 1  # type: ignore[attr-defined]
+    if not is_there or not _can_go_on_here(trainer):
+        return None
+    return count.processed, loop._batches_that_stepped  # type: ignore[attr-defined]
 
 
 def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:

@@ -61,6 +61,9 @@ def replaced_folder(
             files = {name: _kept(staging / name) for name in _files(staging)}
             _write_mark(staging, by, {**files, **dict.fromkeys(later)})
             for path in (*staging.rglob("*"), staging):
+                if path.is_file() and not path.is_symlink():
+                    # safetensors lets none but the owner read, whatever the user's umask says.
+                    shutil.copymode(staging / MARK, path)
                 sync(path)
             with _held(folder.parent):
                 refuse_loss(folder, by=by, sources=sources)  # the block may have taken hours

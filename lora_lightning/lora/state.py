@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -94,8 +93,6 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     }
     save_file(stored, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # save_file lets none but the owner read, whatever the user's own permissions are.
-    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
     _check_written(folder / WEIGHTS_NAME, stored)
 
 
