@@ -25,9 +25,15 @@ _FAULTS = {
     errno.ESTALE: "the disk is gone",
     errno.ENODEV: "the disk is gone",
     errno.ENXIO: "the disk is gone",
+    errno.EFBIG: "a file may not grow so large here",
+    errno.ENAMETOOLONG: "a name is too long",
+    errno.ELOOP: "links lead round in a ring",
+    errno.ENOTDIR: "a file stands where a folder is meant",
 }
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
 """How tokenizers and safetensors tell of what is no OSError in Python."""
+
+_OF_PATHLIB = ("Could not determine home directory", "Symlink loop")
 
 
 def fault_of_disk(error: BaseException | None) -> str | None:
@@ -36,6 +42,8 @@ def fault_of_disk(error: BaseException | None) -> str | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         number = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, RuntimeError) and str(error).startswith(_OF_PATHLIB):
+            return str(error)
         if number is None and (told := _OF_RUST.search(str(error))) is not None:
             number = int(told[1])
         if number in _FAULTS:

@@ -426,7 +426,8 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) 
         )
     from .written import refuse_other_file
 
-    refuse_other_file(output, by=by, source=Path(plain["input"]) if "input" in plain else None)
+    source = Path(plain["input"]) if "input" in plain else None
+    refuse_other_file(output, by=by, source=source)
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,9 +343,8 @@ def _loading(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # OSError: absent or offline. ValueError, KeyError: unknown architecture or options.
-        # SafetensorError and its kin are no subclass of either; their name tells.
-        known = isinstance(error, (OSError, ValueError, KeyError, ImportError))
-        if not known and "safetensor" not in type(error).__name__.lower():
+        # What else a damaged file makes of it: anything but a lack of memory.
+        if isinstance(error, MemoryError) or re.search(r"out of memory|Allocator", str(error)):
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if "custom code which must be executed" in reason[0]:

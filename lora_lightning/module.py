@@ -53,7 +53,7 @@ from .warm_start import load_values, values_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-RANKS = "data_ranks"
+RANKS, ROWS = "data_ranks", "rows"
 """In a checkpoint: how many processes saw different rows."""
 Batch = dict[str, Any] | list[dict[str, Any]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
@@ -518,6 +518,12 @@ class LoraModule(L.LightningModule):
         if self._from_data is not None:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["lora"] = asdict(self._from_data)
         checkpoint[RANKS] = data_ranks(self.trainer)
+        checkpoint[ROWS] = self._rows()
+
+    def _rows(self) -> str | None:
+        """What tells the training rows from others, by their content; None: that is not known."""
+        rows = getattr(getattr(self.trainer, "datamodule", None), "encoded", {}).get("train")
+        return getattr(rows, "_fingerprint", None)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -561,6 +567,13 @@ class LoraModule(L.LightningModule):
                 f"{checkpoint[RANKS]} processes saw different rows when this checkpoint was "
                 f"written, and {now} do now, so its steps would be of other batches. Go on with as "
                 "many, or start a new run from what it has learned: adapter=CHECKPOINT.ckpt."
+            )
+        rows = self._rows() if fits else None
+        if rows is not None and checkpoint.get(ROWS) not in (None, rows):
+            say(
+                "the training data, or how they are read, have changed since this checkpoint was "
+                "written: what comes now is learned from other rows than what was before.",
+                file=sys.stderr,
             )
         if fits:
             with self.whole_adapter():

@@ -192,8 +192,11 @@ def _known_flag(flag: str) -> None:
 
 
 def _quoted(value: object) -> str:
-    """A value in quotes of Hydra's grammar."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A value in quotes of Hydra's grammar, where a backslash is one but before a quote."""
+    doubled = re.sub(
+        r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)
+    )
+    return f"'{doubled}'"
 
 
 def run_hydra(arguments: list[str], *, resume: bool = False) -> None:

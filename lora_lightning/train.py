@@ -154,10 +154,11 @@ def _run_to_its_end(
     changes: dict[str, Any],
 ) -> None:
     """The run, and in `result` how it ended."""
+    signals = StopSignals()
     try:
         accelerator = str(config.trainer.get("accelerator", "auto"))
         products = fast_products(config.trainer.precision, accelerator)
-        with StopSignals() as signals, memory_advice(config), products:
+        with signals, memory_advice(config), products:
             _run(config, settings, run_dir, checkpoint, result, signals, changes)
         result["status"] = "completed"
         leave()
@@ -175,6 +176,9 @@ def _run_to_its_end(
         result["status"] = "interrupted"
         raise Interrupted(run_dir, signal.SIGINT, config) from None
     except BaseException as error:
+        if signals.received and not isinstance(error, UserError):  # its workers were told too
+            result["status"] = "interrupted"
+            raise Interrupted(run_dir, signals.received, config) from None
         result["status"] = "failed"
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         if not isinstance(error, UserError) and (fault := fault_of_disk(error)) is not None:
@@ -242,6 +246,7 @@ def _run(
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
+        refuse_other_places(callbacks, run_dir)
         step = content["global_step"]
         continue_csv(trainer, step)
         if trainer.is_global_zero:
@@ -267,6 +272,21 @@ def _run(
         write_card(run_dir / ADAPTER, run_dir, settings, module, data, result)
         result["adapter_bytes"] = folder_bytes(run_dir / ADAPTER)
         print_result(result, run_dir, data)
+
+
+def refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
+    """Raises UserError where a callback that deletes older checkpoints has them outside of a run.
+
+    The checkpoint says which, and may be of others.
+    """
+    for callback in callbacks:
+        place = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+        if place and not Path(place).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(
+                f"the run keeps its best checkpoints in {place}, outside of its folder: to go on "
+                "may delete files there. Begin a new run with what it has learned: "
+                "adapter=CHECKPOINT.ckpt."
+            )
 
 
 def build(

@@ -197,13 +197,26 @@ def lies_elsewhere(path: Path, folder: Path) -> Path | None:
     return None if any(real.is_relative_to(place) for place in (inside, *own)) else real
 
 
+def _json(path: Path) -> dict[str, Any]:
+    """A file of JSON; nothing where it is none, which whoever reads it will tell."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def refuse_outside_shards(folder: Path) -> None:
-    """Refuse a base model whose index of shards names a file outside of its folder.
+    """Refuse a base model whose index of shards, or tokenizer, names a file outside of its folder.
 
     Raises:
         UserError: it does, or the index cannot be read.
     """
-    for index in folder.glob("*.index.json"):
+    named = _json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
+    for name in named if isinstance(named, list) else ():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{folder}/tokenizer_config.json names a file elsewhere: {name!r}.")
+    for index in folder.rglob("*.index.json"):
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             outside = sorted(str(name) for name in files if Path(name).name != name)

@@ -9,7 +9,9 @@ import json
 import math
 import multiprocessing
 import os
+import pty
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -282,6 +284,23 @@ def test_killed_workers_are_told(settings, tmp_path):
     ]
     with pytest.raises(UserError, match=r"prepares batches was killed.* data.num_workers=0"):
         train(compose_config([*settings, *more]))
+
+
+def test_a_terminal_that_is_closed_ends_a_run_as_its_signal_does(settings, tmp_path):
+    """A print may fail before the signal is heard."""
+    run = tmp_path / "run"
+    number, master = pty.fork()
+    if number == 0:
+        more = ["trainer.max_epochs=10000", "callbacks.samples=null", f"output_dir={run}"]
+        os.execv(sys.executable, [*TRAIN, *settings, *more])
+    until = time.monotonic() + 120
+    said = b""
+    while not (run / LAST).exists() and time.monotonic() < until:
+        if select.select([master], [], [], 0.1)[0]:
+            said += os.read(master, 4096)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 128 + signal.SIGHUP, said
+    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
 
 
 class TakesAway(Callback):

@@ -193,6 +193,23 @@ def test_a_killed_job_is_tried_again(retries, state, tmp_path):
         assert jobs[0].error().startswith(f"{told}ended by SIGKILL.")
 
 
+@pytest.mark.parametrize("error", ["RuntimeError: DataLoader worker", "UserError: no such file"])
+def test_what_ends_with_the_status_of_a_mistake_may_be_chance(error, tmp_path):
+    """A full disk and a killed worker are told by one message too."""
+
+    class Fails(Work):
+        @property
+        def command(self) -> list[str]:
+            write = "import sys, json, pathlib; pathlib.Path(sys.argv[1]).write_text("
+            write += "json.dumps({'status': 'failed', 'error': sys.argv[2]})); sys.exit(2)"
+            return [sys.executable, "-c", write, str(self.jobs[0].folder / "result.json"), error]
+
+    jobs = jobs_without_config(tmp_path, 1)
+    more = lambda idle: [Fails([job]) for job in jobs if job.state == "waiting"]  # noqa: E731
+    JobQueue(jobs, more, [None], retries=1).run()
+    assert jobs[0].retried == (0 if error.startswith("UserError") else 1)
+
+
 def test_a_mistake_is_not_tried_again(tmp_path):
     jobs = jobs_without_config(tmp_path, 1)
     JobQueue(jobs, once(jobs), [None], retries=3).run()

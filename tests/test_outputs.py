@@ -14,6 +14,8 @@ import pytest
 from conftest import make_rows
 
 from lora_lightning.lock import locked_output
+from lora_lightning.lora import UserError
+from lora_lightning.written import refuse_other_file
 
 ROWS = make_rows(120, seed=5)
 
@@ -224,3 +226,13 @@ def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jso
         for adapter in adapters:
             status, _, err = run_cli(*verb, f"adapter={adapter}", f"output={output}")
             assert status == 0, err
+
+
+def test_an_output_is_not_among_what_is_read(tmp_path):
+    """Nor is a source that is not there a traceback."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"prediction": "by hand"}\n')
+    for source in (tmp_path / "in", tmp_path / "in" / "a.jsonl"):
+        with pytest.raises(UserError, match="is, or lies in, what predict reads"):
+            refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", source=source)
+    refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", source=tmp_path / "absent.jsonl")

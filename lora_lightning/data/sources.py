@@ -414,7 +414,9 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     """A folder of text files, one example each; sub-folders name the label."""
     from datasets import Dataset
 
-    files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    found = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    own = {folder for file in found for folder in file.parents if _is_written_here(folder, path)}
+    files = [file for file in found if not own.intersection(file.parents)]
     if not files:
         tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
         if tables:
@@ -435,6 +437,12 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
                     "UTF-8: rename it."
                 )
     return Dataset.from_dict(columns)
+
+
+def _is_written_here(folder: Path, data: Path) -> bool:
+    """Whether a folder among data is one of a run or a sweep, whose logs are no data."""
+    names = (".hydra", "sweep.json", "result.json")
+    return folder.is_relative_to(data) and any((folder / name).exists() for name in names)
 
 
 def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:

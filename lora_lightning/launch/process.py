@@ -91,7 +91,10 @@ class ProcessLauncher(Launcher):
         """
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
-        made_folder(sweep_dir)
+        try:
+            made_folder(sweep_dir)
+        except OSError as error:
+            raise UserError(f"hydra.sweep.dir={sweep_dir} cannot be made: {error}.") from None
         with locked(sweep_dir, setting="hydra.sweep.dir") as held:
             remove_debris(sweep_dir / SWEEP)
             planned = [

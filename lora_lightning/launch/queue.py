@@ -282,8 +282,9 @@ class JobQueue:
     def _retry(self, item: Work) -> None:
         """Has the jobs of a process that failed wait again, each as often as is allowed."""
         for job in item.jobs:
-            by_chance = job.state == "failed" and job.status != EXIT_USER_ERROR
-            if by_chance and job.retried < self.retries:
+            # A full disk, or a killed worker, ends with the status of a mistake too.
+            mistake = _is_mistake(job) or (job.status == EXIT_USER_ERROR and not job.news())
+            if job.state == "failed" and not mistake and job.retried < self.retries:
                 job.state, job.retried = "waiting", job.retried + 1
 
     def _stop_all(self) -> None:

@@ -63,6 +63,7 @@ class SentimentTask(Task):
         if not self.labels:
             self._learn_labels(reference)
         for split, rows in splits.items():
+            self._check_names(split, getattr(rows.features[self.label_column], "names", None))
             self._check_labels(split, rows[self.label_column][:])
 
     def learn_nothing(self) -> None:
@@ -125,10 +126,23 @@ class SentimentTask(Task):
                 "task.label_column=NAME."
             )
 
+    def _check_names(self, split: str, names: list[str] | None) -> None:
+        """Takes numbers that a data set gives its classes for places in its list of names."""
+        if names is None or (self.config.labels and set(names) != set(self.labels)):
+            return
+        if names != self.labels:
+            raise UserError(
+                f"the {split} data numbers its classes as {', '.join(names)}, and the training "
+                f"data as {', '.join(self.labels)}: the same number is another class. Write the "
+                "names themselves into the label column, or leave out task.labels."
+            )
+        self._ids = {number: number for number in range(len(names))}
+
     def _check_kinds(self, split: str, values: list[Any]) -> None:
         for row, value in enumerate(values, 1):
-            if isinstance(value, (list, dict)):
-                kind = "a list" if isinstance(value, list) else "an object"
+            if value is not None and not isinstance(value, (str, int, float)):
+                name = type(value).__name__
+                kind = {"list": "a list", "dict": "an object"}.get(name, f"a {name}")
                 raise UserError(
                     f"the {split} data has {kind} as its label in row {row}, and a label is one "
                     f"name or number (column {self.label_column!r}). Name the column with the "

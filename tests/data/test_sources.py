@@ -295,3 +295,13 @@ def test_each_of_many_columns_is_described_once(tmp_path, monkeypatch):
     made = 0
     assert load_splits(config)["train"].num_columns == 501
     assert made <= 4 * 501
+
+
+def test_the_runs_among_data_are_no_data(tmp_path):
+    """The folder that a sweep makes by default may lie where its data do."""
+    for name in ("pos/1.txt", "neg/1.txt", "multirun/day/0/log.txt", "multirun/day/0/.hydra/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("good")
+    (tmp_path / "multirun/day/sweep.json").write_text("{}")
+    rows = load_splits(DataConfig(train=str(tmp_path)))["train"]
+    assert sorted(rows["label"][:]) == ["neg", "pos"]

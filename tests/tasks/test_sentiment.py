@@ -290,3 +290,28 @@ def test_predictions_name_the_class_and_sum_to_one():
         assert found["label"] == SEVEN[int(row.argmax())]
         assert list(found["scores"].values()) == pytest.approx(probabilities, abs=2e-6)
         assert found["score"] == max(found["scores"].values())
+
+
+def named(names: list[str], ids: list[int]) -> Dataset:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"text": [f"food {i}" for i in range(len(ids))], "label": ids}
+    return Dataset.from_dict(rows, features=features)
+
+
+def test_names_that_are_numbers_are_no_places():
+    """Polarities of Yelp and Amazon are called 1 and 2, and numbered 0 and 1."""
+    task = SentimentTask()
+    task.learn({"train": named(["1", "2"], [0, 1, 1])})
+    assert task.labels == ["1", "2"]
+    assert [task.label_id(value) for value in (0, 1, "1", "2")] == [0, 1, 0, 1]
+
+
+def test_splits_that_number_their_classes_otherwise_are_refused():
+    task = SentimentTask()
+    splits = {"train": named(["neg", "pos"], [0, 1]), "val": named(["pos", "neg"], [0, 1])}
+    with pytest.raises(UserError, match="the val data numbers its classes as pos, neg"):
+        task.learn(splits)
+    task = SentimentTask()
+    task.learn({"train": splits["train"]})
+    with pytest.raises(UserError, match="the test data numbers its classes as pos, neg"):
+        task.learn({"test": splits["val"]})
