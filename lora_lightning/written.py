@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ def refuse_other_file(output: Path, *, by: str, source: Path | None = None) -> N
             something else.
     """
     refuse_run(output)
-    source = None if source is None else source.expanduser().resolve()
-    if source is not None and source in (output.resolve(), *output.resolve().parents):
-        raise UserError(f"output={output} is, or lies in, what {by} reads: give another file.")
+    source = None if source is None else source.expanduser()
+    if source is not None and source.exists():
+        if output.exists() and os.path.samefile(output, source):
+            raise UserError(f"output={output} is what {by} reads: give another file.")
+        if source.resolve() in output.resolve().parents:
+            raise UserError(f"output={output} lies in what {by} reads: give another file.")
     if not output.is_file() or not output.stat().st_size:
         return
     found = _first_value(output, lines=by == "predict")
