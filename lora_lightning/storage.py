@@ -95,11 +95,16 @@ def save_trained(
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer; its JSON without blanks, which is a third smaller."""
+    """Writes a tokenizer; its JSON without blanks, which is a third smaller.
+
+    How the last text was cut and filled up stays out: transformers says that with each text, and
+    it hangs on whether the rows were tokenised in this process or came from the cache.
+    """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
+        content |= {"truncation": None, "padding": None}
         path.write_text(
             json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
         )
