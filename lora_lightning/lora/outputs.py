@@ -97,7 +97,12 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         return
     written_by, known = _mark(folder)
     if written_by == by:
-        lost = [name for name in _files(folder) if not _is_kept(folder / name, name, known)]
+        debris = re.compile(rf"\.({'|'.join(map(re.escape, known))})\.[0-9a-f]{{8}}\.tmp")
+        lost = [
+            name
+            for name in _files(folder)
+            if not (_is_kept(folder / name, name, known) or debris.fullmatch(name))
+        ]
         why = f"{by} did not write all of it as it is"
     else:
         lost = _files(folder)
