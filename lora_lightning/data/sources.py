@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..lora.errors import UserError, did_you_mean
+from ..lora.errors import UserError, causes, did_you_mean
 from ..lora.outputs import digest
 from ..settings import DataConfig
 from ..terminal import is_text
@@ -128,9 +128,9 @@ def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
                     f"data.splits: {config.path} has no split {split!r}."
                     f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
                 )
-        return {ours: _as_stored(found[theirs]) for ours, theirs in config.splits.items()}
+        return {ours: found[theirs] for ours, theirs in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
-    return {renamed[split]: _as_stored(rows) for split, rows in found.items() if split in renamed}
+    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
 
 
 def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
@@ -164,7 +164,10 @@ def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
             write_sums(files, sums)
         except OSError as error:
             raise unwritable_cache(cache, error) from None
-    return dict(found)
+    return {
+        split: _stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
+        for split, rows in found.items()
+    }
 
 
 def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:
@@ -305,7 +308,7 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
                 rows = reader(str(path), cache_dir=work, **kwargs)
                 _keep(rows, Path(work) / "kept", folder)
     except Exception as error:
-        cause = _deepest(error)
+        cause = causes(error)[-1]
         # pyarrow tells of a damaged file by an OSError too, without a number of the system's.
         if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
             raise unwritable_cache(cache, cause) from None
@@ -326,16 +329,12 @@ def _kept_rows(folder: Path, key: str) -> Any:
     from datasets import DatasetInfo, Features
     from datasets.table import MemoryMappedTable, concat_tables
 
-    # Each Dataset made of another describes all its columns anew, of which there may be thousands.
+    # A Dataset made from another describes all its columns again, and there may be thousands.
     table = concat_tables(
         [MemoryMappedTable.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))]
     )
     info = DatasetInfo(features=Features.from_arrow_schema(table.schema))
     return _stored(table, info, None, key)
-
-
-def _as_stored(rows: Any) -> Any:
-    return _stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
 
 
 def _stored(table: Any, info: Any, split: Any, fingerprint: str) -> Any:
@@ -415,7 +414,8 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     from datasets import Dataset
 
     found = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    own = {folder for file in found for folder in file.parents if _is_written_here(folder, path)}
+    inner = {folder for file in found for folder in file.parents if path in folder.parents}
+    own = {folder for folder in inner if _is_run_or_sweep(folder)}
     files = [file for file in found if not own.intersection(file.parents)]
     if not files:
         tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
@@ -439,10 +439,9 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
     return Dataset.from_dict(columns)
 
 
-def _is_written_here(folder: Path, data: Path) -> bool:
+def _is_run_or_sweep(folder: Path) -> bool:
     """Whether a folder among data is one of a run or a sweep, whose logs are no data."""
-    names = (".hydra", "sweep.json", "result.json")
-    return folder.is_relative_to(data) and any((folder / name).exists() for name in names)
+    return any((folder / name).exists() for name in (".hydra", "sweep.json"))
 
 
 def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:
@@ -504,16 +503,8 @@ def _is_list(value: Any) -> bool:
     return not isinstance(value, (str, Path)) and hasattr(value, "__iter__")
 
 
-def _deepest(error: BaseException) -> BaseException:
-    """The error that lies at the bottom of a chain."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # it may be a ring
-        chain.append(cause)
-    return chain[-1]
-
-
 def _reason(error: BaseException) -> str:
     """The first line of the error that lies at the bottom of a chain."""
-    error = _deepest(error)
+    error = causes(error)[-1]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300].rstrip(".") + "."

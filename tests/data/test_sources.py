@@ -303,5 +303,7 @@ def test_the_runs_among_data_are_no_data(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("good")
     (tmp_path / "multirun/day/sweep.json").write_text("{}")
+    for name in ("pos/result.json", "sweep.json"):  # of the user's
+        (tmp_path / name).write_text("{}")
     rows = load_splits(DataConfig(train=str(tmp_path)))["train"]
     assert sorted(rows["label"][:]) == ["neg", "pos"]
