@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .lora.errors import UserError
-from .lora.outputs import sync
+from .lora.outputs import debris, sync
 
 _FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -98,7 +98,7 @@ def replace_synced(beside: Path, path: Path) -> None:
 
 def is_debris(path: Path) -> bool:
     """Whether a file has a name that `written_beside` gives until the file is whole."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
+    return debris(".+").fullmatch(path.name) is not None
 
 
 def remove_debris(*paths: Path) -> None:
@@ -109,8 +109,7 @@ def remove_debris(*paths: Path) -> None:
             stands for anything.
     """
     for path in paths:
-        any_of = re.escape(path.name).replace(r"\*", ".*")
-        name = re.compile(rf"\.{any_of}\.[0-9a-f]{{8}}\.tmp")
+        name = debris(re.escape(path.name).replace(r"\*", ".*"))
         with suppress(OSError):
             for found in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
                 found.unlink()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cluster
-from .launch.queue import end_with_parent
+from .launch.queue import EXIT_USER_ERROR, end_with_parent
 from .terminal import Terminal, is_text, printable, say
 from .usage import FULL_ERROR, HELP
 
@@ -31,7 +31,6 @@ PLAIN_KEYS = {
     "combine": ("adapter", "output", "weights", "method", "rank", "density", "whole", "seed"),
 }
 FORMATS = ("peft", "canonical", "merged")
-EXIT_USER_ERROR = 2
 EXIT_BY_SIGNAL = 128
 
 

@@ -23,7 +23,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
-from .lora.errors import UserError, did_you_mean
+from .lora.errors import UserError, causes, did_you_mean
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 from .untrusted import is_installed_attention
 
@@ -180,9 +180,7 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
         error: what Hydra or OmegaConf raised.
         chosen: overrides that decide which keys there are, such as task=lm.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:  # it may be a ring
-        chain.append(cause)  # type: ignore[arg-type]
+    chain = causes(error)
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     told = next((str(item) for item in chain if isinstance(item, UserError)), None)

@@ -17,8 +17,7 @@ from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
 from .config import config_hash, read_config
 from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
-from .settings import PAUSE
-from .storage import ADAPTER, HYDRA, RESULT, RUN_ENTRIES
+from .storage import HYDRA, OWN_ENTRIES, RESULT
 from .terminal import say
 
 CHECKPOINTS = "checkpoints"
@@ -89,7 +88,7 @@ def refuse_used_folder(run_dir: Path) -> None:
             f"{run_dir} holds a run already. To go on with it: lora-lightning train "
             f"resume={run_dir}. For a new run give another output_dir."
         )
-    names = [name for name in (*RUN_ENTRIES, PAUSE, ADAPTER) if _is_filled(run_dir / name)]
+    names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
     # A start that was killed before the run began leaves its config.
     lost = [name for name in names if name != HYDRA or not holds_run(run_dir)]
     if lost:

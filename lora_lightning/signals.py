@@ -1,4 +1,4 @@
-"""A run that is told to end: by SIGTERM, SLURM's warning of its time, or a closed terminal."""
+"""Signals that end a run: SIGTERM, SLURM's warning of its time, or a closed terminal."""
 
 from __future__ import annotations
 

@@ -36,6 +36,8 @@ RUN_ENTRIES = (
     *(HYDRA, RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
+OWN_ENTRIES = (*RUN_ENTRIES, PAUSE, ADAPTER)
+"""In a run's folder: what no other command may write, nor a run find there."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
@@ -116,7 +118,7 @@ def refuse_run(output: Path) -> None:
     for run_dir in output.parents:
         entry = output.relative_to(run_dir).parts[0]
         is_run = (run_dir / RESULT).is_file() or (run_dir / HYDRA).is_dir()
-        if is_run and entry in (ADAPTER, PAUSE, *RUN_ENTRIES):
+        if is_run and entry in OWN_ENTRIES:
             raise UserError(
                 f"{output} lies in the run {run_dir}, which keeps its own files there: give "
                 "another place."

@@ -53,7 +53,7 @@ def fenced(command: str) -> list[str]:
 
 
 class Terminal:
-    """A stream of a terminal, which may be closed while a run goes on: then nothing is shown.
+    """A stream of a terminal, which may be closed during a run: then nothing is shown.
 
     The system tells of it by SIGHUP and by an error (EIO) in the next write, whichever is first.
 

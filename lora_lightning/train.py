@@ -246,7 +246,7 @@ def _run(
     if checkpoint is not None:
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
-        refuse_other_places(callbacks, run_dir)
+        _refuse_other_places(callbacks, run_dir)
         step = content["global_step"]
         continue_csv(trainer, step)
         if trainer.is_global_zero:
@@ -274,7 +274,7 @@ def _run(
         print_result(result, run_dir, data)
 
 
-def refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
+def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
     """Raises UserError where a callback that deletes older checkpoints has them outside of a run.
 
     The checkpoint says which, and may be of others.

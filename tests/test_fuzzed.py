@@ -8,12 +8,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from contextlib import suppress
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzz import FUZZ
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lightning.data.datamodule import LoraDataModule
@@ -22,13 +22,6 @@ from lora_lightning.modeling import load_tokenizer
 from lora_lightning.settings import DataConfig, ModelConfig
 from lora_lightning.tasks import build_task
 
-FUZZ = settings(
-    max_examples=100,
-    deadline=None,
-    print_blob=True,
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -72,7 +65,7 @@ def tokenizer(tiny_bert):
     return load_tokenizer(ModelConfig(name_or_path=str(tiny_bert)))
 
 
-@FUZZ
+@settings(FUZZ, max_examples=100)
 @given(file=FILES, task=st.sampled_from(["sentiment", "summarization"]))
 def test_files_of_any_content(file, task, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")

@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzz import FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -65,12 +66,6 @@ from lora_lightning.untrusted import EXPERTS, arguments_from_file, settings_from
 from lora_lightning.warm_start import values_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FUZZ = settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=True,
-)
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -51,7 +51,7 @@ class EventsLogger(TensorBoardLogger):
             if (fault := fault_of_disk(error)) is None:
                 raise
             self._has_ended = True
-            say(f"no more curves for TensorBoard: {fault}. The run goes on.", file=sys.stderr)
+            say(f"no more curves for TensorBoard: {fault}. The run continues.", file=sys.stderr)
             return None
 
 

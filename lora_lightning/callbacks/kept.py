@@ -340,7 +340,7 @@ def _at_the_end_of_a_step(trainer: L.Trainer) -> tuple[int, int] | None:
 
 
 def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
-    """Sets Lightning's counts as they were at the end of a step, of which nothing is taken since.
+    """Sets Lightning's counts back to the end of a step. No later one may have been taken.
 
     Args:
         trainer: in training, after that step.

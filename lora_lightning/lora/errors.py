@@ -26,3 +26,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near."""
     close = nearest(name, known)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception and what it was raised from, down to the first. A chain may be a ring."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain

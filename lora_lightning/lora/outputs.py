@@ -97,11 +97,11 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         return
     written_by, known = _mark(folder)
     if written_by == by:
-        debris = re.compile(rf"\.({'|'.join(map(re.escape, known))})\.[0-9a-f]{{8}}\.tmp")
+        left = debris("|".join(map(re.escape, known)))  # by a kill
         lost = [
             name
             for name in _files(folder)
-            if not (_is_kept(folder / name, name, known) or debris.fullmatch(name))
+            if not (_is_kept(folder / name, name, known) or left.fullmatch(name))
         ]
         why = f"{by} did not write all of it as it is"
     else:
@@ -114,6 +114,11 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
             f"{folder} is not empty, and {why}. This would be lost: {names}. Give another folder, "
             "or move these away."
         )
+
+
+def debris(names: str) -> re.Pattern[str]:
+    """The names of files that are written beside others, whose names a pattern gives."""
+    return re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
 
 
 def _resolved(folder: Path) -> Path:

@@ -173,11 +173,8 @@ def write_csv(sweep: Sweep, path: Path) -> None:
 
 def _cell(text: str) -> str:
     """A text that no program for tables takes for a formula, by the apostrophe that they know."""
-    return (
-        f"'{printable(text)}"
-        if text.startswith(("=", "+", "-", "@", "\t", "\r"))
-        else printable(text)
-    )
+    is_formula = text.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return "'" * is_formula + printable(text)
 
 
 def write_markdown(sweep: Sweep, path: Path) -> None:
