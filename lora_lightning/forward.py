@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -81,6 +83,27 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
+
+
+@contextmanager
+def masks_without_waiting(device: torch.device) -> Iterator[None]:
+    """Has transformers make every mask, where it would ask a GPU whether one is needed.
+
+    The answer is in the GPU's memory, so that the host would wait, in each forward pass, for all
+    that it has launched. transformers does not ask while a graph is traced (checked with
+    transformers 5.23), and that is what it is told. A CPU has the answer at once, and is faster
+    without a mask.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    masks: Any = import_module("transformers.masking_utils")
+    own = masks.is_tracing
+    masks.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masks.is_tracing = own
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torchmetrics import MetricCollection
 from .checkpoint import check_optimizer, read_checkpoint
 from .combinations import refuse_combinations
 from .first_look import found_before, look
-from .forward import check_packing, compile_layers, run_once
+from .forward import check_packing, compile_layers, masks_without_waiting, run_once
 from .lora import Adapter, LoraConfig, UserError
 from .lora.checks import check_tensors
 from .lora.eva import Start
@@ -370,7 +370,8 @@ class LoraModule(L.LightningModule):
         """The summed loss of a batch, which is also added to what its step has so far."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
-        with offloaded_activations(self.model) if offloads else nullcontext():
+        offloaded = offloaded_activations(self.model) if offloads else nullcontext()
+        with offloaded, masks_without_waiting(self.device):
             output = self.task.loss(self.model, batch)
         totals = torch.stack([output.total.detach().float(), output.count.detach().float()])
         self._totals = totals if self._totals is None else self._totals + totals

@@ -424,10 +424,7 @@ def test_a_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
 
 
 class Copies(TorchDispatchMode):
-    """Notes what is copied between the host and the device, and where in our code.
-
-    transformers' own question of each pass, whether a mask or joined rows are there, is answered.
-    """
+    """Notes what is copied between the host and the device, and where in our code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,9 +432,6 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        callers = {Path(frame.filename).name for frame in traceback.extract_stack()}
-        if name == "_local_scalar_dense" and "masking_utils.py" in callers:
-            return True
         found = function(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]

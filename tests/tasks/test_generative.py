@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from lora_lightning.data.collate import MicroBatches, PackingCollator, PaddingCollator
-from lora_lightning.forward import check_packing
+from lora_lightning.forward import check_packing, masks_without_waiting
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.metrics import Perplexity, Rouge, TokenAccuracy
 from lora_lightning.modeling import load_model_config, load_tokenizer
@@ -564,19 +564,40 @@ def test_packing_is_refused_where_flash_attention_gets_lanes(tiny_llama, flash, 
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_joined_rows_do_not_wait_for_their_device(tiny_llama, flash, rows):
+@pytest.mark.parametrize("attention", ["flash_attention_2", "sdpa"])
+def test_joined_rows_do_not_wait_for_their_device(tiny_llama, flash, attention, rows):
     """The device "meta" stands for a GPU."""
     task, tokenizer, config = setup(tiny_llama, name="summarization", max_new_tokens=4)
     model, _ = task.build_model(config, tokenizer)
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = attention
     model.to("meta", torch.bfloat16)
     pad = tokenizer.pad_token_id
     collate = PackingCollator(pad, width=24) if rows > 1 else PaddingCollator(pad)
     batch = to_device(task.locate(collate(rows_of(task, tokenizer, rows))), torch.device("meta"))
-    with Waits() as waits:
+    with Waits() as waits, masks_without_waiting(torch.device("meta")):
         task.loss(model, batch).total.backward()
     assert waits.found == []
-    assert flash == ["by bounds"] * 2
+    assert flash == (["by bounds"] * 2 if attention == "flash_attention_2" else [])
+
+
+@pytest.mark.parametrize("kind", ["lm", "summarization", "sentiment"])
+def test_masks_made_without_a_look_at_the_rows_change_no_loss(kind, request):
+    folder = request.getfixturevalue("tiny_t5" if kind == "summarization" else "tiny_llama")
+    task, tokenizer, config = setup(folder, name=kind)
+    if kind == "sentiment":
+        task.learn({"train": Dataset.from_list([{"text": "a", "label": i} for i in ("x", "y")])})
+    model, _ = task.build_model(config, tokenizer)
+    model.eval()
+    lists = [[7 + (i * n) % 20 for i in range(n)] for n in (9, 4, 6, 9, 3)]
+    rows = [{"input_ids": ids, "labels": 0 if kind == "sentiment" else ids} for ids in lists]
+    for some in (rows, rows[:1]):  # padded, and not
+        collators = [PaddingCollator(1)] + ([PackingCollator(1, width=24)] if kind == "lm" else [])
+        for collate in collators:
+            batch = collate(some)
+            expected = task.loss(model, batch).total
+            with masks_without_waiting(torch.device("cuda")):
+                found = task.loss(model, batch).total
+            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_rows_to_generate_for_are_read_from_a_gpu_once_a_batch(tiny_llama):
