@@ -29,7 +29,7 @@ from .storage import undone_on_mistake
 from .strategies import ShardedStrategy
 from .tasks import build_task, to_device
 from .train import build
-from .trainer import build_trainer, check_windows
+from .trainer import build_trainer, check_windows, refuse_late_validation
 from .vocabulary import token_ids
 
 FEW_ROWS = 8
@@ -58,8 +58,10 @@ def check(config: DictConfig) -> str:
         check_windows(trainer)
         _refuse_in_shares(trainer.strategy, settings, config.adapter)
         data.setup("fit")
+        refuse_late_validation(trainer, len(data.train_dataloader()))
         module.configure_model()
-        build_scheduler(module.build_optimizer(), settings.optim, total_steps=1)
+        endless = trainer.max_epochs == -1 and trainer.max_steps == -1
+        build_scheduler(module.build_optimizer(), settings.optim, None if endless else 1)
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)

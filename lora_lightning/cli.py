@@ -30,6 +30,7 @@ PLAIN_KEYS = {
     "import": ("source", "output", "alpha", "parts"),
     "combine": ("adapter", "output", "weights", "method", "rank", "density", "whole", "seed"),
 }
+NO_SETTINGS = ("export", "combine")
 FORMATS = ("peft", "canonical", "merged")
 EXIT_BY_SIGNAL = 128
 
@@ -98,12 +99,18 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         from .start import start
 
         start(arguments)
-    elif verb == "check":
-        _check(arguments)
     elif verb == "report":
         _report(arguments)
+    elif verb == "check":
+        from .presets import with_presets
+
+        _check(with_presets(arguments))
     else:
         plain, overrides = _split(arguments, PLAIN_KEYS[verb])
+        if verb not in NO_SETTINGS:
+            from .presets import with_presets
+
+            overrides = with_presets(overrides)
         actions = {
             "plan": _plan,
             "evaluate": _evaluate,

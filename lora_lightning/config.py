@@ -9,12 +9,12 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,12 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
 from .lora.errors import UserError, causes, did_you_mean
+from .presets import choices, primary, searched
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 from .untrusted import is_installed_attention
 
-CONFIG_MODULE = "lora_lightning.conf"
-CONFIG_NAME = "train"
 METHODS = ("lora", "full")
+LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 KNOWN_TARGETS = re.compile(
     r"lightning\.(pytorch|fabric)\.(callbacks|loggers|strategies|plugins|profilers|accelerators)\."
     r"|lora_lightning\.(callbacks|retention|strategies|zero)\."
@@ -99,9 +100,16 @@ def settings_of(config: DictConfig) -> Settings:
     """The typed settings of a composed config; their own checks run here.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or an interpolation cannot be resolved.
     """
-    missing = [key for key in OmegaConf.missing_keys(config) if key.split(".")[0] in OWN_GROUPS]
+    _refuse_unresolved(config)
+    if not 0 <= config.seed <= LARGEST_SEED:
+        raise UserError(f"seed must be from 0 to {LARGEST_SEED}, got {config.seed}.")
+    missing = [
+        key
+        for key, value in _leaves(OmegaConf.to_container(config, resolve=False))
+        if value == MISSING and key.split(".")[0] in OWN_GROUPS
+    ]
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")
     lora = _as_object(config.lora)
@@ -120,6 +128,19 @@ def settings_of(config: DictConfig) -> Settings:
         lora=LoraConfig(**lora) if method == "lora" else None,
         optim=OptimConfig(**_as_object(config.optim)),
     )
+
+
+def _refuse_unresolved(config: DictConfig) -> None:
+    """Raises UserError for an interpolation without a value.
+
+    Hydra's own, such as `${hydra:job.num}`, are left out: they have one within a job alone.
+    """
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+        if isinstance(value, str) and "${" in value and "${hydra:" not in value:
+            try:
+                OmegaConf.select(config, key)
+            except OmegaConfBaseException as error:
+                raise UserError(explain(error)) from None
 
 
 def settings_saved(saved: dict[str, Any]) -> Settings:
@@ -149,11 +170,11 @@ def compose_config(overrides: list[str]) -> DictConfig:
     register_schemas()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return compose(CONFIG_NAME, overrides=overrides)
+        with primary.initialized():
+            return compose(primary.name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         chosen = [override for override in overrides if re.fullmatch(r"task=\w+", override)]
-        raise UserError(explain(error, chosen)) from None
+        raise UserError(explain(error, [*chosen, *searched(overrides)])) from None
 
 
 def sweep_choices(overrides: list[str]) -> list[list[str]]:
@@ -178,13 +199,13 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
 
     Args:
         error: what Hydra or OmegaConf raised.
-        chosen: overrides that decide which keys there are, such as task=lm.
+        chosen: overrides that decide which keys and presets there are, such as task=lm.
     """
     chain = causes(error)
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     told = next((str(item) for item in chain if isinstance(item, UserError)), None)
-    told = told or _several_values(text)
+    told = told or _unresolved(str(error)) or _several_values(text)
     if told is not None:  # our own, in Hydra's wrapping
         return told
     unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
@@ -197,7 +218,7 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
         return f"{key.group(1) if key else 'config'}: {wrong_type.rstrip('.')}."
     group = re.search(r"Could not find '([^']+)/([^/']+)'", text)
     if group:
-        return _no_such_choice(*group.groups())
+        return _no_such_choice(group[1], group[2], chosen or [])
     if unknown:
         return _no_such_setting(unknown.group(1), text, chosen)
     if unreadable:
@@ -206,6 +227,16 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
             "commas, =, quotes or brackets in quotes, for instance: 'data.train=\"my file.csv\"'."
         )
     return text[:600]
+
+
+def _unresolved(text: str) -> str | None:
+    """What to say of an interpolation without a value."""
+    found = re.search(
+        r"(?:resolving interpolation: \"?|(?=Interpolation key))(.*?)\"?\n.*?full_key: (\S+)",
+        text,
+        re.DOTALL,
+    )
+    return f"{found[2]}: {found[1].rstrip('.')}." if found else None
 
 
 def _several_values(text: str) -> str | None:
@@ -243,9 +274,10 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
     Raises:
         UserError: an override is wrong.
     """
-    task = f"task={saved['task'].get('name', 'sentiment')}"
-    default = compose_config([task])
-    asked = compose_config([task, *overrides])
+    start = [f"task={saved['task'].get('name', 'sentiment')}"]
+    asked = compose_config([*start, *overrides])
+    default = compose_config(start)
+    plain = default.copy()
     OmegaConf.set_struct(default, False)
     try:
         for group, values in saved.items():
@@ -254,7 +286,13 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
         raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
     for override in OverridesParser.create().parse_overrides(overrides):
         key = str(override.key_or_group)
-        OmegaConf.update(default, key, OmegaConf.select(asked, key), merge=False)
+        if key.partition(".")[0] in asked:
+            OmegaConf.update(default, key, OmegaConf.select(asked, key), merge=False)
+        elif not key.startswith("hydra."):  # a preset of several groups
+            before = dict(_leaves(OmegaConf.to_container(plain)))
+            for changed, value in _leaves(OmegaConf.to_container(asked)):
+                if before.get(changed) != value:
+                    OmegaConf.update(default, changed, value, force_add=True)
     return default
 
 
@@ -407,18 +445,27 @@ def _is_known(target: Any) -> bool:
     return bool(schedule or (isinstance(found, type) and KNOWN_TARGETS.match(home)))
 
 
+def read_yaml(path: Path) -> Any:
+    """A file that Hydra wrote, with its interpolations as they are.
+
+    Raises:
+        UserError: the file is absent or broken.
+    """
+    try:
+        return OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"cannot read {path}: {error}.") from None
+    except Exception as error:  # yaml errors have no common base that is worth importing
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+
+
 def read_config(path: Path) -> DictConfig:
     """A config that a run saved.
 
     Raises:
         UserError: the file is absent or broken.
     """
-    try:
-        config = OmegaConf.load(path)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {path}: {error}.") from None
-    except Exception as error:  # yaml errors have no common base that is worth importing
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    config = read_yaml(path)
     if not isinstance(config, DictConfig) or any(key.name not in config for key in fields(Schema)):
         raise UserError(
             f"{path} is not the config of a run, or it is damaged. If it is of a job of a sweep, "
@@ -480,29 +527,22 @@ def _no_such_launcher_setting(name: str) -> str:
     return f"{name}: there is no such setting.{near} Launchers have {', '.join(known)}."
 
 
-def _no_such_choice(group: str, choice: str) -> str:
+def _no_such_choice(group: str, choice: str, chosen: Sequence[str] = ()) -> str:
     if (group, choice) == ("hydra/sweeper", "optuna"):
         return 'the Optuna sweeper is not installed: pip install "lora_lightning[optuna]".'
     if group == "hydra/launcher" and choice.startswith("submitit_"):
         return 'the submitit launcher is not installed: pip install "lora_lightning[slurm]".'
-    known = _choices(group)
+    known = choices(group, chosen)
     return (
         f"{group}={choice}: there is no such choice.{did_you_mean(choice, known)} "
         f"Known: {', '.join(known)}."
     )
 
 
-def _choices(group: str) -> list[str]:
-    """File names under conf/GROUP."""
-    from importlib.resources import files
-
-    folder = files(CONFIG_MODULE).joinpath(group)
-    if not folder.is_dir():
-        return []
-    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
 def _as_object(node: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(node, resolve=True)
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -31,7 +33,7 @@ from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import fingerprint, load_tokenizer
 from .offload import offloaded_activations
-from .optim import build_optimizer, build_scheduler, keep_implementation
+from .optim import BY_METRIC, build_optimizer, build_scheduler, keep_implementation
 from .parallel import Shards, broadcast, local_rank_in_environment, same_everywhere
 from .placement import Placement, place_adapter
 from .quantization import experts_left
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
 
 RANKS, ROWS = "data_ranks", "rows"
 """In a checkpoint: how many processes saw different rows."""
+UNLOGGED = 50
+"""Steps between looks at the losses of a run that logs none (trainer.log_every_n_steps=0)."""
 Batch = dict[str, Any] | list[dict[str, Any]]
 """A batch, whole or as micro-batches (data.max_tokens)."""
 
@@ -398,7 +402,8 @@ class LoraModule(L.LightningModule):
         bar = self.trainer.progress_bar_callback
         self.log("train/loss", mean, prog_bar=not getattr(bar, "reads_loss", bar is None))
         self._losses.add(self.trainer, self._batch, mean)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps or UNLOGGED  # type: ignore[attr-defined]
+        if self.global_step % every == 0:
             self._check_losses()
 
     def configure_gradient_clipping(
@@ -442,14 +447,17 @@ class LoraModule(L.LightningModule):
         self._largest_batch = max(self._largest_batch, rows)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self.val_metrics, self.val_loss)
+        values = self._log_metrics("val", self.val_metrics, self.val_loss)
+        trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if trains and self.optim_config.scheduler in BY_METRIC:
+            self._step_by_metric(values)
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test", self.test_metrics, self.test_loss)
 
     def _log_metrics(
         self, stage: str, metrics: MetricCollection | None, mean_loss: MeanLoss
-    ) -> None:
+    ) -> dict[str, Any]:
         assert self.model is not None
         assert metrics is not None
         with self.trainer.precision_plugin.forward_context():
@@ -462,6 +470,7 @@ class LoraModule(L.LightningModule):
         metrics.reset()
         mean_loss.reset()
         self._collected, self._largest_batch = [], 0
+        return values
 
     # Optimizer -------------------------------------------------------------------------------
 
@@ -475,12 +484,38 @@ class LoraModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.optim_config, max(steps, 1))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        try:
+            steps = self.trainer.estimated_stepping_batches
+        except ValueError as error:  # more batches between validations than there are
+            raise UserError(
+                f"trainer: {' '.join(str(error).split())} On the command line: "
+                "trainer.val_check_interval=N, or trainer.check_val_every_n_epoch=null."
+            ) from None
+        scheduler = build_scheduler(
+            optimizer,
+            self.optim_config,
+            None if math.isinf(steps) else max(int(steps), 1),
+            mode=self.task.config.mode,
+        )
+        schedule = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """A step of a schedule; those that go by a metric take theirs in each validation.
+
+        Lightning would leave that out in the first epoch of a resumed run.
+        """
+        if self.optim_config.scheduler not in BY_METRIC:
+            scheduler.step()
+
+    def _step_by_metric(self, values: dict[str, Any]) -> None:
+        monitor, scheduler = self.task.config.monitor, self.lr_schedulers()
+        if monitor not in values:
+            raise UserError(
+                f"optim.scheduler={self.optim_config.scheduler} goes by {monitor}, which "
+                f"validation does not measure. There are: {', '.join(values)}."
+            )
+        scheduler.step(float(values[monitor]))  # type: ignore[union-attr, arg-type]
 
     # Checkpoints -----------------------------------------------------------------------------
 

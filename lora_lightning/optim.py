@@ -65,26 +65,69 @@ def build_optimizer(
         raise UserError(f"optim: {config.name} does not take these settings: {error}.") from None
 
 
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that go by what validation measures, not by the number of steps."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_METRIC)
+"""Schedules that need not know how many steps there will be."""
+LEAST_RATE = 0.1
+"""Share of the peak rate that the schedules with a least rate end at, where none is given."""
+DECAY = 0.1
+"""Share of all steps that warmup_stable_decay decays in, where none is given."""
+
+
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    total_steps: int | None,
+    *,
+    mode: str = "min",
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule over `total_steps` optimizer steps."""
+    """The schedule over a run's optimizer steps.
+
+    Args:
+        optimizer: whose rates it sets.
+        config: which schedule.
+        total_steps: how many steps there will be; None: the run has no end of its own.
+        mode: whether "max" or "min" of the monitored metric is the best, for those in `BY_METRIC`.
+
+    Raises:
+        UserError: transformers has no such schedule, or it does not take these settings.
+    """
     from transformers import SchedulerType, get_scheduler
 
     known = [kind.value for kind in SchedulerType]
-    if config.scheduler not in known:
+    name, options = config.scheduler, dict(config.scheduler_options)
+    if name not in known:
         raise UserError(
-            f"optim.scheduler: {config.scheduler!r} is none of {', '.join(known)}."
-            f"{did_you_mean(config.scheduler, known)}"
+            f"optim.scheduler: {name!r} is none of {', '.join(known)}.{did_you_mean(name, known)}"
         )
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
-    schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-        config.scheduler,
-        optimizer,
-        num_warmup_steps=round(warmup),
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=dict(config.scheduler_options) or None,
-    )
+    if total_steps is None and (name not in ENDLESS or 0 < config.warmup < 1):
+        least = "optim.warmup is a share of all steps" if name in ENDLESS else f"{name} ends"
+        raise UserError(
+            f"trainer.max_epochs=-1: the run has no end, and {least}. Give trainer.max_steps=N, or "
+            "optim.scheduler=constant_with_warmup with optim.warmup=N steps."
+        )
+    if name in BY_METRIC:
+        options.setdefault("mode", mode)
+    elif name == "warmup_stable_decay":
+        options.setdefault("num_decay_steps", max(round(DECAY * (total_steps or 0)), 1))
+    elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and "min_lr" not in options:
+        options.setdefault("min_lr_rate", LEAST_RATE)
+    elif name in ("constant", "constant_with_warmup") and options:  # transformers drops them
+        raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options: leave them out.")
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * (total_steps or 0)
+    try:
+        schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=round(warmup),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optim.scheduler={name} does not take these optim.scheduler_options: {error}."
+        ) from None
     return schedule
 
 

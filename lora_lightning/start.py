@@ -16,11 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from . import cluster
 from .atomic_write import atomic_write
 from .config import (
-    CONFIG_MODULE,
-    CONFIG_NAME,
     compose_config,
     explain,
     read_config,
+    read_yaml,
     refuse_untyped,
     register_schemas,
     settings_of,
@@ -30,6 +29,7 @@ from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
 from .lora.outputs import made_folder
+from .presets import primary, search_override, searched, with_presets
 from .terminal import say
 from .usage import FULL_ERROR
 
@@ -37,9 +37,14 @@ MULTIRUN_FLAGS = ("-m", "--multirun")
 HYDRA_FLAGS = (
     *MULTIRUN_FLAGS,
     *("-h", "--help", "--hydra-help", "-c", "--cfg", "--resolve", "-p", "--package"),
-    *("-cd", "--config-dir", "-cn", "--config-name", "-i", "--info"),
+    *("-i", "--info"),
 )
-RESUMES_WITH = r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b|data\.num_workers="
+OF_PRESETS = ("--config-dir", "--config-path", "--config-name")
+"""Flags of Hydra's that `with_presets` has taken out."""
+RESUMES_WITH = (
+    r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b|data\.num_workers="
+    r"|hydra\.searchpath="
+)
 """Settings that a run can be gone on with: they do not change what it computes."""
 TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
 """What a resumed run may need although its own config has it, because it may be of others."""
@@ -53,6 +58,7 @@ def start(arguments: list[str]) -> None:
     Raises:
         UserError: the arguments are wrong.
     """
+    arguments = with_presets(arguments)
     goes_on = AUTO in arguments
     arguments = [argument for argument in arguments if argument != AUTO]
     resume = [argument for argument in arguments if argument.startswith("resume=")]
@@ -185,9 +191,10 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
 
 def _known_flag(flag: str) -> None:
     if flag.partition("=")[0] not in HYDRA_FLAGS:
+        near = did_you_mean(flag, HYDRA_FLAGS + OF_PRESETS)
         raise UserError(
-            f"there is no flag {flag}.{did_you_mean(flag, HYDRA_FLAGS)} Settings have no dashes: "
-            "KEY=VALUE. `lora-lightning --help` shows both."
+            f"there is no flag {flag}.{near} Settings have no dashes: KEY=VALUE. "
+            "`lora-lightning --help` shows both."
         )
 
 
@@ -222,7 +229,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     composed = False
     mistakes: list[UserError] = []
 
-    @hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)
+    @hydra.main(version_base="1.3", config_path=primary.source, config_name=primary.name)
     def task(config: Any) -> float | None:
         nonlocal composed
         composed = True
@@ -356,13 +363,26 @@ def _resume(folder: str, others: list[str]) -> None:
         others += refuse_untyped(config, typed, f"resume={folder}")
         _refuse_settings(folder, others)
     if others:
-        asked = compose_config(others)
+        asked = compose_config(others if searched(others) else [*others, *_saved_search(run_dir)])
         if any(other.startswith("trainer") for other in others):
             for key in ("accelerator", "devices", "num_nodes", "strategy"):
                 config.trainer[key] = asked.trainer[key]
         if any(other.startswith("data.num_workers=") for other in others):
             config.data.num_workers = asked.data.num_workers
+        if OWN_CONFIG not in os.environ:
+            refuse_untyped(config, typed, f"resume={folder}")  # of a preset beside the run
     train(config, resume=True)
+
+
+def _saved_search(run_dir: Path) -> list[str]:
+    """Where the run had its presets from; folders that are gone, and packages, are left out."""
+    try:
+        entries = OmegaConf.select(read_yaml(run_dir / ".hydra" / "hydra.yaml"), "hydra.searchpath")
+    except UserError:
+        entries = None
+    folders = [entry for entry in entries or [] if str(entry).startswith("file://")]
+    there = [entry for entry in folders if Path(entry.removeprefix("file://")).is_dir()]
+    return [search_override(there)] if there else []
 
 
 def _refuse_settings(folder: str, others: list[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import lightning as L
 import torch
@@ -55,6 +56,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 f"trainer.{key}: Lightning's Trainer takes no such argument."
                 f"{did_you_mean(key, known)}"
             )
+    _refuse_types(arguments)
     loggers = instantiate_all(config.logger)
     # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
     bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)
@@ -86,6 +88,32 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         raise UserError(f"trainer: {said}.") from error
     sync_checkpoints(trainer)
     return trainer
+
+
+def _refuse_types(arguments: dict[Any, Any]) -> None:
+    """Raises UserError for a value of a type that Lightning's signature does not name.
+
+    Lightning itself finds out in the middle of the training, or takes "x" for true.
+    """
+    hints = get_type_hints(L.Trainer.__init__)
+    for key, value in arguments.items():
+        taken = [each for each in _alternatives(hints[str(key)]) if each is not NoneType]
+        plain = [each for each in taken if isinstance(each, type) and each in PLAIN]
+        if value is None or not isinstance(value, tuple(PLAIN)) or not plain:
+            continue
+        wanted = {int, float} if float in plain else set(plain)  # an int may stand for a float
+        literal = any(value in get_args(each) for each in taken if get_origin(each) is Literal)
+        if type(value) not in wanted and not literal:
+            names = " or ".join(PLAIN[each] for each in PLAIN if each in plain)
+            raise UserError(f"trainer.{key} must be {names}, got {value!r}.")
+
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+"""Types of Lightning's arguments that a config can hold, in words."""
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 FIRST_SCALE = 2.0**8
@@ -133,4 +161,22 @@ def check_windows(trainer: L.Trainer) -> None:
         raise UserError(
             f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
             "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
+        )
+
+
+def refuse_late_validation(trainer: L.Trainer, batches: int) -> None:
+    """Raises UserError where an epoch ends before its first validation.
+
+    Args:
+        trainer: of the run.
+        batches: of an epoch, before `trainer.limit_train_batches`.
+    """
+    every, limit = trainer.val_check_interval, trainer.limit_train_batches
+    if limit is not None and limit != 1.0:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    within_epoch = isinstance(every, int) and trainer.check_val_every_n_epoch is not None
+    if within_epoch and every > batches and trainer.limit_val_batches != 0:
+        raise UserError(
+            f"trainer.val_check_interval={every}, and an epoch has {batches} batches: give fewer, "
+            "or count over epochs, with trainer.check_val_every_n_epoch=null."
         )

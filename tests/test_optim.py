@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import SchedulerType
 
 from lora_lightning.lora import UserError
-from lora_lightning.optim import build_optimizer, build_scheduler, keep_implementation
+from lora_lightning.optim import BY_METRIC, build_optimizer, build_scheduler, keep_implementation
 from lora_lightning.settings import OptimConfig
 
 
@@ -77,6 +78,53 @@ def test_warmup_is_a_share_or_a_number_of_steps(warmup):
 def test_cosine():
     rates = _rates(OptimConfig(lr=1.0, warmup=0, scheduler="cosine"), 10)
     assert rates == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)])
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_schedule_is_built_and_steps(name):
+    config = OptimConfig(lr=1.0, warmup=2, scheduler=name)
+    optimizer = build_optimizer(_model().named_parameters(), config)
+    scheduler = build_scheduler(optimizer, config, 20, mode="max")
+    for step in range(20):
+        optimizer.step()
+        scheduler.step(*((float(step),) if name in BY_METRIC else ()))
+    rate = optimizer.param_groups[0]["lr"]
+    least = {"cosine_with_min_lr": 0.1, "linear": 0.0}
+    least |= {"cosine": 0.0, "warmup_stable_decay": 0.0, "constant": 1.0, "polynomial": 1e-7}
+    if name in least:
+        assert rate == pytest.approx(least[name], abs=1e-9)
+    if name in BY_METRIC:
+        assert rate >= 1.0  # what rises is the best, by the mode
+        assert scheduler.mode == "max"
+
+
+def test_stable_schedule_decays_in_its_last_tenth():
+    rates = _rates(OptimConfig(lr=1.0, warmup=0, scheduler="warmup_stable_decay"), 20)
+    assert rates[:19] == [1.0] * 19
+    assert rates[19] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"scheduler": "linear", "scheduler_options": {"foo": 1}}, "foo"),
+        ({"scheduler": "greedy", "scheduler_options": {"foo": 1}}, "foo"),
+        ({"scheduler": "constant", "scheduler_options": {"num_cycles": 2}}, "leave them out"),
+    ],
+)
+def test_options_that_a_schedule_does_not_take_are_told(settings, said):
+    optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
+    with pytest.raises(UserError, match=said):
+        build_scheduler(optimizer, OptimConfig(**settings), 10)
+
+
+def test_a_run_without_an_end_has_a_schedule_without_one():
+    optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
+    build_scheduler(optimizer, OptimConfig(scheduler="constant_with_warmup", warmup=3), None)
+    build_scheduler(optimizer, OptimConfig(scheduler="constant", warmup=0), None)
+    for settings in ({}, {"scheduler": "constant_with_warmup", "warmup": 0.5}):
+        with pytest.raises(UserError, match=r"trainer.max_steps=N"):
+            build_scheduler(optimizer, OptimConfig(**settings), None)
 
 
 def test_unknown_schedule_is_told():

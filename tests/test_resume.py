@@ -173,6 +173,10 @@ VARIANTS = {
     "ranks from the data": ["lora.init=eva", "lora.rank=4"],
     "dora from the weights": ["lora.use_dora=true", "lora.init=pissa"],
     "parts of layers": ["+lora.parts={query: [a, -b], intermediate.dense: {a: 40, b: 24}}"],
+    "rates by what validation measures": [
+        "optim.scheduler=reduce_lr_on_plateau",
+        "+optim.scheduler_options={mode: min, patience: 0, factor: 0.5}",
+    ],
     "experts": [
         "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]",
         "lora.dropout=0",

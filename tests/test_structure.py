@@ -18,14 +18,15 @@ FOUNDATION = {"lora", "settings", "atomic_write"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
 MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal", "logs"}
-RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
+RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet", "presets"}
 ALLOWED = {
     "lora": set(),
     "atomic_write": {"lora"},
     "settings": {"lora"},
     "quiet": set(),
     "usage": set(),
-    "config": FOUNDATION | {"untrusted"},
+    "presets": {"lora"},
+    "config": FOUNDATION | {"presets", "untrusted"},
     "untrusted": FOUNDATION,
     "terminal": set(),
     "logs": {"terminal"},
@@ -110,7 +111,7 @@ ALLOWED = {
     "__init__": RUN_SIDE | {"inference"},
 }
 ONLY_IN = {
-    "hydra": {"config", "start", "launch", "report/sweep"},
+    "hydra": {"config", "presets", "start", "launch", "report/sweep"},
     "lightning": {
         "strategies",
         "zero",

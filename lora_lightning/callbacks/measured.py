@@ -70,8 +70,8 @@ class RunClock(Callback):
 class Throughput(Callback):
     """Logs rows and tokens (without padding) trained on per second, over all ranks.
 
-    Every `log_every_n_steps` of the Trainer, and at the end, which alone wait for the device. The
-    time of validations is left out.
+    Every `log_every_n_steps` of the Trainer, and at the end, which alone wait for the device; 0:
+    not at all. The time of validations is left out.
     """
 
     def __init__(self) -> None:
@@ -97,12 +97,13 @@ class Throughput(Callback):
     ) -> None:
         rows, tokens = _batch_counts(batch)
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-        if trainer.global_step - self._step >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step - self._step >= every:
             self._log(trainer)
             self._begin(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self._step:
+        if trainer.log_every_n_steps and trainer.global_step > self._step:  # type: ignore[attr-defined]
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
