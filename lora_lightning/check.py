@@ -21,7 +21,7 @@ from .lora.vocabulary import vocabulary_rows
 from .memory import PROBE_ROWS, Memory
 from .modeling import load_model_config
 from .module import LoraModule
-from .optim import build_scheduler
+from .optim import build_scheduler, refuse_unmeasured
 from .parallel import check_heads
 from .precision import chosen_for_the_user, with_precision
 from .quiet import quiet_libraries
@@ -59,6 +59,9 @@ def check(config: DictConfig) -> str:
         _refuse_in_shares(trainer.strategy, settings, config.adapter)
         data.setup("fit")
         refuse_late_validation(trainer, len(data.train_dataloader()))
+        refuse_unmeasured(
+            settings.optim, validates=data.has("val") and trainer.limit_val_batches != 0
+        )
         module.configure_model()
         endless = trainer.max_epochs == -1 and trainer.max_steps == -1
         build_scheduler(module.build_optimizer(), settings.optim, None if endless else 1)

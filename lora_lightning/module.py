@@ -33,7 +33,13 @@ from .losses import StepLosses
 from .metrics import MeanLoss
 from .modeling import fingerprint, load_tokenizer
 from .offload import offloaded_activations
-from .optim import BY_METRIC, build_optimizer, build_scheduler, keep_implementation
+from .optim import (
+    BY_METRIC,
+    build_optimizer,
+    build_scheduler,
+    keep_implementation,
+    refuse_unmeasured,
+)
 from .parallel import Shards, broadcast, local_rank_in_environment, same_everywhere
 from .placement import Placement, place_adapter
 from .quantization import experts_left
@@ -346,6 +352,7 @@ class LoraModule(L.LightningModule):
         # configure_optimizers asks for the number of steps, for which Lightning makes the data
         # loaders before it has read their state, and then forgets to give it to them.
         self.trainer.fit_loop._load_combined_loader_states()
+        refuse_unmeasured(self.optim_config, validates=any(self.trainer.num_val_batches))
 
     def on_train_end(self) -> None:
         self._check_losses()

@@ -131,6 +131,15 @@ def build_scheduler(
     return schedule
 
 
+def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
+    """Raises UserError for a schedule that goes by validation, in a run that has none."""
+    if config.scheduler in BY_METRIC and not validates:
+        raise UserError(
+            f"optim.scheduler={config.scheduler} goes by what validation measures, and there is "
+            "none: give data.val=FILE or another schedule."
+        )
+
+
 def _can_fuse(
     optimizer: Callable[..., Any], options: dict[str, Any], parameters: list[nn.Parameter]
 ) -> bool:

@@ -674,6 +674,12 @@ TRAINING = [
         "500",
         "trainer.check_val_every_n_epoch=null",
     ),
+    Case(
+        "a plateau without validation",
+        lambda p: p.train("optim.scheduler=greedy", "trainer.limit_val_batches=0"),
+        "optim.scheduler=greedy",
+        "another schedule",
+    ),
     Case("seed", lambda p: p.train("seed=5000000000"), "seed must be", "4294967295"),
     Case("seed below", lambda p: p.train("seed=-1"), "seed must be", "from 0"),
     Case(
