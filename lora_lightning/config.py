@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .lora.config import LoraConfig
 from .lora.errors import UserError, causes, did_you_mean
+from .paths import anchor
 from .presets import choices, primary, searched
 from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
 from .untrusted import is_installed_attention
@@ -171,10 +172,12 @@ def compose_config(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with primary.initialized():
-            return compose(primary.name, overrides=overrides)
+            config = compose(primary.name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         chosen = [override for override in overrides if re.fullmatch(r"task=\w+", override)]
         raise UserError(explain(error, [*chosen, *searched(overrides)])) from None
+    anchor(config, Path.cwd())
+    return config
 
 
 def sweep_choices(overrides: list[str]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from .config import config_hash, read_config
 from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
 from .storage import HYDRA, OWN_ENTRIES, RESULT
-from .terminal import say
+from .terminal import command, say
 
 CHECKPOINTS = "checkpoints"
 
@@ -65,7 +65,7 @@ def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
     if recorded != config_hash(config):
         raise UserError(
             f"{run_dir} holds a run of other settings, which cannot be gone on with by these. Give "
-            f"another output_dir, or go on with that run: lora-lightning train resume={run_dir}."
+            f"another output_dir, or go on with that run: {command('train', resume=run_dir)}."
         )
 
 
@@ -85,8 +85,8 @@ def refuse_used_folder(run_dir: Path) -> None:
     """Raises UserError if the folder holds a run already, or files that a run would replace."""
     if _has_begun(run_dir):
         raise UserError(
-            f"{run_dir} holds a run already. To go on with it: lora-lightning train "
-            f"resume={run_dir}. For a new run give another output_dir."
+            f"{run_dir} holds a run already. To go on with it: {command('train', resume=run_dir)}. "
+            "For a new run give another output_dir."
         )
     names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
     # A start that was killed before the run began leaves its config.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .data.datamodule import LoraDataModule
 from .module import LoraModule
 from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
-from .terminal import say
+from .terminal import command, say
 
 FEW_STEPS = 20
 """Fewer optimizer steps than these hardly teach anything: a user is told."""
@@ -118,8 +119,8 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
         f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s.",
         f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB with the tokenizer)",
-        f'Try it:  lora-lightning predict adapter={run_dir / ADAPTER} text="..."',
-        f"Curves:  tensorboard --logdir {run_dir}",
+        f'Try it:  {command("predict", adapter=run_dir / ADAPTER)} text="..."',
+        f"Curves:  tensorboard --logdir {shlex.quote(str(run_dir))}",
     ]
     if result["steps"] < FEW_STEPS:
         lines.insert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,13 @@ def with_presets(arguments: list[str]) -> list[str]:
     """Arguments with one `hydra.searchpath=[...]` in place of Hydra's flags for folders.
 
     So every verb and every job of a sweep finds the same presets. Folders are made absolute: a run
-    may be gone on with from elsewhere.
+    may be gone on with from elsewhere. The ~ of a value such as ~/data is replaced: no shell
+    does it after a =, and in Hydra's grammar it means something else.
 
     Raises:
         UserError: a flag lacks its value, or a folder is not there.
     """
+    arguments = [_from_home(argument) for argument in arguments]
     rest: list[str] = []
     found: dict[str, list[str]] = {"folder": [], "path": [], "name": []}
     waiting = iter(arguments)
@@ -137,6 +140,15 @@ def _entries(override: str) -> list[str]:
 
 def _absolute(entry: str) -> str:
     return entry if entry.startswith("pkg://") else _folder(entry, "hydra.searchpath")
+
+
+def _from_home(argument: str) -> str:
+    found = re.fullmatch(r"(\+*[\w.]+=)(~[^'\"\[\]{},]*)", argument)
+    if not found:
+        return argument
+    home = re.match(r"~[^/]*", found[2])
+    path = os.path.expanduser(found[2]) if home and found[2] != home[0] else found[2]
+    return f"{found[1]}'{path}'"
 
 
 def _folder(given: str, setting: str) -> str:

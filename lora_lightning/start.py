@@ -29,6 +29,7 @@ from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
 from .lora.outputs import made_folder
+from .paths import anchor
 from .presets import primary, search_override, searched, with_presets
 from .terminal import say
 from .usage import FULL_ERROR
@@ -225,7 +226,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     register_schemas()
     register()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which lists its plugins
-    whole = list(sys.argv)
+    whole, base = list(sys.argv), Path.cwd()
     composed = False
     mistakes: list[UserError] = []
 
@@ -234,6 +235,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
         nonlocal composed
         composed = True
         sys.argv = whole  # Lightning starts its other ranks with this command line
+        anchor(config, base)
         config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
         sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
         from .train import train
@@ -253,7 +255,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     full_error = os.environ.get(FULL_ERROR)
     try:
         # So that Hydra raises instead of printing and exiting.
-        with _whole_configs(), environment(FULL_ERROR, "1"):
+        with _whole_configs(base), environment(FULL_ERROR, "1"):
             task()
     except (HydraException, OmegaConfBaseException) as error:
         if composed:
@@ -269,17 +271,22 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
 
 
 @contextmanager
-def _whole_configs() -> Iterator[None]:
+def _whole_configs(base: Path) -> Iterator[None]:
     """Has Hydra write the files of .hydra/ whole or not at all, for the time of the block.
 
     Hydra 1.3 writes them in place, through links too: a kill leaves a run that cannot be resumed.
+
+    Args:
+        base: the folder that paths of the config start from.
     """
     from hydra.core import utils
 
     def save(cfg: DictConfig, filename: str, output_dir: Path) -> None:
         path = output_dir / filename
-        if filename == "config.yaml" and path.exists():  # the first that it writes
-            _refuse_foreign(path)
+        if filename == "config.yaml":
+            anchor(cfg, base)
+            if path.exists():  # the first that it writes
+                _refuse_foreign(path)
         try:
             made_folder(output_dir)
             atomic_write(path, OmegaConf.to_yaml(cfg))

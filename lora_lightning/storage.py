@@ -26,6 +26,7 @@ from .losses import BAD_STEP
 from .modeling import fingerprint
 from .module import LoraModule
 from .settings import PAUSE
+from .terminal import command
 from .untrusted import check_task_state, settings_from_file
 
 ADAPTER = "adapter"
@@ -146,7 +147,7 @@ def refuse_quantised(folder: Path, *, on: str | None = None) -> None:
         raise UserError(
             f"adapter {folder} makes up for what model.quantization={kind} took away "
             "(lora.init=loftq), and means another thing on another base: keep that setting, or "
-            f"merge it: lora-lightning merge adapter={folder} output=DIR."
+            f"merge it: {command('merge', adapter=folder, output='DIR')}."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from collections.abc import Callable
 from html import escape
 from typing import Any, TextIO
@@ -30,6 +31,12 @@ def printable(text: str, *, json: bool = False) -> str:
         return f"\\u{number:04x}" if json or number > 0xFF else f"\\x{number:02x}"
 
     return _CONTROL.sub(escaped, text)
+
+
+def command(verb: str, **settings: object) -> str:
+    """Return a command of ours as it can be typed in a shell: `lora-lightning VERB KEY=VALUE`."""
+    words = [verb, *(f"{key}={value}" for key, value in settings.items())]
+    return f"lora-lightning {shlex.join(words)}"
 
 
 def is_text(name: str) -> bool:

@@ -62,7 +62,7 @@ from .storage import (
     writable,
 )
 from .tasks import Task, build_task
-from .terminal import say
+from .terminal import command, say
 from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
 from .warm_start import refuse_other_start, refuse_other_tokens
@@ -90,8 +90,8 @@ class Interrupted(KeyboardInterrupt):
         again: dict[str, str] = {}
         with suppress(UserError):  # an interpolation that this process cannot resolve
             again = to_be_typed(config)
-        command = " ".join([f"train resume={run_dir}", *map(shlex.quote, again)])
-        super().__init__(f"interrupted. To go on{begins}: lora-lightning {command}")
+        words = [command("train", resume=run_dir), *map(shlex.quote, again)]
+        super().__init__(f"interrupted. To go on{begins}: {' '.join(words)}")
         self.signum = signum
 
 
@@ -200,17 +200,17 @@ def _run_to_its_end(
             ) from error
         if has_lost_another(error):
             raise UserError(
-                "another process of this run has died, or was killed. To go on: lora-lightning "
-                f"train resume={run_dir}"
+                "another process of this run has died, or was killed. To go on: "
+                f"{command('train', resume=run_dir)}"
             ) from error
         if not isinstance(error, UserError) and last_checkpoint(run_dir) is not None:
-            say(f"failed. To go on: lora-lightning train resume={run_dir}", file=sys.stderr)
+            say(f"failed. To go on: {command('train', resume=run_dir)}", file=sys.stderr)
         raise
 
 
 def _way_on(run_dir: Path) -> str:
     goes_on = last_checkpoint(run_dir) is not None
-    return f"go on: lora-lightning train resume={run_dir}" if goes_on else "start again"
+    return f"go on: {command('train', resume=run_dir)}" if goes_on else "start again"
 
 
 def _run(

@@ -18,7 +18,8 @@ FOUNDATION = {"lora", "settings", "atomic_write"}
 MODEL_SIDE = FOUNDATION | {"modeling", "optim", "tasks", "metrics", "parallel", "strategies"}
 MODEL_SIDE |= {"checkpoint", "forward", "offload", "placement", "quantization", "vocabulary"}
 MODEL_SIDE |= {"warm_start", "zero", "untrusted", "terminal", "logs"}
-RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet", "presets"}
+RUN_SIDE = MODEL_SIDE | {"module", "data", "callbacks", "storage", "config", "quiet"}
+RUN_SIDE |= {"presets", "paths"}
 ALLOWED = {
     "lora": set(),
     "atomic_write": {"lora"},
@@ -26,7 +27,8 @@ ALLOWED = {
     "quiet": set(),
     "usage": set(),
     "presets": {"lora"},
-    "config": FOUNDATION | {"presets", "untrusted"},
+    "paths": set(),
+    "config": FOUNDATION | {"paths", "presets", "untrusted"},
     "untrusted": FOUNDATION,
     "terminal": set(),
     "logs": {"terminal"},
@@ -74,7 +76,7 @@ ALLOWED = {
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
     "report": {"lora", "config", "lock", "logs", "terminal", "atomic_write", "untrusted"},
-    "launch": FOUNDATION | {"config", "report", "lock", "logs", "signals", "terminal"},
+    "launch": FOUNDATION | {"config", "paths", "report", "lock", "logs", "signals", "terminal"},
     "written": {"lora", "storage"},
     "inference": RUN_SIDE | {"lock", "written"},
     "chat": RUN_SIDE | {"inference"},

@@ -22,6 +22,7 @@ from ..config import config_hash, read_config, read_overrides
 from ..lock import locked
 from ..lora.errors import UserError
 from ..lora.outputs import made_folder
+from ..paths import anchor
 from ..report import report
 from ..settings import PAUSE
 from ..signals import ended_by_signals
@@ -165,6 +166,7 @@ class ProcessLauncher(Launcher):
         with open_dict(config):
             config.hydra.runtime.output_dir = str(folder)
             config.output_dir = str(folder)
+        anchor(config, Path.cwd())
         job = Job(number, list(filter_overrides(overrides)), folder)
         held = _held(job)
         if held not in (None, config_hash(_own(config))):
