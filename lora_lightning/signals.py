@@ -133,6 +133,8 @@ class StopSignals(Callback):
         self._shared = SharedNumber()
         self._has_steps = False
         """Whether Lightning is at batches, at which it is looked whether a signal has come."""
+        self._measures = False
+        """Whether they are batches of a validation or a test: what came out can be had again."""
         self._before: dict[int, Any] = {}
         self._heard = -math.inf
         """When Python last came to handle a signal."""
@@ -188,7 +190,8 @@ class StopSignals(Callback):
     def _note(self, number: int, _: FrameType | None) -> None:
         self._heard = time.monotonic()
         self.received = self.received or number
-        if not self._has_steps and not (dist.is_available() and dist.is_initialized()):
+        alone = not (dist.is_available() and dist.is_initialized())
+        if alone and (self._measures or not self._has_steps):
             raise Stopped(self.received)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -224,17 +227,17 @@ class StopSignals(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
-        self._has_steps = True
+        self._has_steps = self._measures = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._has_steps = trainer.state.fn == "fit"
+        self._has_steps, self._measures = trainer.state.fn == "fit", False
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
-        self._has_steps = True
+        self._has_steps = self._measures = True
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._has_steps = False
+        self._has_steps = self._measures = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self._raise_in_all(trainer)

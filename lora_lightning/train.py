@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
+from .callbacks.heartbeat import Heartbeat
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
 from .cluster import has_lost_another, leave
@@ -134,7 +135,10 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
             stack.push(lambda kind, error, trace: _record(run_dir, result, error))
-        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes)
+        bar = config.trainer.get("enable_progress_bar", True)
+        bar = bar and config.callbacks.get("progress_bar") is not None
+        beat = stack.enter_context(Heartbeat(wanted=rank_zero and bar))
+        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes, beat)
     return result
 
 
@@ -152,6 +156,7 @@ def _run_to_its_end(
     checkpoint: Path | None,
     result: dict[str, Any],
     changes: dict[str, Any],
+    beat: Heartbeat,
 ) -> None:
     """The run, and in `result` how it ended."""
     signals = StopSignals()
@@ -159,7 +164,7 @@ def _run_to_its_end(
         accelerator = str(config.trainer.get("accelerator", "auto"))
         products = fast_products(config.trainer.precision, accelerator)
         with signals, memory_advice(config), products:
-            _run(config, settings, run_dir, checkpoint, result, signals, changes)
+            _run(config, settings, run_dir, checkpoint, result, signals, changes, beat)
         result["status"] = "completed"
         leave()
     except Paused as pause:
@@ -221,12 +226,13 @@ def _run(
     result: dict[str, Any],
     signals: StopSignals,
     changes: dict[str, Any],
+    beat: Heartbeat,
 ) -> None:
     """The run itself; what comes out is added to `result`."""
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
-    trainer = build_trainer(config, **changes)
+    trainer = beat.trainer = build_trainer(config, **changes)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)

@@ -368,7 +368,12 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
 
 @pytest.mark.parametrize(
     ("how", "moment", "status"),
-    [("SIGTERM", "setup:fit", 143), ("SIGHUP", "setup:fit", 129), ("SIGHUP", "train:17", 129)],
+    [
+        ("SIGTERM", "setup:fit", 143),
+        ("SIGTERM", "validation:1", 143),
+        ("SIGHUP", "setup:fit", 129),
+        ("SIGHUP", "train:17", 129),
+    ],
 )
 def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_path):
     """At once where no step is near, else after one; the same run comes of it."""
@@ -377,7 +382,7 @@ def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_
     assert told == status, errors.read_text()
     assert errors.read_text().startswith("interrupted. To go on")
     last = run_dir / "checkpoints" / "last.ckpt"
-    assert last.exists() == (moment == "train:17")
+    assert last.exists() == (moment != "setup:fit")
     assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted

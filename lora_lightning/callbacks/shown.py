@@ -19,6 +19,7 @@ from ..logs import read_samples, tell_damaged
 from ..module import LoraModule
 from ..tasks import to_device
 from ..terminal import printable
+from .heartbeat import Heartbeat
 
 
 class ProgressBar(RichProgressBar):
@@ -31,7 +32,7 @@ class ProgressBar(RichProgressBar):
 
     READ_EVERY = 0.5
     """Seconds."""
-    LINE_EVERY = 30.0
+    LINE_EVERY = 25.0
     """Seconds."""
     reads_loss = True
     """The module logs its training loss for no bar then."""
@@ -62,7 +63,7 @@ class ProgressBar(RichProgressBar):
         self._line_at = self._line_at or now
         if now - self._line_at < self.LINE_EVERY:
             return
-        self._line_at = now
+        self._line_at = Heartbeat.said = now
         loss = trainer.callback_metrics.get("train/loss")
         print(
             f"epoch {trainer.current_epoch}, step {trainer.global_step} of "
