@@ -139,6 +139,27 @@ def test_predict_evaluate_and_merge(trained, name, run_cli, pairs, tmp_path, mon
     assert text.strip() == rows[5]["prediction"]["generated"]
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("llama", []), ("t5", []), ("llama", ["model.quantization=nf4"])],
+    ids=["decoder", "encoder-decoder", "nf4"],
+)
+def test_a_dora_adapter_merges(trained, name, more, run_cli, tmp_path, monkeypatch):
+    """What is written gives the logits of the adapter, by merge and by export."""
+    monkeypatch.chdir(tmp_path)
+    run = trained(name, "lora.use_dora=true", "trainer.max_epochs=1", *more)
+    for command in (["merge"], ["export", "format=merged"]):
+        status, out, err = run_cli(*command, f"adapter={run / 'adapter'}", f"output={command[0]}")
+        assert status == 0, err
+        gap = re.search(r"gap between adapter and merged model.*: (\S+)$", out, re.MULTILINE)
+        assert float(gap[1]) < 1e-4
+    first, second = (load_file(f"{folder}/model.safetensors") for folder in ("merge", "export"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    base = load_file(Path(config["base_model_name_or_path"]) / "model.safetensors")
+    assert max((first[key] - base[key]).abs().max() for key in base) > 1e-3
+
+
 def test_predict_goes_on_after_an_interruption(trained, run_cli, pairs, tmp_path, monkeypatch):
     """Stopped by Ctrl-C after some rows, the same call ends with the output of one that was not."""
     from lora_lightning.inference import Predictor
