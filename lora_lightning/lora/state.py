@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .checksums import check_files
-from .config import LoraConfig
+from .config import ALL_LINEAR, LoraConfig
 from .copies import without_copies
 from .errors import UserError
 from .outputs import replaced_folder
@@ -269,7 +269,7 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             rank=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
             dropout=raw.get("lora_dropout", 0.0),
-            targets=raw.get("target_modules"),
+            targets=_targets(raw.get("target_modules")),
             target_parameters=list(raw.get("target_parameters") or []),
             exclude=raw.get("exclude_modules") or [],
             layers=_as_list(raw.get("layers_to_transform")),
@@ -284,6 +284,13 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
         )
     except (TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
+
+
+def _targets(value: Any) -> Any:
+    """The targets of a file, where any string but all-linear is a regex, a plain name too."""
+    if not isinstance(value, str) or value.lower() == ALL_LINEAR:
+        return value
+    return f"(?:{value})"
 
 
 def _refuse_old_experts(raw: dict[str, Any]) -> None:
