@@ -351,6 +351,10 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"use_dora": True}, "lacks .* tensors .*lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_bias=True, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* not supported"),
+        ({"use_superlora": True}, "use_superlora=True, which is not known"),
+        ({"superlora_config": {"width": 2}}, "superlora_config=.* not known"),
+        ({"init_lora_weights": "super"}, "'super', which is not known"),
+        ({"use_rslora": "false"}, "use_rslora='false': it must be true or false"),
         ({"trainable_token_indices": [1]}, "lacks 1 tensors .*trainable_tokens_delta"),
         ({"trainable_token_indices": [10**12]}, "index 1000000000000"),
         ({"target_parameters": ["w"]}, "'w' matches no parameter"),
@@ -376,6 +380,20 @@ def test_configs_that_are_refused(folder, changes, message):
     with pytest.raises(UserError, match=message):
         load_adapter(model, folder)
     assert_untouched(model)
+
+
+def test_settings_of_peft_that_change_nothing_are_taken(folder):
+    """Its defaults, and keys of later versions that are off."""
+    expected = case("bert").logits(load_adapter(case("bert").copy(), folder).model)
+    known = peft.LoraConfig(target_modules=["query"]).to_dict()
+    own = json.loads((folder / CONFIG).read_text())
+    known = {key: value for key, value in known.items() if key not in {*own, "peft_type"}}
+    known = json.loads(json.dumps(known, default=str))
+    off = {"use_superlora": False, "superlora_config": None, "superlora_pattern": {}}
+    set_once = {"eva_config": {"rho": 2.0}, "modules_to_save": "classifier"}
+    edit_config(folder, **{**known, **off, **set_once})
+    loaded = load_adapter(case("bert").copy(), folder)
+    assert torch.equal(case("bert").logits(loaded.model), expected)
 
 
 def test_a_pissa_adapter_of_peft_is_refused(tmp_path):
