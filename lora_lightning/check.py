@@ -191,21 +191,23 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
     module.train()
     output = module.task.loss(module.model, batch)
     (output.total / output.count).backward()
+    if module.adapter is not None:
+        module.adapter.check_gradients()
     without = [name for name, tensor in trained.items() if tensor.grad is None]
     zero = [n for n, t in trained.items() if t.grad is not None and not t.grad.any()]
     bad = [n for n, t in trained.items() if t.grad is not None and not t.grad.isfinite().all()]
     module.zero_grad(set_to_none=True)
-    if without:
-        raise UserError(
-            f"{len(without)} trained tensors receive no gradient, such as {without[0]}: the model "
-            "does not call these modules. Leave them out: lora.exclude=[...]."
-        )
     if bad:
         raise UserError(
             f"the gradient of {len(bad)} tensors is not finite, such as {bad[0]}: "
             "use model.dtype=bfloat16 or float32."
         )
     note = f", {len(zero)} of them all zero on this batch ({zero[0]})" if zero else ""
+    if without:
+        return (
+            f"Gradients: {len(trained) - len(without)} of {len(trained)} trained tensors receive "
+            f"one{note}.\nWARNING this batch does not reach {len(without)} tensors ({without[0]})"
+        )
     return f"Gradients: all {len(trained)} trained tensors receive one{note}."
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .lora import UserError
 from .lora.checksums import SIDECAR
 from .lora.combine import METHODS, Update, combine
+from .lora.config import exact_pattern, exact_targets
 from .lora.errors import did_you_mean
 from .storage import read_sidecar
 from .stored import Stored, key_of, write_like
@@ -206,7 +207,13 @@ def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
     lists = all(isinstance(names, list) for names in targets)
     lists &= not any(one.raw.get(key) for one in stored for key in some)
     common = max(ranks.values())
-    pattern = {keys[name]: rank for name, rank in sorted(ranks.items()) if rank != common}
+    pattern = {}
+    for name, rank in sorted(ranks.items()):
+        if rank != common:
+            others = [keys[other] for other, theirs in ranks.items() if theirs != rank]
+            pattern[exact_pattern(keys[name], keys[name], others)] = rank
+    modules = sorted(name for name, key in keys.items() if name == key)
+    exact = any(isinstance(names, str) and names.startswith("^") for names in targets)
     return {
         **stored[0].raw,
         "r": common,
@@ -220,7 +227,7 @@ def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
         "layers_pattern": None,
         "target_modules": sorted({name for names in targets for name in names})
         if lists
-        else sorted(name for name, key in keys.items() if name == key),
+        else (exact_targets(modules) if exact else modules),
         "target_parameters": sorted({p for one in stored for p in one.config.target_parameters})
         or None,
         "modules_to_save": stored[0].raw.get("modules_to_save") or None,

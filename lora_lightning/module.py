@@ -160,6 +160,8 @@ class LoraModule(L.LightningModule):
         """What the task is to measure at the end of a validation or test."""
         self._largest_batch = 0
         """Rows, in that validation or test."""
+        self._unreached: set[str] | None = None
+        """Trained tensors that no step of this fit has had a gradient for; None: not yet known."""
         self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
@@ -353,9 +355,33 @@ class LoraModule(L.LightningModule):
         # loaders before it has read their state, and then forgets to give it to them.
         self.trainer.fit_loop._load_combined_loader_states()
         refuse_unmeasured(self.optim_config, validates=any(self.trainer.num_val_batches))
+        self._unreached = None
 
     def on_train_end(self) -> None:
         self._check_losses()
+        if self._unreached and self.trainer.is_global_zero:
+            say(
+                f"{len(self._unreached)} trained tensors never got a gradient, such as "
+                f"{min(self._unreached)}: they are as they were before training.",
+                file=sys.stderr,
+            )
+
+    def _check_reach(self) -> None:
+        """Finds, in the first step, what no gradient reaches; later what else has been reached."""
+        if self.adapter is None or hasattr(self.trainer.strategy, "scale_gradients"):
+            return  # all of the model; or DeepSpeed has taken the gradients away
+        if self._unreached is None:
+            some = self.adapter.check_gradients()
+            self._unreached = set(some)
+            if some and self.trainer.is_global_zero:
+                say(
+                    f"the first step does not reach {len(some)} trained tensors, such as "
+                    f"{some[0]}: it has no rows for them.",
+                    file=sys.stderr,
+                )
+        elif self._unreached:
+            trained = self.trainable_tensors()
+            self._unreached -= {n for n in self._unreached if trained[n].grad is not None}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx
@@ -398,6 +424,7 @@ class LoraModule(L.LightningModule):
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._check_reach()
         if self.placement is not None:
             self.placement.average_gradients(p for p in self.parameters() if p.requires_grad)
         totals, self._totals = self._totals, None

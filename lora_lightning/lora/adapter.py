@@ -16,8 +16,9 @@ from .errors import UserError
 from .experts import refuse_what_peft_mistakes
 from .forward_pass import ForwardPass
 from .layer import LoraConv1D, LoraLayer, LoraLinear, lora_class_for
-from .match import Match, match_targets, modules_to_save
+from .match import Match, left_out, match_targets, modules_to_save
 from .parameter import LoraParameter
+from .reach import keep_off_fast_paths, refuse_unreached, refuse_what_peft_refuses
 from .split import SplitConv1D, SplitLinear
 from .summary import Summary, summarise
 from .ties import can_untie, tied_pairs, untie_all
@@ -61,8 +62,12 @@ class Adapter:
         every = model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: p.requires_grad for name, p in every}
         self._tied = tied_pairs(model)
+        self.passed_over = left_out(model, config)
+        """Layers that all-linear leaves out, with the reason."""
         self._check_bias_precision(matches)
         refuse_what_peft_mistakes(model, config, [match.name for match in matches])
+        if strict:
+            refuse_what_peft_refuses(model, [match.name for match in matches])
         self._check_whole_modules()
         self._check_rows(matches)
 
@@ -70,7 +75,7 @@ class Adapter:
             parameter.requires_grad_(False)
         for match in matches:
             self._put_on(match)
-        self._hooks += self._share_passes()
+        self._hooks += [*self._share_passes(), *keep_off_fast_paths(model)]
         places = {id(module): name for name, module in model.named_modules()}
         self._paths = {name: places[id(layer)] for name, layer in self.layers.items()}
         for rows in self.rows:
@@ -232,6 +237,18 @@ class Adapter:
         parameters = dict(self.model.named_parameters())
         tensors.update({name: parameters[name] for name in self._pristine if name not in tensors})
         return tensors
+
+    def check_gradients(self) -> list[str]:
+        """Makes sure that a backward pass has reached what is trained; call it after the first one.
+
+        Returns:
+            Names of tensors that it did not reach and another may, such as those of some experts.
+
+        Raises:
+            UserError: it has not reached tensors that no other will: the model does not call their
+                layers, or reads the weights without calling them.
+        """
+        return refuse_unreached({n: t for n, t in self.named_tensors().items() if t.requires_grad})
 
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
         """Copies `tensors` (those of a file) into the live adapter.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -224,6 +224,24 @@ class LoraConfig:
 def pattern_for(patterns: dict[str, Any], name: str) -> str | None:
     """The first key that matches the end of `name`, as PEFT's rank_pattern does."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def exact_pattern(pattern: str, name: str, others: Iterable[str]) -> str:
+    """A key of `rank_pattern` that matches `name` and none of `others`.
+
+    Args:
+        pattern: one that matches `name`; it is taken where it does not match any of the others.
+        name: of a module. It may be the end of another's name, from which ^ tells it.
+        others: names of modules.
+    """
+    if any(pattern_for({pattern: 0}, other) for other in others):
+        return f"^{re.escape(name)}"
+    return pattern
+
+
+def exact_targets(names: Iterable[str]) -> str:
+    """Targets that are these modules alone, whatever other names end in theirs: one regex."""
+    return f"^({'|'.join(re.escape(name) for name in sorted(names))})$"
 
 
 def _patterns(where: str, value: Any) -> str | list[str]:

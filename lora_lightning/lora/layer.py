@@ -19,6 +19,7 @@ from .functional import (
     joins_products,
     low_rank_norm,
 )
+from .probe import IN_OUT, gives_rows, is_plain, layout_of, same_output
 from .rng import fill_by_cpu
 from .start import first_matrices
 from .wrapper import Wrapper
@@ -148,9 +149,12 @@ class LoraLayer(Wrapper):
             return self._turned(self._pristine_weight[0].detach())
         return self._turned(dequantized(self.base_layer))
 
-    @staticmethod
-    def _turned(matrix: Tensor) -> Tensor:
-        """(out, in) as the base weight lies, and the reverse."""
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """(out, in) as the base weight lies, and the reverse.
+
+        Raises:
+            UserError: how it lies is not known.
+        """
         return matrix
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,7 +239,8 @@ class LoraLayer(Wrapper):
         tensor tied to W0 elsewhere in the model keeps its value.
 
         Raises:
-            UserError: the base weight is quantised, or the sum is not finite.
+            UserError: the base weight is quantised, the sum is not finite, or the base layer does
+                more with its weight than multiply by it.
         """
         if self.merged:
             return
@@ -251,7 +256,22 @@ class LoraLayer(Wrapper):
         merged = (weight.detach().to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise UserError("merging gives values that are not finite: the adapter has diverged.")
+        proven = is_plain(module) or self._is_merge_of(weight, merged)
+        if not proven or getattr(module, "max_norm", None) is not None:  # which scales the rows
+            raise UserError(
+                f"cannot merge into {type(module).__name__}: with W + s B A for its weight it does "
+                "not give what it does with the adapter beside it. Use the adapter unmerged."
+            )
         self.replace_weight(nn.Parameter(merged, requires_grad=False))
+
+    def _is_merge_of(self, weight: Tensor, merged: Tensor) -> bool:
+        """Whether the base layer with the merged weight gives what this layer gives now."""
+        base, width = self.base_layer, 0 if isinstance(self, LoraEmbedding) else self.features()[0]
+
+        def with_merged(x: Tensor) -> Any:
+            return torch.func.functional_call(base, {"weight": merged}, (x,))
+
+        return same_output(self, with_merged, weight, width)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"
@@ -262,6 +282,19 @@ class LoraLinear(LoraLayer):
 
     A is (r, in), B is (out, r).
     """
+
+    def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
+        self.layout = layout_of(base_layer)  # first, since A and B may start from the weight
+        super().__init__(base_layer, rank, **settings)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        if self.layout is None:
+            raise UserError(
+                f"a {type(self.base_layer).__name__} does not give its weight times its input, so "
+                "it takes neither merges, nor lora.use_dora, nor lora.init by its weight: plain "
+                "LoRA, unmerged, is what it can have."
+            )
+        return matrix.t() if self.layout == IN_OUT else matrix
 
     def _plain_weight(self) -> Tensor | None:
         base = self.base_layer
@@ -280,8 +313,7 @@ class LoraConv1D(LoraLayer):
         base = self.base_layer
         return base.weight.t() if _is_plain(base, type(base)) else None  # type: ignore[operator]
 
-    @staticmethod
-    def _turned(matrix: Tensor) -> Tensor:
+    def _turned(self, matrix: Tensor) -> Tensor:
         return matrix.t()
 
 
@@ -293,6 +325,14 @@ class LoraEmbedding(LoraLayer):
     """
 
     random_matrix = "lora_B"
+
+    def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
+        if not gives_rows(base_layer):  # type: ignore[arg-type]
+            raise UserError(
+                f"a {type(base_layer).__name__} does not give the rows of its weight that are "
+                "asked for, so that LoRA on it would take others: leave it out (lora.exclude)."
+            )
+        super().__init__(base_layer, rank, **settings)
 
     def features(self) -> tuple[int, int]:
         base = self.base_layer
@@ -321,8 +361,7 @@ class LoraEmbedding(LoraLayer):
     def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
 
-    @staticmethod
-    def _turned(matrix: Tensor) -> Tensor:
+    def _turned(self, matrix: Tensor) -> Tensor:
         return matrix.t()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from .errors import UserError, did_you_mean
 from .experts import expert_parameters
 from .layer import LoraEmbedding, LoraLayer, LoraLinear, lora_class_for
 from .parts import Part, refuse_interleaved, sized
+from .reach import BEHIND, passed_over, read_behind
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
         name: aliases for name, aliases in candidates.items() if not outside.intersection(aliases)
     }
     if not candidates and config.targets:
-        raise UserError(f"{type(model).__name__} has no linear or embedding layer to adapt.")
+        raise UserError(
+            f"{type(model).__name__} has no linear or embedding layer to adapt.{_behind(model)}"
+        )
 
     if strict:
         _check_names(model, config, candidates)
@@ -74,10 +78,24 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
     fused = _split(model, config, matches, strict=strict)
     parameters = _match_parameters(model, config, outside, {*chosen})
     for option in ("rank_pattern", "alpha_pattern") if strict else ():
-        for pattern in getattr(config, option):
-            if not any(pattern_for({pattern: 0}, key) for key in (*matches, *parameters)):
-                raise _no_match(f"lora.{option}", pattern, (*matches, *parameters))
+        _check_patterns(f"lora.{option}", getattr(config, option), (*matches, *parameters))
     return [*fused, *parameters.values()]
+
+
+def _check_patterns(where: str, patterns: dict[str, Any], names: Collection[str]) -> None:
+    """Raises UserError unless each pattern is the first that matches some name, so that it acts."""
+    acting = {pattern_for(patterns, name) for name in names}
+    for pattern in patterns:
+        if pattern in acting:
+            continue
+        hits = [name for name in names if pattern_for({pattern: 0}, name)]
+        if not hits:
+            raise _no_match(where, pattern, names)
+        raise UserError(
+            f"{where}: {pattern!r} never acts: the first pattern that matches counts, and for "
+            f"{hits[0]} that is {pattern_for(patterns, hits[0])!r}. Put {pattern!r} before it, or "
+            "leave it out."
+        )
 
 
 def _match(
@@ -105,9 +123,8 @@ def _split(
     model: nn.Module, config: LoraConfig, matches: dict[str, Match], *, strict: bool
 ) -> list[Match]:
     """The matches, fused layers with their parts."""
-    for pattern in config.parts if strict else ():
-        if not any(pattern_for({pattern: 0}, name) for name in matches):
-            raise _no_match("lora.parts", pattern, matches)
+    if strict:
+        _check_patterns("lora.parts", config.parts, matches)
     found = []
     for name, match in matches.items():
         parts = config.parts_of(name)
@@ -156,6 +173,8 @@ def _match_parameters(
                     f"{where} is {shape}: LoRA takes unquantised matrices, alone or for each "
                     "expert one."
                 )
+            if name in read_behind(model):
+                raise UserError(f"{where}: {BEHIND}. An adapter there would do nothing.")
             if name in chosen or name in outside:
                 how = "adapted by lora.targets" if name in chosen else "trained whole"
                 raise UserError(f"{where} belongs to {name}, which is {how} already.")
@@ -192,15 +211,42 @@ def within_layer(name: str) -> str:
 def adaptable(model: nn.Module) -> dict[str, list[str]]:
     """Name and all aliases of each layer that LoRA can wrap, in the model's order."""
     aliases: dict[int, list[str]] = {}
-    skipped: set[int] = set()
+    behind = read_behind(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            # They read the weights of out_proj and, in the fast path, of linear1 and linear2
-            # without calling them: a wrapper there would do nothing.
-            skipped.update(id(child) for child in module.children())
         if name and not isinstance(module, LoraLayer) and lora_class_for(module) is not None:
             aliases.setdefault(id(module), []).append(name)
-    return {names[0]: names for key, names in aliases.items() if key not in skipped}
+    return {names[0]: names for names in aliases.values() if not behind.intersection(names)}
+
+
+def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Linear layers of the bare model that `all-linear` leaves out beside heads, with the reason.
+
+    Empty where `config` names its targets.
+    """
+    if config.targets != ALL_LINEAR:
+        return {}
+    heads = head_modules(model)
+    outside = {alias for head in heads for alias in _subtree(model, head)}
+    reasons = passed_over(model, heads)
+    modules = dict(model.named_modules())
+    return {
+        alias: reasons[alias]
+        for name, aliases in adaptable(model).items()
+        if lora_class_for(modules[name]) is not LoraEmbedding and not outside.intersection(aliases)
+        for alias in aliases
+        if alias in reasons
+    }
+
+
+def _behind(model: nn.Module) -> str:
+    """What to say of layers that cannot be wrapped, and what can be had instead."""
+    names = sorted(read_behind(model))
+    if not names:
+        return ""
+    return (
+        f" Of {names[0]} {BEHIND}; lora.target_parameters=[in_proj_weight] adapts its queries, "
+        "keys and values."
+    )
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -260,6 +306,7 @@ def _included(
     modules = dict(model.named_modules())
     if config.targets == ALL_LINEAR:
         heads = {alias for head in head_modules(model) for alias in _subtree(model, head)}
+        heads.update(left_out(model, config))
         return {
             name: aliases
             for name, aliases in candidates.items()
@@ -301,9 +348,12 @@ def _check_names(model: nn.Module, config: LoraConfig, candidates: dict[str, lis
                 continue
             for name, module in model.named_modules():
                 if name and _matches(name, one):
+                    why = "which LoRA cannot wrap or which is trained whole."
+                    if name in read_behind(model):
+                        why = f"and {BEHIND}: an adapter there would do nothing."
                     raise UserError(
-                        f"lora.{option}: {pattern!r} is {name!r}, a {type(module).__name__}, "
-                        f"which LoRA cannot wrap or which is trained whole. {_could_be(known)}"
+                        f"lora.{option}: {pattern!r} is {name!r}, a {type(module).__name__}, {why} "
+                        f"{_could_be(known)}"
                     )
             raise _no_match(f"lora.{option}", pattern, known, what=what)
 
@@ -362,9 +412,9 @@ def _suffixes(names: Iterable[str]) -> set[str]:
 
 def _could_be(candidates: Iterable[str]) -> str:
     counts = Counter(name.rsplit(".", 1)[-1] for name in candidates)
-    named = [(leaf, count) for leaf, count in counts.items() if not leaf.isdigit()]
-    listed = ", ".join(f"{leaf} (x{count})" for leaf, count in named[:30])
-    return f"Modules that could be matched, by last name: {listed}."
+    # Of numbered modules, as in nn.Sequential, there is no last name but the number.
+    listed = ", ".join(f"{leaf} (x{count})" for leaf, count in [*counts.items()][:30])
+    return f"Modules that could be matched, by last name: {listed or 'none'}."
 
 
 def _no_match(

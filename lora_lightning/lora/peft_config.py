@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from .adapter import Adapter
+from .config import exact_pattern, exact_targets
 from .experts import named_like_experts
 from .layer import LoraConv1D, LoraLayer
-from .match import shortest_suffix
+from .match import ends_with, shortest_suffix
 from .parameter import LoraParameter
 
 
@@ -80,14 +81,18 @@ def _stored_alpha(adapter: Adapter, name: str) -> float:
     return adapter.alphas[name] * (math.sqrt(ratio) if adapter.config.use_rslora else ratio)
 
 
-def _module_suffixes(adapter: Adapter, modules: set[str]) -> list[str]:
+def _module_suffixes(adapter: Adapter, modules: set[str]) -> list[str] | str:
+    """Suffixes of names; or one regex for whole names, where no suffix tells some from others."""
     inside = tuple(f"{name}." for name in modules)
     others = [
         name
         for name, _ in adapter.model.named_modules()
         if name and name not in modules and not name.startswith(inside)
     ]
-    return sorted({shortest_suffix(name, others) for name in modules})
+    suffixes = sorted({shortest_suffix(name, others) for name in modules})
+    if any(ends_with(other, suffix) for suffix in suffixes for other in others):
+        return exact_targets(modules)
+    return suffixes
 
 
 def _parameter_suffixes(adapter: Adapter, parameters: set[str]) -> list[str]:
@@ -113,7 +118,7 @@ def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
     for name, value in values.items():
         if value != common:
             others = [other for other, theirs in values.items() if theirs != value]
-            patterns[shortest_suffix(name, others)] = value
+            patterns[exact_pattern(shortest_suffix(name, others), name, others)] = value
     return common, dict(sorted(patterns.items()))
 
 

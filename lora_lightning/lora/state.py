@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .checksums import check_files
-from .config import LoraConfig
+from .config import ALL_LINEAR, LoraConfig
 from .copies import without_copies
 from .errors import UserError
 from .outputs import replaced_folder
@@ -45,8 +45,19 @@ _UNSUPPORTED = (
     "monteclora_config",
     "kasa_config",
 )
+# Those of PEFT 0.21 and before that are read here, or that change nothing of a trained adapter.
+_KNOWN = (
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "revision"),
+    *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "init_lora_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
+    *("qalora_group_size", "runtime_config", "merge_weights"),
+)
 # These initialisations also change the base weights, which a loader would have to repeat.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OTHER_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(
@@ -218,7 +229,7 @@ def adapter_from(
 
 def is_together(raw: dict[str, Any]) -> bool:
     """Whether an adapter_config.json asks for one update of tied layers."""
-    return bool(raw.get("ensure_weight_tying"))
+    return _switch(raw, "ensure_weight_tying")
 
 
 def _refuse_tied_updates(adapter: Adapter) -> None:
@@ -254,6 +265,12 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
                 f"{CONFIG_NAME} sets {key}={raw[key]!r}, which is not supported: loading the "
                 "adapter without it would give other outputs."
             )
+    for key, value in raw.items():
+        if value and key not in _KNOWN:
+            raise UserError(
+                f"{CONFIG_NAME} sets {key}={value!r}, which is not known: without it the adapter "
+                "might give other outputs. If it changes nothing, take the line out."
+            )
     _refuse_old_experts(raw)
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
@@ -262,6 +279,11 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             "base. Convert it to plain LoRA first (PEFT: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...))."
         )
+    if isinstance(init, str) and init.lower() not in _OTHER_INITS:
+        raise UserError(
+            f"{CONFIG_NAME} says init_lora_weights={init!r}, which is not known: the adapter "
+            "may be relative to a changed base. If it is not, set it to true."
+        )
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise UserError(f"{CONFIG_NAME} names no target_modules.")
     try:
@@ -269,21 +291,41 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
             rank=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
             dropout=raw.get("lora_dropout", 0.0),
-            targets=raw.get("target_modules"),
-            target_parameters=list(raw.get("target_parameters") or []),
+            targets=_targets(raw.get("target_modules")),
+            target_parameters=_names(raw, "target_parameters"),
             exclude=raw.get("exclude_modules") or [],
             layers=_as_list(raw.get("layers_to_transform")),
             layers_pattern=raw.get("layers_pattern") or None,
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
-            use_rslora=bool(raw.get("use_rslora", False)),
-            use_dora=bool(raw.get("use_dora", False)),
+            use_rslora=_switch(raw, "use_rslora"),
+            use_dora=_switch(raw, "use_dora"),
             bias=raw.get("bias", "none"),
-            modules_to_save=list(raw.get("modules_to_save") or []),
+            modules_to_save=_names(raw, "modules_to_save"),
             trainable_token_indices=raw.get("trainable_token_indices") or None,
         )
     except (TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{CONFIG_NAME} holds a value of the wrong type: {error}.") from None
+
+
+def _switch(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value not in (None, True, False):  # a text, of which "false" would be on
+        raise UserError(f"{CONFIG_NAME} says {key}={value!r}: it must be true or false.")
+    return bool(value)
+
+
+def _names(raw: dict[str, Any], key: str) -> list[str]:
+    """A list of names; one alone is a list of it."""
+    value = raw.get(key) or []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _targets(value: Any) -> Any:
+    """The targets of a file, where any string but all-linear is a regex, a plain name too."""
+    if not isinstance(value, str) or value.lower() == ALL_LINEAR:
+        return value
+    return f"(?:{value})"
 
 
 def _refuse_old_experts(raw: dict[str, Any]) -> None:

@@ -55,6 +55,8 @@ class Summary:
     total: int
     left_out: dict[str, int] = field(default_factory=dict)
     """Parameters of experts that are not adapted, and how large they are."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Linear layers that `all-linear` leaves out, with the reason."""
 
     def __str__(self) -> str:
         groups: Counter[tuple[str, str, int, float, float]] = Counter()
@@ -91,6 +93,10 @@ class Summary:
                 f"{len(self.left_out)} expert parameters ({share:.1f} % of all parameters) are not "
                 f"adapted: they are no layers; lora.target_parameters=[{names}] adapts them"
             )
+        for reason in dict.fromkeys(self.passed_over.values()):
+            of_it = [name for name, why in self.passed_over.items() if why == reason]
+            kinds = ", ".join(dict.fromkeys(map(within_layer, of_it)))
+            lines.append(f"{len(of_it)} linear layers are not adapted ({kinds}): {reason}")
         return "\n".join(lines)
 
 
@@ -114,6 +120,7 @@ def summarise(adapter: Adapter) -> Summary:
             for name, parameter in expert_parameters(model).items()
             if name not in adapter.layers and not parameter.requires_grad
         },
+        passed_over=adapter.passed_over,
     )
 
 

@@ -162,7 +162,8 @@ def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
                 raise UserError(
                     f"{where}: {name} has {rows} rows, and none of index {max(indices)}."
                 )
-            wanted[name] = indices
+            if wanted.setdefault(name, indices) != indices:
+                raise UserError(f"{where}: two names are those of {name}, with other indices.")
     return _grouped(model, wanted, source)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import peft
 import pytest
 import torch
@@ -232,6 +234,23 @@ def test_settings_out_of_range(settings, message):
         LoraConfig(**settings)
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_another_shadows_is_refused(option):
+    """The first that matches counts, in PEFT too."""
+    model = case("llama").copy()
+    wide, narrow = "q_proj", "layers.1.self_attn.q_proj"
+    with pytest.raises(UserError, match=rf"lora.{option}: '{narrow}' never acts.* is '{wide}'"):
+        match_targets(model, LoraConfig(**{option: {wide: 3, narrow: 5}}))
+    assert match_targets(model, LoraConfig(**{option: {narrow: 5, wide: 3}}))
+
+
+def test_parts_that_others_shadow_are_refused():
+    model = case("gpt2").copy()
+    parts = {"c_attn": ["q", "-k", "v"], "h.1.attn.c_attn": ["q", "k", "v"]}
+    with pytest.raises(UserError, match=r"lora.parts: 'h.1.attn.c_attn' never acts"):
+        match_targets(model, LoraConfig(targets=["c_attn"], parts=parts))
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_scale_is_the_scaling_at_every_rank(use_rslora):
     config = LoraConfig(rank=4, scale=1.5, use_rslora=use_rslora, rank_pattern={"0": 9})
@@ -254,10 +273,14 @@ class WithTorchLayers(nn.Module):
 
 def test_layers_that_are_never_called_are_never_wrapped():
     model = WithTorchLayers()
-    assert list(adaptable(model)) == ["out"]
-    for target in ("out_proj", "linear1"):
-        with pytest.raises(UserError, match=f"'{target}' is .* which LoRA cannot wrap"):
-            match_targets(model, LoraConfig(targets=[target, "out"]))
+    assert list(adaptable(model)) == ["block.linear1", "block.linear2", "out"]
+    with pytest.raises(UserError, match="'out_proj' is .* reads its weight without calling it"):
+        match_targets(model, LoraConfig(targets=["out_proj", "out"]))
+    parameters = ["attention.in_proj_weight", "attention.out_proj.weight"]
+    with pytest.raises(UserError, match="attention.out_proj.weight: .* without calling it"):
+        match_targets(model, LoraConfig(target_parameters=parameters))
+    with pytest.raises(UserError, match=r"no linear .* without calling it; .*in_proj_weight"):
+        match_targets(nn.MultiheadAttention(8, 2), LoraConfig())
 
 
 class NeverCalled(nn.Linear):
@@ -266,12 +289,64 @@ class NeverCalled(nn.Linear):
 
 
 def test_pytorch_reads_these_weights_without_calling_the_layers():
-    """The reason for the rule above: if this fails, the rule can go."""
+    """The reason for the rules here: if this fails, they can go."""
     model = WithTorchLayers().eval()
     model.attention.out_proj = NeverCalled(8, 8)
     model.block.linear1, model.block.linear2 = NeverCalled(8, 16), NeverCalled(16, 8)
     with torch.no_grad():
         assert model(torch.randn(2, 3, 8)).shape == (2, 3, 4)
+
+
+class Encoder(nn.Module):
+    """Torch's encoder, which in evaluation packs padded rows and hands all weights to a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(block, 2)
+
+    def forward(self, x):
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[0, 2:] = True
+        return self.encoder(x, src_key_padding_mask=padding)[:, :2]
+
+
+WEIGHTS = ("linear1.weight", "linear2.weight", "self_attn.in_proj_weight")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["linear1", "linear2"]},
+        {"targets": "all-linear"},
+        {"targets": None, "target_parameters": list(WEIGHTS)},
+        {"targets": ["linear2"], "target_parameters": ["self_attn.in_proj_weight"]},
+        {"targets": ["linear1"], "use_dora": True},
+    ],
+)
+def test_adapters_in_torchs_encoder_act_in_training_evaluation_and_merged(settings):
+    """By the same encoder with W + s B A as plain weights, in which nothing is adapted."""
+    torch.manual_seed(0)
+    model, x = Encoder(), torch.randn(3, 4, 8)
+    truth = deepcopy(model).eval()
+    adapter = Adapter(model, LoraConfig(rank=2, **settings))
+    randomise({n: t for n, t in adapter.named_tensors().items() if t.requires_grad})
+    for name, layer in adapter.layers.items():
+        key = name if name.endswith("weight") else f"{name}.weight"
+        with torch.no_grad():
+            truth.get_parameter(key).add_(layer.delta_weight())
+    with torch.no_grad():
+        expected = truth(x)
+        for mode in (True, False):
+            torch.testing.assert_close(model.train(mode)(x), expected, rtol=0, atol=1e-5)
+        adapter.merge()
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+        with adapter.disabled():
+            assert (model(x) - expected).abs().max() > 1e-2
+    assert model.encoder.use_nested_tensor is False
+    bare = adapter.remove()
+    assert bare.encoder.use_nested_tensor is True
+    assert not any(module._forward_pre_hooks for module in bare.modules())
 
 
 class Shared(nn.Module):

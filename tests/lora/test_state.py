@@ -130,6 +130,55 @@ def test_what_is_recorded(tmp_path):
     assert set(load_file(folder / WEIGHTS)) == names
 
 
+class Ends(nn.Module):
+    """Two layers of which the one's whole name is the end of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add_module("0", nn.Linear(6, 6))
+        self.add_module("1", nn.Tanh())
+        self.add_module("2", nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"alpha_pattern": {"^0": 4}},
+        {"rank_pattern": {"^0": 5}},
+        {"targets": r"^0$"},
+        {"targets": r"2\.0"},
+    ],
+)
+def test_a_name_that_ends_another_means_itself_alone(settings, tmp_path):
+    """In our own reading and in PEFT's."""
+    x = torch.randn(3, 6)
+    adapter = Adapter(Ends(), LoraConfig(rank=3, alpha=6, **settings))
+    randomise(adapter.named_tensors())
+    with torch.no_grad():
+        expected = adapter.model(x)
+        save_adapter(adapter, tmp_path / "a")
+        loaded = load_adapter(Ends(), tmp_path / "a")
+        torch.testing.assert_close(loaded.model(x), expected)
+        assert loaded.layers.keys() == adapter.layers.keys()
+        theirs = peft.PeftModel.from_pretrained(Ends(), tmp_path / "a")
+        torch.testing.assert_close(theirs(x), expected)
+        theirs.save_pretrained(tmp_path / "theirs")
+        torch.testing.assert_close(load_adapter(Ends(), tmp_path / "theirs").model(x), expected)
+
+
+def test_a_string_of_targets_in_a_file_is_a_regex(tmp_path):
+    """As PEFT reads it, though it be a plain name."""
+    model = peft.get_peft_model(Ends(), peft.LoraConfig(target_modules="0", r=2))
+    model.save_pretrained(tmp_path)
+    assert list(load_adapter(Ends(), tmp_path).layers) == ["0"]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -302,6 +351,10 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"use_dora": True}, "lacks .* tensors .*lora_magnitude_vector"),
         ({"lora_bias": True}, "lora_bias=True, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* not supported"),
+        ({"use_superlora": True}, "use_superlora=True, which is not known"),
+        ({"superlora_config": {"width": 2}}, "superlora_config=.* not known"),
+        ({"init_lora_weights": "super"}, "'super', which is not known"),
+        ({"use_rslora": "false"}, "use_rslora='false': it must be true or false"),
         ({"trainable_token_indices": [1]}, "lacks 1 tensors .*trainable_tokens_delta"),
         ({"trainable_token_indices": [10**12]}, "index 1000000000000"),
         ({"target_parameters": ["w"]}, "'w' matches no parameter"),
@@ -327,6 +380,20 @@ def test_configs_that_are_refused(folder, changes, message):
     with pytest.raises(UserError, match=message):
         load_adapter(model, folder)
     assert_untouched(model)
+
+
+def test_settings_of_peft_that_change_nothing_are_taken(folder):
+    """Its defaults, and keys of later versions that are off."""
+    expected = case("bert").logits(load_adapter(case("bert").copy(), folder).model)
+    known = peft.LoraConfig(target_modules=["query"]).to_dict()
+    own = json.loads((folder / CONFIG).read_text())
+    known = {key: value for key, value in known.items() if key not in {*own, "peft_type"}}
+    known = json.loads(json.dumps(known, default=str))
+    off = {"use_superlora": False, "superlora_config": None, "superlora_pattern": {}}
+    set_once = {"eva_config": {"rho": 2.0}, "modules_to_save": "classifier"}
+    edit_config(folder, **{**known, **off, **set_once})
+    loaded = load_adapter(case("bert").copy(), folder)
+    assert torch.equal(case("bert").logits(loaded.model), expected)
 
 
 def test_a_pissa_adapter_of_peft_is_refused(tmp_path):
