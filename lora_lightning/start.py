@@ -19,6 +19,7 @@ from .config import (
     CONFIG_MODULE,
     CONFIG_NAME,
     compose_config,
+    direction,
     explain,
     read_config,
     refuse_untyped,
@@ -79,6 +80,7 @@ def start(arguments: list[str]) -> None:
     for choice in sweep_choices(overrides) if sweeps else [overrides]:
         config = compose_config(choice)
         settings_of(config)
+        direction(config)
     if sweeps:
         from .launch.folder import sweep_folder
 

@@ -27,6 +27,7 @@ from .config import (
     saved_settings,
     settings_of,
     to_be_typed,
+    with_direction,
 )
 from .data.datamodule import LoraDataModule
 from .earlier import (
@@ -114,7 +115,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     checkpoint = whole_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     earlier = earlier_result(run_dir) if checkpoint else {}
-    asked, config = config, with_precision(config, earlier.get("precision"))
+    asked, config = config, with_precision(with_direction(config), earlier.get("precision"))
     settings = settings_of(config)
     result["precision"] = config.trainer.precision
     result["versions"] = versions()

@@ -72,7 +72,7 @@ ALLOWED = {
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
-    "report": {"lora", "config", "lock", "logs", "terminal", "atomic_write", "untrusted"},
+    "report": FOUNDATION | {"config", "lock", "logs", "terminal", "untrusted"},
     "launch": FOUNDATION | {"config", "report", "lock", "logs", "signals", "terminal"},
     "written": {"lora", "storage"},
     "inference": RUN_SIDE | {"lock", "written"},
