@@ -66,7 +66,7 @@ from .tasks import Task, build_task
 from .terminal import say
 from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
-from .warm_start import refuse_other_start, refuse_other_tokens
+from .warm_start import refuse_other_start, refuse_other_tokens, task_state_of
 
 WRITTEN = (
     *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
@@ -299,6 +299,8 @@ def build(
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)
     task.prepare(model_config)
+    if adapter is not None:
+        task.begin_with(task_state_of(adapter), adapter)
     limit = max_positions(model_config)
     data = LoraDataModule(
         task,

@@ -43,7 +43,7 @@ ALLOWED = {
     "forward": {"lora"},
     "offload": {"lora"},
     "vocabulary": FOUNDATION,
-    "warm_start": FOUNDATION | {"checkpoint", "untrusted"},
+    "warm_start": FOUNDATION | {"checkpoint", "logs", "untrusted"},
     "skeleton": FOUNDATION,
     "alive": set(),
     "quantization": FOUNDATION,

@@ -149,6 +149,8 @@ class LoraDataModule(L.LightningDataModule):
     def _build(self) -> None:
         raw = load_splits(self.config)
         self.task.learn(raw)
+        for note in self.task.notes:
+            _tell(note)
         raw = make_splits(raw, self.config, strata=self.task.strata)
         for split in raw:
             limit = getattr(self.config, f"limit_{split}")

@@ -54,6 +54,8 @@ class Task(ABC):
     """Why a row has nothing to learn."""
     dropped_advice: ClassVar[str] = "Name the column with the text: task.text_column=NAME."
     """What to do where no row has anything to learn."""
+    notes: Sequence[str] = ()
+    """What a user is told once `learn` is done."""
     config: Any
     """The task's settings, a dataclass with at least `name`, `monitor` and `mode`."""
 
@@ -62,6 +64,14 @@ class Task(ABC):
 
         Raises:
             UserError: the task cannot be learned by that kind of model.
+        """
+
+    def begin_with(self, state: dict[str, Any], source: str) -> None:  # noqa: B027
+        """Takes note of the task's `state` in a run whose values this one begins with.
+
+        Args:
+            state: of a task of any kind.
+            source: the adapter or checkpoint, for messages.
         """
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 
 from ..forward import classification_logits
 from ..lora.errors import UserError, did_you_mean
-from ..modeling import load_classifier
+from ..modeling import class_names, load_classifier
 from ..parallel import Shards
 from ..settings import ModelConfig, SentimentConfig
 from .base import IGNORE, LossOutput, Task, need_columns, pick_column
@@ -50,6 +51,19 @@ class SentimentTask(Task):
         self.label_column: str | None = None
         self.labels: list[str] = []
         self._ids: dict[Any, int] = {}
+        self._head: list[str] | None = None
+        self._begins_with = ""
+        self._new_head = False
+        self._numbered: dict[Any, int] = {}
+        """Places of the numbers that a data set gives its classes."""
+
+    def prepare(self, model_config: Any) -> None:
+        self._head = class_names(model_config)
+
+    def begin_with(self, state: dict[str, Any], source: str) -> None:
+        labels = state.get("labels")
+        if isinstance(labels, list):
+            self._head, self._begins_with = [str(label) for label in labels], source
 
     # Rows to examples ------------------------------------------------------------------------
 
@@ -62,6 +76,7 @@ class SentimentTask(Task):
             self._check_kinds(split, rows[self.label_column][:])
         if not self.labels:
             self._learn_labels(reference)
+            self._settle_head()
         for split, rows in splits.items():
             self._check_names(split, getattr(rows.features[self.label_column], "names", None))
             self._check_labels(split, rows[self.label_column][:])
@@ -126,17 +141,63 @@ class SentimentTask(Task):
                 "task.label_column=NAME."
             )
 
+    def _settle_head(self) -> None:
+        """Gives the classes the places that they have in a head which is there already.
+
+        Raises:
+            UserError: the head's classes are others, or the user has typed another order.
+        """
+        head, typed = self._head, self.config.labels is not None
+        if head is None or len(head) != len(self.labels):
+            return
+        ours = {label.casefold(): label for label in self.labels}
+        theirs = [name.casefold() for name in head]
+        source = f"adapter={self._begins_with}" if self._begins_with else "the base's head"
+        if set(theirs) == set(ours) and len(ours) == len(self.labels):
+            ordered = [ours[name] for name in theirs]
+            if typed and ordered != self.labels:
+                raise UserError(
+                    f"task.labels={_listed(self.labels)} is another order than that of {source}: "
+                    f"leave it out, or give task.labels={_listed(ordered)}."
+                )
+            self._reorder(ordered)
+            return
+        if self._begins_with:
+            if not typed:
+                raise UserError(
+                    f"{source} has learned the classes {', '.join(head)}, and the data has "
+                    f"{', '.join(self.labels)}. If they mean the same, name the data's in the "
+                    "order of the former: task.labels=[...]."
+                )
+            return
+        unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)
+        if unnamed and (typed or self.labels == [str(i) for i in range(len(head))]):
+            return
+        self._new_head = True
+        self.notes = [
+            f"The base's head is of other classes ({', '.join(head)}) than the data "
+            f"({', '.join(self.labels)}): training begins with a new head."
+            + (" To keep it, name its rows in their order: task.labels=[...]." if unnamed else "")
+        ]
+
+    def _reorder(self, labels: list[str]) -> None:
+        place = {label: index for index, label in enumerate(labels)}
+        self._ids = {value: place[self.labels[index]] for value, index in self._ids.items()}
+        self.labels = labels
+
     def _check_names(self, split: str, names: list[str] | None) -> None:
         """Takes numbers that a data set gives its classes for places in its list of names."""
-        if names is None or (self.config.labels and set(names) != set(self.labels)):
+        same = names is not None and set(names) == set(self.labels)
+        if names is None or (self.config.labels and not same):
             return
-        if names != self.labels:
+        places = {number: self.labels.index(name) for number, name in enumerate(names) if same}
+        if not same or (numbered := self._numbered or places) != places:
             raise UserError(
                 f"the {split} data numbers its classes as {', '.join(names)}, and the training "
                 f"data as {', '.join(self.labels)}: the same number is another class. Write the "
                 "names themselves into the label column, or leave out task.labels."
             )
-        self._ids = {number: number for number in range(len(names))}
+        self._ids = self._numbered = numbered
 
     def _check_kinds(self, split: str, values: list[Any]) -> None:
         for row, value in enumerate(values, 1):
@@ -211,7 +272,7 @@ class SentimentTask(Task):
     def build_model(
         self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
     ) -> tuple[nn.Module, list[str]]:
-        return load_classifier(config, tokenizer, self.labels, shards)
+        return load_classifier(config, tokenizer, self.labels, shards, new_head=self._new_head)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         logits, labels = self.logits(model, batch), batch["labels"]
@@ -320,6 +381,10 @@ def _which_column(what: str, columns: list[str]) -> UserError:
         f"which column holds the {what}? The data has {', '.join(columns)}. "
         f"Name it: task.{what}_column=NAME."
     )
+
+
+def _listed(labels: list[str]) -> str:
+    return f"[{','.join(labels)}]"
 
 
 def _plain_label(value: Any) -> Any:
