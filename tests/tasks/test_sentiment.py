@@ -46,8 +46,10 @@ def _learn(values, *, features=None, **settings) -> tuple[SentimentTask, Dataset
         ([1, 0, 1], ["0", "1"], [1, 0, 1]),
         ([3, 1, 5, 2, 4], ["1", "2", "3", "4", "5"], [2, 0, 4, 1, 3]),
         ([-1, 1, 0], ["-1", "0", "1"], [0, 2, 1]),
-        ([True, False, True], ["0", "1"], [1, 0, 1]),
-        ([1.0, 0.0], ["0", "1"], [1, 0]),
+        ([True, False, True], ["false", "true"], [1, 0, 1]),
+        ([1.0, 0.0], ["0.0", "1.0"], [1, 0]),
+        (["01", "00", "10", "9"], ["00", "01", "9", "10"], [1, 0, 3, 2]),
+        (["1", "0.10", "0.1"], ["0.1", "0.10", "1"], [2, 1, 0]),
         ([0.5, 4.5, 0.5], ["0.5", "4.5"], [0, 1, 0]),
         (["1", "0"], ["0", "1"], [1, 0]),
         ([10, 9, 100], ["9", "10", "100"], [1, 0, 2]),
@@ -61,6 +63,8 @@ def _learn(values, *, features=None, **settings) -> tuple[SentimentTask, Dataset
         "signed",
         "booleans",
         "floats",
+        "zeros",
+        "decimals",
         "halves",
         "digits",
         "order",
@@ -88,6 +92,27 @@ def test_explicit_order_takes_names_and_ids():
     assert [task.label_id(value) for value in (0, 1, 2, "2", "good")] == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("order", [["True", "False"], ["true", "false"], ["false", "true"]])
+def test_names_of_truth_values_are_in_the_order_that_is_typed(order):
+    task, rows = _learn([True, False, True], labels=order)
+    assert task.labels == order
+    places = [order.index(name) for name in order if name.lower() == "true"]
+    assert [task.label_id(value) for value in rows["label"]] == [*places, 1 - places[0], *places]
+
+
+def test_typed_truth_values_are_names(tmp_path):
+    config = compose_config(["task.labels=[true,false]"])
+    task, _ = _learn(["True", "False"], labels=list(config.task.labels))
+    assert [task.label_id(value) for value in ("True", "False")] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}])
+def test_a_text_that_is_none_is_refused(value):
+    rows = Dataset.from_dict({"text": [value, value], "label": ["a", "b"]})
+    with pytest.raises(UserError, match="the train data holds no text in row 1 of column 'text'"):
+        SentimentTask().learn({"train": rows})
+
+
 def test_other_splits_may_say_the_same_in_another_type():
     task = SentimentTask()
     train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
@@ -105,6 +130,13 @@ def test_other_splits_may_say_the_same_in_another_type():
         (["pos", "neg"], {"label_column": "lable"}, "Did you mean 'label'"),
         ([f"label {i}" for i in range(80)], {}, "no class label"),
         ([3, 1], {"labels": ["a", "b"]}, "unknown label 3 in row 1"),
+        ([1.0, 0.0], {"labels": ["1", "0"]}, "unknown label 1.0 in row 1"),
+        ([1.0, 0.0], {"labels": ["a", "b"]}, "unknown label 1.0 in row 1"),
+        (["01", "00"], {"labels": ["1", "0"]}, "unknown label '01' in row 1"),
+        (["01", "00"], {"labels": ["a", "b"]}, "unknown label '01' in row 1"),
+        (["true", "false"], {"labels": ["True", "False"]}, "unknown label 'true' .* 'True'"),
+        ([True, False], {"labels": ["a", "b"]}, "unknown label 'true' in row 1"),
+        ([0, 1], {"labels": ["1", "2", "3"]}, "unknown label 0 in row 1"),
     ],
 )
 def test_wrong_labels_are_told(values, settings, message):
