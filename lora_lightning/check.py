@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .combinations import refuse_combinations
-from .config import Settings, settings_of
+from .config import Settings, settings_of, with_direction
 from .data.datamodule import LoraDataModule
 from .earlier import refuse_used_folder
 from .forward import check_packing
@@ -46,7 +46,7 @@ def check(config: DictConfig) -> str:
         UserError: something would fail later.
     """
     quiet_libraries()
-    asked, config = config, with_precision(config)
+    asked, config = config, with_precision(with_direction(config))
     told = chosen_for_the_user(asked, config)
     settings = settings_of(config)
     output = Path(config.output_dir)

@@ -26,7 +26,14 @@ from .lora.config import LoraConfig
 from .lora.errors import UserError, causes, did_you_mean
 from .paths import anchor
 from .presets import choices, primary, searched
-from .settings import OWN_GROUPS, TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig
+from .settings import (
+    OWN_GROUPS,
+    TASK_CONFIGS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    direction_of,
+)
 from .untrusted import is_installed_attention
 
 METHODS = ("lora", "full")
@@ -95,6 +102,27 @@ def register_schemas() -> None:
     store.store(name="base_schema", node=Schema)
     for name, schema in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # of sweep=optuna
+
+
+def direction(config: DictConfig) -> str:
+    """Whether "max" or "min" of a run's monitored metric is the best.
+
+    Raises:
+        UserError: task.mode is the contrary of what the metric means.
+    """
+    return direction_of(str(config.task.monitor), config.task.get("mode"))
+
+
+def with_direction(config: DictConfig) -> DictConfig:
+    """The config with `task.mode` settled, where it is left to what the metric means.
+
+    Raises:
+        UserError: as `direction`.
+    """
+    settled = config.copy()
+    OmegaConf.update(settled, "task.mode", direction(config), force_add=True)
+    return settled
 
 
 def settings_of(config: DictConfig) -> Settings:

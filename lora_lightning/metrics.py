@@ -25,6 +25,7 @@ class MeanLoss(Metric):
     total: Tensor
     count: Tensor
     full_state_update = False
+    higher_is_better = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class TokenAccuracy(Metric):
     correct: Tensor
     count: Tensor
     full_state_update = False
+    higher_is_better = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +82,7 @@ class Rouge(Metric):
     sums: Tensor
     count: Tensor
     full_state_update = False
+    higher_is_better = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -113,7 +113,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_classifier(
-    config: ModelConfig, tokenizer: Any, labels: list[str], shards: Shards | None = None
+    config: ModelConfig,
+    tokenizer: Any,
+    labels: list[str],
+    shards: Shards | None = None,
+    *,
+    new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
     """A base model with a classification head of one output per label.
 
@@ -122,6 +127,7 @@ def load_classifier(
         tokenizer: its tokenizer, whose padding token the model's config is told.
         labels: class names, in the order of their ids.
         shards: processes over which the base is spread.
+        new_head: whether a head of the checkpoint, which is of other classes, is drawn anew.
 
     Returns:
         The model in train mode, and the names of the modules to train whole: the head and
@@ -145,14 +151,33 @@ def load_classifier(
     settings.pad_token_id = tokenizer.pad_token_id
     settings.problem_type = "single_label_classification"
     new = _new_modules(model, missing)
-    trained = list(dict.fromkeys([*head_modules(model), *new]))
-    if shards is not None or any(p.is_cuda for p in model.parameters()):
+    heads = head_modules(model)
+    trained = list(dict.fromkeys([*heads, *new]))
+    if new_head:
+        new += [name for name in heads if name not in new]
+    if new_head or shards is not None or any(p.is_cuda for p in model.parameters()):
         # A head's first values are the same on all devices: drawn as transformers does on a CPU,
         # in the model's order.
         torch.set_rng_state(random)
         for name in [name for name, _ in model.named_modules() if name in trained]:
             take_whole(model, name, draw_again=name in new)
     return model, trained
+
+
+def class_names(model_config: Any) -> list[str] | None:
+    """Class names of a base that is a classifier already, in the order of its head's rows.
+
+    Args:
+        model_config: its transformers config.
+
+    Returns:
+        None where the base has no such head. LABEL_0, LABEL_1 ... where nobody has named them.
+    """
+    kinds = getattr(model_config, "architectures", None) or []
+    names = getattr(model_config, "id2label", None)
+    if not isinstance(names, dict) or not any("SequenceClassification" in k for k in kinds):
+        return None
+    return [str(names[number]) for number in sorted(names)]
 
 
 def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = None) -> nn.Module:

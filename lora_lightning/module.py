@@ -43,7 +43,7 @@ from .optim import (
 from .parallel import Shards, broadcast, local_rank_in_environment, same_everywhere
 from .placement import Placement, place_adapter
 from .quantization import experts_left
-from .settings import ModelConfig, OptimConfig
+from .settings import ModelConfig, OptimConfig, direction_of, refuse_direction
 from .strategies import (
     ShardedStrategy,
     data_ranks,
@@ -284,12 +284,22 @@ class LoraModule(L.LightningModule):
         self.test_metrics = self.task.metrics()
 
     def _check_monitor(self) -> None:
+        monitor, mode = self.task.config.monitor, self.task.config.mode
         known = ["val/loss", *(f"val/{name}" for name in self.task.metric_names())]
-        if self.task.config.monitor not in known:
+        if monitor not in known:
             raise UserError(
-                f"task.monitor={self.task.config.monitor} is not measured here. "
-                f"Known: {', '.join(known)}."
+                f"task.monitor={monitor} is not measured here. Known: {', '.join(known)}."
             )
+        chosen = direction_of(monitor, mode)
+        for name, metric in (self.val_metrics or self.task.metrics()).items(keep_base=True):
+            higher = metric.higher_is_better
+            if monitor == f"val/{name}" and higher not in (None, chosen == "max"):
+                if mode is not None:
+                    refuse_direction(monitor, mode)
+                raise UserError(
+                    f"of {monitor} {'higher' if higher else 'lower'} is better, which "
+                    f"its name does not tell: type task.mode={'max' if higher else 'min'}."
+                )
 
     def whole_adapter(self) -> AbstractContextManager[None]:
         """Has an adapter that is in shares be whole for the time of a block, in all processes."""
@@ -529,7 +539,7 @@ class LoraModule(L.LightningModule):
             optimizer,
             self.optim_config,
             None if math.isinf(steps) else max(int(steps), 1),
-            mode=self.task.config.mode,
+            mode=direction_of(self.task.config.monitor, self.task.config.mode),
         )
         schedule = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
         return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a typo in a config is told in a moment.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,44 @@ QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_METRICS = ("rouge", "bleu", "chrf")
 MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
+LOWER_IS_BETTER = re.compile(
+    r"(^|_)(loss|perplexity|error|distance|divergence|mse|mae|rmse|wer|cer|ter|brier)($|_)"
+)
+"""Names of metrics that are the better the lower they are; of all others more is better."""
+
+
+def direction_of(monitor: str, mode: str | None = None) -> str:
+    """Whether "max" or "min" of a metric is the best.
+
+    Args:
+        monitor: the metric's name, such as val/loss.
+        mode: what the user typed; None: nothing.
+
+    Raises:
+        UserError: that is neither, or the contrary of what the metric means.
+    """
+    meant = "min" if LOWER_IS_BETTER.search(monitor.rpartition("/")[2]) else "max"
+    if mode is None:
+        return meant
+    if mode not in ("max", "min"):
+        raise UserError(f"task.mode must be max or min, got {mode!r}.")
+    known = meant == "min" or monitor in MONITORS or _is_text_metric(monitor)
+    if known and mode != meant:
+        refuse_direction(monitor, mode)
+    return mode
+
+
+def refuse_direction(monitor: str, mode: str) -> None:
+    """Raises UserError for a direction that would keep the worst state."""
+    better = "lower" if mode == "max" else "higher"
+    raise UserError(
+        f"task.mode={mode}: of {monitor} {better} is better, so the worst state would be kept. "
+        "Leave task.mode out."
+    )
+
+
+def _is_text_metric(monitor: str) -> bool:
+    return monitor.rpartition("/")[2].startswith(("token_accuracy", *TEXT_METRICS))
 
 
 @dataclass
@@ -99,8 +138,8 @@ class SentimentConfig:
     """Class names in the order of their ids. None: taken from the training data, sorted."""
     monitor: str = "val/accuracy"
     """Validation metric that decides which adapter is the best."""
-    mode: str = "max"
-    """Whether "max" or "min" of `monitor` is the best."""
+    mode: str | None = None
+    """Whether "max" or "min" of `monitor` is the best. None: what the metric means."""
 
     def __post_init__(self) -> None:
         if self.monitor not in MONITORS:
@@ -108,7 +147,7 @@ class SentimentConfig:
                 f"task.monitor={self.monitor} is not measured."
                 f"{did_you_mean(self.monitor, MONITORS)} Known: {', '.join(MONITORS)}."
             )
-        if self.mode not in ("max", "min"):
+        if self.mode not in (None, "max", "min"):
             raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
 
 
@@ -134,8 +173,8 @@ class GenerativeConfig:
     """What compares generated texts with targets: rouge, bleu, chrf."""
     monitor: str = "val/loss"
     """Validation metric that decides which adapter is the best."""
-    mode: str = "min"
-    """Whether "max" or "min" of `monitor` is the best."""
+    mode: str | None = None
+    """Whether "max" or "min" of `monitor` is the best. None: what the metric means."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
@@ -158,7 +197,7 @@ class GenerativeConfig:
                     f"task.text_metrics: there is no {metric!r}."
                     f"{did_you_mean(metric, TEXT_METRICS)} Known: {', '.join(TEXT_METRICS)}."
                 )
-        if self.mode not in ("max", "min"):
+        if self.mode not in (None, "max", "min"):
             raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
 
 

@@ -17,6 +17,7 @@ from . import cluster
 from .atomic_write import atomic_write
 from .config import (
     compose_config,
+    direction,
     explain,
     read_config,
     read_yaml,
@@ -86,6 +87,7 @@ def start(arguments: list[str]) -> None:
     for choice in sweep_choices(overrides) if sweeps else [overrides]:
         config = compose_config(choice)
         settings_of(config)
+        direction(config)
     if sweeps:
         from .launch.folder import sweep_folder
 

@@ -28,6 +28,7 @@ from .config import (
     saved_settings,
     settings_of,
     to_be_typed,
+    with_direction,
 )
 from .data.datamodule import LoraDataModule
 from .earlier import (
@@ -66,7 +67,7 @@ from .tasks import Task, build_task
 from .terminal import command, say
 from .trainer import build_trainer, check_windows
 from .vocabulary import rows_in
-from .warm_start import refuse_other_start, refuse_other_tokens
+from .warm_start import refuse_other_start, refuse_other_tokens, task_state_of
 
 WRITTEN = (
     *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
@@ -115,7 +116,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     checkpoint = whole_checkpoint(run_dir) if resume else None
     result: dict[str, Any] = {"status": "running", "config_hash": config_hash(config)}
     earlier = earlier_result(run_dir) if checkpoint else {}
-    asked, config = config, with_precision(config, earlier.get("precision"))
+    asked, config = config, with_precision(with_direction(config), earlier.get("precision"))
     settings = settings_of(config)
     result["precision"] = config.trainer.precision
     result["versions"] = versions()
@@ -304,6 +305,8 @@ def build(
     tokenizer = load_tokenizer(settings.model)
     model_config = load_model_config(settings.model)
     task.prepare(model_config)
+    if adapter is not None:
+        task.begin_with(task_state_of(adapter), adapter)
     limit = max_positions(model_config)
     data = LoraDataModule(
         task,

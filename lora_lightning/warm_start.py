@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import read_checkpoint
+from .logs import read_json
 from .lora import Adapter, LoraConfig, UserError
-from .lora.checksums import check_files
+from .lora.checksums import SIDECAR, check_files
 from .lora.copies import without_copies
 from .lora.state import read_adapter
 from .settings import ModelConfig
@@ -31,6 +33,20 @@ def load_values(adapter: Adapter, folder: str) -> None:
         )
     source = f"adapter {folder}"
     adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
+
+
+def task_state_of(source: str) -> dict[str, Any]:
+    """What the task of another run has settled, such as its classes; empty where nothing tells.
+
+    Args:
+        source: an adapter's folder, or a checkpoint.
+    """
+    if source.endswith(".ckpt"):
+        state = read_checkpoint(source).get("hyper_parameters", {}).get("task_state")
+    else:
+        sidecar = Path(source) / SIDECAR
+        state = read_json(sidecar).get("task_state") if sidecar.is_file() else None
+    return state if isinstance(state, dict) else {}
 
 
 def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:

@@ -167,17 +167,21 @@ def test_predict_takes_the_text_verbatim(run_cli, adapter, text):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_predict_a_file(run_cli, adapter, runs, suffix):
-    rows = [{"number": 7 * i, "text": row["text"]} for i, row in enumerate(make_rows(25, seed=5))]
+    rows = [
+        {"number": f"{7 * i:05}", "day": "2024-05-01", "text": row["text"]}
+        for i, row in enumerate(make_rows(25, seed=5))
+    ]
     if suffix == "jsonl":
         content = "".join(json.dumps(row) + "\n" for row in rows)
     else:
-        content = "number,text\n" + "".join(f'{row["number"]},"{row["text"]}"\n' for row in rows)
+        lines = [f'{row["number"]},{row["day"]},"{row["text"]}"\n' for row in rows]
+        content = "number,day,text\n" + "".join(lines)
     Path(f"in.{suffix}").write_text(content, encoding="utf-8")
     command = ["predict", f"adapter={adapter}", f"input=in.{suffix}"]
     status, out, err = run_cli(*command, "output=out.jsonl", "data.batch_size=4")
     assert (status, out) == (0, "25 rows -> out.jsonl\n"), err
     found = read_lines(Path("out.jsonl"))
-    assert [{"number": r["number"], "text": r["text"]} for r in found] == rows
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
     assert sorted(os.listdir()) == sorted([f"in.{suffix}", "out.jsonl"])
 
     again = [json.loads(line) for line in run_cli(*command)[1].splitlines()]

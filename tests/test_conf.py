@@ -11,11 +11,16 @@ from lora_lightning.config import (
     all_keys,
     compose_config,
     config_hash,
+    direction,
     over_saved,
     saved_settings,
     settings_of,
+    with_direction,
 )
+from lora_lightning.launch.halving import Halving
 from lora_lightning.lora import UserError
+from lora_lightning.settings import TASK_CONFIGS, direction_of
+from lora_lightning.tasks import build_task
 
 CONF = Path(__file__).parent.parent / "conf"
 CHOICES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra")
@@ -113,3 +118,58 @@ def test_an_extra_that_is_not_installed_is_named(group, choice, extra):
     from lora_lightning.config import _no_such_choice
 
     assert f'pip install "lora_lightning[{extra}]"' in _no_such_choice(group, choice)
+
+
+DIRECTIONS = {"val/loss": "min", "val/accuracy": "max", "val/f1": "max", "val/auroc": "max"}
+
+
+@pytest.mark.parametrize("monitor", DIRECTIONS)
+def test_the_direction_follows_the_metric_wherever_one_is_needed(monitor):
+    meant = DIRECTIONS[monitor]
+    config = compose(f"task.monitor={monitor}")
+    assert direction(config) == meant
+    settled = with_direction(config)
+    for callback in (settled.callbacks.best, settled.callbacks.early_stopping):
+        assert (callback.monitor, callback.mode) == (monitor, meant)
+    halving = Halving.of({}, direction(config))
+    assert halving is not None
+    assert halving.sign == (1 if meant == "max" else -1)
+    contrary = {"min": "max", "max": "min"}[meant]
+    with pytest.raises(UserError, match=f"task.mode={contrary}: of {monitor} (low|high)er is"):
+        direction(compose(f"task.monitor={monitor}", f"task.mode={contrary}"))
+    assert direction(compose(f"task.monitor={monitor}", f"task.mode={meant}")) == meant
+
+
+@pytest.mark.parametrize("monitor", DIRECTIONS)
+def test_optuna_is_told_the_direction_of_the_metric(monitor):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    from lora_lightning.config import register_schemas
+
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    register_schemas()
+    with initialize_config_module("lora_lightning.conf", version_base="1.3"):
+        config = hydra_compose(
+            "train", ["sweep=optuna", f"task.monitor={monitor}"], return_hydra_config=True
+        )
+    assert config.hydra.sweeper.direction == DIRECTIONS[monitor] + "imize"
+
+
+@pytest.mark.parametrize("name", TASK_CONFIGS)
+def test_the_direction_by_name_is_that_of_torchmetrics(name):
+    task = build_task({"name": name})
+    task.suppose()
+    for key, metric in task.metrics().items(keep_base=True):
+        assert metric.higher_is_better is not None
+        for monitor in task.metric_names():
+            if monitor.startswith(key):
+                assert (direction_of(f"val/{monitor}") == "max") == metric.higher_is_better
+
+
+def test_a_metric_of_others_tells_its_own_direction():
+    assert direction_of("val/mean_squared_error") == direction_of("val/wer") == "min"
+    assert direction_of("val/closeness") == "max"
+    assert direction_of("val/closeness", "min") == "min"
+    with pytest.raises(UserError, match="must be max or min"):
+        direction_of("val/closeness", "least")

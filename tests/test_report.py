@@ -91,7 +91,7 @@ def test_settings_are_means_over_seeds_the_best_first(sweep_dir):
 def test_where_less_is_better_the_least_is_the_best(sweep_dir):
     for path in sweep_dir.glob("*/.hydra/config.yaml"):
         config = OmegaConf.load(path)
-        config.task.mode = "min"
+        config.task.monitor = "val/loss"
         OmegaConf.save(config, path)
     assert read_sweep(sweep_dir).best.job == "2"  # rank 2, ratio 2, seed 0
 
@@ -362,3 +362,15 @@ def test_the_page_in_a_browser(sweep_dir, tmp_path):
     assert all(width > 200 and height > 100 for width, height, _ in pictures)
     assert all(right <= inner for _, _, right in pictures)
     assert scrolled <= inner
+
+
+@pytest.mark.parametrize("mode", ["null", "max"])
+def test_the_best_of_losses_is_the_lowest(tmp_path, mode):
+    """The second as runs have it that were made before such a mode was refused."""
+    for job, value in enumerate((0.674, 0.633, 0.608)):
+        overrides = ["task.monitor=val/loss", f"task.mode={mode}", "seed=0", f"lora.rank={job + 1}"]
+        write_run(tmp_path / str(job), overrides, {"status": "completed", "objective": value})
+    sweep = read_sweep(tmp_path)
+    assert [setting.runs[0].job for setting in sweep.settings] == ["2", "1", "0"]
+    assert sweep.best is not None
+    assert sweep.best.job == "2"

@@ -446,3 +446,23 @@ def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fa
     status, _, err = run_cli("train", *fast, *where, *files, f"output_dir={tmp_path / 'run'}")
     assert status == 0, err
     assert err.count("2 of 62 rows are left out: empty text.") == 3
+
+
+# Which state is kept ------------------------------------------------------------------------------
+
+
+def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, tmp_path):
+    run = run_in(
+        tmp_path,
+        tiny_bert,
+        *("task.monitor=val/loss", "trainer.max_epochs=3", "data.limit_train=64"),
+    )
+    losses = [float(row["val/loss"]) for row in csv_rows(run.dir) if row["val/loss"]][:3]
+    assert len(set(losses)) == 3
+    assert losses[0] > min(losses)
+    assert run.result["objective"] == pytest.approx(min(losses), rel=1e-5)
+    content = torch.load(next((run.dir / "checkpoints").glob("best-*.ckpt")), weights_only=True)
+    assert content["global_step"] == 8 * (1 + losses.index(min(losses)))
+    for name, state in content["callbacks"].items():
+        if "EarlyStopping" in name or "ModelCheckpoint" in name:
+            assert float(state.get("best_model_score", min(losses))) == pytest.approx(min(losses))

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,6 +19,17 @@ from ..terminal import is_text
 from ..untrusted import lies_elsewhere
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
+from .readers import (
+    BUILDERS,
+    check_text,
+    csv_as_written,
+    is_known,
+    json_as_written,
+    kind_of,
+    plain_file,
+    read_text,
+    reason_of,
+)
 
 SPLITS = ("train", "val", "test")
 SUMS = "sums.json"
@@ -35,17 +45,6 @@ _ADVICE = {
 EMBEDDED = Path(__file__).parent / "embedded"
 MADE = {"docstrings": docstring_files}
 """Embedded data that is made on the user's machine: writes its files to a folder."""
-# Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
-CSV = {"keep_default_na": False, "na_values": [""]}
-BUILDERS = {
-    ".csv": ("csv", CSV),
-    ".tsv": ("csv", {**CSV, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
 PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
 """Kinds of columns of `datasets` whose values stand in the rows; others may name files and URLs."""
 
@@ -118,7 +117,7 @@ def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         raise UserError(
-            f"data.path={config.path}: the hub dataset cannot be loaded: {_reason(error)} "
+            f"data.path={config.path}: the hub dataset cannot be loaded: {reason_of(error)} "
             "Check the name, data.name and the network; for local files use data.train=FILE."
         ) from error
     if config.splits:
@@ -184,6 +183,11 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
         files = _refuse_elsewhere(
             config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
         )
+        if _is_plain_set(builder):
+            return {
+                str(split): _load_files(f"data.path={path}", sorted(map(str, names)), cache)
+                for split, names in builder.config.data_files.items()
+            }
         files += [str(inside / name) for name in DESCRIPTIONS if (inside / name).is_file()]
         sums = {os.path.relpath(file, inside): digest(Path(file)) for file in files}
         content = json.dumps([sums, builder.name, config.name, __version__], sort_keys=True)
@@ -199,6 +203,22 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
                 shutil.rmtree(kept[split], ignore_errors=True)
                 _keep(builder.as_dataset(split), Path(work) / f"kept-{number}", kept[split])
     return {split: _kept_rows(folder, keys[split]) for split, folder in kept.items()}
+
+
+def _is_plain_set(builder: Any) -> bool:
+    """Whether a folder's files are tables of text that nothing describes: our readers take them.
+
+    Those of `datasets` guess the types of their cells.
+    """
+    config = builder.config
+    if builder.name not in ("csv", "json") or builder.info.features is not None:
+        return False
+    files = [Path(str(file)) for split in (config.data_files or {}).values() for file in split]
+    implied = {"sep": BUILDERS[kind_of(files[0])[0]][1].get("sep", ",")} if files else {}
+    usual = {**vars(type(config)()), **implied}
+    named = ("name", "version", "data_dir", "data_files", "description")
+    asked = {key: value for key, value in vars(config).items() if key not in named}
+    return all(map(is_known, files)) and all(usual.get(key) == asked[key] for key in asked)
 
 
 def _refuse_elsewhere(
@@ -251,7 +271,7 @@ def _load_path(option: str, path: Path, cache: Path) -> Any:
         return _load_folder(option, path, cache)
     if path.stat().st_size == 0:
         raise UserError(f"{option}: {path} is empty. Give a file that holds rows.")
-    if path.suffix.lower() not in BUILDERS:
+    if not is_known(path):
         raise UserError(
             f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, or a folder."
         )
@@ -259,24 +279,33 @@ def _load_path(option: str, path: Path, cache: Path) -> Any:
 
 
 def _read(option: str, path: Path, cache: Path) -> Any:
+    with plain_file(option, path) as file:
+        return _read_plain(option, path, file, cache)
+
+
+def _read_plain(option: str, path: Path, file: Path, cache: Path) -> Any:
+    """The rows of a file without compression; messages call it `path`."""
     from datasets import Dataset
 
-    builder, kwargs = BUILDERS[path.suffix.lower()]
+    kind = file.suffix
+    builder, kwargs = BUILDERS[kind]
     if builder == "text":
-        text = _text(option, path)  # with "\n" for each end of a line, and a text has no others
+        text = read_text(option, path, file)
         return Dataset.from_dict({"text": text.removesuffix("\n").split("\n") if text else []})
     if builder != "parquet":
-        _check_text(option, path)
-    if path.suffix.lower() == ".json":
-        return _read_json(option, path, cache)
-    reader = {"csv": Dataset.from_csv, "json": Dataset.from_json, "parquet": Dataset.from_parquet}
+        check_text(option, path, file)
+    if kind == ".json":
+        return _read_json(option, path, file, cache)
+    reader = {"csv": csv_as_written, "json": json_as_written, "parquet": Dataset.from_parquet}
     try:
-        return _by_content(reader[builder], path, cache, **kwargs)
-    except UserError:
+        return _by_content(reader[builder], file, cache, **kwargs)
+    except UserError as error:
+        if builder == "csv" and str(error).startswith("its "):
+            raise UserError(f"{option}: {path}: {error}") from None
         raise
     except Exception as error:
         raise UserError(
-            f"{option}: {path} is not readable as {path.suffix[1:].upper()}: {_reason(error)} "
+            f"{option}: {path} is not readable as {kind[1:].upper()}: {reason_of(error)} "
             f"{_ADVICE[builder]}"
         ) from error
 
@@ -376,14 +405,14 @@ def _keep(rows: Any, made: Path, folder: Path) -> None:
             raise
 
 
-def _read_json(option: str, path: Path, cache: Path) -> Any:
+def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
     """A .json file: a list of objects, an object of columns, or one object a line."""
     from datasets import Dataset
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return _read_as_lines(option, path, cache)
+        return _read_as_lines(option, path, file, cache)
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(content) == 1 and lists and all(isinstance(row, dict) for row in lists[0]):
@@ -394,19 +423,17 @@ def _read_json(option: str, path: Path, cache: Path) -> Any:
         return Dataset.from_dict(content)
     except Exception as error:
         raise UserError(
-            f"{option}: {path} must hold a list of objects with the same keys: {_reason(error)}"
+            f"{option}: {path} must hold a list of objects with the same keys: {reason_of(error)}"
         ) from error
 
 
-def _read_as_lines(option: str, path: Path, cache: Path) -> Any:
-    from datasets import Dataset
-
+def _read_as_lines(option: str, path: Path, file: Path, cache: Path) -> Any:
     try:
-        return _by_content(Dataset.from_json, path, cache)
+        return _by_content(json_as_written, file, cache)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{option}: {path} is not readable as JSON: {_reason(error)}") from error
+        raise UserError(f"{option}: {path} is not readable as JSON: {reason_of(error)}") from error
 
 
 def _load_folder(option: str, path: Path, cache: Path) -> Any:
@@ -427,7 +454,7 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
             f"({', '.join(BUILDERS)})."
         )
     _refuse_links(option, path, files)
-    columns: dict[str, list[str]] = {"text": [_text(option, file) for file in files]}
+    columns: dict[str, list[str]] = {"text": [read_text(option, file, file) for file in files]}
     if all(file.parent != path for file in files):
         columns["label"] = [file.relative_to(path).parts[0] for file in files]
         for name in sorted(set(columns["label"])):
@@ -455,56 +482,5 @@ def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:
             )
 
 
-def _text(option: str, path: Path) -> str:
-    _check_text(option, path)
-    return path.read_text(encoding="utf-8-sig")
-
-
-def _check_text(option: str, path: Path) -> None:
-    """Raises UserError, with the line, for what is not UTF-8, broken JSONL, or without rows."""
-    lines_of_json = path.suffix.lower() in (".jsonl", ".ndjson")
-    header = path.suffix.lower() in (".csv", ".tsv")
-    filled = 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            try:
-                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise UserError(
-                    f"{option}: {path} is not UTF-8 in line {number}. Convert it, for instance: "
-                    f"iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
-                ) from None
-            if "\x00" in decoded:
-                raise UserError(
-                    f"{option}: {path} holds a zero byte in line {number}: it is no text, or not "
-                    f"UTF-8. Convert it, for instance: iconv -f utf-16 -t utf-8 {path.name}"
-                )
-            filled += sum(bool(part.strip()) for part in re.split("[\r\n]", decoded))
-            if lines_of_json and decoded.strip():
-                try:
-                    row = json.loads(decoded)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{option}: {path} is not JSON in line {number}: {error}."
-                    ) from None
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{option}: {path} holds no object in line {number}: each line must be "
-                        '{"column": value, ...}.'
-                    )
-    if filled <= header and path.suffix.lower() != ".txt":
-        raise UserError(
-            f"{option}: {path} holds no rows{' below its header' if header else ''}. "
-            "Give a file that does."
-        )
-
-
 def _is_list(value: Any) -> bool:
     return not isinstance(value, (str, Path)) and hasattr(value, "__iter__")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of the error that lies at the bottom of a chain."""
-    error = causes(error)[-1]
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".") + "."

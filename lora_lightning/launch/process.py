@@ -18,7 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..atomic_write import atomic_write, remove_debris
-from ..config import config_hash, read_config, read_overrides
+from ..config import config_hash, direction, read_config, read_overrides
 from ..lock import locked
 from ..lora.errors import UserError
 from ..lora.outputs import made_folder
@@ -108,7 +108,7 @@ class ProcessLauncher(Launcher):
             jobs = [job for job, _ in planned]
             _name(jobs)
             first = planned[0][1]
-            halving = Halving.of(self.halving, str(first.task.get("mode", "max")))
+            halving = Halving.of(self.halving, direction(first))
             if halving is not None:
                 halving.check(jobs)
             note(sweep_dir, self._overrides(), "running")

@@ -14,11 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import read_config, read_overrides
+from ..config import direction, read_config, read_overrides
 from ..lock import is_abandoned
 from ..logs import curve, read_metrics, read_result, tell_damaged
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
+from ..settings import direction_of
 from ..untrusted import settings_from_file
 
 SEED = "seed"
@@ -152,7 +153,10 @@ class Sweep:
     @property
     def sign(self) -> int:
         """1 where more of the metric is better, else -1."""
-        return -1 if self.runs[0].config.task.get("mode") == "min" else 1
+        try:
+            return -1 if direction(self.runs[0].config) == "min" else 1
+        except UserError:  # of a run that was made before such a mode was refused
+            return -1 if direction_of(self.monitor) == "min" else 1
 
     @property
     def best(self) -> Run | None:

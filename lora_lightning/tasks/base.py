@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Task(ABC):
     """Why a row has nothing to learn."""
     dropped_advice: ClassVar[str] = "Name the column with the text: task.text_column=NAME."
     """What to do where no row has anything to learn."""
+    notes: Sequence[str] = ()
+    """What a user is told once `learn` is done."""
     config: Any
     """The task's settings, a dataclass with at least `name`, `monitor` and `mode`."""
 
@@ -62,6 +65,14 @@ class Task(ABC):
 
         Raises:
             UserError: the task cannot be learned by that kind of model.
+        """
+
+    def begin_with(self, state: dict[str, Any], source: str) -> None:  # noqa: B027
+        """Takes note of the task's `state` in a run whose values this one begins with.
+
+        Args:
+            state: of a task of any kind.
+            source: the adapter or checkpoint, for messages.
         """
 
     @property
@@ -232,6 +243,45 @@ class Task(ABC):
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave: an adapter then needs no training data."""
+
+
+def as_text(value: Any) -> str:
+    """A value of a text, target or label column as text; "" where it is missing.
+
+    Raises:
+        TypeError: it is neither text, a number, true nor false.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()  # as files of JSON have it
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+def texts_of(rows: dict[str, list[Any]], column: str | None) -> list[str]:
+    """The texts in a column of raw rows.
+
+    Raises:
+        UserError: a value is none.
+    """
+    assert column is not None
+    check_texts("", column, rows[column])
+    return [as_text(value) for value in rows[column]]
+
+
+def check_texts(split: str, column: str | None, values: Sequence[Any]) -> None:
+    """Raises UserError if a value is neither text, a number, nor missing."""
+    for row, value in enumerate(values, 1):
+        try:
+            as_text(value)
+        except TypeError as error:
+            where = f"the {split} data holds no text in row {row} of" if split else "no text in"
+            raise UserError(
+                f"{where} column {column!r} but {error}: {str(value)[:60]}. Name another column "
+                "or convert it."
+            ) from None
 
 
 def need_columns(split: str, rows: Any, columns: Sequence[str | None]) -> None:

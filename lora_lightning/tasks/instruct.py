@@ -6,7 +6,7 @@ from typing import Any
 
 from ..lora.errors import UserError
 from ..settings import InstructConfig
-from .base import IGNORE, need_columns, pick_column
+from .base import IGNORE, need_columns, pick_column, texts_of
 from .generative import GenerativeTask
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -88,8 +88,9 @@ class InstructTask(GenerativeTask):
         else:
             question, answer = row[self.columns[0]], row.get(self.columns[1])
             extra = row.get("input") if "input" in self.columns else None
-            if isinstance(question, str) and extra:
-                question = f"{question}\n\n{extra}"
+            if isinstance(question, str) and extra not in (None, ""):
+                (added,) = texts_of({"input": [extra]}, "input")
+                question = f"{question}\n\n{added}"
             found = _messages(question, where, role="user")
             found += _messages(answer, where, role="assistant") if answer is not None else []
         if self.config.system and (not found or found[0]["role"] != "system"):

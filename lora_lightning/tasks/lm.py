@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..settings import LanguageModelConfig
-from .base import IGNORE, need_columns, pick_column
+from .base import IGNORE, as_text, check_texts, need_columns, pick_column, texts_of
 from .generative import GenerativeTask
-from .summarization import check_texts, which_column
+from .summarization import which_column
 
 MIN_PIECE = 8
 """Tokens that must be free in a block for a document to begin in it."""
@@ -54,7 +54,7 @@ class LanguageModelTask(GenerativeTask):
         self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
     ) -> list[dict[str, Any]]:
         assert self.text_column is not None
-        texts = [str(text or "").strip() for text in rows[self.text_column]]
+        texts = [text.strip() for text in texts_of(rows, self.text_column)]
         if not targets:
             room = max_length - self.config.max_new_tokens - self.special_count()
             return [
@@ -106,7 +106,7 @@ class LanguageModelTask(GenerativeTask):
 
     def describe(self, raw: dict[str, Any]) -> dict[str, str]:
         assert self.text_column is not None
-        return {"input": str(raw[self.text_column]), "target": ""}
+        return {"input": as_text(raw[self.text_column]), "target": ""}
 
     def state(self) -> dict[str, Any]:
         return {"text_column": self.text_column}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,10 +14,19 @@ from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, Multicl
 
 from ..forward import classification_logits
 from ..lora.errors import UserError, did_you_mean
-from ..modeling import load_classifier
+from ..modeling import class_names, load_classifier
 from ..parallel import Shards
 from ..settings import ModelConfig, SentimentConfig
-from .base import IGNORE, LossOutput, Task, need_columns, pick_column
+from .base import (
+    IGNORE,
+    LossOutput,
+    Task,
+    as_text,
+    check_texts,
+    need_columns,
+    pick_column,
+    texts_of,
+)
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body")
 LABEL_COLUMNS = (
@@ -50,6 +60,19 @@ class SentimentTask(Task):
         self.label_column: str | None = None
         self.labels: list[str] = []
         self._ids: dict[Any, int] = {}
+        self._head: list[str] | None = None
+        self._begins_with = ""
+        self._new_head = False
+        self._numbered: dict[Any, int] = {}
+        """Places of the numbers that a data set gives its classes."""
+
+    def prepare(self, model_config: Any) -> None:
+        self._head = class_names(model_config)
+
+    def begin_with(self, state: dict[str, Any], source: str) -> None:
+        labels = state.get("labels")
+        if isinstance(labels, list):
+            self._head, self._begins_with = [str(label) for label in labels], source
 
     # Rows to examples ------------------------------------------------------------------------
 
@@ -58,10 +81,14 @@ class SentimentTask(Task):
         self._learn_columns(reference.column_names)
         assert self.label_column is not None
         for split, rows in splits.items():
-            need_columns(split, rows, [self.label_column])
+            need_columns(split, rows, [self.text_column, self.label_column])
+            for column in filter(None, (self.text_column, self.pair_column)):
+                need_columns(split, rows, [column])
+                check_texts(split, column, rows[column][:])
             self._check_kinds(split, rows[self.label_column][:])
         if not self.labels:
             self._learn_labels(reference)
+            self._settle_head()
         for split, rows in splits.items():
             self._check_names(split, getattr(rows.features[self.label_column], "names", None))
             self._check_labels(split, rows[self.label_column][:])
@@ -97,15 +124,14 @@ class SentimentTask(Task):
     def _learn_labels(self, rows: Any) -> None:
         assert self.label_column is not None
         feature = rows.features[self.label_column]
-        values = [value for value in map(_plain_label, rows[self.label_column][:]) if value != ""]
+        values = [value for value in map(_written, rows[self.label_column][:]) if value != ""]
         distinct = sorted(set(values), key=_sort_key)
         if self.config.labels:
             self.labels = [str(label) for label in self.config.labels]
         elif hasattr(feature, "names"):
             self.labels = list(feature.names)
         else:
-            self.labels = [str(value) for value in distinct]
-            self._ids = {value: index for index, value in enumerate(distinct)}
+            self.labels = distinct
         if len(self.labels) != len(set(self.labels)):
             raise UserError(f"task.labels names a class twice: {', '.join(self.labels)}.")
         if not self.labels:
@@ -126,17 +152,58 @@ class SentimentTask(Task):
                 "task.label_column=NAME."
             )
 
+    def _settle_head(self) -> None:
+        """Gives the classes the places that they have in a head which is there already.
+
+        Raises:
+            UserError: the head's classes are others, or the user has typed another order.
+        """
+        head, typed = self._head, self.config.labels is not None
+        if head is None or len(head) != len(self.labels):
+            return
+        ours = {label.casefold(): label for label in self.labels}
+        theirs = [name.casefold() for name in head]
+        source = f"adapter={self._begins_with}" if self._begins_with else "the base's head"
+        if set(theirs) == set(ours) and len(ours) == len(self.labels):
+            ordered = [ours[name] for name in theirs]
+            if typed and ordered != self.labels:
+                raise UserError(
+                    f"task.labels={_listed(self.labels)} is another order than that of {source}: "
+                    f"leave it out, or give task.labels={_listed(ordered)}."
+                )
+            self.labels = ordered
+            return
+        if self._begins_with:
+            if not typed:
+                raise UserError(
+                    f"{source} has learned the classes {', '.join(head)}, and the data has "
+                    f"{', '.join(self.labels)}. If they mean the same, name the data's in the "
+                    "order of the former: task.labels=[...]."
+                )
+            return
+        unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)
+        if unnamed and (typed or self.labels == [str(i) for i in range(len(head))]):
+            return
+        self._new_head = True
+        self.notes = [
+            f"The base's head is of other classes ({', '.join(head)}) than the data "
+            f"({', '.join(self.labels)}): training begins with a new head."
+            + (" To keep it, name its rows in their order: task.labels=[...]." if unnamed else "")
+        ]
+
     def _check_names(self, split: str, names: list[str] | None) -> None:
         """Takes numbers that a data set gives its classes for places in its list of names."""
-        if names is None or (self.config.labels and set(names) != set(self.labels)):
+        same = names is not None and set(names) == set(self.labels)
+        if names is None or (self.config.labels and not same):
             return
-        if names != self.labels:
+        places = {number: self.labels.index(name) for number, name in enumerate(names) if same}
+        if not same or (numbered := self._numbered or places) != places:
             raise UserError(
                 f"the {split} data numbers its classes as {', '.join(names)}, and the training "
                 f"data as {', '.join(self.labels)}: the same number is another class. Write the "
                 "names themselves into the label column, or leave out task.labels."
             )
-        self._ids = {number: number for number in range(len(names))}
+        self._ids = self._numbered = numbered
 
     def _check_kinds(self, split: str, values: list[Any]) -> None:
         for row, value in enumerate(values, 1):
@@ -150,7 +217,7 @@ class SentimentTask(Task):
                 )
 
     def _check_labels(self, split: str, values: list[Any]) -> None:
-        lacking = [row for row, value in enumerate(values, 1) if _plain_label(value) == ""]
+        lacking = [row for row, value in enumerate(values, 1) if _written(value) == ""]
         if lacking:
             raise UserError(
                 f"the {split} data has no label in {len(lacking)} of {len(values)} rows, the first "
@@ -159,32 +226,38 @@ class SentimentTask(Task):
             )
         for row, value in enumerate(values):
             if self.label_id(value) is None:
+                shown = repr(_written(value) if isinstance(value, bool) else value)
                 raise UserError(
-                    f"the {split} data has the unknown label {value!r} in row {row + 1}."
-                    f"{did_you_mean(str(value), self.labels)} Known labels: "
+                    f"the {split} data has the unknown label {shown} in row {row + 1}."
+                    f"{did_you_mean(_written(value), self.labels)} Known labels: "
                     f"{', '.join(self.labels)}. Correct it, or list all: task.labels=[...]."
                 )
 
     def label_id(self, value: Any) -> int | None:
-        """Id of a label given by name or number; None if there is no such label."""
-        value = _plain_label(value)
-        if value in self._ids:
+        """Id of a label as it is written in a file; None if there is no such label.
+
+        A number that is no name is a place in `task.labels`, unless these are numbers themselves.
+        """
+        if isinstance(value, int) and not isinstance(value, bool) and value in self._ids:
             return self._ids[value]
-        if str(value) in self.labels:
-            return self.labels.index(str(value))
-        as_number = int(value) if isinstance(value, str) and value.isdigit() else value
-        if isinstance(as_number, int) and not self._ids and 0 <= as_number < len(self.labels):
-            return as_number
+        name = _written(value)
+        # Of a truth value, which has no spelling of its own, both usual ones are its name.
+        for spelling in (name, str(value)) if isinstance(value, bool) else (name,):
+            if spelling in self.labels:
+                return self.labels.index(spelling)
+        if self.config.labels and not any(map(_is_number, self.labels)):
+            places = [str(place) for place in range(len(self.labels))]
+            return places.index(name) if name in places else None
         return None
 
     def encode(
         self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
     ) -> dict[str, Any]:
         assert self.text_column is not None
-        texts = ["" if text is None else str(text) for text in rows[self.text_column]]
+        texts = texts_of(rows, self.text_column)
         pairs = None
         if self.pair_column is not None:
-            pairs = ["" if text is None else str(text) for text in rows[self.pair_column]]
+            pairs = texts_of(rows, self.pair_column)
         full = tokenizer(texts, pairs, verbose=False)["input_ids"]
         encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
         empty = [not text.strip() for text in texts]
@@ -204,14 +277,14 @@ class SentimentTask(Task):
     def strata(self, raw: Any) -> list[Any] | None:
         columns = raw.column_names
         column = pick_column(self.config.label_column, LABEL_COLUMNS, columns, "task.label_column")
-        return None if column is None else [str(value) for value in raw[column][:]]
+        return None if column is None else [_written(value) for value in raw[column][:]]
 
     # Model, loss, metrics --------------------------------------------------------------------
 
     def build_model(
         self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
     ) -> tuple[nn.Module, list[str]]:
-        return load_classifier(config, tokenizer, self.labels, shards)
+        return load_classifier(config, tokenizer, self.labels, shards, new_head=self._new_head)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
         logits, labels = self.logits(model, batch), batch["labels"]
@@ -282,9 +355,9 @@ class SentimentTask(Task):
 
     def describe(self, raw: dict[str, Any]) -> dict[str, str]:
         assert self.text_column is not None
-        text = str(raw[self.text_column])
+        text = as_text(raw[self.text_column])
         if self.pair_column is not None:
-            text += f" || {raw[self.pair_column]}"
+            text += f" || {as_text(raw[self.pair_column])}"
         number = self.label_id(raw[self.label_column]) if self.label_column in raw else None
         return {"input": text, "target": "" if number is None else self.labels[number]}
 
@@ -322,14 +395,22 @@ def _which_column(what: str, columns: list[str]) -> UserError:
     )
 
 
-def _plain_label(value: Any) -> Any:
-    """One spelling for a label: 1.0 and True are 1, names lose outer blanks; "" is none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    return value.strip() if isinstance(value, str) else value
+def _listed(labels: list[str]) -> str:
+    return f"[{','.join(labels)}]"
 
 
-def _sort_key(value: Any) -> tuple[bool, Any]:
-    return (isinstance(value, str), value)
+def _written(value: Any) -> str:
+    """A label as it is written in a file, without outer blanks; "" is none."""
+    return as_text(value).strip()
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
+
+
+def _sort_key(name: str) -> tuple[bool, float, str]:
+    """Numbers by their value, before all names."""
+    return (False, float(name), name) if _is_number(name) else (True, 0.0, name)

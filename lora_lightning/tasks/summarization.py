@@ -7,7 +7,7 @@ from typing import Any
 
 from ..lora.errors import UserError
 from ..settings import SummarizationConfig
-from .base import need_columns, pick_column
+from .base import as_text, check_texts, need_columns, pick_column, texts_of
 from .generative import GenerativeTask
 
 SOURCE_COLUMNS = (
@@ -69,11 +69,10 @@ class SummarizationTask(GenerativeTask):
     ) -> list[dict[str, Any]]:
         assert self.source_column is not None
         before, after = self.tokens(self._prompt().split("{source}"))
-        sources = [str(text or "").strip() for text in rows[self.source_column]]
+        sources = [text.strip() for text in texts_of(rows, self.source_column)]
         answers: list[list[int] | None] = [None] * len(sources)
         if targets:
-            assert self.target_column is not None
-            written = [str(text or "").strip() for text in rows[self.target_column]]
+            written = [text.strip() for text in texts_of(rows, self.target_column)]
             answers = list(self.tokens(written))
         found = []
         for source, answer in zip(self.tokens(sources), answers, strict=True):
@@ -101,7 +100,7 @@ class SummarizationTask(GenerativeTask):
     def describe(self, raw: dict[str, Any]) -> dict[str, str]:
         assert self.source_column is not None
         target = raw.get(self.target_column) if self.target_column else None
-        return {"input": str(raw[self.source_column]), "target": str(target or "")}
+        return {"input": as_text(raw[self.source_column]), "target": as_text(target)}
 
     def baseline(self, raws: list[dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
         if not self.config.text_metrics:
@@ -135,13 +134,3 @@ def which_column(what: str, columns: list[str]) -> UserError:
         f"which column holds the {what}? The data has {', '.join(columns)}. "
         f"Name it: task.{what}_column=NAME."
     )
-
-
-def check_texts(split: str, column: str | None, values: list[Any]) -> None:
-    """Raises UserError if a value is neither text, a number, nor missing."""
-    for row, value in enumerate(values, 1):
-        if value is not None and not isinstance(value, (str, int, float)):
-            raise UserError(
-                f"the {split} data holds no text in row {row} of column {column!r} but "
-                f"{type(value).__name__}: {str(value)[:60]}. Name another column or convert it."
-            )

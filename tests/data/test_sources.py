@@ -109,11 +109,11 @@ def test_text_file_gives_a_row_a_line(tmp_path):
     assert load_splits(DataConfig(test=str(path)))["test"]["text"][:] == ["one", "two"]
 
 
-SEPARATED = "a\u2028b\u2029c\x85d\x0ce\x1cf\x0bg"
+SEPARATED = "a\u2028b\u2029c\x85d\x0ce\x1cf\x0bg\rh"
 """Where str.splitlines splits, and no line of a file ends."""
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_text_lines_end_at_line_feeds_alone(end, tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes(f"{SEPARATED}{end}{end}two{end}".encode())
@@ -307,3 +307,85 @@ def test_the_runs_among_data_are_no_data(tmp_path):
         (tmp_path / name).write_text("{}")
     rows = load_splits(DataConfig(train=str(tmp_path)))["train"]
     assert sorted(rows["label"][:]) == ["neg", "pos"]
+
+
+# Texts stay as they are written -------------------------------------------------------------------
+
+WRITTEN = {
+    "text": ["0015", "0.10", "true", "2024-05-01", ""],
+    "zeros": ["0015", "0016", "01", "00", "+1"],
+    "decimals": ["0.10", "1.0", "1e3", "-0", "5."],
+    "truth": ["true", "True", "false", "TRUE", "False"],
+    "dates": ["2024-05-01", "2024-05-02", "2024-05-03 10:00:00", "2024-05-04", "2024-05-05"],
+    "words": ["null", "NA", "NaN", "None", "-"],
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "json-lines"])
+def test_texts_are_as_they_are_written(kind, tmp_path):
+    rows = [dict(zip(WRITTEN, cells, strict=True)) for cells in zip(*WRITTEN.values(), strict=True)]
+    path = tmp_path / f"rows.{kind.removesuffix('-lines')}"
+    if kind in ("csv", "tsv"):
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(WRITTEN), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+        rows[4]["text"] = None  # an empty cell is missing
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
+
+
+@pytest.mark.parametrize(
+    "dates",
+    [
+        ["2024-05-01", "2024-05-02"],
+        ["2024-05-01 10:30:00", None],
+        ["2024-05-01T10:30:00Z", "no time"],
+    ],
+)
+def test_what_looks_like_a_time_stays_text_at_any_depth(dates, tmp_path):
+    rows = [
+        {
+            "2024-01-01": date,
+            "label": date,
+            "turns": [{"role": "user", "content": date}],
+            "more": {"when": date, "said": f'"{date}", "again"', "n": number},
+        }
+        for number, date in enumerate(dates)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
+
+
+def test_a_number_that_would_lose_digits_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a", "id": {2**63 - 1}}}\n{{"text": "b", "id": 1}}\n')
+    assert load_splits(DataConfig(train=str(path)))["train"]["id"][:] == [2**63 - 1, 1]
+    path.write_text(f'{{"text": "a", "id": 1}}\n{{"text": "b", "id": {2**63}}}\n')
+    with pytest.raises(UserError, match=f"line 2, column 'id', that would lose digits: {2**63}"):
+        load_splits(DataConfig(train=str(path)))
+
+
+def test_a_row_with_more_cells_than_the_header_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\ngood,really,1\nbad,really,0\n")
+    with pytest.raises(UserError, match=r"rows.csv: its rows have more cells than the header"):
+        load_splits(DataConfig(train=str(path)))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_texts_of_a_folder_of_splits_are_as_they_are_written(kind, tmp_path):
+    for split, label in (("train", "01"), ("test", "00")):
+        row = {"text": "2024-05-01", "label": label}
+        sep = "\t" if kind == "tsv" else ","
+        lines = [json.dumps(row)] if kind == "jsonl" else [sep.join(row), sep.join(row.values())]
+        (tmp_path / f"{split}.{kind}").write_text("\n".join(lines) + "\n")
+    found = load_splits(DataConfig(path=str(tmp_path)))
+    assert {split: dict(rows[0]) for split, rows in found.items()} == {
+        "train": {"text": "2024-05-01", "label": "01"},
+        "test": {"text": "2024-05-01", "label": "00"},
+    }

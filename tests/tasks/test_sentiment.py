@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_rows
 from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from lora_lightning.config import compose_config
 from lora_lightning.data.collate import PaddingCollator
 from lora_lightning.forward import classification_logits
 from lora_lightning.lora.errors import UserError
-from lora_lightning.modeling import load_classifier, load_tokenizer
+from lora_lightning.modeling import load_classifier, load_model_config, load_tokenizer
 from lora_lightning.settings import ModelConfig, SentimentConfig
 from lora_lightning.tasks import IGNORE, LossOutput, SentimentTask, build_task
+from lora_lightning.train import train
+from lora_lightning.warm_start import task_state_of
 
 SEVEN = ["anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise"]
 
@@ -41,8 +46,10 @@ def _learn(values, *, features=None, **settings) -> tuple[SentimentTask, Dataset
         ([1, 0, 1], ["0", "1"], [1, 0, 1]),
         ([3, 1, 5, 2, 4], ["1", "2", "3", "4", "5"], [2, 0, 4, 1, 3]),
         ([-1, 1, 0], ["-1", "0", "1"], [0, 2, 1]),
-        ([True, False, True], ["0", "1"], [1, 0, 1]),
-        ([1.0, 0.0], ["0", "1"], [1, 0]),
+        ([True, False, True], ["false", "true"], [1, 0, 1]),
+        ([1.0, 0.0], ["0.0", "1.0"], [1, 0]),
+        (["01", "00", "10", "9"], ["00", "01", "9", "10"], [1, 0, 3, 2]),
+        (["1", "0.10", "0.1"], ["0.1", "0.10", "1"], [2, 1, 0]),
         ([0.5, 4.5, 0.5], ["0.5", "4.5"], [0, 1, 0]),
         (["1", "0"], ["0", "1"], [1, 0]),
         ([10, 9, 100], ["9", "10", "100"], [1, 0, 2]),
@@ -56,6 +63,8 @@ def _learn(values, *, features=None, **settings) -> tuple[SentimentTask, Dataset
         "signed",
         "booleans",
         "floats",
+        "zeros",
+        "decimals",
         "halves",
         "digits",
         "order",
@@ -83,6 +92,27 @@ def test_explicit_order_takes_names_and_ids():
     assert [task.label_id(value) for value in (0, 1, 2, "2", "good")] == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("order", [["True", "False"], ["true", "false"], ["false", "true"]])
+def test_names_of_truth_values_are_in_the_order_that_is_typed(order):
+    task, rows = _learn([True, False, True], labels=order)
+    assert task.labels == order
+    places = [order.index(name) for name in order if name.lower() == "true"]
+    assert [task.label_id(value) for value in rows["label"]] == [*places, 1 - places[0], *places]
+
+
+def test_typed_truth_values_are_names(tmp_path):
+    config = compose_config(["task.labels=[true,false]"])
+    task, _ = _learn(["True", "False"], labels=list(config.task.labels))
+    assert [task.label_id(value) for value in ("True", "False")] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [["a", "b"], {"a": 1}])
+def test_a_text_that_is_none_is_refused(value):
+    rows = Dataset.from_dict({"text": [value, value], "label": ["a", "b"]})
+    with pytest.raises(UserError, match="the train data holds no text in row 1 of column 'text'"):
+        SentimentTask().learn({"train": rows})
+
+
 def test_other_splits_may_say_the_same_in_another_type():
     task = SentimentTask()
     train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
@@ -100,6 +130,13 @@ def test_other_splits_may_say_the_same_in_another_type():
         (["pos", "neg"], {"label_column": "lable"}, "Did you mean 'label'"),
         ([f"label {i}" for i in range(80)], {}, "no class label"),
         ([3, 1], {"labels": ["a", "b"]}, "unknown label 3 in row 1"),
+        ([1.0, 0.0], {"labels": ["1", "0"]}, "unknown label 1.0 in row 1"),
+        ([1.0, 0.0], {"labels": ["a", "b"]}, "unknown label 1.0 in row 1"),
+        (["01", "00"], {"labels": ["1", "0"]}, "unknown label '01' in row 1"),
+        (["01", "00"], {"labels": ["a", "b"]}, "unknown label '01' in row 1"),
+        (["true", "false"], {"labels": ["True", "False"]}, "unknown label 'true' .* 'True'"),
+        ([True, False], {"labels": ["a", "b"]}, "unknown label 'true' in row 1"),
+        ([0, 1], {"labels": ["1", "2", "3"]}, "unknown label 0 in row 1"),
     ],
 )
 def test_wrong_labels_are_told(values, settings, message):
@@ -315,3 +352,133 @@ def test_splits_that_number_their_classes_otherwise_are_refused():
     task.learn({"train": splits["train"]})
     with pytest.raises(UserError, match="the test data numbers its classes as pos, neg"):
         task.learn({"test": splits["val"]})
+
+
+# A base that is a classifier already -------------------------------------------------------------
+
+
+def _classifier(tiny_bert, folder, names):
+    """A base whose head is trained, rows whose labels are its own answers, and these as ids."""
+    torch.manual_seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    model = BertForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=len(names), id2label=dict(enumerate(names))
+    ).eval()
+    texts = [row["text"] for row in make_rows(40, seed=3)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)
+        model.classifier.bias.sub_(model(**batch).logits.mean(0))
+        answers = model(**batch).logits.argmax(-1).tolist()
+    assert 10 < sum(answers) < 30
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, texts, answers
+
+
+@pytest.mark.parametrize("spelling", [str, str.lower], ids=["same", "another case"])
+def test_a_base_that_is_a_classifier_keeps_its_order(tiny_bert, tmp_path, fast, spelling):
+    names = ["POSITIVE", "NEGATIVE"]
+    base, texts, answers = _classifier(tiny_bert, tmp_path / "base", names)
+    rows = [
+        json.dumps({"text": text, "label": spelling(names[answer])})
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    result = train(
+        compose_config(
+            [
+                *(item for item in fast if not item.startswith("test_before")),
+                *(f"model.name_or_path={base}", f"data.train={tmp_path}/rows.jsonl"),
+                *("data.test_fraction=0.4", f"output_dir={tmp_path}/run", "optim.lr=1e-7"),
+            ]
+        )
+    )
+    assert result["before"]["test/accuracy"] == result["test/accuracy"] == 1.0
+    config = json.loads((tmp_path / "run/adapter/lora_lightning.json").read_text())
+    assert config["task_state"]["labels"] == [spelling(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "typed", "labels", "kept"),
+    [
+        (["b", "a"], ["a", "b"], None, ["b", "a"], True),
+        (["b", "a"], ["x", "y"], None, ["x", "y"], False),
+        (["b", "a"], ["x", "y"], ["y", "x"], ["y", "x"], False),
+        (["LABEL_0", "LABEL_1"], ["x", "y"], None, ["x", "y"], False),
+        (["LABEL_0", "LABEL_1"], ["x", "y"], ["y", "x"], ["y", "x"], True),
+        (["LABEL_0", "LABEL_1"], [1, 0], None, ["0", "1"], True),
+        (["c", "b", "a"], ["a", "b"], None, ["a", "b"], False),
+    ],
+)
+def test_the_head_of_a_base_is_kept_for_its_own_classes(
+    tiny_bert, tmp_path, names, values, typed, labels, kept
+):
+    base = BertForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=len(names), id2label=dict(enumerate(names))
+    )
+    base.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path))
+    task = SentimentTask(SentimentConfig(labels=typed))
+    task.prepare(load_model_config(model))
+    task.learn({"train": Dataset.from_dict({"text": ["t", "u"], "label": values})})
+    built, trained = task.build_model(model, load_tokenizer(model))
+    assert task.labels == labels
+    assert built.config.id2label == dict(enumerate(labels))
+    assert "classifier" in trained
+    same = built.classifier.weight.shape == base.classifier.weight.shape
+    assert kept == (same and torch.equal(built.classifier.weight, base.classifier.weight))
+    for name, tensor in base.bert.state_dict().items():
+        assert torch.equal(tensor, built.bert.state_dict()[name])
+    told = " ".join(task.notes)
+    assert ("training begins with a new head" in told) == (not kept and len(names) == 2)
+
+
+def test_another_order_than_that_of_the_head_is_refused():
+    task = SentimentTask(SentimentConfig(labels=["a", "b"]))
+    task.prepare(
+        BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "b", 1: "a"})
+    )
+    rows = Dataset.from_dict({"text": ["t", "u"], "label": ["a", "b"]})
+    with pytest.raises(UserError, match=r"task.labels=\[a,b\] is another order .*\[b,a\]"):
+        task.learn({"train": rows})
+
+
+def test_numbers_of_a_data_set_are_taken_for_the_names_of_the_base():
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = Dataset.from_dict({"text": ["t", "u"], "label": [0, 1]}, features=features)
+    task = SentimentTask()
+    task.prepare(
+        BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "pos", 1: "neg"})
+    )
+    task.learn({"train": rows})
+    assert task.labels == ["pos", "neg"]
+    assert [task.label_id(value) for value in rows["label"]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "typed", "labels"),
+    [
+        (["a", "b"], None, ["b", "a"]),
+        (["x", "y"], None, None),
+        (["x", "y"], ["y", "x"], ["y", "x"]),
+    ],
+)
+def test_an_adapter_to_start_from_keeps_its_order(values, typed, labels):
+    task = SentimentTask(SentimentConfig(labels=typed))
+    task.begin_with({"labels": ["b", "a"]}, "old/adapter")
+    rows = Dataset.from_dict({"text": ["t", "u"], "label": values})
+    if labels is None:
+        with pytest.raises(UserError, match="adapter=old/adapter has learned the classes b, a"):
+            task.learn({"train": rows})
+        return
+    task.learn({"train": rows})
+    assert task.labels == labels
+
+
+def test_the_state_of_a_task_is_read_of_adapters_and_checkpoints(tmp_path):
+    state = {"labels": ["b", "a"]}
+    (tmp_path / "lora_lightning.json").write_text(json.dumps({"task_state": state}))
+    assert task_state_of(str(tmp_path)) == state
+    assert task_state_of(str(tmp_path / "none")) == {}

@@ -1,0 +1,200 @@
+"""Readers of single files whose texts stay as they are written, whatever they look like."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..lora.errors import UserError, causes
+
+# Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
+CSV = {"keep_default_na": False, "na_values": [""]}
+BUILDERS = {
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", {**CSV, "sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+"""Endings of files, with the kind of reader and its arguments."""
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""Endings that may stand behind those of `BUILDERS`, with pyarrow's name of the format."""
+LARGEST = 2**63
+"""Whole numbers from here on, and below its negative, have no exact type in a column."""
+_LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """The ending of a file that says its format, and that of its compression, in lower case."""
+    last = path.suffix.lower()
+    if last in COMPRESSED:
+        return Path(path.stem).suffix.lower(), last
+    return last, ""
+
+
+def is_known(path: Path) -> bool:
+    """Whether a file's ending is one that can be read."""
+    return kind_of(path)[0] in BUILDERS
+
+
+@contextmanager
+def plain_file(option: str, path: Path) -> Iterator[Path]:
+    """A file without compression and under a name of ours, for the time of the block.
+
+    `datasets` 5 takes brackets, stars and :: in a path for patterns and chains.
+
+    Raises:
+        UserError: it cannot be decompressed.
+    """
+    kind, packed = kind_of(path)
+    with TemporaryDirectory(prefix="lora_lightning-") as folder:
+        plain = Path(folder) / f"rows{kind}"
+        if not packed:
+            plain.symlink_to(path.resolve())
+            yield plain
+            return
+        import pyarrow as pa
+
+        try:
+            with (
+                pa.input_stream(str(path), compression=COMPRESSED[packed]) as source,
+                plain.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise UserError(
+                f"{option}: {path} cannot be decompressed as {packed[1:]}: {reason_of(error)} "
+                "Is it whole?"
+            ) from None
+        yield plain
+
+
+def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:
+    """The rows of a table whose cells are texts: 007 stays 007, 0.10 stays 0.10.
+
+    Args:
+        path: the file.
+        cache_dir: where `datasets` puts the rows.
+        how: arguments of pandas.
+
+    Raises:
+        UserError: rows have more cells than the header.
+    """
+    import pandas as pd
+    from datasets import Dataset, Features, Value
+
+    head = pd.read_csv(path, nrows=1, dtype=str, **how)
+    if not isinstance(head.index, pd.RangeIndex):  # pandas takes the first cells for row names
+        raise UserError(
+            f"its rows have more cells than the header, which has {len(head.columns)}. "
+            "A text that holds the separator must stand in double quotes."
+        )
+    features = Features({str(name): Value("string") for name in head.columns})
+    return Dataset.from_csv(path, features=features, cache_dir=cache_dir, **how)
+
+
+def json_as_written(path: str, cache_dir: str) -> Any:
+    """The rows of JSON lines whose strings are texts: pyarrow makes times of what looks so.
+
+    Its types are found with a letter in front of such strings. Then the file is read with these.
+
+    Args:
+        path: the file.
+        cache_dir: where `datasets` puts the rows.
+    """
+    from datasets import Dataset
+
+    with open(path, "rb") as lines:
+        if not any(_LIKE_A_TIME.search(line) for line in lines):
+            return Dataset.from_json(path, cache_dir=cache_dir)
+    lettered = Path(cache_dir) / "lettered.jsonl"
+    with open(path, "rb") as lines, lettered.open("wb") as copy:
+        copy.writelines(_LIKE_A_TIME.sub(b'"x', line) for line in lines)
+    features = Dataset.from_json(str(lettered), cache_dir=str(lettered.parent)).features
+    # A list among the arguments would be taken for shards.
+    how = {"path": path, "columns": tuple(features)}
+    return Dataset.from_generator(_objects, features=features, gen_kwargs=how, cache_dir=cache_dir)
+
+
+def _objects(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines):
+            if line.strip():
+                row = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+                yield {name: row.get(name) for name in columns}
+
+
+def read_text(option: str, path: Path, file: Path) -> str:
+    """The content of a text file, in which a line ends at a line feed, after CR or not."""
+    check_text(option, path, file)
+    return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def check_text(option: str, path: Path, file: Path) -> None:
+    """Raises UserError, with the line, for what is not UTF-8, broken JSONL, or without rows.
+
+    Args:
+        option: what messages call the setting.
+        path: what they call the file.
+        file: what is read: the same, decompressed.
+    """
+    kind = file.suffix.lower()
+    header = kind in (".csv", ".tsv")
+    filled = 0
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            try:
+                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(
+                    f"{option}: {path} is not UTF-8 in line {number}. Convert it, for instance: "
+                    f"iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+                ) from None
+            if "\x00" in decoded:
+                raise UserError(
+                    f"{option}: {path} holds a zero byte in line {number}: it is no text, or not "
+                    f"UTF-8. Convert it, for instance: iconv -f utf-16 -t utf-8 {path.name}"
+                )
+            filled += sum(bool(part.strip()) for part in re.split("[\r\n]", decoded))
+            if kind in (".jsonl", ".ndjson") and decoded.strip():
+                _check_object(option, path, number, decoded)
+    if filled <= header and kind != ".txt":
+        raise UserError(
+            f"{option}: {path} holds no rows{' below its header' if header else ''}. "
+            "Give a file that does."
+        )
+
+
+def _check_object(option: str, path: Path, number: int, line: str) -> None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option}: {path} is not JSON in line {number}: {error}.") from None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{option}: {path} holds no object in line {number}: each line must be "
+            '{"column": value, ...}.'
+        )
+    for name, value in row.items():
+        if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+            raise UserError(
+                f"{option}: {path} holds a number in line {number}, column {name!r}, that would "
+                f"lose digits: {value}. Write it in double quotes."
+            )
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of the error that lies at the bottom of a chain."""
+    error = causes(error)[-1]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".") + "."
