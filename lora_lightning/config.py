@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -367,8 +369,19 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
         cause = error.__cause__ or error
         raise UserError(
             f"cannot build {key} from its _target_ {node._target_}: "
-            f"{' '.join(str(cause).split())} Correct it, or leave it out: {key}=null."
+            f"{' '.join(str(cause).split())}{_beside(str(node._target_))} Correct it, or leave it "
+            f"out: {key}=null."
         ) from error
+
+
+def _beside(target: str) -> str:
+    """What to type where the class is in a file of this folder, where Python does not look."""
+    name = target.partition(".")[0]
+    if os.getcwd() in map(os.path.abspath, sys.path) or not name.isidentifier():
+        return ""
+    if not (os.path.isfile(f"{name}.py") or os.path.isdir(name)):
+        return ""
+    return f" {name} is in this folder: put PYTHONPATH=. in front of the command."
 
 
 def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[str]:

@@ -8,11 +8,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from .lora.errors import UserError, did_you_mean
+
 FILES = (
     *("model.name_or_path", "model.tokenizer", "adapter", "callbacks.retention.texts"),
     *("data.train", "data.val", "data.test", "data.path", "data.cache_dir"),
 )
 """Settings that name files or folders; those of a hub are left as they are."""
+GLOB = "*?["
+"""Marks of a pattern of file names."""
 MADE = ("data.cache_dir",)
 """Of those, what a run makes."""
 
@@ -42,6 +46,38 @@ def anchor(config: DictConfig, base: Path) -> None:
             node[name] = _absolute(value, base, key)
 
 
+def refuse_absent(config: DictConfig) -> None:
+    """Raises UserError for a data file that is not there, before any library is loaded.
+
+    Args:
+        config: a composed config, anchored.
+    """
+    for split in ("train", "val", "test"):
+        if OmegaConf.is_interpolation(config.data, split):
+            continue
+        value = config.data[split]
+        for item in value if OmegaConf.is_list(value) else [value]:
+            if not isinstance(item, str) or "://" in item or any(mark in item for mark in GLOB):
+                continue
+            try:
+                path = Path(item).expanduser()
+                there = path.exists()
+            except (OSError, RuntimeError, ValueError):  # it is told where it is read
+                continue
+            if not there:
+                raise absent(f"data.{split}", path)
+
+
+def absent(option: str, path: Path) -> UserError:
+    """What to tell of a data file that is not there, with names that are."""
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
+    return UserError(
+        f"{option}: {path} does not exist.{where}{did_you_mean(path.name, beside)} "
+        "Give the path of a file."
+    )
+
+
 def _absolute(value: Any, base: Path, key: str) -> Any:
     """A path from the root, if there is something; a name of a hub, and a mistake, as typed."""
     if not isinstance(value, str) or not value or "://" in value or "${" in value:
@@ -60,4 +96,4 @@ def _absolute(value: Any, base: Path, key: str) -> Any:
 
 
 def _matches(base: Path, pattern: str) -> bool:
-    return any(mark in pattern for mark in "*?[") and any(base.glob(pattern))
+    return any(mark in pattern for mark in GLOB) and any(base.glob(pattern))

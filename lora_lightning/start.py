@@ -30,7 +30,7 @@ from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
 from .lora.outputs import made_folder
-from .paths import anchor
+from .paths import anchor, refuse_absent
 from .presets import primary, search_override, searched, with_presets
 from .terminal import say
 from .usage import FULL_ERROR
@@ -88,6 +88,7 @@ def start(arguments: list[str]) -> None:
         config = compose_config(choice)
         settings_of(config)
         direction(config)
+        refuse_absent(config)
     if sweeps:
         from .launch.folder import sweep_folder
 

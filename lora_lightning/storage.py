@@ -162,6 +162,11 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder or the file is absent or broken.
     """
+    if folder.is_file() and folder.suffix == ".ckpt":
+        again = command("import", source=folder, output="DIR")
+        raise UserError(
+            f"adapter={folder} is a checkpoint of a run. An adapter is made of it by: {again}"
+        )
     if not folder.is_dir():
         raise UserError(
             f"adapter={folder}: there is no such folder. A run leaves its adapter in <run>/adapter."

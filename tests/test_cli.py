@@ -478,7 +478,7 @@ def test_a_log_that_is_no_terminal_tells_how_far_a_run_is(
     status, out, err = run_cli("train", *shown, *where)
     assert status == 0, err
     steps = json.loads(Path("run/result.json").read_text())["steps"]
-    told = re.findall(r"^epoch 0, step (\d+) of (\d+), train/loss \d\.\d{4}$", out, flags=re.M)
+    told = re.findall(r"^epoch 1, step (\d+) of (\d+), train/loss \d\.\d{4}$", out, flags=re.M)
     assert told == [(str(step), str(steps)) for step in range(1, steps + 1)]
 
 

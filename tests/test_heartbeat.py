@@ -72,8 +72,8 @@ def test_a_line_says_where_a_run_is():
     beat.trainer.fit(module, data, data)
     beat.trainer.test(module, data, verbose=False)
     assert list(dict.fromkeys(module.said)) == [
-        "training: epoch 0, step 0",
-        "training: epoch 0, step 1",
+        "training: epoch 1, step 0",
+        "training: epoch 1, step 1",
         "validation: 0 of 2 batches",
         "validation: 1 of 2 batches",
         "validation: 2 of 2 batches, now generating texts or measuring",

@@ -27,7 +27,7 @@ ALLOWED = {
     "quiet": set(),
     "usage": set(),
     "presets": {"lora"},
-    "paths": set(),
+    "paths": {"lora"},
     "config": FOUNDATION | {"paths", "presets", "untrusted"},
     "untrusted": FOUNDATION,
     "terminal": set(),
@@ -55,7 +55,8 @@ ALLOWED = {
     "head": {"parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward", "terminal"},
-    "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal", "untrusted"},
+    "data": FOUNDATION
+    | {"forward", "paths", "tasks", "strategies", "vocabulary", "terminal", "untrusted"},
     "combinations": {"lora", "settings"},
     "first_look": MODEL_SIDE,
     "losses": {"lora", "atomic_write"},

@@ -58,7 +58,7 @@ class Heartbeat:
 
 def _doing(trainer: L.Trainer) -> str:
     if trainer.training:
-        return f"training: epoch {trainer.current_epoch}, step {trainer.global_step}"
+        return f"training: epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
     loop: Any
     if trainer.testing:
         what, loop, batches = "test", trainer.test_loop, trainer.num_test_batches

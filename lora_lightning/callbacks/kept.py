@@ -259,6 +259,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ended = 0 <= trainer.max_steps <= trainer.global_step  # it may be amid an epoch
+        if ended and trainer.global_step > self._saved_at and self._rung is None:
+            self._save(trainer)
         self._wait()
 
     def on_exception(

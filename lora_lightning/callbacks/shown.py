@@ -52,6 +52,20 @@ class ProgressBar(RichProgressBar):
         if self._console is not None and not self._console.is_terminal:
             self._tell(trainer)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch, the last of which `trainer.max_steps` may leave out."""
+        trainer, total = self.trainer, super().total_train_batches
+        if trainer.max_steps < 0:
+            return total
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(total, left + (done if done < total else 0))  # an epoch's end is not reset yet
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        most = self.trainer.max_epochs or 0
+        return f"Epoch {current_epoch + 1}{f'/{most}' if most > 0 else ''}"
+
     def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> Any:
         """What stands beside the bar."""
         loss = trainer.callback_metrics.get("train/loss")
@@ -66,7 +80,7 @@ class ProgressBar(RichProgressBar):
         self._line_at = Heartbeat.said = now
         loss = trainer.callback_metrics.get("train/loss")
         print(
-            f"epoch {trainer.current_epoch}, step {trainer.global_step} of "
+            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step} of "
             f"{trainer.estimated_stepping_batches:.0f}"
             f"{'' if loss is None else f', train/loss {loss:.4f}'}",
             flush=True,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..lora.errors import UserError, causes, did_you_mean
 from ..lora.outputs import digest
+from ..paths import absent
 from ..settings import DataConfig
 from ..terminal import is_text
 from ..untrusted import lies_elsewhere
@@ -261,12 +262,7 @@ def _load_files(option: str, value: Any, cache: Path) -> Any:
 
 def _load_path(option: str, path: Path, cache: Path) -> Any:
     if not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
-        raise UserError(
-            f"{option}: {path} does not exist.{where}{did_you_mean(path.name, beside)} "
-            "Give the path of a file."
-        )
+        raise absent(option, path)
     if path.is_dir():
         return _load_folder(option, path, cache)
     if path.stat().st_size == 0:
