@@ -138,6 +138,8 @@ class LoraModule(L.LightningModule):
             },
             logger=False,
         )
+        self.logs_validation = True
+        """Whether loggers get the metrics of validations."""
         self.model: nn.Module | None = None
         self.adapter: Adapter | None = None
         self.val_metrics: MetricCollection | None = None
@@ -509,8 +511,9 @@ class LoraModule(L.LightningModule):
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         values = {f"{stage}/loss": mean_loss.compute(), **values}
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
+        logs = stage != "val" or self.logs_validation
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in shown)
+            self.log(name, value, prog_bar=name in shown, logger=logs)
         metrics.reset()
         mean_loss.reset()
         self._collected, self._largest_batch = [], 0

@@ -267,6 +267,7 @@ def _run(
     with module.whole_adapter():
         if trainer.is_global_zero:
             save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base, later=[CARD])
+    module.logs_validation = False  # the curve is of the training alone
     val = _evaluate(trainer.validate, module, data)
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))

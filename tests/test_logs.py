@@ -322,7 +322,7 @@ def test_a_table_and_a_report_read_a_log_that_is_being_written(tail, tmp_path):
     assert JobTable(folder.parent, [job], "val/loss")._progress(job) == ("2", "val/loss 0.2500")
     config = compose_config(["task.monitor=val/loss", f"output_dir={folder}"])
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    assert read_sweep(folder.parent).runs[0].curve == [(2, 0.25)]
+    assert read_sweep(folder.parent).runs[0].curve == [(3, 0.25)]
 
 
 @pytest.mark.parametrize("content", [b"", ZEROS, b"- lora.rank=2\n- lora.al", b"a: b: c"])

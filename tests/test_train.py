@@ -171,7 +171,7 @@ def test_layout_of_the_folder(run):
 
 def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
     # The smallest accuracy is taken for the best: a run that learns has it before its end.
-    run = run_in(tmp_path, tiny_bert, "task.mode=min")
+    run = run_in(tmp_path, tiny_bert, "callbacks.best.mode=min")
     accuracies = {
         int(row["step"]): float(row["val/accuracy"])
         for row in csv_rows(run.dir)
@@ -215,8 +215,9 @@ def test_scalars_of_training(events):
 def test_scalars_of_validation(events, run):
     for name in ("loss", "accuracy", "f1", "auroc"):
         values = events.Scalars(f"val/{name}")
-        assert [event.step for event in values] == [39, 79, 119, 159, 199, 200]
-        assert values[-1].value == pytest.approx(run.result[f"val/{name}"])
+        assert [event.step for event in values] == [39, 79, 119, 159, 199]
+        best = run.result[f"val/{name}"]  # of one of them, which is not drawn again
+        assert min(abs(event.value - best) for event in values) < 1e-6
         tested = events.Scalars(f"test/{name}")
         assert tested[0].value == pytest.approx(run.result["before"][f"test/{name}"])
         assert tested[-1].value == pytest.approx(run.result[f"test/{name}"])

@@ -249,7 +249,8 @@ def _read_run(folder: Path) -> Run:
     rows, damaged = read_metrics(metrics)
     if result.get("status") != "running":  # its last line may be half there
         tell_damaged(metrics, damaged)
-    points = dict(curve(rows, str(config.task.monitor)))
+    # Lightning counts steps from 0, and what a run has logged last is that of a step.
+    points = {step + 1: value for step, value in curve(rows, str(config.task.monitor))}
     return Run(folder, config, given, result, lora, sorted(points.items()))
 
 
