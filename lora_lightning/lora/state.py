@@ -114,9 +114,10 @@ def weights_bytes(tensors: dict[str, Tensor]) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    for name, tensor in sorted(tensors.items()):
+    # The library puts the wider types first.
+    for name, tensor in sorted(tensors.items(), key=lambda one: (-one[1].element_size(), one[0])):
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
-        kind = str(tensor.dtype).replace("torch.float", "F")
+        kind = str(tensor.dtype).replace("torch.float", "F").replace("torch.int", "I")
         shape = list(tensor.shape)
         header[PREFIX + name] = {"dtype": kind, "shape": shape, "data_offsets": [start, stop]}
     length = len(json.dumps(header, separators=(",", ":")))

@@ -552,3 +552,84 @@ def test_empty_and_new_folders_are_filled(tmp_path, monkeypatch):
         assert set(contents(save_adapter(bert_adapter(), place))) == {CONFIG, WEIGHTS, MARK}
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "linked", "new"]
+
+
+# What training moves without a gradient --------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A base with statistics that training moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)).relu())
+
+
+def train_a_little(adapter: Adapter) -> torch.Tensor:
+    """Steps of gradient descent; returns the output in evaluation mode."""
+    torch.manual_seed(1)
+    trained = [t for t in adapter.named_tensors().values() if t.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(5):
+        adapter.model.train()(3 + torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapter.model.eval()(STATISTICAL).detach()
+
+
+STATISTICAL = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+WHOLE = pytest.mark.parametrize("whole", [[], ["norm"]], ids=["frozen", "whole"])
+
+
+@WHOLE
+def test_running_statistics_are_stored_and_given_back(whole, tmp_path):
+    base = Normalised().eval()
+    before = base(STATISTICAL).detach()
+    adapter = Adapter(
+        Normalised(), LoraConfig(rank=2, targets=["first", "head"], modules_to_save=whole)
+    )
+    after = train_a_little(adapter)
+    save_adapter(adapter, tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_size == state.weights_bytes(adapter.exported_tensors())
+    loaded = load_adapter(Normalised().eval(), tmp_path)
+    torch.testing.assert_close(loaded.model(STATISTICAL), after, rtol=0, atol=0)
+    theirs = peft.PeftModel.from_pretrained(Normalised(), tmp_path).eval()
+    torch.testing.assert_close(theirs(STATISTICAL), after, rtol=0, atol=1e-6)
+    with adapter.disabled():
+        torch.testing.assert_close(adapter.model(STATISTICAL), before, rtol=0, atol=0)
+    torch.testing.assert_close(adapter.model(STATISTICAL), after, rtol=0, atol=0)
+    bare = adapter.remove()
+    assert bare.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(t, base.state_dict()[n]) for n, t in bare.state_dict().items())
+
+
+def test_merged_for_good_keeps_the_statistics():
+    adapter = Adapter(Normalised(), LoraConfig(rank=2, targets=["first", "head"]))
+    after = train_a_little(adapter)
+    model = adapter.merge_and_unload()
+    torch.testing.assert_close(model(STATISTICAL), after, rtol=0, atol=1e-5)
+
+
+def test_a_file_of_peft_without_statistics_is_taken(tmp_path):
+    theirs = peft.get_peft_model(Normalised(), peft.LoraConfig(r=2, target_modules=["first"]))
+    theirs.save_pretrained(tmp_path)
+    loaded = load_adapter(Normalised().eval(), tmp_path)
+    torch.testing.assert_close(loaded.model(STATISTICAL), theirs.eval()(STATISTICAL))
+
+
+def test_adapters_that_share_a_base_have_statistics_of_their_own(tmp_path):
+    from lora_lightning.lora import AdapterSet
+
+    config = {"rank": 2, "targets": ["first", "head"]}
+    adapter = Adapter(Normalised(), LoraConfig(**config))
+    after = train_a_little(adapter)
+    save_adapter(adapter, tmp_path)
+    base = Normalised().eval()
+    before = base(STATISTICAL)
+    adapters = AdapterSet(base)
+    torch.testing.assert_close(adapters.add("a", tmp_path)(STATISTICAL), after, rtol=0, atol=0)
+    assert torch.equal(adapters[None](STATISTICAL), before)
