@@ -49,7 +49,7 @@ ALLOWED = {
     "quantization": FOUNDATION,
     "optim": FOUNDATION,
     "metrics": set(),
-    "head": {"parallel"},
+    "head": {"lora", "parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward", "terminal"},
     "data": FOUNDATION | {"forward", "tasks", "strategies", "vocabulary", "terminal", "untrusted"},
