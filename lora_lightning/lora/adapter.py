@@ -53,6 +53,8 @@ class Adapter:
         self.model = model
         self.config = config
         self.saved_modules = modules_to_save(model, config.modules_to_save)
+        self.removed = False
+        """Whether it was taken off the model."""
         self.layers: dict[str, LoraLayer] = {}
         self.token_rows: dict[str, TokenRows] = {}
         """Layers with trained rows of a vocabulary, by name, tied ones too."""
@@ -422,6 +424,7 @@ class Adapter:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, False))
         self.layers, self.token_rows, self.rows = {}, {}, []
+        self.removed = True
         return self.model
 
     # Telling ---------------------------------------------------------------------------------

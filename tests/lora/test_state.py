@@ -368,7 +368,7 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"r": 4}, "tensors have the wrong shape"),
         ({"lora_alpha": 0}, "lora.alpha must be a positive number"),
         ({"lora_dropout": "x"}, "lora.dropout must be a number"),
-        ({"rank_pattern": [1]}, "a value of the wrong type"),
+        ({"rank_pattern": [1]}, r"lora.rank_pattern must hold values by name, got \[1\]"),
         ({"modules_to_save": 7}, "a value of the wrong type"),
         ({"modules_to_save": None}, "brings its own classifier.bias, which differs"),
         ({"bias": "all"}, "lacks .* tensors"),
@@ -552,6 +552,78 @@ def test_empty_and_new_folders_are_filled(tmp_path, monkeypatch):
         assert set(contents(save_adapter(bert_adapter(), place))) == {CONFIG, WEIGHTS, MARK}
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "linked", "new"]
+
+
+# What else messages say -------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_said(folder):
+    import transformers as tf
+    from zoo import USUAL
+
+    other = tf.BertForSequenceClassification(tf.BertConfig(**USUAL, num_labels=3))
+    with pytest.raises(UserError, match=r"have 2 outputs there and 3 here: another number of cl"):
+        load_adapter(other, folder)
+
+
+def grown_llama():
+    model = case("llama").copy()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"lm_head.weight of 70 rows, and the base model's has 61: its vocabulary was resized"),
+        ({"modules_to_save": ["lm_head"]}, r"have 70 outputs there and 61 here: .* has grown"),
+    ],
+    ids=["copies", "whole"],
+)
+def test_a_vocabulary_that_had_grown_is_said(settings, message, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    theirs = peft.get_peft_model(grown_llama(), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=not settings)
+    with pytest.raises(UserError, match=message):
+        load_adapter(case("llama").copy(), tmp_path)
+    grown = grown_llama()
+    grown.load_state_dict(
+        {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            for name, tensor in theirs.base_model.model.state_dict().items()
+            if "lora_" not in name and "modules_to_save" not in name
+        }
+    )
+    assert load_adapter(grown, tmp_path).layers
+
+
+def test_whole_weights_that_no_setting_names_are_said(folder):
+    edit_tensors(folder, lambda t: t.update({f"{PREFIX}other.weight": torch.ones(70, 4)}))
+    with pytest.raises(UserError, match=r"unexpected 1 .*whole weights: of a vocabulary that had"):
+        load_adapter(case("bert").copy(), folder)
+
+
+def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
+    model = case("bert").copy()
+    for name in ("mine", "yours"):
+        config = peft.LoraConfig(target_modules=["query"])
+        theirs = peft.get_peft_model(case("bert").copy(), config, adapter_name=name)
+        theirs.save_pretrained(tmp_path)
+        if name == "mine":
+            with pytest.raises(UserError, match=rf"Name the one inside: {tmp_path}/mine\."):
+                load_adapter(model, tmp_path)
+    with pytest.raises(UserError, match=rf"one of those inside: {tmp_path}/mine, .*/yours"):
+        load_adapter(model, tmp_path)
+    assert load_adapter(model, tmp_path / "mine").layers
+
+
+@pytest.mark.parametrize("take", [Adapter.remove, Adapter.merge_and_unload])
+def test_what_was_taken_off_is_not_saved(take, tmp_path):
+    adapter = bert_adapter()
+    take(adapter)
+    with pytest.raises(UserError, match="was taken off its model .* save it before"):
+        save_adapter(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 # What training moves without a gradient --------------------------------------------------------
