@@ -170,7 +170,7 @@ def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -
                 raise UserError(
                     f"{stored[0].folder} and {other.folder} do not train the same modules whole: "
                     f"{differing} is {_shape(stored[0], differing)} and {_shape(other, differing)}."
-                    " whole=first takes those of the first."
+                    f"{_counts(stored[0], other, differing)} whole=first takes those of the first."
                 )
         elif whole == "same" and any(
             not torch.equal(tensor, other.rest[name]) for name, tensor in first.items()
@@ -196,6 +196,16 @@ def _whole_modules(stored: list[Stored], weights: Sequence[float], whole: str) -
 
 def _shape(stored: Stored, name: str) -> str:
     return str(tuple(stored.rest[name].shape)) if name in stored.rest else "not there"
+
+
+def _counts(one: Stored, other: Stored, name: str) -> str:
+    """What to say of whole modules that differ in the number of their outputs."""
+    if name not in one.rest or name not in other.rest:
+        return ""
+    first, second = one.rest[name].shape, other.rest[name].shape
+    if not first or first[1:] != second[1:]:
+        return ""
+    return f" They have {first[0]} and {second[0]} outputs: other classes, or other vocabularies."
 
 
 def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:

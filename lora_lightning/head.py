@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lora.functional import refuse_second_derivatives
 from .parallel import gathered, gathers_layers, most
 
 CHUNK = 2**25
@@ -161,8 +162,8 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a loss by chunks", "take that of the logits of a smaller batch")
         grads = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )

@@ -27,6 +27,7 @@ from .lora.eva import Start
 from .lora.functional import joins_products
 from .lora.loftq import make_up
 from .lora.rng import fork_rng
+from .lora.statistics import checksums, refuse_moved
 from .lora.summary import count
 from .lora.tokens import rows_of_tokens
 from .losses import StepLosses
@@ -164,6 +165,10 @@ class LoraModule(L.LightningModule):
         """Rows, in that validation or test."""
         self._unreached: set[str] | None = None
         """Trained tensors that no step of this fit has had a gradient for; None: not yet known."""
+        self._buffers_before: dict[str, float] = {}
+        """Checksums of the base's buffers when the fit began."""
+        self._frozen_in = -1
+        """The last epoch in which the base was looked at."""
         self.total_parameters = self.trained_parameters = 0
         """Of the model, before a strategy takes shares that are tied for two."""
 
@@ -345,7 +350,7 @@ class LoraModule(L.LightningModule):
 
     def _check_types(self) -> None:
         for name, tensor in self.trainable_tensors().items():
-            if tensor.dtype in (torch.bfloat16, torch.float16):
+            if tensor.requires_grad and tensor.dtype in (torch.bfloat16, torch.float16):
                 raise UserError(
                     f"{name} is {tensor.dtype}, which would round away most updates; what is "
                     "trained must be fp32. A Trainer of your own takes precision='32-true', or "
@@ -367,7 +372,9 @@ class LoraModule(L.LightningModule):
         # loaders before it has read their state, and then forgets to give it to them.
         self.trainer.fit_loop._load_combined_loader_states()
         refuse_unmeasured(self.optim_config, validates=any(self.trainer.num_val_batches))
-        self._unreached = None
+        self._unreached, self._frozen_in = None, -1
+        if self.adapter is not None:
+            self._buffers_before = self._checksums()
 
     def on_train_end(self) -> None:
         self._check_losses()
@@ -377,6 +384,20 @@ class LoraModule(L.LightningModule):
                 f"{min(self._unreached)}: they are as they were before training.",
                 file=sys.stderr,
             )
+
+    def _checksums(self) -> dict[str, float]:
+        assert self.model is not None
+        return checksums(self.model, but=self.trainable_tensors().values())
+
+    def _check_base(self) -> None:
+        """Raises UserError where training changes of the base what no adapter stores."""
+        if self.adapter is None:
+            return
+        if self._frozen_in != self.current_epoch:  # callbacks unfreeze where an epoch begins
+            self._frozen_in = self.current_epoch
+            self.adapter.check_frozen()
+        if self._unreached is None:
+            refuse_moved(self._buffers_before, self._checksums())
 
     def _check_reach(self) -> None:
         """Finds, in the first step, what no gradient reaches; later what else has been reached."""
@@ -436,6 +457,7 @@ class LoraModule(L.LightningModule):
         optimizer.zero_grad()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._check_base()
         self._check_reach()
         if self.placement is not None:
             self.placement.average_gradients(p for p in self.parameters() if p.requires_grad)
@@ -596,6 +618,8 @@ class LoraModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_losses()  # before a good checkpoint is overwritten
+        if self.adapter is not None:
+            self.adapter.check_frozen()
         # Among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
         if self._from_data is not None:

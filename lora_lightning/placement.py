@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .lora import Adapter, UserError
+from .lora.functional import refuse_second_derivatives
 from .lora.layer import LoraLayer
 from .lora.parts import Part, within
 from .lora.split import SplitLayer
@@ -201,7 +202,7 @@ class Placement:
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         if not trained:
             return
-        norms = torch.zeros(2, device=trained[0].device)
+        norms = torch.zeros(2, device=trained[0].device, dtype=torch.float32)
         for place, in_shares in enumerate((False, True)):
             grads = [p.grad for p in trained if (p in self.cuts) is in_shares]
             if grads:
@@ -391,6 +392,7 @@ class _SummedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivatives("layers with cut matrices (trainer=tp)", "use another trainer")
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .lora import UserError
+from .lora.statistics import is_statistic
 from .parallel import Shards
 from .precision import refuse_scaled_loss
 
@@ -75,7 +76,7 @@ class DataParallelStrategy(DDPStrategy, _Resident):
 def ignore_frozen(model: nn.Module) -> None:
     """Keeps DDP, and Lightning's tests and validations, from broadcasting frozen tensors."""
     frozen = [name for name, tensor in model.named_parameters() if not tensor.requires_grad]
-    frozen += [name for name, _ in model.named_buffers()]
+    frozen += [name for name, _ in model.named_buffers() if not is_statistic(name)]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
 

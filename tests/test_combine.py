@@ -254,7 +254,7 @@ def test_heads(folders, tmp_path):
         config={"modules_to_save": ["score"]},
         **{head: torch.ones(3, 3)},
     )
-    with pytest.raises(UserError, match=r"score.weight is \(2, 3\) and \(3, 3\)"):
+    with pytest.raises(UserError, match=r"\(2, 3\) and \(3, 3\). They have 2 and 3 outputs"):
         combine_adapters([pair[0], three], tmp_path / "new")
     with pytest.raises(UserError, match="weights add up to zero"):
         combine_adapters(pair, tmp_path / "new", whole="mean", weights=[1.0, -1.0])

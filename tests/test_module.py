@@ -154,6 +154,72 @@ def test_full_fine_tuning_trains_every_tensor(tiny_bert):
     assert set(before) - changed <= without_effect
 
 
+class Unfreeze(L.Callback):
+    """Trains a layer of the base too, from an epoch on, as Lightning's BaseFinetuning can."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            layer = pl_module.model.bert.encoder.layer[0].output.LayerNorm
+            layer.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": list(layer.parameters())})
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_base_layer_that_a_callback_unfreezes_is_refused(epoch, tiny_bert):
+    """No checkpoint would hold it; so it is said before it is trained."""
+    module = make_module(tiny_bert)
+    weight = module.model.bert.encoder.layer[0].output.LayerNorm.weight
+    before = weight.detach().clone()
+    with pytest.raises(UserError, match=r"LayerNorm.weight of the frozen base .*modules_to_save"):
+        fit(module, batches_of(make_rows(8), [4, 4]), epochs=2, callbacks=[Unfreeze(epoch)])
+    assert torch.equal(weight, before)
+    assert module.trainer.global_step == 2 * epoch
+
+
+class Counting(nn.Module):
+    """A layer with a buffer of its own that a pass in training moves."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("mean_square", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean_square.lerp_(x.detach().square().mean(), 0.1)
+        return self.layer(x)
+
+
+def test_a_buffer_of_the_base_that_training_moves_is_refused(tiny_bert):
+    module = make_module(tiny_bert)
+    first = module.model.bert.encoder.layer[0].output
+    first.LayerNorm = Counting(first.LayerNorm)
+    with pytest.raises(UserError, match=r"training changes .*LayerNorm.mean_square.*no adapter"):
+        fit(module, batches_of(make_rows(8), [4, 4]))
+
+
+def test_running_statistics_of_the_base_are_in_a_checkpoint(tiny_bert, tmp_path):
+    module, other = make_module(tiny_bert), make_module(tiny_bert)
+    for one in (module, other):
+        config = one.adapter.config
+        one.adapter.remove()
+        one.model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.BatchNorm1d(32))
+        one.adopt(one.model, Adapter(one.model, config))
+    fit(module, batches_of(make_rows(8), [4, 4]))
+    state = module.state_dict()
+    assert int(state["model.bert.pooler.activation.1.num_batches_tracked"]) == 2
+    other.load_state_dict(state)
+    inputs = batches_of(make_rows(4, seed=1), [4])[0]
+    logits = [
+        one.eval().model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        for one in (module, other)
+    ]
+    assert torch.equal(logits[0].logits, logits[1].logits)
+
+
 def test_bf16_base_with_fp32_adapter_learns(tiny_llama):
     module = make_module(tiny_llama, optim=OptimConfig(lr=3e-2), dtype="bfloat16")
     assert {t.dtype for t in trained(module).values()} == {torch.float32}

@@ -52,7 +52,7 @@ ALLOWED = {
     "quantization": FOUNDATION,
     "optim": FOUNDATION,
     "metrics": set(),
-    "head": {"parallel"},
+    "head": {"lora", "parallel"},
     "precision": {"lora"},
     "tasks": FOUNDATION | {"modeling", "metrics", "head", "parallel", "forward", "terminal"},
     "data": FOUNDATION

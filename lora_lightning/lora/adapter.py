@@ -20,6 +20,7 @@ from .match import Match, left_out, match_targets, modules_to_save
 from .parameter import LoraParameter
 from .reach import keep_off_fast_paths, refuse_unreached, refuse_what_peft_refuses
 from .split import SplitConv1D, SplitLinear
+from .statistics import running_statistics
 from .summary import Summary, summarise
 from .ties import can_untie, tied_pairs, untie_all
 from .tokens import ROWS, RowsMatch, TokenRows, match_rows
@@ -52,6 +53,8 @@ class Adapter:
         self.model = model
         self.config = config
         self.saved_modules = modules_to_save(model, config.modules_to_save)
+        self.removed = False
+        """Whether it was taken off the model."""
         self.layers: dict[str, LoraLayer] = {}
         self.token_rows: dict[str, TokenRows] = {}
         """Layers with trained rows of a vocabulary, by name, tied ones too."""
@@ -166,13 +169,15 @@ class Adapter:
         for name in self.saved_modules:
             module = self.model.get_submodule(name)
             self._untie(name, module)
-            for leaf, parameter in module.named_parameters():
-                self._pristine[f"{name}.{leaf}"] = parameter.detach().clone()
+            for leaf, tensor in module.state_dict(keep_vars=True).items():
+                self._pristine[f"{name}.{leaf}"] = tensor.detach().clone()
             low = [p.dtype for p in module.parameters() if p.dtype in LOW_PRECISION]
             if low:
                 _widen(module)
                 self._hooks += _cast_around(module, low[0])
             module.requires_grad_(True)
+        for name, statistic in running_statistics(self.model).items():
+            self._pristine.setdefault(name, statistic.clone())
         for name, parameter in self.model.named_parameters():
             if name in self._pristine or not _is_bias(name):
                 continue
@@ -227,16 +232,21 @@ class Adapter:
         ]
 
     def _extras(self) -> dict[str, Tensor]:
-        """What is trained besides the layers' matrices: whole modules, biases, rows."""
+        """What training changes besides the layers' matrices: whole modules, biases, rows, running
+        statistics.
+        """
         tensors: dict[str, Tensor] = {
             f"{rows.name}.{ROWS}": self.token_rows[rows.name].rows for rows in self.rows
         }
         for name in self.saved_modules:
             state = self.model.get_submodule(name).state_dict(keep_vars=True)
             tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in state.items()})
-        parameters = dict(self.model.named_parameters())
-        tensors.update({name: parameters[name] for name in self._pristine if name not in tensors})
+        live = self._live()
+        tensors.update({name: live[name] for name in self._pristine if name not in tensors})
         return tensors
+
+    def _live(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def check_gradients(self) -> list[str]:
         """Makes sure that a backward pass has reached what is trained; call it after the first one.
@@ -250,6 +260,22 @@ class Adapter:
         """
         return refuse_unreached({n: t for n, t in self.named_tensors().items() if t.requires_grad})
 
+    def check_frozen(self) -> None:
+        """Makes sure that no weight is trained which is not stored with the adapter.
+
+        Raises:
+            UserError: something has unfrozen a layer of the base.
+        """
+        own = {id(tensor) for tensor in self.named_tensors().values()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own:
+                module = name.replace(".base_layer", "").rpartition(".")[0]
+                raise UserError(
+                    f"{name} of the frozen base is to be trained, and no adapter stores it: has a "
+                    f"callback unfrozen it? Train its module whole, lora.modules_to_save=[{module}]"
+                    ", or leave it frozen."
+                )
+
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
         """Copies `tensors` (those of a file) into the live adapter.
 
@@ -258,7 +284,7 @@ class Adapter:
                 has been changed then.
         """
         own = self.named_tensors()
-        tensors = dict(tensors)
+        tensors = {**running_statistics(self.model), **tensors}  # PEFT stores none
         for name, layer in self.layers.items():
             key = f"{self._paths[name]}.lora_B.weight"
             if key in tensors:
@@ -282,7 +308,7 @@ class Adapter:
     # Switching -------------------------------------------------------------------------------
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches low-rank updates and trained rows on or off; whole modules and biases stay.
+        """Switches low-rank updates and trained rows on or off; all else that is trained stays.
 
         Switching off unmerges: the updates are no longer part of the weights.
         """
@@ -290,6 +316,15 @@ class Adapter:
             self.unmerge()
         for layer in self._wrappers.values():
             layer.enabled = enabled
+
+    def set_fused(self, fused: bool) -> None:
+        """Has linear layers take one fused step with their bases, as at first, or plain operations.
+
+        Plain ones call each base layer as a module and are what transforms of `torch.func` need,
+        as for the gradients of each sample. They give the same, in more time and memory.
+        """
+        for layer in self.layers.values():
+            layer.fused = fused
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -308,12 +343,12 @@ class Adapter:
                 self.merge()
 
     def _swap_extras(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Writes `values` into the whole modules and biases; returns what stood there."""
-        parameters = dict(self.model.named_parameters())
-        before = {name: parameters[name].detach().clone() for name in values}
+        """Writes `values` into whole modules, biases and statistics; returns what stood there."""
+        live = self._live()
+        before = {name: live[name].detach().clone() for name in values}
         with torch.no_grad():
             for name, value in values.items():
-                parameters[name].copy_(value)
+                live[name].copy_(value)
         return before
 
     def merge(self) -> None:
@@ -342,7 +377,7 @@ class Adapter:
     def remove(self) -> nn.Module:
         """Takes the adapter away; returns the model as it was before, bit for bit.
 
-        Whole modules and biases get their first values back.
+        Whole modules, biases and running statistics get their first values back.
         """
         self.unmerge()
         self._swap_extras(self._pristine)
@@ -354,8 +389,8 @@ class Adapter:
     def merge_and_unload(self) -> nn.Module:
         """Merges for good and takes the wrappers away; returns a model of plain layers.
 
-        Whole modules and biases keep their trained values. A weight that was tied to an adapted
-        one keeps its own value, so the model's config is told that they are no longer tied.
+        Whole modules, biases and statistics keep their trained values. A weight that was tied to an
+        adapted one keeps its own value, so the model's config is told that they are no longer tied.
 
         Raises:
             UserError: see `merge`; or the architecture cannot be stored with untied weights (T5).
@@ -384,11 +419,12 @@ class Adapter:
             hook.remove()
         for name in self.saved_modules:
             module = self.model.get_submodule(name)
-            for leaf, parameter in module.named_parameters():
-                parameter.data = parameter.data.to(self._pristine[f"{name}.{leaf}"].dtype)
+            for leaf, tensor in module.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.to(self._pristine[f"{name}.{leaf}"].dtype)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad.get(name, False))
         self.layers, self.token_rows, self.rows = {}, {}, []
+        self.removed = True
         return self.model
 
     # Telling ---------------------------------------------------------------------------------

@@ -30,12 +30,38 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: s
         problems.append(f"{len(wrong)} tensors have the wrong shape ({_some(wrong)})")
     if problems:
         raise UserError(
-            f"{source} does not fit the model: {'; '.join(problems)}. "
-            "Was it trained on another base model, or with other targets or rank?"
+            f"{source} does not fit the model: {'; '.join(problems)}. {_why(own, given)}"
         )
     counts = [name for name, tensor in own.items() if tensor.dtype not in FLOATS]
     same = {name for name in counts if given[name].dtype == own[name].dtype}
     check_values({k: tensor for k, tensor in given.items() if k not in same}, source=source)
+
+
+def _why(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """What may have come before it, by the kind of what does not fit."""
+    wrong = [n for n in own if n in given and given[n].shape != own[n].shape]
+    whole = [n for n in wrong if not _is_of_adapter(n)]
+    counts = {
+        (given[n].shape[:1], own[n].shape[:1]) for n in whole if given[n].dim() and own[n].dim()
+    }
+    alike = all(given[n].shape[1:] == own[n].shape[1:] for n in whole)
+    if whole == wrong and len(counts) == 1 and alike:
+        (((theirs,), (ours,)),) = counts
+        return (
+            f"Modules trained whole have {theirs} outputs there and {ours} here: another number of "
+            "classes, or a vocabulary that has grown. Give the model as many first."
+        )
+    more = [name for name in given if name not in own]
+    if more and not wrong and not any(map(_is_of_adapter, more)):
+        return (
+            "These are whole weights: of a vocabulary that had grown, or of modules that "
+            "adapter_config.json does not list (modules_to_save)."
+        )
+    return "Was it trained on another base model, or with other targets or rank?"
+
+
+def _is_of_adapter(name: str) -> bool:
+    return ".lora_" in name or "token_adapter" in name
 
 
 def check_values(tensors: dict[str, Tensor], *, source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,9 +84,6 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _positive_int("lora.rank", self.rank)
-        for name, rank in self.rank_pattern.items():
-            _positive_int(f"lora.rank_pattern[{name!r}]", rank)
-        self._check_scaling()
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
         _choice("lora.bias", self.bias, BIAS_MODES)
@@ -97,6 +94,10 @@ class LoraConfig:
                 f"lora.freeze_A trains B from zero on a random A, which lora.init={self.init} does "
                 "not have: use lora.init=kaiming, or lora.freeze_A=false."
             )
+        self.modules_to_save = _names(self.modules_to_save)
+        self.target_parameters = _names(self.target_parameters)
+        self._check_patterns()
+        self._check_scaling()
         for name in ("modules_to_save", "layers_pattern", "target_parameters", "layers"):
             _list_of(f"lora.{name}", getattr(self, name), int if name == "layers" else str)
         self.targets = _patterns("lora.targets", self.targets)
@@ -104,8 +105,6 @@ class LoraConfig:
         if not self.targets and not self.target_parameters:
             raise UserError("lora.targets is empty: give 'all-linear', module names or a regex.")
         self._check_plain()
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
         if self.layers is not None and not self.layers:
             raise UserError("lora.layers is empty: give layer indices, or null for all layers.")
         _token_indices(self.trainable_token_indices)
@@ -117,6 +116,17 @@ class LoraConfig:
             raise UserError(
                 "lora.layers_pattern says where lora.layers counts: give lora.layers too."
             )
+
+    def _check_patterns(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern", "parts"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise UserError(
+                    f"lora.{name} must hold values by name, got {getattr(self, name)!r}."
+                )
+        for name, rank in self.rank_pattern.items():
+            _positive_int(f"lora.rank_pattern[{name!r}]", rank)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
 
     def _check_plain(self) -> None:
         """Raises UserError for what parameters and parts of layers cannot have."""
@@ -259,6 +269,13 @@ def _patterns(where: str, value: Any) -> str | list[str]:
     if isinstance(value, Sequence) and all(isinstance(item, str) and item for item in value):
         return list(value)
     raise UserError(f"{where} must be a string or a list of names, got {value!r}.")
+
+
+def _names(value: Any) -> Any:
+    """Names as a list: one name, or several with commas between, as typed on a command line."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [] if value is None else value
 
 
 def _list_of(where: str, value: Any, kind: type) -> None:

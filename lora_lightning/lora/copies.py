@@ -56,6 +56,12 @@ def _without_row_copies(
 def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
     """Raises UserError if a copy of a base weight is of another base."""
     weight = weight.detach().cpu().float()
+    if stored.dim() == 2 and stored.shape[1:] == weight.shape[1:] and len(stored) != len(weight):
+        raise UserError(
+            f"{source} brings its own {name} of {len(stored)} rows, and the base model's has "
+            f"{len(weight)}: its vocabulary was resized. Load it on the base as it was resized, "
+            "with the values of its new rows."
+        )
     if stored.shape != weight.shape or not torch.allclose(
         stored.cpu().float(), weight, atol=1e-3, rtol=1e-2
     ):

@@ -40,11 +40,11 @@ class StreamedComponents:
         self.seen = 0
         self.settled = torch.zeros(count, dtype=torch.bool, device="cpu")
         """Which components the last batch has hardly turned."""
-        self._mean = torch.zeros((), device="cpu")
+        self._mean = torch.zeros((), device="cpu", dtype=torch.float32)
         self._total = 0.0
-        self.components = torch.zeros(0, 0, device="cpu")
+        self.components = torch.zeros(0, 0, device="cpu", dtype=torch.float32)
         """(count, in), orthonormal, the largest first."""
-        self._singular = torch.zeros(0, device="cpu")
+        self._singular = torch.zeros(0, device="cpu", dtype=torch.float32)
 
     def update(self, rows: Tensor) -> None:
         """Takes in rows, (n, in)."""

@@ -61,8 +61,8 @@ def fused_linear(
     low-rank product is accumulated into the base product in place, forward and backward; x is kept
     once, and not at all where A is frozen; A and B are cast to the type of x once; the gradient of
     x is left out where nobody needs it. The narrow products come first, so that no (out, in) matrix
-    is ever formed. Gradients are those of x, A and B; W and bias are frozen. Cannot be
-    differentiated twice.
+    is ever formed. Gradients are those of x, A and B; W and bias are frozen. Where gradients are to
+    be differentiated (create_graph), they are made by plain operations instead.
 
     Args:
         x: (..., in), of the type of weight.
@@ -97,16 +97,24 @@ class _FusedLinear(torch.autograd.Function):
         output.addmm_(down, b.t())
         wants_a = ctx.needs_input_grad[1]
         ctx.save_for_backward(rows if wants_a else None, mask, weight, a, b, down)
+        ctx.matrices = lora_A, lora_B
         ctx.scaling, ctx.dropout, ctx.flight = scaling, dropout, flight
         ctx.types = lora_A.dtype, lora_B.dtype
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         rows, mask, weight, a, b, down = ctx.saved_tensors
         ctx.flight = None
         wants_x, wants_a, wants_b, _ = ctx.needs_input_grad
+        if _is_recorded():
+            keep = None if mask is None else mask.to(weight.dtype) / (1.0 - ctx.dropout)
+            wants = (wants_x, wants_a, wants_b)
+            layers = [(weight, *ctx.matrices)]
+            again = _recorded(
+                rows, layers, [grad_rows], scaling=ctx.scaling, keep=keep, wants=wants
+            )
+            return *again, None
         grad_x = torch.mm(grad_rows, weight) if wants_x else None
         grad_a, grad_b = _low_rank_backward(
             grad_rows,
@@ -175,19 +183,25 @@ class _FusedGroup(torch.autograd.Function):
         wants_a = any(ctx.needs_input_grad[2 : 2 + len(layers)])
         weights, bs = (layer.weight for layer in layers), (layer.b for layer in layers)
         ctx.save_for_backward(rows if wants_a else None, a, down, *weights, *bs)
+        ctx.matrices = matrices
         ctx.scaling, ctx.ranks, ctx.flight = scaling, ranks, flight
         ctx.types = [matrix.dtype for matrix in matrices]
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, a, down, *saved = ctx.saved_tensors
         ctx.flight = None
         count = len(ctx.ranks)
         weights, bs = saved[:count], saved[count:]
         wants_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        if _is_recorded():
+            layers = list(zip(weights, ctx.matrices[:count], ctx.matrices[count:], strict=True))
+            of_x, *again = _recorded(
+                rows, layers, grads, scaling=ctx.scaling, wants=(wants_x, *wanted)
+            )
+            return of_x, None, *again
         of_a: list[Tensor | None] = [None] * count
         of_b: list[Tensor | None] = [None] * count
         grad_x = None
@@ -214,6 +228,57 @@ class _FusedGroup(torch.autograd.Function):
                 for part, wants, grad in zip(whole.split(ctx.ranks), wanted, grads, strict=False)
             ]
         return grad_x, None, *of_a, *of_b
+
+
+def _recorded(
+    rows: Tensor | None,
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]],
+    grads: Sequence[Tensor | None],
+    *,
+    scaling: float,
+    wants: Sequence[bool],
+    keep: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients of x, of each A and of each B that autograd can go through once more.
+
+    Args:
+        rows: x, (N, in).
+        layers: W, A and B of each layer.
+        grads: of their outputs.
+        scaling: s.
+        wants: which gradients are asked for.
+        keep: what dropout has multiplied the inputs of A by.
+    """
+    if rows is None:
+        raise RuntimeError(
+            "second derivatives need the inputs of layers, which nothing has kept since their A is "
+            "frozen: call adapter.set_fused(False) first."
+        )
+    dropped = rows if keep is None else rows * keep
+    layers = [(w, a.view_as(a), b.view_as(b)) for w, a, b in layers]  # two may share a matrix
+    pairs = []
+    for (weight, a, b), grad in zip(layers, grads, strict=True):
+        if grad is not None:
+            down = F.linear(dropped, a.to(rows.dtype)) * scaling
+            pairs.append((F.linear(rows, weight) + F.linear(down, b.to(rows.dtype)), grad))
+    inputs = [rows, *(a for _, a, _ in layers), *(b for _, _, b in layers)]
+    wanted = [tensor for tensor, wants_it in zip(inputs, wants, strict=True) if wants_it]
+    outputs, of_outputs = zip(*pairs, strict=True)
+    found = iter(
+        torch.autograd.grad(outputs, wanted, of_outputs, create_graph=True, allow_unused=True)
+    )
+    return [next(found) if wants_it else None for wants_it in wants]
+
+
+def _is_recorded() -> bool:
+    """Whether a backward pass is one that is to be differentiated; a compiled one never is."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def refuse_second_derivatives(what: str, instead: str) -> None:
+    """Raises RuntimeError in a backward pass that is to be differentiated (create_graph)."""
+    if _is_recorded():
+        raise RuntimeError(f"{what} cannot be differentiated twice: {instead}.")
 
 
 def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor | None]:

@@ -54,6 +54,8 @@ class LoraLayer(Wrapper):
         add_low_rank
     )
     """Adds the update to the output of a base layer that has to be called."""
+    fused = True
+    """Whether a plain base layer is not called, but computed together with the update."""
     forward_pass: ForwardPass | None = None
     """What the adapter's layers share; None: there is no adapter around this one."""
 
@@ -73,8 +75,9 @@ class LoraLayer(Wrapper):
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         of_A, of_B = self._shapes()
         device = _device_of(base_layer)
-        self.lora_A = nn.Parameter(torch.empty(of_A, device=device))
-        self.lora_B = nn.Parameter(torch.empty(of_B, device=device))
+        # Whatever torch's default is, which may be the base's: 16 bits would round away updates.
+        self.lora_A = nn.Parameter(torch.empty(of_A, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(of_B, device=device, dtype=torch.float32))
         self.register_buffer("first_A", None)
         self.register_buffer("first_B", None)
         self.reset_parameters(init)
@@ -194,7 +197,7 @@ class LoraLayer(Wrapper):
 
         None: the layer has to be called.
         """
-        weight = self._plain_weight()
+        weight = self._plain_weight() if self.fused else None
         if weight is None:
             return None
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
@@ -401,7 +404,8 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer is of just this class, unhooked, with frozen parameters of torch's own."""
-    if type(layer) is not kind or layer._forward_hooks or layer._forward_pre_hooks:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is not kind or hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     for parameter in layer._parameters.values():
         plain = parameter is None or type(parameter) is nn.Parameter

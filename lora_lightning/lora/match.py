@@ -57,7 +57,7 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
     }
     if not candidates and config.targets:
         raise UserError(
-            f"{type(model).__name__} has no linear or embedding layer to adapt.{_behind(model)}"
+            f"{type(model).__name__} has no linear or embedding layer to adapt.{_others(model)}"
         )
 
     if strict:
@@ -238,11 +238,12 @@ def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
     }
 
 
-def _behind(model: nn.Module) -> str:
+def _others(model: nn.Module) -> str:
     """What to say of layers that cannot be wrapped, and what can be had instead."""
     names = sorted(read_behind(model))
     if not names:
-        return ""
+        kinds = {type(m).__name__ for m in model.modules() if "weight" in m._parameters}
+        return f" LoRA is not for {', '.join(sorted(kinds))}." if kinds else ""
     return (
         f" Of {names[0]} {BEHIND}; lora.target_parameters=[in_proj_weight] adapts its queries, "
         "keys and values."

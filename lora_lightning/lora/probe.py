@@ -80,7 +80,7 @@ def _is_dense(weight: Any) -> bool:
 def _numbers(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Values that no other use of random numbers notices."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator, device="cpu").to(like)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(like)
 
 
 @torch.no_grad()

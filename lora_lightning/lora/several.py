@@ -21,6 +21,7 @@ from .state import (
     read_adapter,
     whole_modules,
 )
+from .statistics import is_statistic
 from .vocabulary import rows_needed, vocabulary_rows
 
 
@@ -61,6 +62,7 @@ class AdapterSet:
             id(tensor): tensor
             for leaf, tensor in (*self.base.named_parameters(), *self.base.named_buffers())
             if not leaf.startswith(own) and (config.bias == "none" or not leaf.endswith("bias"))
+            if not is_statistic(leaf)
         }
         model = copy.deepcopy(self.base, shared)
         model.rows_before_growth = None  # type: ignore[assignment]  # what is shared stays as it is

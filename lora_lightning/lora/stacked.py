@@ -20,9 +20,15 @@ from torch import Tensor, nn
 
 from .casts import cast_frozen
 from .errors import UserError
-from .functional import _down, _low_rank_backward, joins_products
+from .functional import (
+    _down,
+    _low_rank_backward,
+    joins_products,
+    refuse_second_derivatives,
+)
 from .layer import LoraConv1D, LoraLayer, LoraLinear
 from .parameter import LoraParameter
+from .statistics import keeps_statistics
 from .wrapper import Wrapper
 
 
@@ -173,8 +179,8 @@ class _StackedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a stacked batch of adapters", "take one adapter at a time")
         rows, weight, *saved = ctx.saved_tensors
         count = len(ctx.parts)
         low, downs, masks = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
@@ -233,8 +239,8 @@ class _GroupedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a stacked batch of adapters", "take one adapter at a time")
         rows, weight, a, b, down, scales, keep = ctx.saved_tensors
         count = len(ctx.ranks)
         x = rows.view(count, -1, rows.shape[-1])
@@ -326,12 +332,12 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
 
 
 def own_layers(model: nn.Module) -> list[str]:
-    """Modules that a slot cannot share: LoRA layers, and others with trained parameters."""
+    """Modules that a slot cannot share: LoRA layers, others with trained parameters, statistics."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{other}.") for other in found):
             continue
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, Wrapper) or trained:
+        if isinstance(module, Wrapper) or trained or keeps_statistics(module):
             found.append(name)
     return found

@@ -86,8 +86,14 @@ def save_adapter(
         later: names of files that are written into the folder afterwards.
 
     Raises:
-        UserError: the folder cannot be written, or holds what others have written.
+        UserError: the folder cannot be written, or holds what others have written; or the adapter
+            was removed from its model.
     """
+    if adapter.removed:
+        raise UserError(
+            "this adapter was taken off its model (remove, merge_and_unload), so that there is "
+            "nothing to save: save it before."
+        )
     config = to_peft_config(adapter, base_model=base_model, revision=revision, task_type=task_type)
     with replaced_folder(Path(folder), by=by, later=later) as staging:
         write_files(staging, config, adapter.exported_tensors())
@@ -114,9 +120,10 @@ def weights_bytes(tensors: dict[str, Tensor]) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    for name, tensor in sorted(tensors.items()):
+    # The library puts the wider types first.
+    for name, tensor in sorted(tensors.items(), key=lambda one: (-one[1].element_size(), one[0])):
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
-        kind = str(tensor.dtype).replace("torch.float", "F")
+        kind = str(tensor.dtype).replace("torch.float", "F").replace("torch.int", "I")
         shape = list(tensor.shape)
         header[PREFIX + name] = {"dtype": kind, "shape": shape, "data_offsets": [start, stop]}
     length = len(json.dumps(header, separators=(",", ":")))
@@ -145,7 +152,12 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
-        raise UserError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}.")
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        # PEFT writes an adapter that is not called "default" into a folder of its name.
+        name_it = f" Name the one inside: {folder / inside[0]}." if inside else ""
+        if len(inside) > 1:
+            name_it = f" Name one of those inside: {', '.join(str(folder / n) for n in inside)}."
+        raise UserError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}.{name_it}")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

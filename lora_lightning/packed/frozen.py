@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..lora import UserError
 from ..lora.layer import LoraLayer
+from ..lora.statistics import is_statistic
 
 
 def share_frozen(model: nn.Module, first: nn.Module) -> None:
@@ -31,7 +32,7 @@ def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
         if isinstance(module, LoraLayer):
             continue  # its own may be frozen too
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not tensor.requires_grad:
+            if tensor is not None and not tensor.requires_grad and not is_statistic(leaf):
                 name = f"{path}.{leaf}".replace(".base_layer.", ".")
                 found[name] = (module, leaf, tensor)
     return found

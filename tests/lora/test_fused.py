@@ -8,9 +8,10 @@ import pytest
 import torch
 from kernels import Kernels, like_a_gpu
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning.lora import functional
+from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.functional import add_low_rank, fused_linear
 from lora_lightning.lora.layer import LoraConv1D, LoraLinear
 
@@ -198,3 +199,131 @@ def test_checkpointing_recomputes_it_alike():
     found = torch.autograd.grad(checkpoint(first, x, use_reentrant=False).sin().sum(), wanted)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# Second derivatives, hooks, and torch.func -----------------------------------------------------
+
+
+def grouped(x, weight, bias, a, b, *, scaling):
+    """Two layers with one input, as one step."""
+    low = a.to(x.dtype)
+    layers = [
+        functional.Linear(weight, bias, a, b, b.to(x.dtype).detach(), scaling),
+        functional.Linear(2 * weight, None, a, b, b.to(x.dtype).detach(), scaling),
+    ]
+    first, second = functional.fused_group(x, layers, torch.cat([low, low]).detach())
+    return first.sin() + second
+
+
+def grouped_plainly(x, weight, bias, a, b, *, scaling):
+    second = plain(x, 2 * weight, None, a, b, scaling=scaling)
+    return plain(x, weight, bias, a, b, scaling=scaling).sin() + second
+
+
+@pytest.mark.parametrize(
+    ("step", "truth"), [(fused_linear, plain), (grouped, grouped_plainly)], ids=["one", "group"]
+)
+@pytest.mark.parametrize("bent", [False, True])
+def test_second_derivatives_are_those_of_plain_operations(step, truth, bent):
+    """Of a loss that is linear in the output too, whose gradient needs none itself."""
+
+    def second(function):
+        tensors = inputs()
+        x, _, _, a, b = tensors
+        output = function(*tensors, scaling=1.7)
+        loss = output.sin().sum() if bent else output.sum()
+        first = torch.autograd.grad(loss, (x, a, b), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), (x, a, b))
+
+    for found, expected in zip(second(step), second(truth), strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradgradcheck_with_dropout():
+    x, weight, offset, a, b = inputs()
+
+    def step(x, a, b):
+        torch.manual_seed(3)
+        return fused_linear(x, weight, offset, a, b, scaling=1.7, dropout=0.4)
+
+    assert torch.autograd.gradgradcheck(step, (x, a, b))
+
+
+def test_second_derivatives_without_kept_inputs_are_refused():
+    x, weight, offset, a, b = inputs()
+    output = fused_linear(x, weight, offset, a.requires_grad_(False), b, scaling=1.0)
+    with pytest.raises(RuntimeError, match=r"second derivatives need .*set_fused\(False\)"):
+        torch.autograd.grad(output.sum(), (x, b), create_graph=True)
+
+
+def network(*, freeze_A=False) -> Adapter:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    adapter = Adapter(model, LoraConfig(rank=2, freeze_A=freeze_A))
+    adapter.model.double()
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B, std=0.5)
+    return adapter
+
+
+def adapted_inner_step(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
+    """The loss after one step of gradient descent, as MAML takes it."""
+    slow = {name: t for name, t in adapter.model.named_parameters() if t.requires_grad}
+    loss = functional_call(adapter.model, slow, x).square().mean()
+    grads = torch.autograd.grad(loss, slow.values(), create_graph=True)
+    fast = {name: t - 0.3 * g for (name, t), g in zip(slow.items(), grads, strict=True)}
+    return functional_call(adapter.model, fast, x).sum()
+
+
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_gradients_through_a_step_of_gradient_descent(freeze_A):
+    x = made(5, 4)
+    found = []
+    for fused in (not freeze_A, False):
+        adapter = network(freeze_A=freeze_A)
+        adapter.set_fused(fused)
+        trained = [t for t in adapter.model.parameters() if t.requires_grad]
+        found.append(torch.autograd.grad(adapted_inner_step(adapter, x), trained))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_each_sample_by_torch_func():
+    """vmap over grad equals a backward pass for each row."""
+    adapter, x = network(), made(5, 4)
+    adapter.set_fused(False)
+    trained = {n: t.detach() for n, t in adapter.model.named_parameters() if t.requires_grad}
+
+    def loss(tensors, row):
+        return functional_call(adapter.model, tensors, row).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(trained, x)
+    for index, row in enumerate(x):
+        adapter.model.zero_grad()
+        adapter.model(row).square().sum().backward()
+        for name, tensor in adapter.model.named_parameters():
+            if tensor.requires_grad:
+                torch.testing.assert_close(found[name][index], tensor.grad)
+
+
+def test_full_backward_hooks_on_the_base_layer_run():
+    adapter, seen = network(), []
+    base = adapter.layers["2"].base_layer
+    base.register_full_backward_hook(lambda _, __, grads: seen.append(grads[0]))
+    adapter.model(made(5, 4)).sum().backward()
+    assert torch.equal(seen[0], torch.ones(5, 2, dtype=torch.float64))
+
+
+def test_every_forward_calls_the_base_with_the_switch():
+    adapter, x = network(), made(5, 4)
+    expected, called = adapter.model(x), []
+    forward = nn.Linear.forward
+    adapter.set_fused(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: called.append(1) or forward(self, x))
+        torch.testing.assert_close(adapter.model(x), expected)
+        assert len(called) == 2
+        adapter.set_fused(True)
+        adapter.model(x)
+    assert len(called) == 2

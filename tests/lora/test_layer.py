@@ -324,3 +324,50 @@ def test_what_model_code_reads_is_the_base_layer():
     assert layer.weight is layer.base_layer.weight
     with pytest.raises(AttributeError, match="no_such_thing"):
         layer.no_such_thing()
+
+
+@pytest.fixture
+def _default_of_16_bits():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Mixture(nn.Module):
+    """One of each that an adapter can be on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.conv = nn.Embedding(9, 6), nn.Linear(6, 6), Conv1D(6, 6)
+        self.vocabulary, self.head = nn.Embedding(9, 6), nn.Linear(6, 2)
+        self.experts = nn.Module()
+        self.experts.weights = nn.Parameter(torch.ones(3, 6, 6))
+
+
+@pytest.mark.usefixtures("_default_of_16_bits")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_parameters": ["weights"], "trainable_token_indices": {"vocabulary": [2, 4]}},
+        {"use_dora": True},
+        {"parts": {"linear": {"q": 4, "k": 2}}},
+        {"init": "pissa", "targets": ["linear", "conv"]},
+        {"init": "gaussian"},
+    ],
+    ids=str,
+)
+def test_an_adapter_is_fp32_whatever_the_default_is(settings):
+    settings = {"targets": ["embed", "linear", "conv"], "modules_to_save": ["head"], **settings}
+    made = []
+    for default in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        base = Mixture().to(torch.bfloat16)
+        for parameter in base.parameters():
+            nn.init.constant_(parameter, 0.5)
+        base.linear.weight.data += torch.eye(6, dtype=torch.bfloat16)
+        torch.set_default_dtype(default)
+        made.append(Adapter(base, LoraConfig(rank=2, **settings)).named_tensors())
+        torch.set_default_dtype(torch.bfloat16)
+    assert {tensor.dtype for tensor in made[0].values()} == {torch.float32}
+    for name, tensor in made[0].items():
+        assert torch.equal(tensor, made[1][name]), name

@@ -234,6 +234,34 @@ def test_settings_out_of_range(settings, message):
         LoraConfig(**settings)
 
 
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+
+def test_layers_that_lora_is_not_for_are_named():
+    with pytest.raises(UserError, match="no linear .* LoRA is not for BatchNorm2d, Conv2d"):
+        match_targets(Images(), LoraConfig(targets=["conv"]))
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"a Conv2d, .* by last name: 1 \(x1\)"):
+        match_targets(mixed, LoraConfig(targets=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "names"), [("classifier", ["classifier"]), ("a, b.c", ["a", "b.c"]), (None, [])]
+)
+def test_a_name_alone_is_a_list_of_it(given, names):
+    config = LoraConfig(modules_to_save=given, target_parameters=given)
+    assert (config.modules_to_save, config.target_parameters) == (names, names)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern", "parts"])
+def test_patterns_that_are_no_dict_are_refused(option):
+    with pytest.raises(UserError, match=f"lora.{option} must hold values by name, got 'q'"):
+        LoraConfig(**{option: "q"})
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_another_shadows_is_refused(option):
     """The first that matches counts, in PEFT too."""

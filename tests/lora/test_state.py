@@ -368,7 +368,7 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"r": 4}, "tensors have the wrong shape"),
         ({"lora_alpha": 0}, "lora.alpha must be a positive number"),
         ({"lora_dropout": "x"}, "lora.dropout must be a number"),
-        ({"rank_pattern": [1]}, "a value of the wrong type"),
+        ({"rank_pattern": [1]}, r"lora.rank_pattern must hold values by name, got \[1\]"),
         ({"modules_to_save": 7}, "a value of the wrong type"),
         ({"modules_to_save": None}, "brings its own classifier.bias, which differs"),
         ({"bias": "all"}, "lacks .* tensors"),
@@ -552,3 +552,156 @@ def test_empty_and_new_folders_are_filled(tmp_path, monkeypatch):
         assert set(contents(save_adapter(bert_adapter(), place))) == {CONFIG, WEIGHTS, MARK}
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "linked", "new"]
+
+
+# What else messages say -------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_said(folder):
+    import transformers as tf
+    from zoo import USUAL
+
+    other = tf.BertForSequenceClassification(tf.BertConfig(**USUAL, num_labels=3))
+    with pytest.raises(UserError, match=r"have 2 outputs there and 3 here: another number of cl"):
+        load_adapter(other, folder)
+
+
+def grown_llama():
+    model = case("llama").copy()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"lm_head.weight of 70 rows, and the base model's has 61: its vocabulary was resized"),
+        ({"modules_to_save": ["lm_head"]}, r"have 70 outputs there and 61 here: .* has grown"),
+    ],
+    ids=["copies", "whole"],
+)
+def test_a_vocabulary_that_had_grown_is_said(settings, message, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    theirs = peft.get_peft_model(grown_llama(), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=not settings)
+    with pytest.raises(UserError, match=message):
+        load_adapter(case("llama").copy(), tmp_path)
+    grown = grown_llama()
+    grown.load_state_dict(
+        {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            for name, tensor in theirs.base_model.model.state_dict().items()
+            if "lora_" not in name and "modules_to_save" not in name
+        }
+    )
+    assert load_adapter(grown, tmp_path).layers
+
+
+def test_whole_weights_that_no_setting_names_are_said(folder):
+    edit_tensors(folder, lambda t: t.update({f"{PREFIX}other.weight": torch.ones(70, 4)}))
+    with pytest.raises(UserError, match=r"unexpected 1 .*whole weights: of a vocabulary that had"):
+        load_adapter(case("bert").copy(), folder)
+
+
+def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
+    model = case("bert").copy()
+    for name in ("mine", "yours"):
+        config = peft.LoraConfig(target_modules=["query"])
+        theirs = peft.get_peft_model(case("bert").copy(), config, adapter_name=name)
+        theirs.save_pretrained(tmp_path)
+        if name == "mine":
+            with pytest.raises(UserError, match=rf"Name the one inside: {tmp_path}/mine\."):
+                load_adapter(model, tmp_path)
+    with pytest.raises(UserError, match=rf"one of those inside: {tmp_path}/mine, .*/yours"):
+        load_adapter(model, tmp_path)
+    assert load_adapter(model, tmp_path / "mine").layers
+
+
+@pytest.mark.parametrize("take", [Adapter.remove, Adapter.merge_and_unload])
+def test_what_was_taken_off_is_not_saved(take, tmp_path):
+    adapter = bert_adapter()
+    take(adapter)
+    with pytest.raises(UserError, match="was taken off its model .* save it before"):
+        save_adapter(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# What training moves without a gradient --------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A base with statistics that training moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)).relu())
+
+
+def train_a_little(adapter: Adapter) -> torch.Tensor:
+    """Steps of gradient descent; returns the output in evaluation mode."""
+    torch.manual_seed(1)
+    trained = [t for t in adapter.named_tensors().values() if t.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(5):
+        adapter.model.train()(3 + torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapter.model.eval()(STATISTICAL).detach()
+
+
+STATISTICAL = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+WHOLE = pytest.mark.parametrize("whole", [[], ["norm"]], ids=["frozen", "whole"])
+
+
+@WHOLE
+def test_running_statistics_are_stored_and_given_back(whole, tmp_path):
+    base = Normalised().eval()
+    before = base(STATISTICAL).detach()
+    adapter = Adapter(
+        Normalised(), LoraConfig(rank=2, targets=["first", "head"], modules_to_save=whole)
+    )
+    after = train_a_little(adapter)
+    save_adapter(adapter, tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_size == state.weights_bytes(adapter.exported_tensors())
+    loaded = load_adapter(Normalised().eval(), tmp_path)
+    torch.testing.assert_close(loaded.model(STATISTICAL), after, rtol=0, atol=0)
+    theirs = peft.PeftModel.from_pretrained(Normalised(), tmp_path).eval()
+    torch.testing.assert_close(theirs(STATISTICAL), after, rtol=0, atol=1e-6)
+    with adapter.disabled():
+        torch.testing.assert_close(adapter.model(STATISTICAL), before, rtol=0, atol=0)
+    torch.testing.assert_close(adapter.model(STATISTICAL), after, rtol=0, atol=0)
+    bare = adapter.remove()
+    assert bare.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(t, base.state_dict()[n]) for n, t in bare.state_dict().items())
+
+
+def test_merged_for_good_keeps_the_statistics():
+    adapter = Adapter(Normalised(), LoraConfig(rank=2, targets=["first", "head"]))
+    after = train_a_little(adapter)
+    model = adapter.merge_and_unload()
+    torch.testing.assert_close(model(STATISTICAL), after, rtol=0, atol=1e-5)
+
+
+def test_a_file_of_peft_without_statistics_is_taken(tmp_path):
+    theirs = peft.get_peft_model(Normalised(), peft.LoraConfig(r=2, target_modules=["first"]))
+    theirs.save_pretrained(tmp_path)
+    loaded = load_adapter(Normalised().eval(), tmp_path)
+    torch.testing.assert_close(loaded.model(STATISTICAL), theirs.eval()(STATISTICAL))
+
+
+def test_adapters_that_share_a_base_have_statistics_of_their_own(tmp_path):
+    from lora_lightning.lora import AdapterSet
+
+    config = {"rank": 2, "targets": ["first", "head"]}
+    adapter = Adapter(Normalised(), LoraConfig(**config))
+    after = train_a_little(adapter)
+    save_adapter(adapter, tmp_path)
+    base = Normalised().eval()
+    before = base(STATISTICAL)
+    adapters = AdapterSet(base)
+    torch.testing.assert_close(adapters.add("a", tmp_path)(STATISTICAL), after, rtol=0, atol=0)
+    assert torch.equal(adapters[None](STATISTICAL), before)
