@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -59,7 +60,8 @@ def check(config: DictConfig) -> str:
         _refuse_in_shares(trainer.strategy, settings, config.adapter)
         data.setup("fit")
         module.configure_model()
-        build_scheduler(module.build_optimizer(), settings.optim, total_steps=1)
+        steps = _planned_steps(trainer, data)
+        build_scheduler(module.build_optimizer(), settings.optim, total_steps=steps)
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
@@ -78,6 +80,16 @@ def check(config: DictConfig) -> str:
             _memory(module, data, settings, device),
         ]
     return "\n\n".join([*sections, "All checks passed."])
+
+
+def _planned_steps(trainer: Any, data: LoraDataModule) -> int:
+    """Optimizer steps of the run."""
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    steps = math.inf if trainer.max_epochs == -1 else float(trainer.max_epochs or 1)
+    steps *= math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = min(steps, math.inf if trainer.max_steps < 0 else trainer.max_steps)
+    return int(max(1, steps)) if steps < math.inf else 10**9
 
 
 def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None) -> None:

@@ -129,6 +129,7 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         UserError: a value is out of range.
     """
+    _refuse_unknown_groups(config)
     missing = [key for key in OmegaConf.missing_keys(config) if key.split(".")[0] in OWN_GROUPS]
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")
@@ -148,6 +149,24 @@ def settings_of(config: DictConfig) -> Settings:
         lora=LoraConfig(**lora) if method == "lora" else None,
         optim=OptimConfig(**_as_object(config.optim)),
     )
+
+
+def _refuse_unknown_groups(config: DictConfig) -> None:
+    """Raises UserError for what stands beside the groups of settings and does nothing.
+
+    A value that settings take by an interpolation, ${NAME}, does something.
+    """
+    known = [key.name for key in fields(Schema)]
+    others = [str(key) for key in config if key not in known]
+    if not others:
+        return
+    raw = json.dumps(OmegaConf.to_container(config, resolve=False), default=str)
+    for name in others:
+        if not re.search(rf"\$\{{{re.escape(name)}[.}}\[]", raw):
+            raise UserError(
+                f"{name}: there is no such group of settings, and nothing refers to it."
+                f"{did_you_mean(name, known)} Leave it out. Groups: {', '.join(known)}."
+            )
 
 
 def settings_saved(saved: dict[str, Any]) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -484,8 +485,18 @@ class LoraModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer()
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_scheduler(optimizer, self.optim_config, max(steps, 1))
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise UserError(
+                "the schedule of the learning rate needs to know the number of steps: give "
+                "trainer.max_steps or trainer.max_epochs, beside trainer.max_time."
+            )
+        config = self.optim_config
+        if (
+            getattr(self.trainer, "fast_dev_run", False) and config.warmup > 1
+        ):  # a step or so, to see it run
+            config = replace(config, warmup=0.0)
+        scheduler = build_scheduler(optimizer, config, max(int(steps), 1))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

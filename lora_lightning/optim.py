@@ -68,7 +68,11 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule over `total_steps` optimizer steps."""
+    """The schedule over `total_steps` optimizer steps.
+
+    Raises:
+        UserError: there is no such schedule, or the rate would not come to its peak.
+    """
     from transformers import SchedulerType, get_scheduler
 
     known = [kind.value for kind in SchedulerType]
@@ -78,6 +82,12 @@ def build_scheduler(
             f"{did_you_mean(config.scheduler, known)}"
         )
     warmup = config.warmup if config.warmup >= 1 else config.warmup * total_steps
+    if config.warmup > 1 and warmup >= total_steps:
+        raise UserError(
+            f"optim.warmup={config.warmup:g}: this run takes {total_steps} optimizer steps, so the "
+            "rate would never come to optim.lr. Give fewer steps, or a share such as "
+            "optim.warmup=0.06."
+        )
     schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
         config.scheduler,
         optimizer,

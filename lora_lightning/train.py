@@ -256,6 +256,11 @@ def _run(
     if trainer.interrupted:
         raise KeyboardInterrupt
     signals.raise_if_told(trainer)
+    if trainer.global_step == 0:
+        raise UserError(
+            "the run has come to its end without an optimizer step, so nothing is learned: give "
+            "more rows, or a larger trainer.max_time."
+        )
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():
