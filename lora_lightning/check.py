@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -63,8 +64,9 @@ def check(config: DictConfig) -> str:
             settings.optim, validates=data.has("val") and trainer.limit_val_batches != 0
         )
         module.configure_model()
-        endless = trainer.max_epochs == -1 and trainer.max_steps == -1
-        build_scheduler(module.build_optimizer(), settings.optim, None if endless else 1)
+        build_scheduler(
+            module.build_optimizer(), settings.optim, total_steps=_planned_steps(trainer, data)
+        )
         assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
@@ -83,6 +85,16 @@ def check(config: DictConfig) -> str:
             _memory(module, data, settings, device),
         ]
     return "\n\n".join([*sections, "All checks passed."])
+
+
+def _planned_steps(trainer: Any, data: LoraDataModule) -> int | None:
+    """Optimizer steps of the run; None: it has no end."""
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    steps = math.inf if trainer.max_epochs == -1 else float(trainer.max_epochs or 1)
+    steps *= math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = min(steps, math.inf if trainer.max_steps < 0 else trainer.max_steps)
+    return int(max(1, steps)) if steps < math.inf else None
 
 
 def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None) -> None:

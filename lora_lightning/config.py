@@ -133,6 +133,7 @@ def settings_of(config: DictConfig) -> Settings:
     Raises:
         UserError: a value is out of range, or an interpolation cannot be resolved.
     """
+    _refuse_unknown_groups(config)
     _refuse_unresolved(config)
     if not 0 <= config.seed <= LARGEST_SEED:
         raise UserError(f"seed must be from 0 to {LARGEST_SEED}, got {config.seed}.")
@@ -172,6 +173,24 @@ def _refuse_unresolved(config: DictConfig) -> None:
                 OmegaConf.select(config, key)
             except OmegaConfBaseException as error:
                 raise UserError(explain(error)) from None
+
+
+def _refuse_unknown_groups(config: DictConfig) -> None:
+    """Raises UserError for what stands beside the groups of settings and does nothing.
+
+    A value that settings take by an interpolation, ${NAME}, does something.
+    """
+    known = [key.name for key in fields(Schema)]
+    others = [str(key) for key in config if key not in known]
+    if not others:
+        return
+    raw = json.dumps(OmegaConf.to_container(config, resolve=False), default=str)
+    for name in others:
+        if not re.search(rf"\$\{{{re.escape(name)}[.}}\[]", raw):
+            raise UserError(
+                f"{name}: there is no such group of settings, and nothing refers to it."
+                f"{did_you_mean(name, known)} Leave it out. Groups: {', '.join(known)}."
+            )
 
 
 def settings_saved(saved: dict[str, Any]) -> Settings:

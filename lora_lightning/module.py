@@ -560,9 +560,12 @@ class LoraModule(L.LightningModule):
                 f"trainer: {' '.join(str(error).split())} On the command line: "
                 "trainer.val_check_interval=N, or trainer.check_val_every_n_epoch=null."
             ) from None
+        config = self.optim_config
+        if getattr(self.trainer, "fast_dev_run", False) and config.warmup > 1:
+            config = replace(config, warmup=0.0)  # a step or so, to see it run
         scheduler = build_scheduler(
             optimizer,
-            self.optim_config,
+            config,
             None if math.isinf(steps) else max(int(steps), 1),
             mode=direction_of(self.task.config.monitor, self.task.config.mode),
         )

@@ -91,7 +91,8 @@ def build_scheduler(
         mode: whether "max" or "min" of the monitored metric is the best, for those in `BY_METRIC`.
 
     Raises:
-        UserError: transformers has no such schedule, or it does not take these settings.
+        UserError: transformers has no such schedule, it does not take these settings, or the
+            rate would not come to its peak.
     """
     from transformers import SchedulerType, get_scheduler
 
@@ -116,6 +117,12 @@ def build_scheduler(
     elif name in ("constant", "constant_with_warmup") and options:  # transformers drops them
         raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options: leave them out.")
     warmup = config.warmup if config.warmup >= 1 else config.warmup * (total_steps or 0)
+    if config.warmup > 1 and total_steps is not None and warmup >= total_steps:
+        raise UserError(
+            f"optim.warmup={config.warmup:g}: this run takes {total_steps} optimizer steps, so the "
+            "rate would never come to optim.lr. Give fewer steps, or a share such as "
+            "optim.warmup=0.06."
+        )
     try:
         schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
             name,

@@ -83,6 +83,8 @@ def start(arguments: list[str]) -> None:
         return
     if any(override.startswith("hydra.run.dir=") for override in overrides):
         raise UserError("the run's folder is set by output_dir=DIR: leave out hydra.run.dir.")
+    if sweeps:
+        overrides = _sweep_into_output_dir(overrides)
     # Everything is composed before Hydra makes a folder, so that mistakes leave none behind.
     for choice in sweep_choices(overrides) if sweeps else [overrides]:
         config = compose_config(choice)
@@ -125,6 +127,24 @@ def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> N
                 f"trainer={name} is for processes that {starter} has started, and it has not "
                 "started this one. On this machine alone: trainer=ddp, with trainer.devices=N."
             )
+
+
+def _sweep_into_output_dir(overrides: list[str]) -> list[str]:
+    """Takes output_dir, which each job of a sweep has below its folder, for the sweep's own.
+
+    Raises:
+        UserError: both are given.
+    """
+    named = [item for item in overrides if re.match(r"\+*output_dir=", item)]
+    if not named:
+        return overrides
+    own = [item for item in overrides if re.match(r"\+*hydra\.sweep\.dir=", item)]
+    if own:
+        raise UserError(
+            f"{named[0]} and {own[0]} both name the folder of the sweep: leave out the former."
+        )
+    folder = named[-1].partition("=")[2]
+    return [*(item for item in overrides if item not in named), f"hydra.sweep.dir={folder}"]
 
 
 def _whole_halving(override: str) -> str:

@@ -251,17 +251,16 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        content = read_checkpoint(checkpoint)
-        check_resumable(content, checkpoint)
-        _refuse_other_places(callbacks, run_dir)
-        step = content["global_step"]
-        continue_csv(trainer, step)
-        if trainer.is_global_zero:
-            print(f"goes on from step {step} ({checkpoint.name})", flush=True)
+        _prepare_to_go_on(trainer, checkpoint, run_dir)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     signals.raise_if_told(trainer)
+    if trainer.global_step == 0:
+        raise UserError(
+            "the run has come to its end without an optimizer step, so nothing is learned: give "
+            "more rows, or a larger trainer.max_time."
+        )
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():
@@ -280,6 +279,17 @@ def _run(
         write_card(run_dir / ADAPTER, run_dir, settings, module, data, result)
         result["adapter_bytes"] = folder_bytes(run_dir / ADAPTER)
         print_result(result, run_dir, data)
+
+
+def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> None:
+    """Makes sure that a run can go on from a checkpoint, and cuts its log to that step."""
+    content = read_checkpoint(checkpoint)
+    check_resumable(content, checkpoint)
+    _refuse_other_places(trainer.callbacks, run_dir)  # type: ignore[attr-defined]
+    step = content["global_step"]
+    continue_csv(trainer, step)
+    if trainer.is_global_zero:
+        print(f"goes on from step {step} ({checkpoint.name})", flush=True)
 
 
 def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:

@@ -57,6 +57,10 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 f"{did_you_mean(key, known)}"
             )
     _refuse_types(arguments)
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        value = arguments.get(key)
+        if isinstance(value, (int, float)) and value == 0:
+            raise UserError(f"trainer.{key}={value}: nothing would be trained. Leave it out.")
     loggers = instantiate_all(config.logger)
     # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
     bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)

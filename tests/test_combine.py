@@ -52,6 +52,20 @@ def test_svd_is_the_nearest_of_its_rank(rank):
     torch.testing.assert_close(again.dense(), new.dense(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "tie"}, "method must be one of .*Did you mean 'ties'"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"density": 0.0}, r"density must be in \(0, 1\]"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings, message):
+    update = Update(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    with pytest.raises(UserError, match=message):
+        combine([update], [1.0], **{"method": "ties", "rank": 1, **settings})
+
+
 def test_ties_by_its_three_steps():
     """The paper's: trim, elect, merge disjointly; by hand on four entries."""
     one = torch.tensor([[4.0, -3.0, 0.5, 2.0]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from lora_lightning import start
 from lora_lightning.config import (
     all_keys,
     compose_config,
@@ -54,6 +55,22 @@ def test_default_is_what_the_readme_says():
         "all-linear",
     )
     assert settings.data.embedded == "reviews"
+
+
+def test_a_value_of_ones_own_that_settings_refer_to_is_no_mistake():
+    sized = ["+mine.size=4", "lora.rank=${mine.size}"]
+    config = compose(*sized, "+width=3", "data.batch_size=${width}")
+    settings = settings_of(config)
+    assert (settings.lora.rank, settings.data.batch_size) == (4, 3)
+    with pytest.raises(UserError, match="min: there is no such group"):
+        settings_of(compose("+min=4", *sized))
+
+
+def test_the_output_dir_of_a_sweep_is_its_folder(monkeypatch):
+    given: list[list[str]] = []
+    monkeypatch.setattr(start, "run_hydra", lambda arguments, **_: given.append(arguments))
+    start.start(["-m", "lora.rank=1,2", "output_dir='a b'", "seed=1"])
+    assert given == [["-m", "lora.rank=1,2", "seed=1", "hydra.sweep.dir='a b'"]]
 
 
 def test_full_has_no_adapter():

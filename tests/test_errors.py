@@ -713,6 +713,69 @@ TRAINING = [
         "'nothing' not found",
     ),
     Case(
+        "mode, the contrary",
+        lambda p: p.train("task.monitor=val/loss", "task.mode=max"),
+        "task.mode=max",
+        "Leave task.mode out",
+    ),
+    Case(
+        "mode, the contrary, check",
+        lambda p: p.check("task.mode=min"),
+        "of val/accuracy higher is better",
+        "Leave task.mode out",
+    ),
+    Case(
+        "warmup beyond the end",
+        lambda p: p.train("optim.warmup=1000"),
+        "optim.warmup=1000: this run takes 8 optimizer steps",
+        "optim.warmup=0.06",
+    ),
+    Case(
+        "warmup beyond the end, check",
+        lambda p: p.check("optim.warmup=1000"),
+        "optim.warmup=1000: this run takes 8 optimizer steps",
+        "optim.warmup=0.06",
+    ),
+    Case(
+        "no end in sight",
+        lambda p: p.train("trainer.max_epochs=-1", "trainer.max_time=00:00:10:00"),
+        "the run has no end",
+        "trainer.max_steps=N",
+    ),
+    *(
+        Case(
+            f"no training, {key}",
+            lambda p, key=key: p.train(f"trainer.{key}=0"),
+            f"trainer.{key}=0: nothing would be trained",
+            "Leave it out",
+        )
+        for key in ("max_epochs", "max_steps", "limit_train_batches")
+    ),
+    Case(
+        "no time to train",
+        lambda p: p.train("+trainer.max_time={seconds: 0}"),
+        "without an optimizer step",
+        "trainer.max_time",
+    ),
+    Case(
+        "a group of one's own",
+        lambda p: p.train("+foo.bar=1"),
+        "foo: there is no such group",
+        "Leave it out",
+    ),
+    Case(
+        "a group by another name",
+        lambda p: p.check("+datamodule._target_=missing.Class"),
+        "datamodule: there is no such group",
+        "Leave it out",
+    ),
+    Case(
+        "two folders of a sweep",
+        lambda p: p.train("-m", "lora.rank=1,2", "hydra.sweep.dir=a"),
+        "both name the folder",
+        "leave out",
+    ),
+    Case(
         "validation amid accumulation",
         lambda p: p.train("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
         "trainer.val_check_interval=3",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import UserError, did_you_mean
 from .start import principal
 
 METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
@@ -55,7 +56,19 @@ def combine(
         rank: of the new update; "cat" and "linear" have their own.
         density: share of the entries that ties and dare keep.
         generator: for what dare drops.
+
+    Raises:
+        UserError: there is no such method, or a number is out of range.
     """
+    if method not in METHODS:
+        raise UserError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}."
+            f"{did_you_mean(method, METHODS)}"
+        )
+    if rank < 1 and method not in ("cat", "linear"):  # which have their own
+        raise UserError(f"rank must be at least 1, got {rank}.")
+    if not 0 < density <= 1:
+        raise UserError(f"density must be in (0, 1], got {density}.")
     if method == "linear":
         roots = [abs(w * u.scaling) ** 0.5 for w, u in zip(weights, updates, strict=True)]
         signs = [-1.0 if w * u.scaling < 0 else 1.0 for w, u in zip(weights, updates, strict=True)]
