@@ -427,6 +427,42 @@ def read_config(path: Path) -> DictConfig:
     return config
 
 
+def read_run_config(path: Path) -> DictConfig:
+    """A config that a run saved, each value of our own groups with the type that it has there.
+
+    Raises:
+        UserError: the file is absent or broken, or a value is of another kind.
+    """
+    config = read_config(path)
+    schema = OmegaConf.structured(Schema)
+    try:
+        for group in (*OWN_GROUPS, "trainer", "logger", "callbacks"):
+            if not isinstance(config[group], DictConfig):
+                raise UserError(f"{group} is no mapping")
+        name = config.task.get("name")
+        if not isinstance(name, str) or name not in TASK_CONFIGS:
+            raise UserError(f"task.name={name}: there is no such task")
+        schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+        merged = OmegaConf.merge(schema, config)
+    except Exception as error:
+        raise not_a_runs(path, error) from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def not_a_runs(path: Path, error: Exception) -> UserError:
+    """What to tell where a value in the config that a run saved is of another kind.
+
+    Args:
+        path: the file.
+        error: what its value led to.
+    """
+    where = re.search(r"full_key: (\S+)", str(error))
+    told = explain(error).partition(" full_key:")[0].rstrip(".")[:600]
+    key = f"{where[1]}: " if where and where[1] not in told else ""
+    return UserError(f"{path} does not hold what a run saves: {key}{told or repr(error)}.")
+
+
 def read_overrides(path: Path) -> list[str]:
     """The overrides that a run saved; none where there is no file.
 

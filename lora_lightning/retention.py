@@ -90,8 +90,19 @@ class Retention(Callback):
         return {"reference": self._reference, "before": self.before} if self.before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._reference = state_dict.get("reference")
-        self.before = state_dict.get("before", {})
+        """Takes over what a checkpoint says of the model before training.
+
+        Raises:
+            UserError: it is no list of similarities, or a metric is no number.
+        """
+        reference, before = state_dict.get("reference"), state_dict.get("before", {})
+        numbers = isinstance(before, dict) and all(
+            isinstance(name, str) and isinstance(value, float) for name, value in before.items()
+        )
+        is_list = isinstance(reference, torch.Tensor) and reference.dim() == 1
+        if not numbers or not (is_list or reference is None):
+            raise UserError("the checkpoint's state of Retention is not one that a run writes.")
+        self._reference, self.before = reference, before
 
     def _measure(self, module: LoraModule) -> dict[str, float]:
         if _has_loss(module):

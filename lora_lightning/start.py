@@ -20,7 +20,8 @@ from .config import (
     CONFIG_NAME,
     compose_config,
     explain,
-    read_config,
+    not_a_runs,
+    read_run_config,
     refuse_untyped,
     register_schemas,
     settings_of,
@@ -346,7 +347,7 @@ def _resume(folder: str, others: list[str]) -> None:
             f"resume={folder} is not the folder of a run: it holds no .hydra/config.yaml. Give the "
             "output_dir of a run that stopped."
         )
-    config = read_config(saved)
+    config = read_run_config(saved)
     from .train import train
 
     if _is_complete(run_dir):
@@ -362,6 +363,10 @@ def _resume(folder: str, others: list[str]) -> None:
                 config.trainer[key] = asked.trainer[key]
         if any(other.startswith("data.num_workers=") for other in others):
             config.data.num_workers = asked.data.num_workers
+    try:
+        settings_of(config)
+    except UserError as error:
+        raise not_a_runs(saved, error) from None
     train(config, resume=True)
 
 

@@ -48,6 +48,7 @@ from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
 from .precision import chosen_for_the_user, fast_products, with_precision
 from .quiet import quiet_libraries
+from .restoring import refuse_unfit
 from .retention import Retention
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
@@ -247,10 +248,14 @@ def _run(
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
         _refuse_other_places(callbacks, run_dir)
-        step = content["global_step"]
-        continue_csv(trainer, step)
-        if trainer.is_global_zero:
-            print(f"goes on from step {step} ({checkpoint.name})", flush=True)
+        step, name = content["global_step"], checkpoint.name
+
+        def go_on() -> None:
+            continue_csv(trainer, step)
+            if trainer.is_global_zero:
+                print(f"goes on from step {step} ({name})", flush=True)
+
+        refuse_unfit(trainer, content, checkpoint, then=go_on)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt

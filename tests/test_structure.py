@@ -66,7 +66,8 @@ ALLOWED = {
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
-    | {"memory", "retention", "losses", "__init__"},
+    | {"memory", "restoring", "retention", "losses", "__init__"},
+    "restoring": {"lora", "atomic_write", "checkpoint"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
@@ -119,6 +120,7 @@ ONLY_IN = {
         "losses",
         "data/datamodule",
         "callbacks",
+        "restoring",
         "retention",
         "outcome",
         "train",
