@@ -156,6 +156,22 @@ def compose_config(overrides: list[str]) -> DictConfig:
         raise UserError(explain(error, chosen)) from None
 
 
+def sweep_dir_of(overrides: list[str]) -> str:
+    """The folder that a sweep with these overrides writes to.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            config = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+            return str(config.hydra.sweep.dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
 def sweep_choices(overrides: list[str]) -> list[list[str]]:
     """Overrides without sweeps in which every choice of every sweep comes up at least once."""
     try:
@@ -419,9 +435,12 @@ def read_config(path: Path) -> DictConfig:
         raise UserError(f"cannot read {path}: {error}.") from None
     except Exception as error:  # yaml errors have no common base that is worth importing
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(config, DictConfig) or any(key.name not in config for key in fields(Schema)):
+    names = [key.name for key in fields(Schema)]
+    if not isinstance(config, DictConfig) or not config.keys() >= set(names):
+        of = config.keys() if isinstance(config, DictConfig) else ()
         raise UserError(
-            f"{path} is not the config of a run, or it is damaged. If it is of a job of a sweep, "
+            f"{path} is not the config of a run, or it is damaged (it has no "
+            f"{next(name for name in names if name not in of)}). If it is of a job of a sweep, "
             "run the sweep's command again, which writes it again."
         )
     return config

@@ -26,11 +26,12 @@ from .config import (
     register_schemas,
     settings_of,
     sweep_choices,
+    sweep_dir_of,
 )
-from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
 from .lora.outputs import made_folder
+from .settings import SWEEP
 from .terminal import say
 from .usage import FULL_ERROR
 
@@ -84,9 +85,19 @@ def start(arguments: list[str]) -> None:
         from .launch.folder import sweep_folder
 
         overrides += sweep_folder(overrides)
+        place = Path(sweep_dir_of([*choice, *_hydras(overrides)]))
+        if place.is_dir() and any(place.iterdir()):
+            from .earlier import refuse_others_sweep
+
+            refuse_others_sweep(place)
         run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
     else:
         _run(overrides, config, goes_on=goes_on)
+
+
+def _hydras(overrides: list[str]) -> list[str]:
+    """Overrides of where a sweep goes, which are no part of a choice in it."""
+    return [item for item in overrides if item.lstrip("+").startswith("hydra.sweep.dir=")]
 
 
 def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> None:

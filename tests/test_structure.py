@@ -74,7 +74,7 @@ ALLOWED = {
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
     "report": {"lora", "config", "lock", "logs", "terminal", "atomic_write", "untrusted"},
-    "launch": FOUNDATION | {"config", "report", "lock", "logs", "signals", "terminal"},
+    "launch": FOUNDATION | {"config", "earlier", "report", "lock", "logs", "signals", "terminal"},
     "written": {"lora", "storage"},
     "inference": RUN_SIDE | {"lock", "written"},
     "chat": RUN_SIDE | {"inference"},
