@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError
+from .lora.outputs import expanded
 from .module import LoraModule
 from .tasks import IGNORE, to_device
 
@@ -55,7 +55,7 @@ class Retention(Callback):
     def _read(self) -> list[str]:
         assert self.texts is not None
         option = "callbacks.retention.texts"
-        rows = load_rows(option, Path(self.texts).expanduser())
+        rows = load_rows(option, expanded(self.texts, option))
         column = next((name for name in COLUMNS if name in rows.column_names), None)
         if column is None:
             raise UserError(

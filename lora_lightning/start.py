@@ -30,7 +30,7 @@ from .config import (
 )
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
-from .lora.outputs import made_folder
+from .lora.outputs import expanded, made_folder
 from .settings import SWEEP
 from .terminal import say
 from .usage import FULL_ERROR
@@ -86,6 +86,8 @@ def start(arguments: list[str]) -> None:
 
         overrides += sweep_folder(overrides)
         place = Path(sweep_dir_of([*choice, *_hydras(overrides)]))
+        if os.path.lexists(place) and not place.is_dir():
+            raise UserError(f"hydra.sweep.dir={place} is no folder: give another.")
         if place.is_dir() and any(place.iterdir()):
             from .earlier import refuse_others_sweep
 
@@ -334,7 +336,7 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 
 
 def _resume(folder: str, others: list[str]) -> None:
-    run_dir = Path(folder).expanduser().resolve()
+    run_dir = expanded(folder, "resume").resolve()
     typed = [other for other in others if re.search(TYPED_AGAIN, other)]
     others = [other for other in others if other not in typed]
     _refuse_settings(folder, others)
