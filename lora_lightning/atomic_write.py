@@ -28,6 +28,7 @@ _FAULTS = {
     errno.EFBIG: "a file may not grow so large here",
     errno.ENAMETOOLONG: "a name is too long",
     errno.ELOOP: "links lead round in a ring",
+    errno.EEXIST: "something else stands there",
     errno.ENOTDIR: "a file stands where a folder is meant",
 }
 _OF_RUST = re.compile(r"\(os error (\d+)\)")

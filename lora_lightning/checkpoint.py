@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,10 +107,13 @@ def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
     """
     for key, state in states.items():
         if not isinstance(state, dict):
-            continue
+            return f"the state of {key} is no mapping"
         best = state.get("best_k_models", {})
         if not isinstance(best, dict):
             return "it has no list of the best checkpoints"
+        scores = [*best.values(), *(state.get(name) for name in _SCORES)]
+        if not all(score is None or is_number(score, or_nan=True) for score in scores):
+            return f"{key} holds a score that is no number"
         named = [*best, *(state.get(name) for name in ("best_model_path", "kth_best_model_path"))]
         refused = [(path, r"last.*") for path in named]
         refused += [(state.get("last_model_path"), re.escape(PREVIOUS))]
@@ -130,6 +136,72 @@ def _is_own(path: str, run_dir: Path) -> bool:
     return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
 
 
+def unlike(saved: Any, own: Any, where: str, *, strict: bool = False) -> str | None:
+    """Say how a saved state differs in form from one of the same kind; None where it does not.
+
+    What is None in the one to compare with may become anything later, so it is not compared.
+
+    Args:
+        saved: plain values and tensors, nested.
+        own: what the run itself would save before its first step.
+        where: their name, for the message.
+        strict: whether a mapping may have no other keys.
+    """
+    if own is None:
+        return None
+    parts: list[tuple[Any, Any, str]] = []
+    problem = _unlike_itself(saved, own, strict=strict)
+    if problem is not None:
+        return f"{where} {problem}"
+    if isinstance(own, dict):
+        parts = [(saved[name], own[name], f"{where}.{name}") for name in own if name in saved]
+    elif isinstance(own, (list, tuple)):
+        parts = [(saved[i], own[i], f"{where}.{i}") for i in range(len(own))]
+    return next((told for part in parts if (told := unlike(*part, strict=strict))), None)
+
+
+def _unlike_itself(saved: Any, own: Any, *, strict: bool) -> str | None:
+    """What `unlike` says of a value, without those in it."""
+    problem: str | None = None
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            problem = "is no mapping"
+        elif others := [name for name in saved if name not in own] if own and strict else []:
+            problem = f"holds {str(others[0])[:100]!r}, which no run writes"
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
+            problem = f"is no list of {len(own)}"
+    elif isinstance(own, (bool, str)):
+        if type(saved) is not type(own):
+            problem = f"is {_shown(saved)}"
+    elif isinstance(own, Tensor) and own.dim():
+        if not isinstance(saved, Tensor) or saved.shape != own.shape:
+            problem = f"is no tensor of shape {tuple(own.shape)}"
+    elif not is_number(saved, whole=isinstance(own, int)):
+        problem = f"is {_shown(saved)}, not a {'whole ' * isinstance(own, int)}number"
+    return problem
+
+
+def is_number(value: Any, *, whole: bool = False, or_nan: bool = False) -> bool:
+    """Whether a saved value, or a tensor of one, is a real number that fits its arithmetic.
+
+    Args:
+        value: of a checkpoint.
+        whole: whether it must be an integer.
+        or_nan: whether it may be NaN.
+    """
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    if isinstance(value, float):
+        return not whole and (or_nan or not math.isnan(value))
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {' '.join(repr(value).split())[:100]}"
+
+
+_SCORES = ("best_model_score", "current_score", "kth_value")
 _KINDS = {
     "epoch": int,
     "global_step": int,
@@ -174,18 +246,59 @@ def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in optimizer.param_groups]:
             return f"it has groups of {sizes} tensors"
-        if not all(isinstance(group["lr"], (int, float, Tensor)) for group in groups):
+        if not all(is_number(group["lr"]) for group in groups):
             return "a learning rate is no number"
+        own = optimizer.state_dict()["param_groups"]
+        problems = [unlike(groups[n], own[n], f"group {n}") for n in range(len(own))]
+        kept = {n: _kept_by(optimizer, n) for n in {p.dim() for p in parameters}}
         for index, state in states.items():
-            for name, value in state.items():
-                shape = parameters[index].shape
-                if name in _MOMENTS and value is not None and value.shape != shape:
-                    return f"{name} of tensor {index} is {tuple(value.shape)}, not {tuple(shape)}"
-                if isinstance(value, Tensor) and not value.isfinite().all():
-                    return f"{name} of tensor {index} holds values that are not finite"
+            parameter = parameters[index]
+            problems.append(_unfit_state(state, parameter, kept[parameter.dim()], index))
+        return next((problem for problem in problems if problem), None)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _unfit_state(
+    state: dict[str, Any], parameter: Tensor, kept: dict[str, Any], index: Any
+) -> str | None:
+    """How what an optimizer keeps of a tensor differs from what it would keep of it."""
+    shape = tuple(parameter.shape)
+    if lost := kept.keys() - state.keys():
+        return f"{min(lost)} of tensor {index} is absent"
+    for name, value in state.items():
+        expected = kept.get(name)
+        if isinstance(expected, Tensor) and not _is_like(value, expected):
+            return f"{name} of tensor {index} is {_shown(value)}"
+        if name in _MOMENTS and value is not None and value.shape != shape:
+            return f"{name} of tensor {index} is {tuple(value.shape)}, not {shape}"
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            return f"{name} of tensor {index} holds values that are not finite"
+    return None
+
+
+def _is_like(value: Any, expected: Tensor) -> bool:
+    """Whether a saved value is a tensor of the same kind of number, and one where that is one."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point() == expected.is_floating_point()
+        and (expected.dim() > 0 or value.numel() == 1)
+    )
+
+
+def _kept_by(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any]:
+    """What an optimizer keeps of a tensor, by a step of one like it on a tensor of one zero."""
+    probe = copy.copy(optimizer)
+    tensor = torch.nn.Parameter(torch.zeros([1] * dimensions))
+    tensor.grad = torch.zeros([1] * dimensions)
+    probe.param_groups = [{**optimizer.param_groups[0], "params": [tensor], "fused": None}]
+    probe.state = defaultdict(dict)
+    try:
+        probe.step()
+    except Exception:  # one that wants more than gradients
+        return {}
+    return dict(probe.state[tensor])
 
 
 def _damaged(path: Path, error: Exception) -> Damaged:

@@ -206,7 +206,7 @@ def _report(arguments: list[str]) -> None:
         )
     from .report import report
 
-    report(Path(arguments[0]).expanduser())
+    report(_expanded(arguments[0], "report"))
 
 
 def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
@@ -220,9 +220,12 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
 
     config = over_saved(read_sidecar(folder)["settings"], overrides)
     from .evaluate import evaluate
+    from .written import refuse_other_file
 
     writes = "output" in plain and cluster.tells()  # of several processes the first
-    output = Path(plain["output"]) if writes else None
+    output = _expanded(plain["output"], "output") if writes else None
+    if output is not None:
+        refuse_other_file(output, by="evaluate", sources=_data_of(config))
     with locked_output(output):
         metrics = evaluate(folder, config)
         print(json.dumps(metrics, indent=2))
@@ -252,8 +255,8 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
         found = predict_text(predictor, plain["text"])
         print(printable(json.dumps(found, ensure_ascii=False, indent=2), json=True))
         return
-    output = Path(plain["output"]) if "output" in plain else None
-    count = predict_file(predictor, Path(plain["input"]), output)
+    output = _expanded(plain["output"], "output") if "output" in plain else None
+    count = predict_file(predictor, _expanded(plain["input"], "input"), output)
     if output is not None:
         print(f"{count} rows -> {output}")
 
@@ -282,7 +285,7 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     from .inference import merge, quantisation_gap
     from .storage import belongs_to_quantised
 
-    output = Path(plain["output"]).expanduser()
+    output = _expanded(plain["output"], "output")
     gap = merge(folder, output, model=changes)
     print(f"merged model: {output}")
     kind, beside = changes.get("quantization"), ""
@@ -318,7 +321,7 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
 
     folder = source
     if "output" in plain:
-        folder = Path(plain["output"]).expanduser()
+        folder = _expanded(plain["output"], "output")
         if form == "canonical":
             rank, rounding = write_canonical(source, folder)
             print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
@@ -344,7 +347,7 @@ def _import(plain: dict[str, str], overrides: list[str]) -> None:
     parts = _listed(plain.get("parts", "q,k,v"))
     from .imported import import_adapter
 
-    source, output = (Path(plain[key]).expanduser() for key in ("source", "output"))
+    source, output = (_expanded(plain[key], key) for key in ("source", "output"))
     module = import_adapter(source, output, overrides, alpha=alpha, parts=parts)
     print(f"new adapter: {output}")
     if module.adapter is not None:
@@ -378,17 +381,18 @@ def _combine(plain: dict[str, str], others: list[str]) -> None:
         weights = [_number(part, float, "weights") for part in _listed(plain["weights"])]
     from .combine import combine_adapters
 
-    folders = [Path(folder).expanduser() for folder in _listed(plain["adapter"])]
+    folders = [_expanded(folder, "adapter") for folder in _listed(plain["adapter"])]
+    output = _expanded(plain["output"], "output")
     method = plain.get("method", "cat")
     gap = combine_adapters(
         folders,
-        plain["output"],
+        output,
         weights=weights,
         method=method,
         whole=plain.get("whole", "same"),
         **numbers,
     )
-    print(f"new adapter: {plain['output']}")
+    print(f"new adapter: {output}")
     print(f"off the weighted sum of the updates by {gap:.3g} of its norm")
 
 
@@ -411,7 +415,23 @@ def _need(plain: dict[str, str], key: str, verb: str) -> Path:
 
     if not plain.get(key):
         raise UserError(f"{verb} needs {key}=DIR: the adapter folder of a run (<run>/adapter).")
-    return Path(plain[key]).expanduser()
+    return _expanded(plain[key], key)
+
+
+def _expanded(path: str, setting: str) -> Path:
+    from .lora.outputs import expanded
+
+    return expanded(path, setting)
+
+
+def _data_of(config: Any) -> list[Path]:
+    """The files and folders that an evaluation reads data from."""
+    data = config.data
+    given = [getattr(data, key) for key in ("test", "train", "val", "path")]
+    named = [
+        item for value in given for item in ([value] if isinstance(value, str) else value or ())
+    ]
+    return [_expanded(str(item), "data") for item in named]
 
 
 def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) -> None:
@@ -420,7 +440,7 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) 
 
     if "output" not in plain:
         return
-    output = Path(plain["output"]).expanduser()
+    output = _expanded(plain["output"], "output")
     if not output.resolve().parent.is_dir():
         raise UserError(f"output={output}: its folder does not exist. Make it first.")
     if output.is_dir():
@@ -432,8 +452,8 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) 
         )
     from .written import refuse_other_file
 
-    source = Path(plain["input"]) if "input" in plain else None
-    refuse_other_file(output, by=by, source=source)
+    sources = [_expanded(plain[key], key) for key in ("input", "adapter") if key in plain]
+    refuse_other_file(output, by=by, sources=sources)
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -229,6 +229,22 @@ def compose_config(overrides: list[str]) -> DictConfig:
     return config
 
 
+def sweep_dir_of(overrides: list[str]) -> str:
+    """The folder that a sweep with these overrides writes to.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with primary.initialized():
+            config = compose(primary.name, overrides=overrides, return_hydra_config=True)
+            return str(config.hydra.sweep.dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
 def sweep_choices(overrides: list[str]) -> list[list[str]]:
     """Overrides without sweeps in which every choice of every sweep comes up at least once."""
     try:
@@ -529,12 +545,51 @@ def read_config(path: Path) -> DictConfig:
         UserError: the file is absent or broken.
     """
     config = read_yaml(path)
-    if not isinstance(config, DictConfig) or any(key.name not in config for key in fields(Schema)):
+    names = [key.name for key in fields(Schema)]
+    if not isinstance(config, DictConfig) or not config.keys() >= set(names):
+        of = config.keys() if isinstance(config, DictConfig) else ()
         raise UserError(
-            f"{path} is not the config of a run, or it is damaged. If it is of a job of a sweep, "
+            f"{path} is not the config of a run, or it is damaged (it has no "
+            f"{next(name for name in names if name not in of)}). If it is of a job of a sweep, "
             "run the sweep's command again, which writes it again."
         )
     return config
+
+
+def read_run_config(path: Path) -> DictConfig:
+    """A config that a run saved, each value of our own groups with the type that it has there.
+
+    Raises:
+        UserError: the file is absent or broken, or a value is of another kind.
+    """
+    config = read_config(path)
+    schema = OmegaConf.structured(Schema)
+    try:
+        for group in (*OWN_GROUPS, "trainer", "logger", "callbacks"):
+            if not isinstance(config[group], DictConfig):
+                raise UserError(f"{group} is no mapping")
+        name = config.task.get("name")
+        if not isinstance(name, str) or name not in TASK_CONFIGS:
+            raise UserError(f"task.name={name}: there is no such task")
+        schema.task = OmegaConf.structured(TASK_CONFIGS[name])
+        merged = OmegaConf.merge(schema, config)
+    except Exception as error:
+        raise not_a_runs(path, error) from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def not_a_runs(path: Path, error: Exception) -> UserError:
+    """What to tell where a value in the config that a run saved is of another kind.
+
+    Args:
+        path: the file.
+        error: what its value led to.
+    """
+    where = re.search(r"full_key: (\S+)", str(error))
+    told = explain(error).partition(" full_key:")[0].rstrip(".")[:600]
+    key = f"{where[1]}: " if where and where[1] not in told else ""
+    return UserError(f"{path} does not hold what a run saves: {key}{told or repr(error)}.")
 
 
 def read_overrides(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .atomic_write import is_debris
 from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
 from .config import config_hash, read_config
 from .logs import read_json, read_metrics, tell_damaged
 from .lora import UserError
+from .settings import LOG, MULTIRUN, SWEEP
 from .storage import HYDRA, OWN_ENTRIES, RESULT
 from .terminal import command, say
 
 CHECKPOINTS = "checkpoints"
+_SHOWN = 8
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -88,14 +91,73 @@ def refuse_used_folder(run_dir: Path) -> None:
             f"{run_dir} holds a run already. To go on with it: {command('train', resume=run_dir)}. "
             "For a new run give another output_dir."
         )
-    names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
-    # A start that was killed before the run began leaves its config.
-    lost = [name for name in names if name != HYDRA or not holds_run(run_dir)]
-    if lost:
+    if lost := _lost(run_dir):
         raise UserError(
             f"{run_dir} holds {', '.join(lost)}, where a run writes files of its own. Give another "
             "output_dir, or move them away."
         )
+
+
+def _lost(run_dir: Path) -> list[str]:
+    """What a folder without a run that has begun holds under names that a run writes."""
+    names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
+    # A start that was killed before the run began leaves its config.
+    return [name for name in names if name != HYDRA or not holds_run(run_dir)]
+
+
+def refuse_others_sweep(sweep_dir: Path) -> None:
+    """Raises UserError if a folder holds files that a sweep would replace, or write through a link.
+
+    The jobs of the same sweep may be there, and what it has not to do with.
+    """
+    if not sweep_dir.is_dir():
+        return
+    lost = [MULTIRUN] if _is_others_multirun(sweep_dir / MULTIRUN) else []
+    if _is_filled(sweep_dir / SWEEP) and not isinstance(
+        read_json(sweep_dir / SWEEP).get("overrides"), list
+    ):
+        lost.append(SWEEP)
+    for job in sorted(sweep_dir.iterdir()):
+        if re.fullmatch(r"\d+", job.name):
+            lost += [f"{job.name}/{name}".rstrip("/") for name in lost_to_job(job)]
+    if lost:
+        more = len(lost) - _SHOWN
+        raise UserError(
+            f"hydra.sweep.dir={sweep_dir} holds what this sweep did not write. This would be lost: "
+            f"{', '.join(lost[:_SHOWN])}{f' and {more} more' if more > 0 else ''}. Give another "
+            "folder, or move these away."
+        )
+
+
+def lost_to_job(run_dir: Path) -> list[str]:
+    """What a job of a sweep would replace in its folder, or write through a link; "" is the folder.
+
+    Args:
+        run_dir: the job's folder.
+    """
+    if run_dir.is_symlink() or (os.path.lexists(run_dir) and not run_dir.is_dir()):
+        return [""]
+    log = run_dir / LOG
+    lost = [LOG] if log.is_symlink() else []
+    if _has_begun(run_dir) or not run_dir.is_dir():
+        return lost
+    lost += _lost(run_dir)
+    if _is_filled(log) and not lost and not holds_run(run_dir):
+        lost.append(LOG)
+    return lost
+
+
+def _is_others_multirun(path: Path) -> bool:
+    """Whether Hydra's file of a sweep is a link, or was not written by Hydra."""
+    if path.is_symlink():
+        return True
+    if not os.path.lexists(path):
+        return False
+    try:
+        found = OmegaConf.load(path)
+        return not (isinstance(found, DictConfig) and {"hydra", "output_dir"} <= found.keys())
+    except Exception:  # yaml errors have no common base that is worth importing
+        return True
 
 
 def _is_filled(path: Path) -> bool:

@@ -182,7 +182,7 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
         UserError: a row has no text, or the output cannot be written, or is of something else.
     """
     if output is not None:
-        refuse_other_file(output, by="predict", source=source)
+        refuse_other_file(output, by="predict", sources=[source])
     rows = load_rows("input", source)
     task = predictor.module.task
     task.find_inputs(rows.column_names)

@@ -73,7 +73,8 @@ def locked_output(output: Path | None, *, patience: float = 10.0) -> Iterator[No
         patience: seconds; processes that were killed take a moment to end.
 
     Raises:
-        UserError: another process writes it, or its folder cannot be written.
+        UserError: another process writes it, its folder cannot be written, or a file of something
+            else has the lock's name.
     """
     if output is None:
         yield
@@ -84,12 +85,18 @@ def locked_output(output: Path | None, *, patience: float = 10.0) -> Iterator[No
         f"output={output} is being written by another process. Wait for it, or give another file: "
         "output=FILE."
     )
-    with _held(lock, busy=busy, patience=patience):
+    if lock.is_file() and lock.stat().st_size:
+        raise UserError(
+            f"{lock} is not empty, so it is not a lock of ours, which would be removed. Move it "
+            "away, or give another file: output=FILE."
+        )
+    with _held(lock, busy=busy, patience=patience) as handle:
         try:
             yield
         finally:
             with suppress(OSError):
-                lock.unlink()
+                if _is_at(handle, lock) and not lock.stat().st_size:  # nobody has written to it
+                    lock.unlink()
 
 
 def is_abandoned(folder: Path) -> bool:

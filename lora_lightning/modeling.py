@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cpu import prepare_for_cpu
 from .lora.errors import UserError
 from .lora.match import head_modules
+from .lora.outputs import expanded
 from .parallel import Shards, loading_options, take_whole, whole
 from .quantization import quantization_options, refuse_plain_weights, train_in_one_format
 from .settings import ModelConfig
@@ -52,7 +53,7 @@ def resolve(
         UserError: the folder or the package does not exist.
     """
     in_package = name_or_path.startswith(PACKAGE_SCHEME)
-    path = _in_package(name_or_path, option) if in_package else Path(name_or_path).expanduser()
+    path = _in_package(name_or_path, option) if in_package else expanded(name_or_path, option)
     if path.is_dir():
         if not any((path / marker).is_file() for marker in markers):
             raise UserError(

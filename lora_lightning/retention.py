@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError
+from .lora.outputs import expanded
 from .module import LoraModule
 from .tasks import IGNORE, to_device
 
@@ -55,7 +55,7 @@ class Retention(Callback):
     def _read(self) -> list[str]:
         assert self.texts is not None
         option = "callbacks.retention.texts"
-        rows = load_rows(option, Path(self.texts).expanduser())
+        rows = load_rows(option, expanded(self.texts, option))
         column = next((name for name in COLUMNS if name in rows.column_names), None)
         if column is None:
             raise UserError(
@@ -90,8 +90,19 @@ class Retention(Callback):
         return {"reference": self._reference, "before": self.before} if self.before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._reference = state_dict.get("reference")
-        self.before = state_dict.get("before", {})
+        """Takes over what a checkpoint says of the model before training.
+
+        Raises:
+            UserError: it is no list of similarities, or a metric is no number.
+        """
+        reference, before = state_dict.get("reference"), state_dict.get("before", {})
+        numbers = isinstance(before, dict) and all(
+            isinstance(name, str) and isinstance(value, float) for name, value in before.items()
+        )
+        is_list = isinstance(reference, torch.Tensor) and reference.dim() == 1
+        if not numbers or not (is_list or reference is None):
+            raise UserError("the checkpoint's state of Retention is not one that a run writes.")
+        self._reference, self.before = reference, before
 
     def _measure(self, module: LoraModule) -> dict[str, float]:
         if _has_loss(module):

@@ -14,6 +14,10 @@ from .lora.errors import UserError, did_you_mean
 
 PAUSE = "pause.json"
 """In the folder of a sweep's job: the share of its steps at which it pauses (halving)."""
+SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
+"""In a sweep's folder: what was swept and how it ended; and what Hydra writes of it."""
+LOG = "log.txt"
+"""In a job's folder: what its process prints."""
 OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 """Groups of the config that are ours, of plain values; they are kept with an adapter."""
 QUANTIZATIONS = ("nf4", "int8")

@@ -19,19 +19,21 @@ from .config import (
     compose_config,
     direction,
     explain,
-    read_config,
+    not_a_runs,
+    read_run_config,
     read_yaml,
     refuse_untyped,
     register_schemas,
     settings_of,
     sweep_choices,
+    sweep_dir_of,
 )
-from .launch.folder import SWEEP
 from .launch.queue import OWN_CONFIG
 from .lora.errors import UserError, did_you_mean
-from .lora.outputs import made_folder
+from .lora.outputs import expanded, made_folder
 from .paths import anchor, refuse_absent
 from .presets import primary, search_override, searched, with_presets
+from .settings import SWEEP
 from .terminal import say
 from .usage import FULL_ERROR
 
@@ -95,9 +97,21 @@ def start(arguments: list[str]) -> None:
         from .launch.folder import sweep_folder
 
         overrides += sweep_folder(overrides)
+        place = Path(sweep_dir_of([*choice, *_hydras(overrides)]))
+        if os.path.lexists(place) and not place.is_dir():
+            raise UserError(f"hydra.sweep.dir={place} is no folder: give another.")
+        if place.is_dir() and any(place.iterdir()):
+            from .earlier import refuse_others_sweep
+
+            refuse_others_sweep(place)
         run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
     else:
         _run(overrides, config, goes_on=goes_on)
+
+
+def _hydras(overrides: list[str]) -> list[str]:
+    """Overrides of where a sweep goes, which are no part of a choice in it."""
+    return [item for item in overrides if item.lstrip("+").startswith("hydra.sweep.dir=")]
 
 
 def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> None:
@@ -359,7 +373,7 @@ def environment(name: str, value: str | None) -> Iterator[None]:
 
 
 def _resume(folder: str, others: list[str]) -> None:
-    run_dir = Path(folder).expanduser().resolve()
+    run_dir = expanded(folder, "resume").resolve()
     typed = [other for other in others if re.search(TYPED_AGAIN, other)]
     others = [other for other in others if other not in typed]
     _refuse_settings(folder, others)
@@ -383,7 +397,7 @@ def _resume(folder: str, others: list[str]) -> None:
             f"resume={folder} is not the folder of a run: it holds no .hydra/config.yaml. Give the "
             "output_dir of a run that stopped."
         )
-    config = read_config(saved)
+    config = read_run_config(saved)
     from .train import train
 
     if _is_complete(run_dir):
@@ -401,6 +415,10 @@ def _resume(folder: str, others: list[str]) -> None:
             config.data.num_workers = asked.data.num_workers
         if OWN_CONFIG not in os.environ:
             refuse_untyped(config, typed, f"resume={folder}")  # of a preset beside the run
+    try:
+        settings_of(config)
+    except UserError as error:
+        raise not_a_runs(saved, error) from None
     train(config, resume=True)
 
 

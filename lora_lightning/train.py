@@ -50,6 +50,7 @@ from .module import LoraModule
 from .outcome import baseline, log_hparams, measured, print_result
 from .precision import chosen_for_the_user, fast_products, with_precision
 from .quiet import quiet_libraries
+from .restoring import refuse_unfit
 from .retention import Retention
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
@@ -287,9 +288,13 @@ def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> No
     check_resumable(content, checkpoint)
     _refuse_other_places(trainer.callbacks, run_dir)  # type: ignore[attr-defined]
     step = content["global_step"]
-    continue_csv(trainer, step)
-    if trainer.is_global_zero:
-        print(f"goes on from step {step} ({checkpoint.name})", flush=True)
+
+    def go_on() -> None:
+        continue_csv(trainer, step)
+        if trainer.is_global_zero:
+            print(f"goes on from step {step} ({checkpoint.name})", flush=True)
+
+    refuse_unfit(trainer, content, checkpoint, then=go_on)
 
 
 def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:

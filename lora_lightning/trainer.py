@@ -83,7 +83,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         )
     except Exception as error:
         # Lightning's MisconfigurationException is a plain Exception with no base of its own.
-        told = isinstance(error, (TypeError, ValueError, RuntimeError))
+        told = isinstance(error, (TypeError, ValueError, RuntimeError, AttributeError, LookupError))
         if not told and type(error).__name__ != "MisconfigurationException":
             raise
         said = str(error).rstrip(".!")

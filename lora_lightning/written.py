@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ _LONGEST = 2**26
 """Bytes of a file that are looked at."""
 
 
-def refuse_other_file(output: Path, *, by: str, source: Path | None = None) -> None:
+def refuse_other_file(output: Path, *, by: str, sources: Iterable[Path] = ()) -> None:
     """Refuse a place for a file where another's would be lost.
 
     What the command itself has written there may be replaced.
@@ -24,15 +25,16 @@ def refuse_other_file(output: Path, *, by: str, source: Path | None = None) -> N
     Args:
         output: the file.
         by: predict or evaluate.
-        source: what the command reads.
+        sources: what the command reads.
 
     Raises:
         UserError: it is what the command reads, lies among a run's own files, or was written by
             something else.
     """
     refuse_run(output)
-    source = None if source is None else source.expanduser()
-    if source is not None and source.exists():
+    for source in sources:
+        if not source.exists():
+            continue
         if output.exists() and os.path.samefile(output, source):
             raise UserError(f"output={output} is what {by} reads: give another file.")
         if source.resolve() in output.resolve().parents:

@@ -544,9 +544,14 @@ def test_the_same_command_goes_on_or_begins(settings, stopped, tmp_path):
 
 def test_lightning_still_has_what_is_replaced():
     """Its handler of SIGTERM broadcasts within the handler, and at every step: see signals.py."""
+    from lightning.pytorch.loops.fit_loop import _FitLoop
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+    from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    assert callable(_CheckpointConnector._restore_modules_and_callbacks)  # see restoring.py
+    assert callable(_CheckpointConnector.restore_training_state)
+    assert callable(_FitLoop._load_combined_loader_states)
 
 
 def test_a_lock_is_free_when_its_process_is_gone(tmp_path):

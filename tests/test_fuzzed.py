@@ -1,26 +1,36 @@
-"""Files of any content as data: our own error comes out, or rows.
+"""Files of any content: as data, and in the folder of a run. Our own error comes out, or a result.
 
 FUZZ=1 tries other content in each run; the failing example and how to run it again are printed.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
+import math
 import shutil
 from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from fuzz import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from omegaconf import OmegaConf
 
+from lora_lightning.config import compose_config
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
 from lora_lightning.modeling import load_tokenizer
 from lora_lightning.settings import DataConfig, ModelConfig
 from lora_lightning.tasks import build_task
+from lora_lightning.train import train
 
 VALUES = st.recursive(
     st.none()
@@ -82,3 +92,187 @@ def test_files_of_any_content(file, task, tokenizer, tmp_path_factory):
         next(iter(data.train_dataloader()))
     assert {each.name for each in folder.iterdir()} <= {path.name, "cache"}
     shutil.rmtree(folder)
+
+
+# The folder of a run, on resume ------------------------------------------------------------------
+
+OTHERS = st.one_of(
+    st.sampled_from(["absent", "more"]),
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 2**40, 10**30, 1.5, math.nan, "x", "", "~nouser/x", "${seed}", "???"]),
+    st.builds(list),
+    st.builds(dict),
+    st.just([1]),
+    st.just({"a": 1}),
+)
+IN_TENSORS = st.sampled_from([torch.zeros(2), torch.tensor(math.nan), torch.zeros(1).long()])
+
+
+def places(node, path=()):
+    """Keys that lead to each part of nested mappings and lists."""
+    parts = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, part in parts:
+        yield (*path, key)
+        if isinstance(part, (dict, list)):
+            yield from places(part, (*path, key))
+
+
+def forged(content, place, value):
+    """A copy of nested mappings and lists, with another value at a place."""
+    content = copy.deepcopy(content)
+    *path, last = place
+    node = content
+    for key in path:
+        node = node[key]
+    if isinstance(value, str) and value == "absent":
+        del node[last]
+    elif isinstance(value, str) and value == "more" and isinstance(node[last], dict):
+        node[last]["step"] = "x"
+    else:
+        node[last] = value
+    return content
+
+
+class Reached(UserError):
+    """What is restored was taken for a run's."""
+
+
+@pytest.fixture(scope="module")
+def begun(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
+    """A run that was stopped after its first epoch, as its files say."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    config = compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"])
+    train(config)
+    (folder / ".hydra").mkdir()
+    config.trainer.max_epochs = 2
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    (folder / "result.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def stops_when_restored(monkeypatch):
+    """Ends a run where its first batch would be trained on; the error of the batch is its own."""
+
+    def advance(self, data_fetcher):
+        next(data_fetcher)
+        raise Reached("reached")
+
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", advance)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=60)
+@given(data=st.data())
+def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
+    last = begun / "checkpoints" / "last.ckpt"
+    whole = torch.load(last, weights_only=True)
+    kinds = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "rows", "epoch")
+    kind = data.draw(st.sampled_from(kinds))
+    part = {kind: whole[kind]["fit_loop"] if kind == "loops" else whole[kind]}
+    place = data.draw(st.sampled_from(list(places(part))))
+    value = data.draw(OTHERS | IN_TENSORS)
+    run = tmp_path_factory.mktemp("forged") / "run"
+    shutil.copytree(begun, run)
+    target = (kind, "fit_loop", *place[1:]) if kind == "loops" else place
+    torch.save(forged(whole, target, value), run / "checkpoints" / "last.ckpt")
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert "reached" in err or "last.ckpt" in err
+    shutil.rmtree(run.parent)
+
+
+@pytest.mark.slow
+@settings(FUZZ, max_examples=60)
+@given(data=st.data())
+def test_forged_config_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
+    whole = OmegaConf.to_container(OmegaConf.load(begun / ".hydra" / "config.yaml"), resolve=False)
+    place = data.draw(st.sampled_from([each for each in places(whole) if each != ("output_dir",)]))
+    run = tmp_path_factory.mktemp("forged") / "run"
+    shutil.copytree(begun, run)
+    content = forged(whole, place, data.draw(OTHERS))
+    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(content))
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert str(place[0]) in err or "reached" in err
+    assert (
+        "config.yaml" in err or place[0] in ("trainer", "logger", "callbacks") or "reached" in err
+    )
+    shutil.rmtree(run.parent)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("callbacks/RunClock/seconds", "x", "RunClock.seconds is str 'x', not a number"),
+        ("callbacks/RunClock/tokens", -1, "tells of"),
+        ("callbacks/EarlyStopping*/wait_count", [1], "wait_count is list [1]"),
+        ("callbacks/EarlyStopping*/wait_count", "absent", "KeyError: 'wait_count'"),
+        ("callbacks/EarlyStopping*/best_score", math.nan, "best_score is float nan"),
+        ("callbacks/EarlyStopping*", [], "is no mapping"),
+        ("callbacks/BestCheckpoint*/current_score", "x", "a score that is no number"),
+        ("loops/fit_loop/epoch_progress/current/ready", -1, "epoch_progress.current counts"),
+        ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total holds 'step'"),
+        ("loops/fit_loop/state_dict/combined_loader", [{"batches": "x"}], "batches is str 'x'"),
+        ("lr_schedulers/0/last_epoch", 1.5, "last_epoch is float 1.5, not a whole number"),
+        ("lr_schedulers/0/base_lrs", [0.1], "base_lrs is no list of 2"),
+        ("lr_schedulers/0/step", "x", "holds 'step', which no run writes"),
+        ("optimizer_states/0/param_groups/0/betas", "x", "betas is no list of 2"),
+        ("optimizer_states/0/state/0/exp_avg", "absent", "exp_avg of tensor 0 is absent"),
+        ("optimizer_states/0/state/0/step", torch.zeros(2), "step of tensor 0 is Tensor"),
+    ],
+)
+def test_a_forged_state_is_told(place, value, told, begun, stops_when_restored, run_cli, tmp_path):
+    run = shutil.copytree(begun, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    path, node = [], content
+    for name in place.split("/"):
+        keys = range(len(node)) if isinstance(node, list) else node
+        path += [key for key in keys if fnmatch(str(key), name)] or [name]
+        node = node.get(path[-1]) if isinstance(node, dict) else node[path[-1]]
+    if "reached" not in (err := run_cli("train", f"resume={run}")[2]):
+        pytest.fail(err)
+    torch.save(forged(content, tuple(path), value), last)
+    before = last.read_bytes(), (run / "csv" / "metrics.csv").read_bytes()
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    said = " ".join(err.split())
+    assert told in said
+    assert str(last) in said
+    assert (last.read_bytes(), (run / "csv" / "metrics.csv").read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("lora/rank", "x", "lora.rank"),
+        ("lora", [1], "lora"),
+        ("callbacks", [1], "callbacks"),
+        ("trainer", "x", "trainer"),
+        ("data/batch_size", [1], "data.batch_size"),
+        ("data/splits", "x", "data.splits"),
+        ("task/name", {}, "task.name"),
+        ("task", "absent", "is not the config of a run"),
+        ("model/dtype", [1], "model.dtype"),
+        ("optim/lr", {"a": 1}, "optim.lr"),
+        ("seed", 1.5, "seed"),
+        ("tags", "x", "tags"),
+    ],
+)
+def test_a_forged_config_is_told(place, value, told, begun, run_cli, tmp_path):
+    run = shutil.copytree(begun, tmp_path / "run")
+    path = run / ".hydra" / "config.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    path.write_text(yaml.safe_dump(forged(content, tuple(place.split("/")), value)))
+    before = {each: each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    said = " ".join(err.split())
+    assert str(path) in said
+    assert told in said
+    assert {each: each.read_bytes() for each in run.rglob("*") if each.is_file()} == before

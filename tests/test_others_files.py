@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lora_lightning import LoraConfig, LoraModule, UserError, load_adapter
 from lora_lightning.config import compose_config
-from lora_lightning.earlier import refuse_used_folder
+from lora_lightning.earlier import refuse_others_sweep, refuse_used_folder
 from lora_lightning.first_look import found_before
 from lora_lightning.lora import AdapterSet
 from lora_lightning.train import train
@@ -252,3 +252,41 @@ def test_weights_of_an_older_folder_are_checked(place):
     _turn(adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match="is damaged, or was changed"):
         load_trained(adapter, device="cpu")
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=basic"]])
+@pytest.mark.parametrize(
+    "entry", ["0/csv/metrics.csv", "1/samples.jsonl", "0/log.txt", "sweep.json", "multirun.yaml"]
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_a_sweep_replaces_no_file_of_the_users(
+    entry, launcher, link, tiny_bert, rows_jsonl, tmp_path, run_cli
+):
+    mine, folder = tmp_path / "mine.txt", tmp_path / "sweep"
+    mine.write_text('{"mine": 1}')
+    path = folder / entry
+    path.parent.mkdir(parents=True)
+    path.symlink_to(mine) if link else shutil.copy(mine, path)
+    before = sorted(folder.rglob("*"))
+    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", "trainer=cpu"]
+    status, _, err = run_cli(
+        "train", "-m", *where, "lora.rank=1,2", *launcher, f"hydra.sweep.dir={folder}"
+    )
+    assert status == 2, err
+    lost = entry if entry.endswith((".txt", ".jsonl", "n", "multirun.yaml")) else "0/csv"
+    assert f"This would be lost: {lost}." in " ".join(err.split())
+    assert sorted(folder.rglob("*")) == before
+    assert mine.read_text() == path.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("entry", ["0", "notes.md", "0/notes.md"])
+def test_a_sweep_minds_a_link_for_a_job_and_no_other_files(entry, tmp_path):
+    path = tmp_path / "sweep" / entry
+    path.parent.mkdir(parents=True)
+    if entry == "0":
+        path.symlink_to(tmp_path)
+        with pytest.raises(UserError, match="would be lost: 0. Give"):
+            refuse_others_sweep(tmp_path / "sweep")
+    else:
+        path.write_text("mine")
+        refuse_others_sweep(tmp_path / "sweep")

@@ -234,5 +234,107 @@ def test_an_output_is_not_among_what_is_read(tmp_path):
     (tmp_path / "in" / "a.jsonl").write_text('{"prediction": "by hand"}\n')
     for source in (tmp_path / "in", tmp_path / "in" / "a.jsonl"):
         with pytest.raises(UserError, match=r"(is|lies in) what predict reads"):
-            refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", source=source)
-    refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", source=tmp_path / "absent.jsonl")
+            refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", sources=[source])
+    refuse_other_file(
+        tmp_path / "in" / "a.jsonl", by="predict", sources=[tmp_path / "absent.jsonl"]
+    )
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_a_lock_with_a_content_is_left_alone(verb, run_cli, adapters, rows_jsonl):
+    name = {"predict": "out.jsonl", "evaluate": "out.json"}[verb]
+    reads = {"predict": "input=in.jsonl", "evaluate": f"data.test={rows_jsonl}"}[verb]
+    mine = Path(f".{name}.lock")
+    mine.write_text("mine")
+    status, _, err = run_cli(verb, f"adapter={adapters[0]}", reads, f"output={name}")
+    assert status == 2
+    assert f"{mine} is not empty" in " ".join(err.split())
+    assert mine.read_text() == "mine"
+    assert not Path(name).exists()
+
+
+def test_a_lock_that_is_written_to_meanwhile_stays():
+    lock = Path(".out.jsonl.lock")
+    with locked_output(Path("out.jsonl")):
+        lock.write_text("mine")
+    assert lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["data.test", "data.val", "data.path", "data.test in a list"])
+def test_evaluate_does_not_write_to_what_it_reads(key, run_cli, adapters):
+    """Even a file that looks like an evaluation of its own."""
+    content = json.dumps({"rows": 1, "test/loss": 1.0, "text": "a", "label": "good"})
+    Path("in.json").write_text(content)
+    folder = Path("folder")
+    folder.mkdir()
+    place = {"data.path": folder}.get(key, Path("in.json"))
+    output = folder / "in.json" if place == folder else place
+    value = f"[{place}]" if "list" in key else str(place)
+    more = ["data.train=null"] if key == "data.path" else []
+    status, _, err = run_cli(
+        "evaluate", f"adapter={adapters[0]}", f"{key.split()[0]}={value}", f"output={output}", *more
+    )
+    assert status == 2
+    assert "what evaluate reads" in " ".join(err.split())
+    assert Path("in.json").read_text() == content
+    assert not list(folder.iterdir())
+
+
+RING, NOBODY = "ring", "~nouser/x"
+PATHS = {
+    **{
+        f"{verb} output={place}{end}": [verb, "adapter=A", reads, f"output={place}{end}"]
+        for place in (RING, NOBODY)
+        for verb, reads, end in (
+            ("predict", "input=in.jsonl", ".jsonl"),
+            ("evaluate", "data.test=in.jsonl", ".json"),
+        )
+    },
+    **{
+        f"{verb} output={place}": [verb, "adapter=A", f"output={place}"]
+        for place in (RING, NOBODY)
+        for verb in ("merge", "export", "combine")
+    },
+    **{
+        f"import {key}={NOBODY}": ["import", f"{other}=o", f"{key}={NOBODY}"]
+        for key, other in (("source", "output"), ("output", "source"))
+    },
+    f"predict input={NOBODY}": ["predict", "adapter=A", f"input={NOBODY}"],
+    f"predict adapter={NOBODY}": ["predict", f"adapter={NOBODY}", "text=x"],
+    f"data.test={NOBODY}": ["evaluate", "adapter=A", f"data.test='{NOBODY}'"],
+    f"data.train={NOBODY}": ["check", f"data.train='{NOBODY}'", "model.name_or_path=BASE"],
+    f"model.name_or_path={NOBODY}": ["plan", f"model.name_or_path='{NOBODY}'"],
+    f"model.tokenizer={NOBODY}": [
+        *("check", "model.name_or_path=BASE", "data.train=in.jsonl"),
+        f"model.tokenizer='{NOBODY}'",
+    ],
+    f"resume={NOBODY}": ["train", f"resume={NOBODY}"],
+    f"resume={RING}": ["train", f"resume={RING}"],
+    f"report={NOBODY}": ["report", NOBODY],
+    f"hydra.sweep.dir={RING}": [
+        *("train", "-m", "model.name_or_path=BASE", "data.train=in.jsonl", "seed=1,2"),
+        f"hydra.sweep.dir={RING}",
+    ],
+    **{
+        f"data.cache_dir={place}": [
+            *("check", "model.name_or_path=BASE", "data.train=in.jsonl"),
+            f"data.cache_dir='{place}'",
+        ]
+        for place in (RING, NOBODY)
+    },
+}
+
+
+@pytest.mark.parametrize("said", PATHS)
+def test_a_path_that_leads_nowhere_is_told_by_its_setting(said, run_cli, adapters, tiny_bert):
+    for end in ("", ".json", ".jsonl"):
+        Path(f"{RING}{end}").symlink_to(f"other{end}")
+        Path(f"other{end}").symlink_to(f"{RING}{end}")
+    before = sorted(os.listdir())
+    filled = {"adapter=A": f"adapter={adapters[0]}"}
+    filled["model.name_or_path=BASE"] = f"model.name_or_path={tiny_bert}"
+    status, _, err = run_cli(*(filled.get(item, item) for item in PATHS[said]))
+    assert status == 2, err
+    assert said.split()[-1] in " ".join(err.split())
+    assert "Traceback" not in err
+    assert sorted(os.listdir()) == before

@@ -70,14 +70,16 @@ ALLOWED = {
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
-    | {"memory", "retention", "losses", "__init__"},
+    | {"memory", "restoring", "retention", "losses", "__init__"},
+    "restoring": {"lora", "atomic_write", "checkpoint"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
     "report": FOUNDATION | {"config", "lock", "logs", "terminal", "untrusted"},
-    "launch": FOUNDATION | {"config", "paths", "report", "lock", "logs", "signals", "terminal"},
+    "launch": FOUNDATION
+    | {"config", "earlier", "paths", "report", "lock", "logs", "signals", "terminal"},
     "written": {"lora", "storage"},
     "inference": RUN_SIDE | {"lock", "written"},
     "chat": RUN_SIDE | {"inference"},
@@ -123,6 +125,7 @@ ONLY_IN = {
         "losses",
         "data/datamodule",
         "callbacks",
+        "restoring",
         "retention",
         "outcome",
         "train",

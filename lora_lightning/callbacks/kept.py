@@ -181,7 +181,8 @@ class LastCheckpoint(Checkpoint):
         self._is_time = False
         self._signum = 0
         self._rung: dict[str, Any] | None = None
-        self._saved_at = self._validated_at = 0
+        self._saved_at: int | None = None
+        self._validated_at = 0
         self._saved_time = 0.0
         self._last_is_whole = True
         self._whole: tuple[int, int] | None = None
@@ -244,7 +245,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         loop = trainer.fit_loop.epoch_loop
-        steps = trainer.global_step - self._saved_at
+        steps = trainer.global_step - (self._saved_at or 0)
         due = self._is_time or (self.every_n_steps is not None and steps >= self.every_n_steps)
         if not _can_go_on_here(trainer):
             return
@@ -260,7 +261,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ended = 0 <= trainer.max_steps <= trainer.global_step  # it may be amid an epoch
-        if ended and trainer.global_step > self._saved_at and self._rung is None:
+        if ended and trainer.global_step > (self._saved_at or 0) and self._rung is None:
             self._save(trainer)
         self._wait()
 
@@ -269,7 +270,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         with suppress(UserError):  # what has happened before is what the user has to hear of
             self._wait()
-            if trainer.world_size > 1 or trainer.global_step == self._saved_at:
+            begun = self._saved_at is not None  # else a state is half restored
+            if trainer.world_size > 1 or not begun or trainer.global_step == self._saved_at:
                 return
             whole = self._whole or _at_the_end_of_a_step(trainer)
             if whole is not None:

@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ..checkpoint import is_number
+from ..lora import UserError
 from ..strategies import data_ranks
 
 
@@ -64,7 +66,15 @@ class RunClock(Callback):
         return int(counted) * data_ranks(trainer) // trainer.world_size
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+        """Takes over what a checkpoint says.
+
+        Raises:
+            UserError: it is no number of seconds and of tokens.
+        """
+        seconds, tokens = state_dict["seconds"], state_dict["tokens"]
+        if not (is_number(seconds) and is_number(tokens, whole=True) and min(seconds, tokens) >= 0):
+            raise UserError(f"the checkpoint tells of {seconds!r} seconds and {tokens!r} tokens.")
+        self.seconds, self.tokens = float(seconds), int(tokens)
 
 
 class Throughput(Callback):

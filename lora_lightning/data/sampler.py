@@ -112,8 +112,13 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         """Makes the next iteration, if it is of the same epoch, start after those batches.
 
         Raises:
-            UserError: there were more ranks or fewer, so that the batches were others.
+            UserError: there were more ranks or fewer, so that the batches were others; or it is no
+                such state.
         """
+        for name in ("epoch", "batches", "ranks"):
+            count = state.get(name, 0) if isinstance(state, dict) else None
+            if type(count) is not int or not 0 <= count < 2**53:
+                raise UserError(f"the checkpoint's state of the data has {name}={count!r:.100}.")
         ranks = self._batches().num_replicas
         if state.get("ranks", ranks) != ranks:
             raise UserError(
@@ -126,7 +131,7 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self._batches()
         resume, self._resume = self._resume, {}
-        self.given = resume["batches"] if resume.get("epoch") == sampler.epoch else 0
+        self.given = resume.get("batches", 0) if resume.get("epoch") == sampler.epoch else 0
         sampler.skip = self.given
         for batch in super().__iter__():
             self.given += 1

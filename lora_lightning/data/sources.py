@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lora.errors import UserError, causes, did_you_mean
-from ..lora.outputs import digest
+from ..lora.outputs import digest, expanded
 from ..paths import absent
 from ..settings import DataConfig
 from ..terminal import is_text
@@ -72,7 +72,7 @@ def load_splits(config: DataConfig) -> dict[str, Any]:
 def cache_folder(cache_dir: str | None) -> Path:
     """Where data is kept that was made or tokenised here."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return expanded(cache_dir, "data.cache_dir")
     import datasets
 
     return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"
@@ -111,7 +111,7 @@ def _load_embedded(config: DataConfig) -> dict[str, Any]:
 
 
 def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
-    path = Path(str(config.path)).expanduser()
+    path = expanded(str(config.path), "data.path")
     try:
         found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
     except UserError:
@@ -244,7 +244,7 @@ def _refuse_elsewhere(
 def _load_files(option: str, value: Any, cache: Path) -> Any:
     from datasets import concatenate_datasets
 
-    paths = [Path(str(item)).expanduser() for item in (value if _is_list(value) else [value])]
+    paths = [expanded(str(item), option) for item in (value if _is_list(value) else [value])]
     parts = [_load_path(option, path, cache) for path in paths]
     rows = parts[0]
     if len(parts) > 1:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..atomic_write import write_json
 from ..logs import read_json
+from ..settings import SWEEP
 
-SWEEP = "sweep.json"
-"""In a sweep's folder: the overrides that it was made by, and whether it has ended well."""
 ROOT = Path("multirun")
 
 

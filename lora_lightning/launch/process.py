@@ -24,12 +24,12 @@ from ..lora.errors import UserError
 from ..lora.outputs import made_folder
 from ..paths import anchor
 from ..report import report
-from ..settings import PAUSE
+from ..settings import LOG, PAUSE, SWEEP
 from ..signals import ended_by_signals
 from ..terminal import say
-from .folder import SWEEP, note
+from .folder import note
 from .halving import Halving
-from .queue import EXIT_USER_ERROR, LOG, Job, JobQueue, Work
+from .queue import EXIT_USER_ERROR, Job, JobQueue, Work
 from .table import JobTable
 
 
@@ -167,6 +167,15 @@ class ProcessLauncher(Launcher):
             config.hydra.runtime.output_dir = str(folder)
             config.output_dir = str(folder)
         anchor(config, Path.cwd())
+        if os.path.lexists(folder):
+            from ..earlier import lost_to_job
+
+            if lost := lost_to_job(folder):
+                raise UserError(
+                    f"{folder} holds what this sweep did not write. This would be lost: "
+                    f"{', '.join(filter(None, lost)) or folder}. Give another folder: "
+                    "hydra.sweep.dir=DIR."
+                )
         job = Job(number, list(filter_overrides(overrides)), folder)
         held = _held(job)
         if held not in (None, config_hash(_own(config))):

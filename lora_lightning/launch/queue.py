@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..logs import read_result
+from ..settings import LOG
 from ..terminal import say
 
 LIFELINE = "LORA_LIGHTNING_LIFELINE"
 """Set for a job: it ends when its standard input does, that is, when the sweep is killed."""
 OWN_CONFIG = "LORA_LIGHTNING_OWN_CONFIG"
 """Set for a job: its folder's config is what this sweep's command line says, classes included."""
-LOG = "log.txt"
 RANK_VARIABLES = re.compile(
     r"(LOCAL_|GLOBAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME"
     r"|(TORCHELASTIC|PMI|PMIX|OMPI|MPI|PL)_.*|SLURM_(NTASKS|PROCID|LOCALID|NODEID|STEP).*"

@@ -116,6 +116,25 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         )
 
 
+def expanded(path: str | Path, setting: str) -> Path:
+    """A path as it was typed, with `~` and `~NAME` as the home folders that they stand for.
+
+    Args:
+        path: as typed.
+        setting: what it was given to, for the message.
+
+    Raises:
+        UserError: there is no such home folder, or links lead round in a ring.
+    """
+    try:
+        found = Path(path).expanduser()
+        found.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        said = "no user of that name has a home folder" if str(path)[:1] == "~" else str(error)
+        raise UserError(f"{setting}={path}: {said}. Give another path.") from None
+    return found
+
+
 def debris(names: str) -> re.Pattern[str]:
     """The names of files that are written beside others, whose names a pattern gives."""
     return re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
