@@ -15,6 +15,7 @@ from torch import nn
 from .combinations import refuse_combinations
 from .config import Settings, settings_of, with_direction
 from .data.datamodule import LoraDataModule
+from .data.judged import class_counts, doubts
 from .earlier import refuse_used_folder
 from .forward import check_packing
 from .lora import UserError
@@ -32,9 +33,6 @@ from .tasks import build_task, to_device
 from .train import build
 from .trainer import build_trainer, check_windows, refuse_late_validation
 from .vocabulary import token_ids
-
-FEW_ROWS = 8
-FEW_JUDGES = 50
 
 
 def check(config: DictConfig) -> str:
@@ -153,21 +151,10 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
             f"{lengths[len(lengths) // 2]}, longest {lengths[-1]}, "
             f"{100 * cut / len(rows):.1f} % truncated{dropped}"
         )
-    lines += [
-        f"WARNING only {len(rows)} {split} rows: each makes {100 / len(rows):.0f} % of what is "
-        "measured"
-        for split, rows in data.encoded.items()
-        if split != "train" and len(rows) < FEW_JUDGES
-    ]
-    counts = getattr(data.task, "class_counts", None)
-    if counts is not None:
-        found = ", ".join(f"{label} {n:,}" for label, n in counts(data.raw["train"]).items())
-        lines.append(f"classes {found}")
-        lines += [
-            f"WARNING only {n} training rows of {label!r}: too few to learn it"
-            for label, n in counts(data.raw["train"]).items()
-            if n < FEW_ROWS
-        ]
+    counts = class_counts(data)
+    if counts:
+        lines.append(f"classes {', '.join(f'{label} {n:,}' for label, n in counts.items())}")
+    lines += [f"WARNING {line}" for line in doubts(data)]
     return "\n".join(lines)
 
 

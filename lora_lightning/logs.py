@@ -34,6 +34,10 @@ def read_result(path: Path) -> dict[str, Any]:
         and all(_is_number(value, or_none=True) for key, value in result.items() if "/" in key)
         and _is_number(result.get("objective"), or_none=True)
         and isinstance(versions, dict)
+        and isinstance(result.get("warnings", []), list)
+        and all(isinstance(line, str) for line in result.get("warnings", []))
+        and _are_numbers(result.get("rows", {}))
+        and _are_numbers(result.get("baseline", {}), but="name")
         and isinstance(rungs, list)
         and all(isinstance(rung, dict) and _is_rung(rung) for rung in rungs)
     )
@@ -50,6 +54,12 @@ def _is_number(value: Any, *, or_none: bool = False) -> bool:
     if isinstance(value, int):
         return abs(value) < _TOO_LARGE
     return isinstance(value, float) or (or_none and value is None)
+
+
+def _are_numbers(values: Any, *, but: str = "") -> bool:
+    return isinstance(values, dict) and all(
+        _is_number(value) for key, value in values.items() if key != but
+    )
 
 
 def _is_rung(rung: dict[str, Any]) -> bool:

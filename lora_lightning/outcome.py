@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from .callbacks import RunClock
 from .config import Settings
 from .data.datamodule import LoraDataModule
+from .data.judged import doubts
 from .module import LoraModule
 from .storage import ADAPTER, peak_memory_mib
 from .tasks import Task
@@ -22,20 +23,31 @@ FEW_STEPS = 20
 """Fewer optimizer steps than these hardly teach anything: a user is told."""
 
 
+def of_rows(task: Task, data: LoraDataModule) -> dict[str, Any]:
+    """What a run's numbers are worth: rows of each split, doubts, and a baseline."""
+    rows = {split: len(rows) for split, rows in data.encoded.items()}
+    return {"baseline": baseline(task, data), "rows": rows, "warnings": doubts(data)}
+
+
 def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
-    """What a rule without learning reaches on the test rows that text is generated for.
+    """What a rule without learning reaches on the rows of validation and test.
+
+    Of a task that writes text these are the rows that text is generated for.
 
     Every rank goes through all of them: the metrics gather from all ranks, and means stay the same.
     """
-    if not (data.has("test") and task.generate_rows):
-        return {}
-    generated = data.encoded["test"]["generate"][:]
-    rows = data.raw["test"].select([i for i, chosen in enumerate(generated) if chosen])
-    found = task.baseline(list(rows))
-    if found is None:
-        return {}
-    name, metrics = found
-    return {"name": name, **{f"test/{metric}": value for metric, value in metrics.items()}}
+    told: dict[str, Any] = {}
+    for split in ("val", "test"):
+        if not data.has(split) or (task.generative and not task.generate_rows):
+            continue
+        rows = data.raw[split]
+        if task.generative:
+            generated = data.encoded[split]["generate"][:]
+            rows = rows.select([i for i, chosen in enumerate(generated) if chosen])
+        if (found := task.baseline(list(rows))) is not None:
+            told["name"] = found[0]
+            told |= {f"{split}/{metric}": value for metric, value in found[1].items()}
+    return told
 
 
 def measured(
@@ -122,6 +134,7 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
         f'Try it:  {command("predict", adapter=run_dir / ADAPTER)} text="..."',
         f"Curves:  tensorboard --logdir {shlex.quote(str(run_dir))}",
     ]
+    lines[-3:-3] = [f"WARNING {line}" for line in result["warnings"]]
     if result["steps"] < FEW_STEPS:
         lines.insert(
             -3,

@@ -47,7 +47,7 @@ from .losses import BAD_STEP
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .outcome import baseline, log_hparams, measured, print_result
+from .outcome import log_hparams, measured, of_rows, print_result
 from .precision import chosen_for_the_user, fast_products, with_precision
 from .quiet import quiet_libraries
 from .restoring import refuse_unfit
@@ -274,7 +274,7 @@ def _run(
     for callback in callbacks:
         if isinstance(callback, Retention):
             result["before"] |= callback.before
-    result["baseline"] = baseline(task, data)
+    result |= of_rows(task, data)
     if trainer.is_global_zero:
         log_hparams(trainer, settings, config, result)
         write_card(run_dir / ADAPTER, run_dir, settings, module, data, result)

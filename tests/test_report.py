@@ -23,6 +23,7 @@ from lora_lightning.lock import locked
 from lora_lightning.lora import UserError
 from lora_lightning.report import read_sweep, report
 from lora_lightning.report.plots import pareto_front
+from lora_lightning.report.tables import best_lines
 
 RANKS, RATIOS, SEEDS = (2, 4, 8), (1, 2), (0, 1)
 
@@ -84,8 +85,12 @@ def test_settings_are_means_over_seeds_the_best_first(sweep_dir):
     means = [setting.mean("objective") for setting in sweep.settings[:6]]
     assert means == sorted(means, reverse=True)
     assert len(sweep.settings) == 9
-    assert (sweep.best.job, sweep.headline) == ("9", "test/accuracy")
-    assert sweep.best.adapter == {"rank": 8, "alpha": 8.0, "scale": pytest.approx(8 / 8**0.5)}
+    assert (sweep.best.jobs, sweep.headline) == ("8 9", "test/accuracy")
+    assert sweep.best.runs[0].adapter == {
+        "rank": 8,
+        "alpha": 8.0,
+        "scale": pytest.approx(8 / 8**0.5),
+    }
 
 
 def test_where_less_is_better_the_least_is_the_best(sweep_dir):
@@ -93,7 +98,7 @@ def test_where_less_is_better_the_least_is_the_best(sweep_dir):
         config = OmegaConf.load(path)
         config.task.monitor = "val/loss"
         OmegaConf.save(config, path)
-    assert read_sweep(sweep_dir).best.job == "2"  # rank 2, ratio 2, seed 0
+    assert read_sweep(sweep_dir).best.jobs == "2 3"  # rank 2, ratio 2
 
 
 def test_what_is_written(sweep_dir, capsys):
@@ -122,10 +127,12 @@ def test_what_is_written(sweep_dir, capsys):
         assert f"{statistics.fmean(accuracy(rank, ratio, s) for s in SEEDS):.4f}</text>" in page
     linked = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
     assert all(target.startswith(("#", "data:")) for target in linked)  # nothing to load
-    command = shlex.split(read_sweep(sweep_dir).best.command)
+    sweep = read_sweep(sweep_dir)
+    command = shlex.split(dict(best_lines(sweep.best, sweep))["Again"])
     assert command[:2] == ["lora-lightning", "train"]
+    assert not any(item.startswith("seed=") for item in command)
     again = compose_config(command[2:])
-    assert (again.lora.rank, again.lora.alpha_ratio, again.seed) == (8, 1, 1)
+    assert (again.lora.rank, again.lora.alpha_ratio) == (8, 1)
     before = page
     report(sweep_dir)
     assert (sweep_dir / "report.html").read_text() == before
@@ -373,4 +380,71 @@ def test_the_best_of_losses_is_the_lowest(tmp_path, mode):
     sweep = read_sweep(tmp_path)
     assert [setting.runs[0].job for setting in sweep.settings] == ["2", "1", "0"]
     assert sweep.best is not None
-    assert sweep.best.job == "2"
+    assert sweep.best.jobs == "2"
+
+
+def _small_sweep(root: Path, values: dict[int, tuple[float, ...]], *, monitor="val/f1") -> Path:
+    """Settings by rank with a value for each seed, on 20 rows."""
+    job = 0
+    for rank, found in values.items():
+        for seed, value in enumerate(found):
+            result = {
+                "status": "completed",
+                "objective": value,
+                "rows": {"train": 100, "val": 20, "test": 20},
+                "baseline": {"name": "majority class", "val/f1": 0.35, "val/accuracy": 0.55},
+                "warnings": ["only 20 val rows: each makes 5 % of what is measured"],
+            }
+            given = [f"task.monitor={monitor}", f"lora.rank={rank}", f"seed={seed}"]
+            write_run(root / str(job), given, result)
+            job += 1
+    return root
+
+
+def test_no_lucky_seed_is_the_best(tmp_path, capsys):
+    """Rank 4 has the best mean; rank 16 the best single run, by luck."""
+    values = {2: (0.70, 0.72), 4: (0.95, 0.96), 8: (0.94, 0.95), 16: (1.0, 0.88), 32: (0.2, 0.3)}
+    root = _small_sweep(tmp_path / "sweep", values)
+    hydra = {
+        "overrides": {"hydra": ["hydra.searchpath=[file:///my conf]", "hydra.mode=x"]},
+        "runtime": {
+            "config_sources": [
+                {"path": "hydra.conf", "provider": "hydra"},
+                {"path": "/own/presets", "provider": "command-line"},
+            ]
+        },
+    }
+    (root / "2/.hydra/hydra.yaml").write_text(OmegaConf.to_yaml({"hydra": hydra}))
+    sweep = read_sweep(root)
+    lines = dict(best_lines(sweep.best, sweep))
+    assert lines["Best"] == "lora.rank=4: val/f1 0.9550 ± 0.0071, mean of 2 seeds"
+    assert lines["Doubts"].startswith("one of 20 rows is 5 % of val/f1; the seeds share their rows")
+    assert lines["Beside"] == "majority class: val/f1 0.3500"
+    assert lines["Warning"] == "only 20 val rows: each makes 5 % of what is measured"
+    assert lines["Adapter"] == f"{root / '2/adapter'} (the first of jobs 2 3)"
+    command = shlex.split(lines["Again"])
+    assert command[2:5] == ["--config-dir", "/own/presets", "hydra.searchpath=[file:///my conf]"]
+    assert command[5:] == ["task.monitor=val/f1", "lora.rank=4"]
+
+    def apart(rank: int) -> bool:
+        pairs = [(statistics.fmean(values[r]), statistics.stdev(values[r])) for r in (4, rank)]
+        variance = sum(s**2 / 2 + m * (1 - m) / 20 for m, s in pairs)
+        return abs(pairs[0][0] - pairs[1][0]) > 2 * variance**0.5
+
+    near = [f"lora.rank={rank}" for rank in (8, 16, 2, 32) if not apart(rank)]
+    assert "lora.rank=16" in near
+    assert "lora.rank=32" not in near
+    assert [one.name for one in sweep.alike()] == near
+    assert lines["Alike"].endswith(f"so not told from it: {'; '.join(near)}")
+    report(root)
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(line in out for line in lines.values())
+
+
+def test_one_seed_of_a_loss_tells_no_difference(tmp_path):
+    root = _small_sweep(tmp_path / "sweep", {2: (0.70,), 4: (0.69,)}, monitor="val/loss")
+    sweep = read_sweep(root)
+    lines = dict(best_lines(sweep.best, sweep))
+    assert lines["Best"] == "lora.rank=4: val/loss 0.6900, one seed"
+    assert "a seed each does not tell" in lines["Alike"]
+    assert lines["Again"].endswith("task.monitor=val/loss lora.rank=4 seed=0")

@@ -467,3 +467,38 @@ def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, 
     for name, state in content["callbacks"].items():
         if "EarlyStopping" in name or "ModelCheckpoint" in name:
             assert float(state.get("best_model_score", min(losses))) == pytest.approx(min(losses))
+
+
+def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, run_cli, fast):
+    """What always answers the majority class, by scikit-learn, stands beside what was learned."""
+    rows = [row for i, row in enumerate(make_rows(160)) if i % 2 == 0 or i % 8 == 1]
+    parts = {"train": rows[:70], "val": rows[70:90], "test": rows[90:]}
+    for split, part in parts.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    files = [f"data.{split}={tmp_path / split}.jsonl" for split in parts]
+    command = [*fast, f"model.name_or_path={tiny_bert}", *files]
+    counts = Counter(row["label"] for row in parts["train"])
+    told = [
+        "only 20 val rows: each makes 5 % of what is measured",
+        "only 10 test rows: each makes 10 % of what is measured",
+        "uneven classes: the answer 'negative' to all has an accuracy of "
+        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, counts each class alike: task.monitor=val/f1",
+    ]
+    status, out, err = run_cli("check", *command, f"output_dir={tmp_path / 'no'}")
+    assert status == 0, err
+    assert f"classes negative {counts['negative']}, positive {counts['positive']}\n" in out
+    assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
+    status, out, err = run_cli("train", *command, f"output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["warnings"] == told
+    assert result["rows"] == {split: len(part) for split, part in parts.items()}
+    assert result["baseline"].pop("name") == "majority class"
+    expected = {}
+    for split in ("val", "test"):
+        labels = [row["label"] for row in parts[split]]
+        answers = ["negative"] * len(labels)
+        expected[f"{split}/accuracy"] = accuracy_score(labels, answers)
+        expected[f"{split}/f1"] = f1_score(labels, answers, average="macro")
+    assert result["baseline"] == pytest.approx(expected)

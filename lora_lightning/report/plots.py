@@ -154,17 +154,17 @@ def curves(sweep: Sweep) -> tuple[str, str, Figure] | None:
         return None
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    best = sweep.best
+    best = [] if sweep.best is None else sweep.best.runs
     for run in runs:
         steps, values = zip(*run.curve, strict=True)
-        colour = BLUE if run is best else RED if run.status == "failed" else GREY
-        on_top = 3 if run is best else 2
+        colour = BLUE if run in best else RED if run.status == "failed" else GREY
+        on_top = 3 if run in best else 2
         axes.plot(
-            steps, values, color=colour, marker=".", lw=2 if run is best else 1, zorder=on_top
+            steps, values, color=colour, marker=".", lw=2 if run in best else 1, zorder=on_top
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(sweep.monitor)
-    text = "A line for each run. Blue: the best." if best is not None else "A line for each run."
+    text = "A line for each run. Blue: the best setting." if best else "A line for each run."
     return f"{sweep.monitor} during training", text, figure
 
 

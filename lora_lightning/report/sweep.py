@@ -38,6 +38,8 @@ class Run:
     """The adapter's settings; None for full fine-tuning."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """The monitored metric at each validation: optimizer step and value."""
+    presets: list[str] = field(default_factory=list)
+    """Where the user's own presets are, as it is typed: --config-dir or hydra.searchpath."""
 
     @property
     def job(self) -> str:
@@ -85,8 +87,13 @@ class Run:
     @property
     def command(self) -> str:
         """What runs this alone."""
-        items = [item for item in self.overrides if item.split("=")[0] not in PLACES]
-        return shlex.join(["lora-lightning", "train", *items])
+        return self.command_without()
+
+    def command_without(self, *keys: str) -> str:
+        """What runs this alone, but for some settings, which are left to their defaults."""
+        left = (*PLACES, *keys)
+        items = [item for item in self.overrides if item.lstrip("+").split("=")[0] not in left]
+        return shlex.join(["lora-lightning", "train", *self.presets, *items])
 
 
 @dataclass
@@ -106,6 +113,21 @@ class Setting:
         """Deviation of a sample (n - 1); None of fewer than two runs."""
         values = self._values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def variance_of_mean(self, metric: str) -> float:
+        """The squared standard error of the mean; 0 of fewer than two runs, which tell none."""
+        deviation = self.deviation(metric)
+        return 0.0 if deviation is None else deviation**2 / len(self._values(metric))
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other settings, as it is typed."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or "the one setting"
+
+    @property
+    def jobs(self) -> str:
+        """The numbers of its runs."""
+        return " ".join(run.job for run in self.runs)
 
     def _values(self, metric: str) -> list[float]:
         found = [run.final(metric) for run in self.runs]
@@ -159,10 +181,46 @@ class Sweep:
             return -1 if direction_of(self.monitor) == "min" else 1
 
     @property
-    def best(self) -> Run | None:
-        """The run with the best objective."""
-        scored = [run for run in self.runs if run.objective is not None]
-        return max(scored, key=lambda run: self.sign * (run.objective or 0.0), default=None)
+    def best(self) -> Setting | None:
+        """The setting with the best mean over its seeds."""
+        first = self.settings[0]
+        return first if first.mean("objective") is not None else None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows that the metric is measured on; None where no run tells, or they differ."""
+        split = self.monitor.partition("/")[0]
+        told = {
+            run.result.get("rows", {}).get(split) for run in self.runs if run.objective is not None
+        }
+        return told.pop() if len(told) == 1 else None
+
+    def alike(self) -> list[Setting]:
+        """Settings that cannot be told from the best by what was measured.
+
+        Their means are within two standard errors of each other: of the seeds and, for a share of
+        rows, of which rows there are. One seed says nothing of the former, and the latter is
+        that of independent rows, which is too much where both have the same.
+        """
+        best = self.best
+        if best is None:
+            return []
+        others = [one for one in self.settings if one is not best]
+        return [one for one in others if self._is_alike(best, one)]
+
+    def _is_alike(self, best: Setting, other: Setting) -> bool:
+        ours, theirs = best.mean("objective"), other.mean("objective")
+        if ours is None or theirs is None:
+            return False
+        variance = sum(one.variance_of_mean("objective") for one in (best, other))
+        if self.rows and self.is_share:
+            variance += sum(mean * (1 - mean) / self.rows for mean in (ours, theirs))
+        return abs(ours - theirs) <= 2 * math.sqrt(variance)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the monitored metric is between 0 and 1, and counts rows."""
+        return self.monitor.partition("/")[2] in ("accuracy", "f1", "auroc")
 
     @property
     def metrics(self) -> list[str]:
@@ -251,7 +309,23 @@ def _read_run(folder: Path) -> Run:
         tell_damaged(metrics, damaged)
     # Lightning counts steps from 0, and what a run has logged last is that of a step.
     points = {step + 1: value for step, value in curve(rows, str(config.task.monitor))}
-    return Run(folder, config, given, result, lora, sorted(points.items()))
+    return Run(folder, config, given, result, lora, sorted(points.items()), _presets(folder))
+
+
+def _presets(folder: Path) -> list[str]:
+    """Where a run's presets are of its user's own, as its command names them."""
+    try:
+        hydra = OmegaConf.to_container(
+            OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False
+        )
+        assert isinstance(hydra, dict)
+        parts: Any = hydra["hydra"]
+        typed = [str(item) for item in parts["overrides"]["hydra"]]
+        name = str(parts["job"]["config_name"])
+    except Exception:  # absent, damaged, or another Hydra's: the command goes without
+        return []
+    primary = [] if name in ("train", "None") else ["--config-name", name]
+    return [*primary, *(item for item in typed if item.lstrip("+").startswith("hydra.searchpath="))]
 
 
 def _settings(config: DictConfig, path: Path) -> LoraConfig | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..atomic_write import atomic_write
 from ..lora.errors import UserError
 from ..terminal import fenced, one_line, printable
-from .sweep import Run, Setting, Sweep
+from .sweep import SEED, Setting, Sweep
 
 MEASURED = (
     "trainable_parameters",
@@ -34,6 +34,8 @@ SIGNS = {
     "report.html": r"<h2>Settings, the best first</h2>",
 }
 """The files of a report, and by what they are known again."""
+MOST_NAMED = 5
+"""Settings that a line names."""
 LESS_WANTED = ("tokens/s", "scale", "memory", "trained", "time")
 """Columns that a narrow terminal goes without; the files have them."""
 
@@ -94,13 +96,65 @@ def _objective(setting: Setting) -> str:
     return ", ".join(f"{rung['value']:.4f} at step {rung['step']}" for rung in rungs)
 
 
-def best_lines(best: Run, sweep: Sweep) -> list[tuple[str, str]]:
-    """What one wants of the best run: its value, adapter and command."""
-    return [
-        ("Best", f"job {best.job}, {sweep.monitor} {best.objective:.4f}"),
-        ("Adapter", str(best.folder / "adapter")),
-        ("Again", best.command),
+def best_lines(best: Setting, sweep: Sweep) -> list[tuple[str, str]]:
+    """What one wants of the best setting: its mean, what that is worth, adapter and command."""
+    done = [run for run in best.runs if run.objective is not None]
+    seeds = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
+    lines = [
+        ("Best", f"{best.name}: {sweep.monitor} {spread(best, 'objective')}, {seeds}"),
+        *((("Doubts", line),) if (line := _doubts(best, sweep)) else ()),
+        *((("Alike", line),) if (line := _alike(sweep)) else ()),
+        *((("Beside", line),) if (line := _majority(sweep)) else ()),
+        *(("Warning", line) for line in warnings(sweep)),
+        ("Adapter", str(done[0].folder / "adapter")),
     ]
+    if len(done) > 1:
+        lines[-1] = ("Adapter", f"{lines[-1][1]} (the first of jobs {best.jobs})")
+    left = (SEED,) if SEED in sweep.varied else ()
+    return [*lines, ("Again", done[0].command_without(*left))]
+
+
+def _doubts(best: Setting, sweep: Sweep) -> str:
+    told = []
+    if sweep.rows:
+        told.append(f"one of {sweep.rows} rows is {100 / sweep.rows:.2g} % of {sweep.monitor}")
+    if len(best.runs) > 1:
+        told.append("the seeds share their rows, so ± does not show the chance in which these are")
+    return "; ".join(told)
+
+
+def _alike(sweep: Sweep) -> str:
+    """Which settings the best cannot be told from, and by what."""
+    compared = [one for one in sweep.settings if one.mean("objective") is not None]
+    if len(compared) < 2:
+        return ""
+    shown = sweep.alike()
+    both = sweep.is_share and sweep.rows
+    by = f"two standard errors of {'seeds and rows' if both else 'seeds'}"
+    if not shown:
+        one_each = all(one.deviation("objective") is None for one in compared)
+        if one_each and not both:
+            return "a seed each does not tell which settings differ: seed=0,1,2"
+        return f"none of the other {len(compared) - 1} settings is within {by}"
+    names = "; ".join(one.name for one in shown[:MOST_NAMED])
+    more = f"; and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+    return f"{len(shown)} settings are within {by}, so not told from it: {names}{more}"
+
+
+def _majority(sweep: Sweep) -> str:
+    """What a rule without learning has of the monitored metric."""
+    for run in sweep.runs:
+        told = run.result.get("baseline", {})
+        if sweep.monitor in told:
+            name = told.get("name", "without learning")
+            return f"{name}: {sweep.monitor} {told[sweep.monitor]:.4f}"
+    return ""
+
+
+def warnings(sweep: Sweep) -> list[str]:
+    """What the runs have told of their rows, each once."""
+    every = [line for run in sweep.runs for line in run.result.get("warnings", [])]
+    return list(dict.fromkeys(every))
 
 
 def made_with(sweep: Sweep) -> str:

@@ -361,6 +361,16 @@ class SentimentTask(Task):
         number = self.label_id(raw[self.label_column]) if self.label_column in raw else None
         return {"input": text, "target": "" if number is None else self.labels[number]}
 
+    def baseline(self, raws: list[dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
+        """What the answer reaches that is right most often, given to every row."""
+        assert self.label_column is not None
+        column = self.label_column
+        counts = Counter(self.label_id(raw[column]) for raw in raws)
+        ((_, most),) = counts.most_common(1)
+        share = most / len(raws)
+        f1 = 2 * share / (1 + share) / len(counts)  # as torchmetrics: of the classes there are
+        return "majority class", {"accuracy": share, "f1": f1}
+
     # Kept with the adapter -------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
