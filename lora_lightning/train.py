@@ -268,7 +268,9 @@ def _run(
         if trainer.is_global_zero:
             save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base, later=[CARD])
     module.logs_validation = False  # the curve is of the training alone
-    val = _evaluate(trainer.validate, module, data)
+    _evaluate(trainer.validate, module, data)
+    metrics = trainer.callback_metrics  # what no logger gets, Lightning does not return either
+    val = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))
     for callback in callbacks:

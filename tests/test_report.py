@@ -406,13 +406,8 @@ def test_no_lucky_seed_is_the_best(tmp_path, capsys):
     values = {2: (0.70, 0.72), 4: (0.95, 0.96), 8: (0.94, 0.95), 16: (1.0, 0.88), 32: (0.2, 0.3)}
     root = _small_sweep(tmp_path / "sweep", values)
     hydra = {
-        "overrides": {"hydra": ["hydra.searchpath=[file:///my conf]", "hydra.mode=x"]},
-        "runtime": {
-            "config_sources": [
-                {"path": "hydra.conf", "provider": "hydra"},
-                {"path": "/own/presets", "provider": "command-line"},
-            ]
-        },
+        "overrides": {"hydra": ["hydra.searchpath=[file:///my conf]", "hydra.mode=MULTIRUN"]},
+        "job": {"config_name": "whole"},
     }
     (root / "2/.hydra/hydra.yaml").write_text(OmegaConf.to_yaml({"hydra": hydra}))
     sweep = read_sweep(root)
@@ -423,7 +418,7 @@ def test_no_lucky_seed_is_the_best(tmp_path, capsys):
     assert lines["Warning"] == "only 20 val rows: each makes 5 % of what is measured"
     assert lines["Adapter"] == f"{root / '2/adapter'} (the first of jobs 2 3)"
     command = shlex.split(lines["Again"])
-    assert command[2:5] == ["--config-dir", "/own/presets", "hydra.searchpath=[file:///my conf]"]
+    assert command[2:5] == ["--config-name", "whole", "hydra.searchpath=[file:///my conf]"]
     assert command[5:] == ["task.monitor=val/f1", "lora.rank=4"]
 
     def apart(rank: int) -> bool:
