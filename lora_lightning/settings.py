@@ -371,11 +371,13 @@ class OptimConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {betas: [0.9, 0.98]}."""
     scheduler: str = "linear"
-    """A schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup ..."""
+    """A schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup ...;
+    reduce_lr_on_plateau and greedy go by `task.monitor`, after each validation."""
     warmup: float = 0.06
     """Share of all steps in which the rate rises from zero; 1 or more: that number of steps."""
     scheduler_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the schedule, e.g. {num_cycles: 2}."""
+    """Further arguments of the schedule, e.g. {num_cycles: 2}. Where none are given, schedules with
+    a least rate end at a tenth of the peak, and warmup_stable_decay decays in the last tenth."""
 
     def __post_init__(self) -> None:
         # What is far beyond any use overflows within an optimizer.

@@ -31,6 +31,7 @@ The settings used most (train, plan, check)
   trainer.accelerator=gpu trainer.devices=8 trainer.strategy=ddp
   output_dir=DIR           the run's folder;   resume=DIR continues a run that was stopped
   experiment=NAME debug=NAME                   presets, see: lora-lightning train --help
+  --config-dir FOLDER      presets of your own, in FOLDER/experiment, FOLDER/model and so on
 
 More
   lora-lightning train --help        all groups and presets
