@@ -413,69 +413,6 @@ def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatc
     assert result["tokens_per_second"] > 0
 
 
-@pytest.mark.slow
-def test_a_clock_that_was_set_back_since_the_run_was_stopped_changes_nothing(stopped, tmp_path):
-    """All files are of a later time than those that the resumed run writes."""
-    results = []
-    for ahead in (0, 10 * 365 * 86400):
-        run = Path(shutil.copytree(stopped, tmp_path / str(ahead) / "run"))
-        for path in [*run.rglob("*"), run]:
-            os.utime(path, (time.time() + ahead, time.time() + ahead), follow_symlinks=False)
-        step = torch.load(run / LAST, weights_only=True)["global_step"]
-        done = resumed(run)
-        assert done.returncode == 0, done.stderr
-        assert f"goes on from step {step} (last.ckpt)" in done.stdout
-        result = json.loads((run / "result.json").read_text())
-        assert 0 < result["seconds"] < 600
-        weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-        results.append((weights, result["steps"], result["tokens"], result["objective"]))
-    assert results[0] == results[1]
-
-
-@pytest.mark.slow
-def test_a_run_that_its_memory_limit_ends_goes_on_exactly(stopped, tmp_path):
-    """By RLIMIT_AS, after some steps: the checkpoint is whole, the outcome that of no limit."""
-    code = (
-        "import os, resource, sys; from pathlib import Path\n"
-        "from lightning.pytorch.callbacks import Callback\n"
-        "import lora_lightning.train as t; from lora_lightning.cli import main\n"
-        "class Limit(Callback):\n"
-        "    def on_train_batch_start(self, trainer, module, batch, i):\n"
-        "        if trainer.global_step >= int(os.environ['LIMIT_AT']):\n"
-        "            used = int(Path('/proc/self/statm').read_text().split()[0]) * 4096\n"
-        "            resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, used + 2**22))\n"
-        "            self.held = [bytearray(2**20) for _ in range(2**12)]\n"
-        "build = t.build_trainer\n"
-        "def built(*a, **k):\n"
-        "    trainer = build(*a, **k)\n"
-        "    trainer.callbacks.append(Limit())\n"
-        "    return trainer\n"
-        "t.build_trainer = built\n"
-        "main()\n"
-    )
-    step = torch.load(stopped / LAST, weights_only=True)["global_step"]
-    results = []
-    for limited in (False, True):
-        run = Path(shutil.copytree(stopped, tmp_path / str(limited) / "run"))
-        if limited:
-            ended = subprocess.run(
-                [sys.executable, "-c", code, "train", f"resume={run}"],
-                env={**os.environ, "LIMIT_AT": str(step + 5)},
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-            )
-            assert ended.returncode == 2, ended.stderr
-            assert "memory" in ended.stderr
-            assert torch.load(run / LAST, weights_only=True)["global_step"] >= step + 4
-        assert (done := resumed(run)).returncode == 0, done.stderr
-        result = json.loads((run / "result.json").read_text())
-        weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-        results.append((weights, result["steps"], result["tokens"], result["objective"]))
-    assert results[0] == results[1]
-
-
 @pytest.mark.parametrize("more", [[], ["trainer.max_steps=4", "callbacks.best=null"]])
 def test_the_rows_of_a_step_whose_loss_is_no_number(more, settings, tmp_path, monkeypatch):
     """The file names the rows that were in the batch, not those of a later look at the loss.
