@@ -190,7 +190,7 @@ def test_a_killed_job_is_tried_again(retries, state, tmp_path):
     assert (jobs[0].folder / "tries").read_text() == "x" * (retries + 1)
     told = f"failed {retries + 1} times, at last: " if retries else ""
     if state == "failed":
-        assert jobs[0].error().startswith(f"{told}ended by SIGKILL.")
+        assert jobs[0].error().startswith(f"{told}killed (out of memory?) by SIGKILL.")
 
 
 @pytest.mark.parametrize("error", ["RuntimeError: DataLoader worker", "UserError: no such file"])

@@ -445,7 +445,10 @@ def ended(job: Job, code: str) -> Job:
         ("raise ValueError('the reason')", "ValueError: the reason"),
         ("sys.exit('the reason')", "the reason"),
         ("print('the reason'); os._exit(1)", "the reason"),
-        ("print('the reason'); os.kill(os.getpid(), 9)", "ended by SIGKILL. the reason"),
+        (
+            "print('the reason'); os.kill(os.getpid(), 9)",
+            "killed (out of memory?) by SIGKILL. the reason",
+        ),
     ],
 )
 def test_a_log_ends_with_the_last_words(end, said, tmp_path):

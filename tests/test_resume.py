@@ -342,6 +342,7 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
         ("end:16", 9),
         ("end:17", 9),
         ("step:8", 6),
+        ("backward:21", 11),  # the last batch of an epoch
         ("validation:1", 6),
         pytest.param("train:17", 9, marks=pytest.mark.slow),
         pytest.param("backward:18", 9, marks=pytest.mark.slow),

@@ -363,6 +363,8 @@ def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
         (optimizer.step.total, optimizer.zero_grad.total),
     ):
         steps.ready = cleared.ready = cleared.started = cleared.completed = steps.completed  # type: ignore[attr-defined]
+    # That of a batch that is not done: Lightning would take the epoch for one that has ended.
+    progress.is_last_batch = False
     loop._batches_that_stepped = stepped
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
         if hasattr(loader, "given"):  # one that can go on in mid-epoch

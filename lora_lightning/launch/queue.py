@@ -81,7 +81,9 @@ class Job:
             lines = text.replace("\0", "").split("\n")  # zero bytes: of a power cut
             told = next((line for line in reversed(lines) if line.strip()), "")
         if self.status is not None and self.status < 0:
-            told = f"ended by {signal.Signals(-self.status).name}. {told}"
+            killed = self.status == -signal.SIGKILL  # nobody else tells: the system leaves no word
+            why = "killed (out of memory?)" if killed else "ended"
+            told = f"{why} by {signal.Signals(-self.status).name}. {told}"
         if self.retried:
             told = f"failed {self.retried + 1} times, at last: {told}"
         return " ".join(told.split())[:500] or f"exit status {self.status}"
