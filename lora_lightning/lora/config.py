@@ -240,10 +240,12 @@ def exact_pattern(pattern: str, name: str, others: Iterable[str]) -> str:
     """A key of `rank_pattern` that matches `name` and none of `others`.
 
     Args:
-        pattern: one that matches `name`; it is taken where it does not match any of the others.
+        pattern: the end of `name`; it is taken where it does not match any of the others.
         name: of a module. It may be the end of another's name, from which ^ tells it.
         others: names of modules.
     """
+    if not pattern_for({pattern: 0}, name):  # it has signs that mean something in a regex
+        pattern = re.escape(pattern)
     if any(pattern_for({pattern: 0}, other) for other in others):
         return f"^{re.escape(name)}"
     return pattern

@@ -172,6 +172,18 @@ def test_a_name_that_ends_another_means_itself_alone(settings, tmp_path):
         torch.testing.assert_close(load_adapter(Ends(), tmp_path / "theirs").model(x), expected)
 
 
+def test_a_name_with_signs_of_a_regex_keeps_its_rank(tmp_path):
+    def model():
+        return nn.ModuleDict({"a+b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+
+    adapter = Adapter(model(), LoraConfig(rank=2, rank_pattern={r"a\+b": 3}))
+    save_adapter(adapter, tmp_path)
+    ranks = [layer.rank for layer in load_adapter(model(), tmp_path).layers.values()]
+    assert ranks == [layer.rank for layer in adapter.layers.values()] == [3, 2]
+    theirs = peft.PeftModel.from_pretrained(model(), tmp_path)
+    assert theirs.base_model.model["a+b"].r == {"default": 3}
+
+
 def test_a_string_of_targets_in_a_file_is_a_regex(tmp_path):
     """As PEFT reads it, though it be a plain name."""
     model = peft.get_peft_model(Ends(), peft.LoraConfig(target_modules="0", r=2))
