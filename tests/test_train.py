@@ -481,7 +481,8 @@ def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, 
         "only 20 val rows: each makes 5 % of what is measured",
         "only 10 test rows: each makes 10 % of what is measured",
         "uneven classes: the answer 'negative' to all has an accuracy of "
-        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, counts each class alike: task.monitor=val/f1",
+        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, counts each class alike: "
+        "task.monitor=val/f1",
     ]
     status, out, err = run_cli("check", *command, f"output_dir={tmp_path / 'no'}")
     assert status == 0, err
