@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -210,25 +217,105 @@ def with_precision(
 def chosen_for_the_user(config: DictConfig, settled: DictConfig) -> str | None:
     """What to tell of a precision that nobody asked for; None where there is nothing to tell."""
     asked = config.trainer.get("precision", "auto") != "auto" or config.model.dtype != "auto"
-    if asked or settled.trainer.precision == "32-true":
+    if asked:
         return None
+    accelerator = str(config.trainer.get("accelerator", "auto"))
+    times = cpu_times() if _on_cpu(accelerator) else None
+    took = ""
+    if times is not None:
+        took = (
+            f" A product took {times.bfloat16 * 1e3:.2g} ms in bf16 and {times.float32 * 1e3:.2g} "
+            "ms in fp32 on this CPU."
+        )
+    if settled.trainer.precision == "32-true":
+        return f"Precision: 32-true.{took} For bf16: trainer.precision=bf16-true." if took else None
     return (
         f"Precision: {settled.trainer.precision}, which this hardware is fast at; what is trained "
-        "stays fp32. For single precision: trainer.precision=32-true."
+        f"stays fp32.{took} For single precision: trainer.precision=32-true."
     )
 
 
 def bf16_is_fast(accelerator: str = "auto") -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware."""
+    """Whether this machine multiplies bf16 matrices in hardware, and a CPU faster than fp32."""
     if _on_gpu(accelerator):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if accelerator not in ("auto", "cpu"):
-        return False
-    if accelerator == "auto" and torch.backends.mps.is_available():
-        return False
+    times = cpu_times() if _on_cpu(accelerator) else None
+    return times is not None and times.bfloat16 < times.float32
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a product of matrices on this CPU."""
+
+    float32: float
+    bfloat16: float
+
+
+def cpu_times() -> Times | None:
+    """How long a CPU takes in fp32 and in bf16; None where it has no bf16 in hardware.
+
+    Instructions alone do not tell: on Xeons with avx512_bf16 and without AMX fp32 is faster. It is
+    timed once a machine and kept in the cache, where all processes find the same answer.
+    """
     # torch has no public question for these.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    if not any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
+        return None
+    kept = _kept_times()
+    if (found := _read_times(kept)) is not None:
+        return found
+    times = Times(_seconds(torch.float32), _seconds(torch.bfloat16))
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # damaged: another takes its place
+            kept.unlink()
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".times-") as folder:
+            written = Path(folder) / kept.name
+            written.write_text(json.dumps(asdict(times)), encoding="utf-8")
+            with suppress(FileExistsError):  # of several processes the first decides
+                os.link(written, kept)
+    return _read_times(kept) or times
+
+
+def _kept_times() -> Path:
+    """The file of this machine: its processor, its threads and torch decide what is faster."""
+    import datasets
+
+    processor = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line for line in lines if line.startswith("model name")), processor)
+    machine = [platform.node(), processor, torch.__version__, torch.get_num_threads()]
+    key = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
+    cache = Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"
+    return cache / f"products-{key}.json"
+
+
+def _read_times(path: Path) -> Times | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Times(float(content["float32"]), float(content["bfloat16"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+@torch.inference_mode()
+def _seconds(dtype: torch.dtype) -> float:
+    """The least time of a few products of the size of a small layer's, after one to warm up."""
+    rows, weight = (torch.ones(size, 768, dtype=dtype, device="cpu") for size in (64, 768))
+    least = float("inf")
+    for turn in range(3):
+        start = time.perf_counter()
+        torch.nn.functional.linear(rows, weight)
+        if turn:
+            least = min(least, time.perf_counter() - start)
+    return least
+
+
+def _on_cpu(accelerator: str) -> bool:
+    if accelerator == "auto":
+        return not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    return accelerator == "cpu"
 
 
 def fp16_is_fast(accelerator: str = "auto") -> bool:

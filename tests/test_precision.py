@@ -274,3 +274,76 @@ def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(tiny_llama, aut
         assert (ours - truth).norm() < (theirs - truth).norm()
     without = run(attend, torch.bfloat16, trains=False)[0]
     assert torch.equal(without, run(sdpa_attention_forward, torch.bfloat16, trains=False)[0])
+
+
+# What a CPU is faster at --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """A CPU with bf16 in hardware, whose seconds are given; returns how often they were asked."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    asked: list[torch.dtype] = []
+
+    def give(float32: float, bfloat16: float) -> list[torch.dtype]:
+        def seconds(dtype):
+            asked.append(dtype)
+            return {torch.float32: float32, torch.bfloat16: bfloat16}[dtype]
+
+        monkeypatch.setattr(precision, "_seconds", seconds)
+        return asked
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "chosen"), [(0.005, 0.008, "32-true"), (0.005, 0.002, "bf16-true")]
+)
+def test_a_cpu_takes_what_it_is_faster_at(timed, float32, bfloat16, chosen):
+    asked = timed(float32, bfloat16)
+    config = compose_config(["trainer=cpu"])
+    settled = with_precision(config)
+    assert settled.trainer.precision == chosen
+    told = chosen_for_the_user(config, settled)
+    assert told.startswith(f"Precision: {chosen}")
+    assert f"took {bfloat16 * 1e3:g} ms in bf16 and {float32 * 1e3:g} ms in fp32" in told
+    timed(bfloat16, float32)  # another day it may be otherwise, and the choice stays
+    assert with_precision(config).trainer.precision == chosen
+    assert asked == [torch.float32, torch.bfloat16]
+    typed = compose_config(["trainer=cpu", "trainer.precision=32-true"])
+    assert chosen_for_the_user(typed, with_precision(typed)) is None
+
+
+def test_times_that_are_damaged_are_taken_again(timed):
+    asked = timed(0.005, 0.002)
+    assert precision.bf16_is_fast("cpu")
+    kept = precision._kept_times()
+    kept.write_text("{")
+    timed(0.002, 0.005)
+    assert not precision.bf16_is_fast("cpu")
+    assert json.loads(kept.read_text()) == {"float32": 0.002, "bfloat16": 0.005}
+    assert len(asked) == 4
+
+
+def test_a_cpu_without_bf16_is_not_timed(timed, monkeypatch):
+    asked = timed(0.005, 0.002)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    config = compose_config(["trainer=cpu"])
+    settled = with_precision(config)
+    assert (settled.trainer.precision, chosen_for_the_user(config, settled)) == ("32-true", None)
+    assert asked == []
+
+
+def test_times_are_kept_nowhere_where_nothing_can_be_written(timed, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    timed(0.005, 0.002)
+    assert precision.bf16_is_fast("cpu")
+
+
+def test_products_of_both_types_are_timed():
+    assert precision._seconds(torch.float32) > 0
+    assert precision._seconds(torch.bfloat16) > 0

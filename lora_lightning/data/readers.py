@@ -35,7 +35,7 @@ _LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
 def kind_of(path: Path) -> tuple[str, str]:
     """The ending of a file that says its format, and that of its compression, in lower case."""
     last = path.suffix.lower()
-    if last in COMPRESSED:
+    if last in COMPRESSED and Path(path.stem).suffix.lower() != ".parquet":
         return Path(path.stem).suffix.lower(), last
     return last, ""
 

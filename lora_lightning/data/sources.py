@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
 from .readers import (
     BUILDERS,
+    COMPRESSED,
     check_text,
     csv_as_written,
     is_known,
@@ -46,6 +49,14 @@ _ADVICE = {
 EMBEDDED = Path(__file__).parent / "embedded"
 MADE = {"docstrings": docstring_files}
 """Embedded data that is made on the user's machine: writes its files to a folder."""
+STATE, SPLITS_OF_SAVED = "state.json", "dataset_dict.json"
+"""What `save_to_disk` writes beside the rows of a data set, and beside several splits."""
+SPLITS_OF_FILES = ("train", "val|valid|validation|dev", "test")
+"""Words in a file's name that say which split it is."""
+ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "changes", "citation")
+"""Texts in a folder that are about its data."""
+HIDDEN = (".", "__MACOSX")
+"""What the names of files begin with that a system has put there."""
 PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
 """Kinds of columns of `datasets` whose values stand in the rows; others may name files and URLs."""
 
@@ -113,7 +124,12 @@ def _load_embedded(config: DataConfig) -> dict[str, Any]:
 def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
     path = expanded(str(config.path), "data.path")
     try:
-        found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
+        if (path / SPLITS_OF_SAVED).is_file():
+            found = _splits_of_saved(config, path)
+        elif (path / STATE).is_file():
+            found = {"train": _load_saved(f"data.path={path}", path)}
+        else:
+            found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
     except UserError:
         raise
     except Exception as error:
@@ -131,6 +147,13 @@ def _load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
         return {ours: found[theirs] for ours, theirs in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
     return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+
+
+def _splits_of_saved(config: DataConfig, path: Path) -> dict[str, Any]:
+    names = json.loads((path / SPLITS_OF_SAVED).read_text(encoding="utf-8"))["splits"]
+    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
+        raise UserError(f"data.path={config.path}: its {SPLITS_OF_SAVED} is damaged.")
+    return {name: _load_saved(f"data.path={config.path}", path / name) for name in names}
 
 
 def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
@@ -244,7 +267,8 @@ def _refuse_elsewhere(
 def _load_files(option: str, value: Any, cache: Path) -> Any:
     from datasets import concatenate_datasets
 
-    paths = [expanded(str(item), option) for item in (value if _is_list(value) else [value])]
+    items = [expanded(str(item), option) for item in (value if _is_list(value) else [value])]
+    paths = [path for item in items for path in _matching(option, item)]
     parts = [_load_path(option, path, cache) for path in paths]
     rows = parts[0]
     if len(parts) > 1:
@@ -260,6 +284,21 @@ def _load_files(option: str, value: Any, cache: Path) -> Any:
     return rows
 
 
+def _matching(option: str, path: Path) -> list[Path]:
+    """The path itself, or the files that it is a pattern for.
+
+    Raises:
+        UserError: no file matches.
+    """
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    found = [file for file in found if file.is_file() and not file.name.startswith(HIDDEN)]
+    if not found:
+        raise UserError(f"{option}: no file matches {path}. Give the path of a file.")
+    return found
+
+
 def _load_path(option: str, path: Path, cache: Path) -> Any:
     if not path.exists():
         raise absent(option, path)
@@ -269,7 +308,8 @@ def _load_path(option: str, path: Path, cache: Path) -> Any:
         raise UserError(f"{option}: {path} is empty. Give a file that holds rows.")
     if not is_known(path):
         raise UserError(
-            f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, or a folder."
+            f"{option}: {path} has no known ending. Known: {', '.join(BUILDERS)}, these with "
+            f"{', '.join(COMPRESSED)} behind them, or a folder."
         )
     return _read(option, path, cache)
 
@@ -433,18 +473,44 @@ def _read_as_lines(option: str, path: Path, file: Path, cache: Path) -> Any:
 
 
 def _load_folder(option: str, path: Path, cache: Path) -> Any:
-    """A folder of text files, one example each; sub-folders name the label."""
+    """A folder of tables, or of text files, one example each; sub-folders name the label.
+
+    Hidden files, what a run has written, and texts about the data are none of it.
+    """
     from datasets import Dataset
 
+    if (path / STATE).is_file():
+        return _load_saved(option, path)
+    if (path / SPLITS_OF_SAVED).is_file():
+        raise UserError(f"{option}: {path} holds several splits: give data.path={path} instead.")
     found = sorted(file for file in path.rglob("*.txt") if file.is_file())
     inner = {folder for file in found for folder in file.parents if path in folder.parents}
     own = {folder for folder in inner if _is_run_or_sweep(folder)}
-    files = [file for file in found if not own.intersection(file.parents)]
+    files = [
+        file
+        for file in found
+        if not own.intersection(file.parents)
+        and not any(part.startswith(HIDDEN) for part in file.relative_to(path).parts)
+        and not (file.parent == path and file.stem.lower() in ABOUT)
+    ]
+    tables = sorted(
+        file
+        for file in path.iterdir()
+        if is_known(file) and kind_of(file)[0] != ".txt" and not file.name.startswith(HIDDEN)
+    )
+    if files:  # beside texts an object of JSON may be about anything
+        tables = [file for file in tables if kind_of(file)[0] != ".json"]
+    if tables and files:
+        raise UserError(
+            f"{option}: the folder {path} holds tables ({tables[0].name}) and texts "
+            f"({files[0].relative_to(path)}): name the files that are meant, "
+            f"{option}={path / tables[0].name}."
+        )
+    if tables:
+        _refuse_links(option, path, tables)
+        _refuse_splits(option, path, tables)
+        return _load_files(option, tables, cache)
     if not files:
-        tables = sorted(f for f in path.iterdir() if f.suffix.lower() in BUILDERS)
-        if tables:
-            _refuse_links(option, path, tables)
-            return _load_files(option, tables, cache)
         raise UserError(
             f"{option}: the folder {path} holds no .txt files and no data files "
             f"({', '.join(BUILDERS)})."
@@ -460,6 +526,48 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
                     "UTF-8: rename it."
                 )
     return Dataset.from_dict(columns)
+
+
+def _load_saved(option: str, path: Path) -> Any:
+    """The rows of a folder that `Dataset.save_to_disk` has written.
+
+    Raises:
+        UserError: it is damaged, or names files that are not in it.
+    """
+    from datasets import Dataset
+
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        if state.get("_indices_data_files"):
+            raise ValueError("it is of an old version of datasets, with indices")
+        files = [path / name for name in names]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside of itself")
+        _refuse_links(option, path, files)
+        rows = Dataset.load_from_disk(str(path))
+        return _stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{option}: {path} is not readable as what save_to_disk writes: {reason_of(error)} "
+            "Save it again."
+        ) from None
+
+
+def _refuse_splits(option: str, path: Path, tables: list[Path]) -> None:
+    """Raises UserError where the tables of a folder are its splits: one would be learned."""
+    named = {file: kind for file in tables for kind in SPLITS_OF_FILES if _names(file, kind)}
+    if len(set(named.values())) > 1:
+        raise UserError(
+            f"{option}: the folder {path} holds splits ({', '.join(f.name for f in named)}), and "
+            f"all of them would be {option}. Give data.path={path}, which takes each for its own."
+        )
+
+
+def _names(file: Path, kind: str) -> bool:
+    return re.search(rf"(?i)(^|[-_.])({kind})($|[-_.])", file.name) is not None
 
 
 def _is_run_or_sweep(folder: Path) -> bool:

@@ -389,3 +389,90 @@ def test_texts_of_a_folder_of_splits_are_as_they_are_written(kind, tmp_path):
         "train": {"text": "2024-05-01", "label": "01"},
         "test": {"text": "2024-05-01", "label": "00"},
     }
+
+
+# Folders, patterns, compressed files --------------------------------------------------------------
+
+
+def _line(text: str) -> bytes:
+    return json.dumps({"text": text, "label": "x"}).encode() + b"\n"
+
+
+def test_a_folder_of_tables_has_files_about_it_and_of_the_system(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\ngood,01\n")
+    (tmp_path / "README.txt").write_text("About these data.")
+    (tmp_path / "._train.csv").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._a.txt").write_text("no")
+    rows = load_splits(DataConfig(train=str(tmp_path)))["train"]
+    assert rows[:] == {"text": ["good"], "label": ["01"]}
+    (tmp_path / "more.txt").write_text("a text")
+    with pytest.raises(UserError, match=r"holds tables \(train.csv\) and texts \(more.txt\)"):
+        load_splits(DataConfig(train=str(tmp_path)))
+
+
+def test_the_splits_of_a_folder_are_not_all_trained_on(tmp_path):
+    for name in ("train", "my-test"):
+        (tmp_path / f"{name}.jsonl").write_bytes(_line(name))
+    with pytest.raises(UserError, match=r"holds splits .* Give data.path="):
+        load_splits(DataConfig(train=str(tmp_path)))
+    found = load_splits(DataConfig(path=str(tmp_path)))
+    assert {split: rows["text"][:] for split, rows in found.items()} == {
+        "train": ["train"],
+        "test": ["my-test"],
+    }
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    rows = {name: datasets.Dataset.from_list([{"text": name, "label": 1}]) for name in ("a", "b")}
+    rows["a"].save_to_disk(tmp_path / "one")
+    splits = datasets.DatasetDict({"train": rows["a"], "validation": rows["b"]})
+    splits.save_to_disk(tmp_path / "two")
+    for option in ("train", "path"):
+        found = load_splits(DataConfig(**{option: str(tmp_path / "one")}))
+        assert found["train"][:] == {"text": ["a"], "label": [1]}
+    found = load_splits(DataConfig(path=str(tmp_path / "two")))
+    assert {split: part["text"][:] for split, part in found.items()} == {
+        "train": ["a"],
+        "val": ["b"],
+    }
+    with pytest.raises(UserError, match=r"several splits: give data.path="):
+        load_splits(DataConfig(train=str(tmp_path / "two")))
+    state = json.loads((tmp_path / "one/state.json").read_text())
+    state["_data_files"][0]["filename"] = "../two/train/data-00000-of-00001.arrow"
+    (tmp_path / "one/state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="names files outside of itself"):
+        load_splits(DataConfig(train=str(tmp_path / "one")))
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst", "bz2"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+def test_compressed_files_are_read(packed, kind, tmp_path):
+    content = {"csv": b"text,label\ngood,01\n", "jsonl": _line("good"), "txt": b"good\n"}[kind]
+    path = tmp_path / f"rows.{kind}.{packed}"
+    codec = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[packed]
+    with pa.output_stream(str(path), compression=codec) as stream:
+        stream.write(content)
+    assert load_splits(DataConfig(train=str(path)))["train"]["text"][:] == ["good"]
+    path.write_bytes(b"no such format")
+    with pytest.raises(
+        UserError, match=rf"rows.{kind}.{packed} cannot be decompressed as {packed}"
+    ):
+        load_splits(DataConfig(train=str(path)))
+
+
+@pytest.mark.parametrize("name", ["d[0].jsonl", "d::x.jsonl", "d*.jsonl", "d?.jsonl", "a b.jsonl"])
+def test_a_file_of_any_name_is_read(name, tmp_path):
+    for other in ("d0.jsonl", "dx.jsonl"):
+        (tmp_path / other).write_bytes(_line("another"))
+    (tmp_path / name).write_bytes(_line("this"))
+    assert load_splits(DataConfig(train=str(tmp_path / name)))["train"]["text"][:] == ["this"]
+
+
+def test_a_pattern_is_read_in_order(tmp_path):
+    for name in ("b1", "b0", "c", "._b2"):
+        (tmp_path / f"{name}.jsonl").write_bytes(_line(name))
+    pattern = str(tmp_path / "b*.jsonl")
+    assert load_splits(DataConfig(train=pattern))["train"]["text"][:] == ["b0", "b1"]
+    with pytest.raises(UserError, match="no file matches .*x"):
+        load_splits(DataConfig(train=str(tmp_path / "x*.jsonl")))
