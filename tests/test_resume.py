@@ -44,7 +44,8 @@ SETTINGS = [
     # The highest loss is taken for the best: that so few rows are overfitted is sure, and it puts
     # the best at the end. Whether they teach anything hangs on the last digits.
     "task.monitor=val/loss",
-    "task.mode=max",
+    "callbacks.best.mode=max",
+    "callbacks.early_stopping.mode=max",
     "seed=3",
 ]
 
@@ -179,7 +180,8 @@ VARIANTS = {
     ],
     "lora+ with a frozen A": [
         *("lora.freeze_A=true", "optim.loraplus_lr_ratio=16", "optim.lr=1e-3"),
-        *("callbacks.early_stopping.patience=5", "task.mode=min"),
+        *("callbacks.early_stopping.patience=5", "callbacks.early_stopping.mode=min"),
+        "callbacks.best.mode=min",
     ],
 }
 QUICK = ("epochs", "validation in mid-epoch", "ranks from the data")

@@ -171,7 +171,7 @@ def test_layout_of_the_folder(run):
 
 def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
     # The smallest accuracy is taken for the best: a run that learns has it before its end.
-    run = run_in(tmp_path, tiny_bert, "task.mode=min")
+    run = run_in(tmp_path, tiny_bert, "callbacks.best.mode=min")
     accuracies = {
         int(row["step"]): float(row["val/accuracy"])
         for row in csv_rows(run.dir)
