@@ -206,7 +206,7 @@ def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl
     assert status == 0, err
     sweep = read_sweep(Path("sweep"))
     assert sorted(run.status for run in sweep.runs) == ["completed", "stopped"]
-    winner, loser = sweep.best, sweep.stopped[0]
+    winner, loser = sweep.best.runs[0], sweep.stopped[0]
     assert winner.result["rungs"][0]["value"] < loser.result["rungs"][0]["value"]
     assert [run.result["rungs"][0]["step"] for run in (winner, loser)] == [16, 16]
     assert (winner.result["steps"], loser.result["steps"]) == (32, 16)
