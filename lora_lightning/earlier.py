@@ -113,9 +113,7 @@ def refuse_others_sweep(sweep_dir: Path) -> None:
     if not sweep_dir.is_dir():
         return
     lost = [MULTIRUN] if _is_others_multirun(sweep_dir / MULTIRUN) else []
-    if _is_filled(sweep_dir / SWEEP) and not isinstance(
-        read_json(sweep_dir / SWEEP).get("overrides"), list
-    ):
+    if _is_filled(sweep_dir / SWEEP) and not is_sweep(sweep_dir):
         lost.append(SWEEP)
     for job in sorted(sweep_dir.iterdir()):
         if re.fullmatch(r"\d+", job.name):
@@ -129,6 +127,11 @@ def refuse_others_sweep(sweep_dir: Path) -> None:
         )
 
 
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep, whose jobs' files are then its own."""
+    return isinstance(read_json(folder / SWEEP).get("overrides"), list)
+
+
 def lost_to_job(run_dir: Path) -> list[str]:
     """What a job of a sweep would replace in its folder, or write through a link; "" is the folder.
 
@@ -139,7 +142,7 @@ def lost_to_job(run_dir: Path) -> list[str]:
         return [""]
     log = run_dir / LOG
     lost = [LOG] if log.is_symlink() else []
-    if _has_begun(run_dir) or not run_dir.is_dir():
+    if _has_begun(run_dir) or not run_dir.is_dir() or is_sweep(run_dir.parent):
         return lost
     lost += _lost(run_dir)
     if _is_filled(log) and not lost and not holds_run(run_dir):

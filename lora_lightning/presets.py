@@ -143,7 +143,7 @@ def _absolute(entry: str) -> str:
 
 
 def _from_home(argument: str) -> str:
-    found = re.fullmatch(r"(\+*[\w.]+=)(~[^'\"\[\]{},]*)", argument)
+    found = re.fullmatch(r"(?!resume=)(\+*[\w.]+=)(~[^'\"\[\]{},]*)", argument)
     if not found:
         return argument
     home = re.match(r"~[^/]*", found[2])

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .callbacks.kept import sync_checkpoints
 from .cluster import check_nodes
-from .config import instantiate_all, instantiate_one
+from .config import instantiate_all, instantiate_one, with_direction
 from .lora import UserError
 from .lora.errors import did_you_mean
 from .precision import for_lightning
@@ -29,6 +29,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     Raises:
         UserError: Lightning does not take the settings.
     """
+    config = with_direction(config)
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(arguments, dict)
     check_nodes(int(arguments.get("num_nodes") or 1))

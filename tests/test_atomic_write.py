@@ -165,7 +165,7 @@ def test_a_fault_of_a_disk_is_found_behind_what_libraries_make_of_it():
 def _config_of_a_run(folder: Path) -> None:
     from hydra.core import utils
 
-    with _whole_configs():
+    with _whole_configs(Path.cwd()):
         utils._save_config(OmegaConf.create({"a": 1}), "config.yaml", folder)
 
 

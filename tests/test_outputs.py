@@ -316,11 +316,11 @@ PATHS = {
         f"hydra.sweep.dir={RING}",
     ],
     **{
-        f"data.cache_dir={place}": [
+        said: [
             *("check", "model.name_or_path=BASE", "data.train=in.jsonl"),
             f"data.cache_dir='{place}'",
         ]
-        for place in (RING, NOBODY)
+        for place, said in ((RING, f"/{RING}: "), (NOBODY, f"data.cache_dir={NOBODY}"))
     },
 }
 

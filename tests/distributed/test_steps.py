@@ -77,4 +77,4 @@ def test_processes_with_different_bases_are_refused(common, tiny_llama, tmp_path
         for task in range(2)
     ]
     said = "".join(finish(task, 2) for task in tasks)
-    assert "model.name_or_path=base: the processes of this run have loaded different" in said
+    assert "base: the processes of this run have loaded different" in said
