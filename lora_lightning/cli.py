@@ -39,7 +39,7 @@ def main() -> None:
     """Entry point.
 
     Exit status: 0, 2 for a mistake of the user, 130, 143, 138 or 129 where Ctrl-C, SIGTERM, SIGUSR1
-    or SIGHUP has stopped a run, else 1.
+    or SIGHUP has stopped a run, else 1, as where one of its processes was killed.
     """
     arguments = sys.argv[1:]
     _open_absent_streams()
@@ -138,7 +138,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
             raise
         cluster.let_rank_zero_tell()
         say(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.status)
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into an exit of its own.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):

@@ -42,6 +42,7 @@ from .lock import locked
 from .logs import read_json
 from .lora import UserError
 from .lora.checksums import SIDECAR, check_files
+from .lora.errors import ProcessLost
 from .lora.outputs import refuse_loss
 from .losses import BAD_STEP
 from .memory import memory_advice
@@ -201,12 +202,12 @@ def _run_to_its_end(
                     "What is gone is lost; start again, with another output_dir."
                 ) from error
         if _WORKER.search(str(error)):
-            raise UserError(
+            raise ProcessLost(
                 "a process that prepares batches was killed, as a system does that has no memory "
                 f"left. data.num_workers=0 needs none of them; with it {_way_on(run_dir)}."
             ) from error
         if has_lost_another(error):
-            raise UserError(
+            raise ProcessLost(
                 "another process of this run has died, or was killed. To go on: "
                 f"{command('train', resume=run_dir)}"
             ) from error

@@ -1212,6 +1212,7 @@ NOT_IN_CHECK = (
     "Hydra",
     "resume",
     "check",
+    "no time to train",
 )
 SAME_IN_CHECK = [
     case

@@ -9,8 +9,16 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in what the user gave: the message says what is wrong, where, and the fix.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints the message alone and exits with `status`.
     """
+
+    status = 2
+
+
+class ProcessLost(UserError):
+    """A process of a run was killed from outside: no mistake, and the run can be tried again."""
+
+    status = 1
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
