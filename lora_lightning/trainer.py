@@ -102,15 +102,20 @@ def _refuse_types(arguments: dict[Any, Any]) -> None:
     """
     hints = get_type_hints(L.Trainer.__init__)
     for key, value in arguments.items():
-        taken = [each for each in _alternatives(hints[str(key)]) if each is not NoneType]
-        plain = [each for each in taken if isinstance(each, type) and each in PLAIN]
-        if value is None or not isinstance(value, tuple(PLAIN)) or not plain:
-            continue
+        taken = _alternatives(hints[str(key)])
+        plain = [each for each in taken if each in PLAIN]
+        only = all(each in PLAIN or get_origin(each) is Literal for each in taken)
+        only |= value is not None and set(taken) - set(plain) == {NoneType}
+        if not plain or not (only or isinstance(value, tuple(PLAIN))):
+            continue  # it may be an object, or a list
         wanted = {int, float} if float in plain else set(plain)  # an int may stand for a float
-        literal = any(value in get_args(each) for each in taken if get_origin(each) is Literal)
-        if type(value) not in wanted and not literal:
+        literals = [
+            value for each in taken if get_origin(each) is Literal for value in get_args(each)
+        ]
+        if type(value) not in wanted and value not in literals:
             names = " or ".join(PLAIN[each] for each in PLAIN if each in plain)
-            raise UserError(f"trainer.{key} must be {names}, got {value!r}.")
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"trainer.{key} must be {names}, got {shown}.")
 
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
