@@ -140,7 +140,7 @@ def settings_of(config: DictConfig) -> Settings:
     missing = [
         key
         for key, value in _leaves(OmegaConf.to_container(config, resolve=False))
-        if value == MISSING and key.split(".")[0] in OWN_GROUPS
+        if value == MISSING
     ]
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")

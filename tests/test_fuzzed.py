@@ -185,26 +185,6 @@ def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_p
     shutil.rmtree(run.parent)
 
 
-@pytest.mark.slow
-@settings(FUZZ, max_examples=60)
-@given(data=st.data())
-def test_forged_config_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
-    whole = OmegaConf.to_container(OmegaConf.load(begun / ".hydra" / "config.yaml"), resolve=False)
-    place = data.draw(st.sampled_from([each for each in places(whole) if each != ("output_dir",)]))
-    run = tmp_path_factory.mktemp("forged") / "run"
-    shutil.copytree(begun, run)
-    content = forged(whole, place, data.draw(OTHERS))
-    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(content))
-    status, _, err = run_cli("train", f"resume={run}")
-    assert status == 2, err
-    assert "Traceback" not in err
-    assert str(place[0]) in err or "reached" in err
-    assert (
-        "config.yaml" in err or place[0] in ("trainer", "logger", "callbacks") or "reached" in err
-    )
-    shutil.rmtree(run.parent)
-
-
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
