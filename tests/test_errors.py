@@ -1302,7 +1302,8 @@ def test_job_of_a_sweep(place, run_cli):
     """A mistake that only a job can find: the job is named, the others are done."""
     files = [place.rows, place.write("bad.jsonl", "{")]
     sweep = f"data.train={','.join(map(str, files))}"
-    status, _, err = run_cli(*place.train("-m", sweep, "hydra.sweep.dir=sweep"))
+    arguments = place.train("-m", sweep, "hydra.sweep.dir=sweep")
+    status, _, err = run_cli(*(item for item in arguments if item != "output_dir=out"))
     assert status == 2
     named, message, job, _ = err.splitlines()
     assert str(files[1]) in named
