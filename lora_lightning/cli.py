@@ -101,17 +101,14 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
         start(arguments)
     elif verb == "report":
         _report(arguments)
-    elif verb == "check":
-        from .presets import with_presets
-
-        _check(with_presets(arguments))
     else:
-        plain, overrides = _split(arguments, PLAIN_KEYS[verb])
+        plain, overrides = _split(arguments, PLAIN_KEYS.get(verb, ()))
         if verb not in NO_SETTINGS:
             from .presets import with_presets
 
             overrides = with_presets(overrides)
         actions = {
+            "check": _check,
             "plan": _plan,
             "evaluate": _evaluate,
             "predict": _predict,
@@ -166,7 +163,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
 # The other verbs -----------------------------------------------------------------------------
 
 
-def _check(arguments: list[str]) -> None:
+def _check(_: dict[str, str], arguments: list[str]) -> None:
     from .config import compose_config
     from .lora.errors import UserError
 

@@ -134,14 +134,11 @@ def settings_of(config: DictConfig) -> Settings:
         UserError: a value is out of range, or an interpolation cannot be resolved.
     """
     _refuse_unknown_groups(config)
-    _refuse_unresolved(config)
+    leaves = list(_leaves(OmegaConf.to_container(config, resolve=False)))
+    _refuse_unresolved(config, leaves)
     if not 0 <= config.seed <= LARGEST_SEED:
         raise UserError(f"seed must be from 0 to {LARGEST_SEED}, got {config.seed}.")
-    missing = [
-        key
-        for key, value in _leaves(OmegaConf.to_container(config, resolve=False))
-        if value == MISSING
-    ]
+    missing = [key for key, value in leaves if value == MISSING]
     if missing:
         raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")
     lora = _as_object(config.lora)
@@ -162,12 +159,12 @@ def settings_of(config: DictConfig) -> Settings:
     )
 
 
-def _refuse_unresolved(config: DictConfig) -> None:
+def _refuse_unresolved(config: DictConfig, leaves: list[tuple[str, Any]]) -> None:
     """Raises UserError for an interpolation without a value.
 
     Hydra's own, such as `${hydra:job.num}`, are left out: they have one within a job alone.
     """
-    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
+    for key, value in leaves:
         if isinstance(value, str) and "${" in value and "${hydra:" not in value:
             try:
                 OmegaConf.select(config, key)

@@ -91,8 +91,8 @@ def masks_without_waiting(device: torch.device) -> Iterator[None]:
 
     The answer is in the GPU's memory, so that the host would wait, in each forward pass, for all
     that it has launched. transformers does not ask while a graph is traced (checked with
-    transformers 5.23), and that is what it is told. A CPU has the answer at once, and is faster
-    without a mask.
+    transformers 5.23), so within the block it takes every tensor for a traced one. A CPU has the
+    answer at once, and is faster without a mask.
     """
     if device.type == "cpu":
         yield

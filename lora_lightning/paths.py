@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from .lora.errors import UserError, did_you_mean
+from .lora.outputs import expanded
 
 FILES = (
     *("model.name_or_path", "model.tokenizer", "adapter", "callbacks.retention.texts"),
     *("data.train", "data.val", "data.test", "data.path", "data.cache_dir"),
 )
 """Settings that name files or folders; those of a hub are left as they are."""
-GLOB = "*?["
-"""Marks of a pattern of file names."""
 MADE = ("data.cache_dir",)
 """Of those, what a run makes."""
 
@@ -24,7 +24,7 @@ MADE = ("data.cache_dir",)
 def anchor(config: DictConfig, base: Path) -> None:
     """Makes the paths of a config absolute, in place, and those of ~ too.
 
-    A run is gone on with, and its adapter used, from other folders than the one it was begun in.
+    A run may be resumed, and its adapter used, from other folders than it was started in.
 
     Args:
         config: a composed config. Interpolations stay: they may read what is not to be saved.
@@ -57,14 +57,10 @@ def refuse_absent(config: DictConfig) -> None:
             continue
         value = config.data[split]
         for item in value if OmegaConf.is_list(value) else [value]:
-            if not isinstance(item, str) or "://" in item or any(mark in item for mark in GLOB):
+            if not isinstance(item, str) or "://" in item or glob.has_magic(item):
                 continue
-            try:
-                path = Path(item).expanduser()
-                there = path.exists()
-            except (OSError, RuntimeError, ValueError):  # it is told where it is read
-                continue
-            if not there:
+            path = expanded(item, f"data.{split}")
+            if not path.exists():
                 raise absent(f"data.{split}", path)
 
 
@@ -89,11 +85,8 @@ def _absolute(value: Any, base: Path, key: str) -> Any:
     if path.is_absolute():
         return str(path)
     try:
-        there = key in MADE or os.path.lexists(base / path) or _matches(base, value)
+        there = key in MADE or os.path.lexists(base / path)
+        there = there or (glob.has_magic(value) and any(base.glob(value)))
     except (OSError, ValueError):
         return value
     return os.path.abspath(base / path) if there else value
-
-
-def _matches(base: Path, pattern: str) -> bool:
-    return any(mark in pattern for mark in GLOB) and any(base.glob(pattern))

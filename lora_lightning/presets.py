@@ -64,7 +64,7 @@ def with_presets(arguments: list[str]) -> list[str]:
     """Arguments with one `hydra.searchpath=[...]` in place of Hydra's flags for folders.
 
     So every verb and every job of a sweep finds the same presets. Folders are made absolute: a run
-    may be gone on with from elsewhere. The ~ of a value such as ~/data is replaced: no shell
+    may be resumed from elsewhere. The ~ of a value such as ~/data is replaced: no shell
     does it after a =, and in Hydra's grammar it means something else.
 
     Raises:

@@ -25,7 +25,7 @@ def refuse_unfit(
 
     Lightning restores in three moments: weights and callbacks, then loops and optimizers, then
     data loaders. Before each, the saved states are compared with those that the run has itself. An
-    error that comes while they are restored is told with the checkpoint's name.
+    error while restoring them is raised again with the checkpoint's name.
 
     Args:
         trainer: before `fit`.

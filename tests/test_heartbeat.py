@@ -1,4 +1,4 @@
-"""A run that is told to end ends wherever it stands, and one in a log says that it is alive."""
+"""A signal ends a run in the middle of an evaluation, and a run in a log says what it does."""
 
 from __future__ import annotations
 
@@ -70,16 +70,18 @@ def test_a_line_says_where_a_run_is():
         num_sanity_val_steps=0,
     )
     beat.trainer.fit(module, data, data)
-    beat.trainer.test(module, data, verbose=False)
+    beat.trainer.test(module, DataLoader(torch.ones(3, 1)), verbose=False)
     assert list(dict.fromkeys(module.said)) == [
         "training: epoch 1, step 0",
         "training: epoch 1, step 1",
         "validation: 0 of 2 batches",
         "validation: 1 of 2 batches",
         "validation: 2 of 2 batches, now generating texts or measuring",
-        "test: 0 of 2 batches",
-        "test: 1 of 2 batches",
-        "test: 2 of 2 batches, now generating texts or measuring",
+        "preparing the model and the data",  # of the test, whose batches nobody has counted
+        "test: 0 of 3 batches",
+        "test: 1 of 3 batches",
+        "test: 2 of 3 batches",
+        "test: 3 of 3 batches, now generating texts or measuring",
     ]
 
 

@@ -77,7 +77,7 @@ ALLOWED = {
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},
     "lock": {"lora"},
-    "report": FOUNDATION | {"config", "lock", "logs", "terminal", "untrusted"},
+    "report": FOUNDATION | {"config", "presets", "lock", "logs", "terminal", "untrusted"},
     "launch": FOUNDATION
     | {"config", "earlier", "paths", "report", "lock", "logs", "signals", "terminal"},
     "written": {"lora", "storage"},

@@ -13,6 +13,9 @@ import lightning as L
 from ..terminal import say
 
 
+PREPARING = "preparing the model and the data"
+
+
 class Heartbeat:
     """Says what a run is doing where it has said nothing for a while.
 
@@ -50,10 +53,10 @@ class Heartbeat:
 
     def line(self) -> str:
         """What the run is doing now."""
-        with suppress(Exception):  # it is read while the run goes on
+        with suppress(Exception):  # the run changes it meanwhile
             if self.trainer is not None and self.trainer.state.stage is not None:
                 return _doing(self.trainer)
-        return "preparing the model and the data"
+        return PREPARING
 
 
 def _doing(trainer: L.Trainer) -> str:
@@ -62,10 +65,12 @@ def _doing(trainer: L.Trainer) -> str:
     loop: Any
     if trainer.testing:
         what, loop, batches = "test", trainer.test_loop, trainer.num_test_batches
-    elif trainer.state.fn == "fit":
-        what, loop, batches = "validation", trainer.fit_loop.epoch_loop.val_loop, []
     else:
-        what, loop, batches = "validation", trainer.validate_loop, []
-    total, done = sum(batches or trainer.num_val_batches), loop.batch_progress.current.completed
+        fits = trainer.state.fn == "fit"
+        loop = trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop
+        what, batches = "validation", trainer.num_val_batches
+    if not batches:  # no loader has been made yet
+        return PREPARING
+    total, done = sum(batches), loop.batch_progress.current.completed
     texts = ", now generating texts or measuring" if done == total else ""
     return f"{what}: {done} of {total:.0f} batches{texts}"

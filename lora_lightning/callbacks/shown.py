@@ -54,7 +54,7 @@ class ProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch, the last of which `trainer.max_steps` may leave out."""
+        """Batches of this epoch, without those that `trainer.max_steps` leaves out."""
         trainer, total = self.trainer, super().total_train_batches
         if trainer.max_steps < 0:
             return total

@@ -11,7 +11,7 @@ FEW_ROWS = 8
 FEW_JUDGES = 50
 """Rows of validation or test from which one makes too much of what is measured."""
 UNEVEN = 3
-"""A class has so many times the rows of another."""
+"""Ratio of the rows of two classes from which they are called uneven."""
 
 
 def class_counts(data: LoraDataModule) -> dict[str, int]:

@@ -107,7 +107,7 @@ def keep_off_fast_paths(model: nn.Module) -> list[Any]:
         model: with the adapter in place.
 
     Returns:
-        Handles, of which `remove` makes the model as it was.
+        Handles, whose `remove` restores the model.
     """
     handles: list[Any] = []
     for module in model.modules():
@@ -144,8 +144,8 @@ def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str
         trained: by name, after a backward pass.
 
     Returns:
-        Those of which no like tensor was reached either, so that the model uses none of them; and
-        those of which a like one was: a tensor of the same name but for its last number, as one of
+        Those without a reached tensor of their kind, so that the model uses none of them; and
+        those with one: a tensor of the same name but for its last number, as one of
         several experts, or a layer that training drops at random.
     """
     missing = [n for n, t in trained.items() if t.requires_grad and t.grad is None]

@@ -14,11 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import direction, read_config, read_overrides
+from ..config import direction, read_config, read_overrides, read_yaml
 from ..lock import is_abandoned
 from ..logs import curve, read_metrics, read_result, tell_damaged
 from ..lora.config import LoraConfig
 from ..lora.errors import UserError
+from ..presets import CONFIG_NAME, searched
 from ..settings import direction_of
 from ..untrusted import settings_from_file
 
@@ -39,7 +40,7 @@ class Run:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """The monitored metric at each validation: optimizer step and value."""
     presets: list[str] = field(default_factory=list)
-    """Where the user's own presets are, as it is typed: --config-dir or hydra.searchpath."""
+    """Where the user's own presets are, as it is typed: --config-name, hydra.searchpath."""
 
     @property
     def job(self) -> str:
@@ -315,17 +316,14 @@ def _read_run(folder: Path) -> Run:
 def _presets(folder: Path) -> list[str]:
     """Where a run's presets are of its user's own, as its command names them."""
     try:
-        hydra = OmegaConf.to_container(
-            OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False
-        )
-        assert isinstance(hydra, dict)
-        parts: Any = hydra["hydra"]
+        saved = read_yaml(folder / ".hydra" / "hydra.yaml")
+        parts: Any = OmegaConf.to_container(saved, resolve=False)["hydra"]  # type: ignore[index, call-overload]
         typed = [str(item) for item in parts["overrides"]["hydra"]]
-        name = str(parts["job"]["config_name"])
+        name = parts["job"]["config_name"] or CONFIG_NAME
     except Exception:  # absent, damaged, or another Hydra's: the command goes without
         return []
-    primary = [] if name in ("train", "None") else ["--config-name", name]
-    return [*primary, *(item for item in typed if item.lstrip("+").startswith("hydra.searchpath="))]
+    primary = [] if name == CONFIG_NAME else ["--config-name", str(name)]
+    return [*primary, *searched(typed)]
 
 
 def _settings(config: DictConfig, path: Path) -> LoraConfig | None:

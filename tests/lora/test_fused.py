@@ -53,14 +53,17 @@ def test_gradcheck(bias, grad_x, rows):
     assert torch.autograd.gradcheck(step, (x, a, b))
 
 
-def test_gradcheck_with_dropout():
+@pytest.mark.parametrize(
+    "check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["once", "twice"]
+)
+def test_derivatives_with_dropout(check):
     x, weight, offset, a, b = inputs()
 
     def step(x, a, b):
         torch.manual_seed(3)
         return fused_linear(x, weight, offset, a, b, scaling=1.7, dropout=0.4)
 
-    assert torch.autograd.gradcheck(step, (x, a, b))
+    assert check(step, (x, a, b))
 
 
 @pytest.mark.parametrize("grad_x", [True, False])
@@ -238,16 +241,6 @@ def test_second_derivatives_are_those_of_plain_operations(step, truth, bent):
     for found, expected in zip(second(step), second(truth), strict=True):
         assert expected.any()
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_gradgradcheck_with_dropout():
-    x, weight, offset, a, b = inputs()
-
-    def step(x, a, b):
-        torch.manual_seed(3)
-        return fused_linear(x, weight, offset, a, b, scaling=1.7, dropout=0.4)
-
-    assert torch.autograd.gradgradcheck(step, (x, a, b))
 
 
 def test_second_derivatives_without_kept_inputs_are_refused():

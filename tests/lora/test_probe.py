@@ -65,28 +65,29 @@ def test_the_layout_is_found_in_every_type(dtype):
         assert layer.layout == ("(in, out)" if turned else "(out, in)")
 
 
+def refuses_to_merge(model: nn.Module, said: str) -> Adapter:
+    """An adapter on a model that refuses to merge, and changes no output by that."""
+    adapter = Adapter(model, LoraConfig(rank=2))
+    randomise(adapter.named_tensors())
+    before = model(X)
+    with pytest.raises(UserError, match=said):
+        adapter.merge()
+    assert torch.equal(model(X), before)
+    return adapter
+
+
 def test_a_layer_that_scales_its_product_is_not_merged():
     model = nn.Sequential(Other(4, 4, turned=False, factor=2.0))
     for settings in CONFIGS[1:]:
         with pytest.raises(UserError, match="a Other does not give its weight times its input"):
             Adapter(model, LoraConfig(rank=2, **settings))
-    adapter = Adapter(model, LoraConfig(rank=2))
-    randomise(adapter.named_tensors())
-    before = model(X)
-    with pytest.raises(UserError, match="0: a Other does not give its weight times"):
-        adapter.merge()
-    assert torch.equal(model(X), before)
+    refuses_to_merge(model, "0: a Other does not give its weight times")
 
 
 def test_a_hook_that_changes_the_output_is_seen():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].register_forward_hook(lambda _, __, output: 2 * output)
-    adapter = Adapter(model, LoraConfig(rank=2))
-    randomise(adapter.named_tensors())
-    before = model(X)
-    with pytest.raises(UserError, match="cannot merge into Linear.*Use the adapter unmerged"):
-        adapter.merge()
-    assert torch.equal(model(X), before)
+    adapter = refuses_to_merge(model, "cannot merge into Linear.*Use the adapter unmerged")
     assert not any(layer.merged for layer in adapter.layers.values())
 
 
