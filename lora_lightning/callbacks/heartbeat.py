@@ -12,7 +12,6 @@ import lightning as L
 
 from ..terminal import say
 
-
 PREPARING = "preparing the model and the data"
 
 
