@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +409,7 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
 def _beside(target: str) -> str:
     """What to type where the class is in a file of this folder, where Python does not look."""
     name = target.partition(".")[0]
-    if os.getcwd() in map(os.path.abspath, sys.path) or not name.isidentifier():
+    if not name.isidentifier() or find_spec(name):  # it was found: something else is wrong
         return ""
     if not (os.path.isfile(f"{name}.py") or os.path.isdir(name)):
         return ""

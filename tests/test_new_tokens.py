@@ -16,7 +16,7 @@ from test_packed import alone, assert_same, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import load_trained
-from lora_lightning.config import compose_config
+from lora_lightning.config import compose_config, instantiate_all, with_direction
 from lora_lightning.imported import import_adapter
 from lora_lightning.lora import UserError
 from lora_lightning.modeling import load_tokenizer
@@ -186,9 +186,7 @@ def test_a_run_goes_on_exactly(settings, trained, tmp_path):
 
 
 def _callbacks(overrides):
-    from lora_lightning.config import instantiate_all
-
-    return instantiate_all(compose_config(overrides).callbacks)
+    return instantiate_all(with_direction(compose_config(overrides)).callbacks)
 
 
 def _die():
