@@ -21,8 +21,8 @@ COMMON_FILES = {"eight-gpus": "my-chats", "slurm": "my-chats"}
 """Pages that take the files of another."""
 IN_PROCESSES = ("eight-gpus", "sweep")
 """Pages whose commands are run as processes."""
-LONG = ("my-chats", "deploy-vllm")
-"""Pages that take a minute or more."""
+LONG = ("my-chats", "my-csv", "deploy-vllm")
+"""Pages that take their time."""
 
 
 def files_of(page: str) -> dict[str, str]:

@@ -120,13 +120,10 @@ def test_a_rung_below_one_step_is_told(run_cli, tmp_path, monkeypatch, tiny_bert
     assert "is less than one step. Give fewer rungs" in " ".join(err.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("halving", "interval", "epochs"),
-    [
-        ("{eta: 2, rungs: 2}", 1.0, 2),
-        pytest.param("{eta: 2, rungs: 1}", 1.0, 1, marks=pytest.mark.slow),
-        pytest.param("{eta: 2}", 0.5, 2, marks=pytest.mark.slow),
-    ],
+    [("{eta: 2, rungs: 2}", 1.0, 2), ("{eta: 2, rungs: 1}", 1.0, 1), ("{eta: 2}", 0.5, 2)],
     ids=["two rungs, one validation before the end", "none", "two for three"],
 )
 def test_rungs_without_a_validation_of_their_own_are_told(

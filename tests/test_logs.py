@@ -365,8 +365,10 @@ def sweep(tiny_bert, rows_jsonl, fast, tmp_path, monkeypatch, run_cli):
     return again
 
 
-@pytest.mark.parametrize("content", [None, b"", ZEROS, b"model:\n  name_or_path: x\n"])
-def test_a_sweep_writes_a_damaged_config_again(content, sweep):
+@pytest.mark.parametrize(
+    "contents", [(None, b"", bytes(99)), (b"model:\n  name_or_path: x\n", None, b"")]
+)
+def test_a_sweep_writes_a_damaged_config_again(contents, sweep):
     """Of a job that is complete, of one that was stopped, and of one that has not begun."""
     assert sweep()[0] == 0
     folders = [Path("sweep/0"), Path("sweep/1")]
@@ -376,7 +378,7 @@ def test_a_sweep_writes_a_damaged_config_again(content, sweep):
         for name in ("config.yaml", "overrides.yaml", "hydra.yaml")
     ]
     whole = [file.read_text() for file in files]
-    for state in ("completed", "interrupted", "waiting"):
+    for state, content in zip(("completed", "interrupted", "waiting"), contents, strict=True):
         result = json.loads((folders[1] / "result.json").read_text())
         (folders[1] / "result.json").write_text(json.dumps({**result, "status": state}))
         if state == "waiting":

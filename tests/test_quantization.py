@@ -269,6 +269,7 @@ def test_loftq_loads_the_unquantised_base_on_the_cpu(tiny_llama, monkeypatch):
     assert next(iter(module.adapter.layers.values())).lora_A.is_meta
 
 
+@pytest.mark.slow
 def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
     """It trains, PEFT has its logits on the same base, and merged it is the model trained."""
     run = tmp_path / "run"

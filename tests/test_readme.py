@@ -54,6 +54,7 @@ def test_settings_of_the_table_compose():
         settings_of(compose_config(override))
 
 
+@pytest.mark.slow
 def test_the_tour_runs_in_order(tmp_path, monkeypatch, run_cli, chat_llama):
     """Every command that needs no GPU, in the README's order, on fewer rows.
 

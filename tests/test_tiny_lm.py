@@ -80,6 +80,7 @@ def test_tasks_that_write_text_bring_it_and_the_docstrings(task):
     assert (mixed.model.name_or_path, mixed.model.dtype) == ("x", "bfloat16")
 
 
+@pytest.mark.slow
 def test_summarization_with_nothing_else_typed(run_cli, tmp_path):
     run = tmp_path / "run"
     limits = ["debug=limit", "data.limit_train=64", "task.max_new_tokens=16", f"output_dir={run}"]

@@ -160,10 +160,21 @@ def installed(built, tmp_path) -> SimpleNamespace:
     def command(*arguments: str) -> str:
         return run(bin_folder / "lora-lightning", *arguments, cwd=tmp_path)
 
-    def python(code: str) -> str:
-        return run(bin_folder / "python", "-c", code, cwd=tmp_path)
+    def python(code: str, *arguments: str) -> str:
+        return run(bin_folder / "python", "-c", code, *arguments, cwd=tmp_path)
 
     return SimpleNamespace(command=command, python=python, folder=tmp_path)
+
+
+IN_TURN = """
+import shlex, sys
+from lora_lightning.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["lora-lightning", *shlex.split(line)]
+    main()
+    print("<end>")
+"""
+"""Runs several commands in one process, which imports the libraries once."""
 
 
 def result_of(folder: Path) -> dict:
@@ -191,35 +202,29 @@ def test_wheel_holds_every_file_of_the_package(built):
     assert {"LICENSE", "README.md", "pyproject.toml", "conf/train.yaml"} <= held
 
 
-def test_wheel_environment_has_only_declared_packages(built, installed):
-    found = installed.python(
-        "import importlib.util, json, lora_lightning\n"
-        f"names = {UNDECLARED!r}\n"
-        "there = [name for name in names if importlib.util.find_spec(name)]\n"
-        "print(json.dumps([there, lora_lightning.__file__]))"
-    )
-    there, where = json.loads(found)
-    assert there == []
-    assert Path(where).is_relative_to(built / "venv")
-
-
-def test_wheel_trains_predicts_and_merges_from_any_folder(installed):
+def test_wheel_runs_its_commands_from_any_folder(installed, tiny_bert):
     out = installed.command("train", "debug=limit", "output_dir=run")
     assert "On the 16 test rows" in out
     result = result_of(installed.folder / "run")
     assert (result["status"], result["trainable_parameters"]) == ("completed", 338_690)
 
-    answer = json.loads(installed.command("predict", "adapter=run/adapter", "text=Not bad at all."))
-    assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
-
-    out = installed.command("merge", "adapter=run/adapter", "output=merged")
-    assert float(re.search(r"merged model: ([\d.e-]+)$", out, flags=re.M)[1]) < 0.01
-    with safe_open(installed.folder / "merged" / "model.safetensors", "pt") as merged:
-        assert not [name for name in merged.keys() if "lora" in name]  # noqa: SIM118
-
-
-def test_wheel_checks_from_any_folder(installed):
-    assert "All checks passed." in installed.command("check")
+    model = f"model.name_or_path={tiny_bert}"
+    out = installed.python(
+        IN_TURN,
+        "predict adapter=run/adapter text='Not bad at all.'",
+        "merge adapter=run/adapter output=merged",
+        "check",
+        f"train experiment=full_reviews debug=limit {model} output_dir=full",
+    )
+    predicted, merged, checked, _, _ = out.split("<end>\n")
+    assert sum(json.loads(predicted)["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert float(re.search(r"merged model: ([\d.e-]+)$", merged, flags=re.M)[1]) < 0.01
+    with safe_open(installed.folder / "merged" / "model.safetensors", "pt") as weights:
+        assert not [name for name in weights.keys() if "lora" in name]  # noqa: SIM118
+    assert "All checks passed." in checked
+    result = result_of(installed.folder / "full")
+    assert result["status"] == "completed"
+    assert result["trainable_parameters"] == result["total_parameters"]
 
 
 def test_wheel_packed_sweep_trains_every_job(installed):
@@ -233,22 +238,17 @@ def test_wheel_packed_sweep_trains_every_job(installed):
     assert counts == [770 + 2 * 42_240, 770 + 4 * 42_240]
 
 
-def test_wheel_experiment_preset_trains(installed, tiny_bert):
-    model = f"model.name_or_path={tiny_bert}"
-    installed.command("train", "experiment=full_reviews", "debug=limit", model, "output_dir=run")
-    result = result_of(installed.folder / "run")
-    assert result["status"] == "completed"
-    assert result["trainable_parameters"] == result["total_parameters"]
+def test_wheel_loads_a_model_under_a_device_context(built, installed):
+    """The declared packages are enough for it, and no others are there.
 
-
-def test_wheel_loads_a_model_under_a_device_context(installed):
-    """On a GPU Lightning builds the model with that GPU as torch's default device.
-
-    transformers ignores a default device that is the CPU, so the test reports it as one to use.
+    On a GPU Lightning builds the model with that GPU as torch's default device. transformers
+    ignores a default device that is the CPU, so the test reports it as one to use.
     """
-    installed.python(
+    found = installed.python(
+        "import importlib.util, json\n"
         "from unittest.mock import patch\n"
         "import torch\n"
+        "import lora_lightning\n"
         "from lora_lightning.modeling import load_classifier, load_tokenizer\n"
         "from lora_lightning.settings import ModelConfig\n"
         "config = ModelConfig()\n"
@@ -256,4 +256,10 @@ def test_wheel_loads_a_model_under_a_device_context(installed):
         "with patch(device, return_value=torch.device('cpu')) as asked:\n"
         "    load_classifier(config, load_tokenizer(config), ['no', 'yes'])\n"
         "assert asked.called\n"
+        f"names = {UNDECLARED!r}\n"
+        "there = [name for name in names if importlib.util.find_spec(name)]\n"
+        "print(json.dumps([there, lora_lightning.__file__]))"
     )
+    there, where = json.loads(found.splitlines()[-1])
+    assert there == []
+    assert Path(where).is_relative_to(built / "venv")

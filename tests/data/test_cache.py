@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import make_rows
 
-from lora_lightning.data import sources
+from lora_lightning.data import docstrings, sources
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.sources import cache_folder, load_splits
 from lora_lightning.lora import UserError
@@ -209,12 +209,15 @@ def test_damaged_tokens_are_made_again(damage, tiny_bert, tmp_path, capsys):
     assert capsys.readouterr().err.count("is made again") == 0
 
 
-def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys):
-    from lora_lightning.data.docstrings import docstring_files
-
-    paths = docstring_files(tmp_path)
+def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys, monkeypatch):
+    rows = {
+        split: [{"document": f"{split} {i}"} for i in range(3)]
+        for split in ("train", "val", "test")
+    }
+    monkeypatch.setattr(docstrings, "build_docstrings", lambda _: rows)
+    paths = docstrings.docstring_files(tmp_path)
     contents = {split: path.read_bytes() for split, path in paths.items()}
     _turn(paths["test"])
-    docstring_files(tmp_path)
+    docstrings.docstring_files(tmp_path)
     assert {split: path.read_bytes() for split, path in paths.items()} == contents
     assert "is made again" in capsys.readouterr().err

@@ -54,6 +54,7 @@ def test_sharded_base_under_slurm_takes_the_devices_of_its_tasks(way, common, tm
     assert [(tmp_path / f"bound-{task}").read_text() for task in range(2)] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_processes_with_different_bases_are_refused(common, tiny_llama, tmp_path):  # noqa: F811
     """Two machines with a copy of the base each, of which one is another version."""
     for node in range(2):
