@@ -15,8 +15,7 @@ from .data.datamodule import LoraDataModule
 from .lora.errors import UserError
 from .lora.state import CONFIG_NAME
 from .lora.vocabulary import vocabulary_rows
-from .module import LoraModule
-from .storage import versions
+from .storage import Trained, versions
 from .terminal import fenced, one_line, printable
 
 CARD = "README.md"
@@ -33,7 +32,7 @@ def write_card(
     folder: Path,
     run_dir: Path,
     settings: Settings,
-    module: LoraModule,
+    module: Trained,
     data: LoraDataModule,
     result: dict[str, Any],
 ) -> None:
@@ -58,7 +57,7 @@ def write_card(
     atomic_write(folder / CARD, printable("\n\n".join(parts)) + "\n")
 
 
-def _front_matter(settings: Settings, module: LoraModule) -> str:
+def _front_matter(settings: Settings, module: Trained) -> str:
     """What the hub reads; a base that is no hub name is left out, which the hub would refuse."""
     lines = ["---"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model.name_or_path):
@@ -79,7 +78,7 @@ def _title(settings: Settings) -> str:
     return f"# {task}: a LoRA adapter of {base}"
 
 
-def _use(settings: Settings, module: LoraModule) -> str:
+def _use(settings: Settings, module: Trained) -> str:
     predict = 'lora-lightning predict adapter=THIS_FOLDER text="..."'
     lines = ["## Use", "", "```bash", predict, "```"]
     kind, base = CLASSES.get(module.task.peft_task_type), settings.model.name_or_path

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from .atomic_write import atomic_write
 from .lora import UserError
-
-BAD_STEP = "bad_step.json"
-"""In a run's folder: the rows of a step whose loss was not a number."""
+from .storage import BAD_STEP
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from .lock import LOCK, locked
-from .lora import UserError, save_adapter
+from .lora import Adapter, UserError, save_adapter
 from .lora.checks import check_trained
 from .lora.checksums import SIDECAR, check_content, write_checksums
 from .lora.outputs import made_folder, refuse_loss, replaced_folder
 from .lora.vocabulary import before_growth
-from .losses import BAD_STEP
 from .modeling import fingerprint
-from .module import LoraModule
-from .settings import PAUSE
+from .settings import PAUSE, ModelConfig
+from .tasks import Task
 from .terminal import command
 from .untrusted import check_task_state, settings_from_file
 
@@ -33,6 +33,8 @@ ADAPTER = "adapter"
 """In a run's folder: the folder of what was trained."""
 RESULT = "result.json"
 HYDRA = ".hydra"
+BAD_STEP = "bad_step.json"
+"""In a run's folder: the rows of a step whose loss was not a number."""
 RUN_ENTRIES = (
     *(HYDRA, RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
@@ -42,8 +44,22 @@ OWN_ENTRIES = (*RUN_ENTRIES, PAUSE, ADAPTER)
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
+class Trained(Protocol):
+    """What a folder is written from: `LoraModule`, or a module that has as much."""
+
+    model: nn.Module | None
+    adapter: Adapter | None
+    tokenizer: Any
+    task: Task
+    model_config: ModelConfig
+
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are trained and stored, by name."""
+        ...
+
+
 def save_trained(
-    module: LoraModule,
+    module: Trained,
     folder: Path,
     settings: dict[str, Any],
     *,
@@ -249,7 +265,7 @@ def writable(run_dir: Path) -> None:
         )
 
 
-def base_fingerprint(module: LoraModule) -> str:
+def base_fingerprint(module: Trained) -> str:
     """Tells the frozen base apart from another of the same shape, whatever rows it has grown by.
 
     It is "" where all is trained, and where the base is quantised, which changes its weights.

@@ -44,7 +44,6 @@ from .lora import UserError
 from .lora.checksums import SIDECAR, check_files
 from .lora.errors import ProcessLost
 from .lora.outputs import refuse_loss
-from .losses import BAD_STEP
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
@@ -57,6 +56,7 @@ from .settings import PAUSE
 from .signals import Stopped, StopSignals
 from .storage import (
     ADAPTER,
+    BAD_STEP,
     RESULT,
     base_fingerprint,
     folder_bytes,
