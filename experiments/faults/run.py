@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from harness import FAULTS, Harness
+from harness import FAULTS, Harness, Trial
 from scenarios import SCENARIOS, write_inputs
 
 
@@ -23,19 +23,17 @@ def main(folder: Path, names: list[str]) -> int:
         (work / "from").mkdir()
         scenario = SCENARIOS[name]
         harness = Harness(work, write_inputs(work / "from"), *scenario)
-        trials = [harness.after_the_end()]
+        trials = [_told(harness.after_the_end())]
         places = harness.places()
         print(f"{name}: {len(places)} operations", flush=True)
         for number, (called, nth) in enumerate(places, 1):
             for fault in FAULTS:
                 if fault != "short" or called.startswith("write "):
-                    trials += harness.trials(called, nth, fault)
+                    trials += map(_told, harness.trials(called, nth, fault))
             if number % 25 == 0:
                 print(f"  {number}, {len(trials)} trials", flush=True)
         harness.close()
         bad = [trial for trial in trials if trial.problem]
-        for trial in bad:
-            print(json.dumps(vars(trial), indent=2))
         content = {
             "operations": len(places),
             "trials": Counter(trial.fault for trial in trials),
@@ -46,6 +44,12 @@ def main(folder: Path, names: list[str]) -> int:
         print(f"{name}: {len(trials)} trials, {len(bad)} problems", flush=True)
         problems += len(bad)
     return problems
+
+
+def _told(trial: Trial) -> Trial:
+    if trial.problem:
+        print(json.dumps(vars(trial), indent=2), flush=True)
+    return trial
 
 
 if __name__ == "__main__":
