@@ -1,6 +1,6 @@
 """Files of any content: as data, and in the folder of a run. Our own error comes out, or a result.
 
-FUZZ=1 tries other content in each run; the failing example and how to run it again are printed.
+FUZZ=300 tries 300 of each kind; the failing example and how to run it again are printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from fuzz import FUZZ
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from omegaconf import OmegaConf
@@ -75,7 +75,7 @@ def tokenizer(tiny_bert):
     return load_tokenizer(ModelConfig(name_or_path=str(tiny_bert)))
 
 
-@settings(FUZZ, max_examples=100)
+@FUZZ
 @given(file=FILES, task=st.sampled_from(["sentiment", "summarization"]))
 def test_files_of_any_content(file, task, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -164,7 +164,7 @@ def stops_when_restored(monkeypatch):
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=60)
+@FUZZ
 @given(data=st.data())
 def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
     last = begun / "checkpoints" / "last.ckpt"
