@@ -155,7 +155,7 @@ def lost_to_job(run_dir: Path) -> list[str]:
 def _is_others_multirun(path: Path) -> bool:
     """Whether Hydra's file of a sweep is a link, or was not written by Hydra.
 
-    Hydra writes it in place. A full disk, a kill or a power cut leaves its beginning, or zero bytes.
+    Hydra writes it in place. A full disk, a kill or a power cut leaves its beginning, or zeros.
     """
     if path.is_symlink():
         return True

@@ -571,6 +571,12 @@ MODEL = [
         "MASTER_ADDR",
     ),
     Case(
+        "a number of devices",
+        lambda p: p.train("trainer.accelerator=cpu", f"trainer.devices={10**15}"),
+        "trainer.devices=1000000000000000",
+        "at most 256",
+    ),
+    Case(
         "rows for two processes",
         lambda p: p.train(
             *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")

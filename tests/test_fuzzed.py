@@ -15,6 +15,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
@@ -185,6 +186,25 @@ def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_p
     shutil.rmtree(run.parent)
 
 
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_forged_config_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
+    whole = OmegaConf.to_container(OmegaConf.load(begun / ".hydra" / "config.yaml"), resolve=False)
+    place = data.draw(st.sampled_from([each for each in places(whole) if each != ("output_dir",)]))
+    run = tmp_path_factory.mktemp("forged") / "run"
+    shutil.copytree(begun, run)
+    content = forged(whole, place, data.draw(OTHERS))
+    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(content))
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    assert str(run) in err  # its config.yaml, or the folder where something is to be typed again
+    assert {each.name for each in run.parent.iterdir()} == {"run"}
+    shutil.rmtree(run.parent)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
@@ -196,7 +216,9 @@ def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_p
         ("callbacks/EarlyStopping*", [], "is no mapping"),
         ("callbacks/BestCheckpoint*/current_score", "x", "a score that is no number"),
         ("loops/fit_loop/epoch_progress/current/ready", -1, "epoch_progress.current counts"),
-        ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total holds 'step'"),
+        ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total has no 'completed'"),
+        ("loops/fit_loop/epoch_progress/total/completed", "absent", "total has no 'completed'"),
+        ("loops/fit_loop/epoch_progress/total/reset", 1, "holds 'reset', which"),
         ("loops/fit_loop/state_dict/combined_loader", [{"batches": "x"}], "batches is str 'x'"),
         ("lr_schedulers/0/last_epoch", 1.5, "last_epoch is float 1.5, not a whole number"),
         ("lr_schedulers/0/base_lrs", [0.1], "base_lrs is no list of 2"),
@@ -227,6 +249,24 @@ def test_a_forged_state_is_told(place, value, told, begun, stops_when_restored, 
     assert (last.read_bytes(), (run / "csv" / "metrics.csv").read_bytes()) == before
 
 
+def test_a_checkpoint_of_another_version(begun, stops_when_restored, run_cli, tmp_path):
+    """What it holds in addition is not used; where it does not fit, both versions are told."""
+    run = shutil.copytree(begun, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    loops = content["loops"]["fit_loop"]
+    for part in (loops, loops["state_dict"], loops["epoch_progress"]["total"]):
+        part["of_tomorrow"] = {"a": 1}
+    content["lr_schedulers"][0]["of_tomorrow"] = 1
+    content["pytorch-lightning_version"] = "9.9.0"
+    torch.save(content, last)
+    assert "reached" in run_cli("train", f"resume={run}")[2]
+    del loops["epoch_progress"]["total"]["ready"]
+    torch.save(content, last)
+    said = " ".join(run_cli("train", f"resume={run}")[2].split())
+    assert f"written by Lightning 9.9.0, and {lightning.__version__} is installed" in said
+
+
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
@@ -236,6 +276,7 @@ def test_a_forged_state_is_told(place, value, told, begun, stops_when_restored, 
         ("trainer", "x", "trainer"),
         ("data/batch_size", [1], "data.batch_size"),
         ("data/splits", "x", "data.splits"),
+        ("data/splits", "${seed}", "not iterable"),
         ("task/name", {}, "task.name"),
         ("task", "absent", "is not the config of a run"),
         ("model/dtype", [1], "model.dtype"),

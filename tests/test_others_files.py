@@ -280,7 +280,7 @@ def test_a_sweep_replaces_no_file_of_the_users(
     assert mine.read_text() == path.read_text() == '{"mine": 1}'
 
 
-@pytest.mark.parametrize("left", [b"", b"\0" * 9, b"hy", b"hydra:\n  run:\n    di", b"mine: 1", b"h: 1"])
+@pytest.mark.parametrize("left", [b"", b"\0" * 9, b"hy", b"hydra:\n  ru", b"mine: 1", b"h: 1"])
 def test_a_sweep_goes_on_where_hydras_file_was_cut(left, tmp_path):
     (tmp_path / "multirun.yaml").write_bytes(left)
     with pytest.raises(UserError) if b"1" in left else nullcontext():
