@@ -148,11 +148,19 @@ def _guarded(action: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
+    except BaseException as error:  # a library in Rust panics by one that is no Exception
         from .atomic_write import fault_of_disk
+        from .lora.errors import lack_of_memory
 
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        if (lack := lack_of_memory(error)) is not None:
+            say(
+                f"error: out of memory: {lack.rstrip('.')}. Close other programs, give this one a "
+                "higher limit (ulimit -v, a container's), or fewer and shorter rows.",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_USER_ERROR)
         if (fault := fault_of_disk(error)) is not None:
             say(f"error: {fault}. Nothing that was whole before is lost.", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)

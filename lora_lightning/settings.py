@@ -18,6 +18,8 @@ SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
 """In a sweep's folder: what was swept and how it ended; and what Hydra writes of it."""
 LOG = "log.txt"
 """In a job's folder: what its process prints."""
+MOST_PROCESSES = 256
+"""Of one kind, on one machine: no mistyped or forged number fills it with processes."""
 OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 """Groups of the config that are ours, of plain values; they are kept with an adapter."""
 QUANTIZATIONS = ("nf4", "int8")
@@ -340,9 +342,10 @@ class DataConfig:
                 f"data.max_tokens must be a positive number, null or auto, got {self.max_tokens!r}."
             )
         number = isinstance(self.num_workers, int) and not isinstance(self.num_workers, bool)
-        if self.num_workers != "auto" and not (number and self.num_workers >= 0):
+        if self.num_workers != "auto" and not (number and 0 <= self.num_workers <= MOST_PROCESSES):
             raise UserError(
-                f"data.num_workers must be 0 or more, or auto, got {self.num_workers!r}."
+                f"data.num_workers must be 0 to {MOST_PROCESSES}, or auto, got "
+                f"{self.num_workers!r}."
             )
         for name in ("val_fraction", "test_fraction"):
             value = getattr(self, name)

@@ -130,6 +130,8 @@ class StopSignals(Callback):
         self.received = 0
         self.saves = False
         """Whether another callback sends what was received, and saves before it ends the run."""
+        self.has_trained = False
+        """Whether the first step has begun, in this process."""
         self._shared = SharedNumber()
         self._has_steps = False
         """Whether Lightning is at batches, at which it is looked whether a signal has come."""
@@ -210,6 +212,9 @@ class StopSignals(Callback):
         self._install()
         self._has_steps = True
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.has_trained = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any

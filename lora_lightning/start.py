@@ -417,9 +417,9 @@ def _resume(folder: str, others: list[str]) -> None:
             refuse_untyped(config, typed, f"resume={folder}")  # of a preset beside the run
     try:
         settings_of(config)
-    except UserError as error:
-        raise not_a_runs(saved, error) from None
-    train(config, resume=True)
+    except Exception as error:
+        raise not_a_runs(saved, error) from error
+    train(config, resume=True, saved=None if OWN_CONFIG in os.environ else saved)
 
 
 def _saved_search(run_dir: Path) -> list[str]:

@@ -50,7 +50,7 @@ from .module import LoraModule
 from .outcome import log_hparams, measured, of_rows, print_result
 from .precision import chosen_for_the_user, fast_products, with_precision
 from .quiet import quiet_libraries
-from .restoring import refuse_unfit
+from .restoring import blamed_before_first_step, refuse_unfit
 from .retention import Retention
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
@@ -99,12 +99,15 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
+def train(
+    config: DictConfig, *, resume: bool = False, saved: Path | None = None, **changes: Any
+) -> dict[str, Any]:
     """Trains, tests on the best adapter, and writes the run's folder `config.output_dir`.
 
     Args:
         config: a composed config, see conf/train.yaml.
         resume: go on from the folder's last checkpoint.
+        saved: the file that the config was read from; errors before the first step name it.
         changes: arguments of Lightning's Trainer, over those of the config.
 
     Returns:
@@ -113,6 +116,18 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     Raises:
         UserError: something in the config or the data is wrong.
     """
+    signals = StopSignals()
+    with (
+        nullcontext()
+        if saved is None
+        else blamed_before_first_step(saved, config, lambda: signals.has_trained)
+    ):
+        return _train(config, signals, changes, resume=resume)
+
+
+def _train(
+    config: DictConfig, signals: StopSignals, changes: dict[str, Any], *, resume: bool
+) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     quiet_libraries()
     checkpoint = whole_checkpoint(run_dir) if resume else None
@@ -141,7 +156,7 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
         bar = config.trainer.get("enable_progress_bar", True)
         bar = bar and config.callbacks.get("progress_bar") is not None
         beat = stack.enter_context(Heartbeat(wanted=rank_zero and bar))
-        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes, beat)
+        _run_to_its_end(config, settings, run_dir, checkpoint, result, signals, changes, beat)
     return result
 
 
@@ -158,11 +173,11 @@ def _run_to_its_end(
     run_dir: Path,
     checkpoint: Path | None,
     result: dict[str, Any],
+    signals: StopSignals,
     changes: dict[str, Any],
     beat: Heartbeat,
 ) -> None:
     """The run, and in `result` how it ended."""
-    signals = StopSignals()
     try:
         accelerator = str(config.trainer.get("accelerator", "auto"))
         products = fast_products(config.trainer.precision, accelerator)
@@ -211,7 +226,8 @@ def _run_to_its_end(
                 "another process of this run has died, or was killed. To go on: "
                 f"{command('train', resume=run_dir)}"
             ) from error
-        if not isinstance(error, UserError) and last_checkpoint(run_dir) is not None:
+        going = signals.has_trained and last_checkpoint(run_dir) is not None
+        if going and not isinstance(error, UserError):
             say(f"failed. To go on: {command('train', resume=run_dir)}", file=sys.stderr)
         raise
 

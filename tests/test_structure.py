@@ -71,8 +71,8 @@ ALLOWED = {
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
     | {"memory", "restoring", "retention", "losses", "__init__"},
-    "restoring": {"lora", "atomic_write", "checkpoint"},
-    "memory": RUN_SIDE,
+    "restoring": {"lora", "atomic_write", "checkpoint", "config", "usage"},
+    "memory": RUN_SIDE | {"signals"},
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from ..lora.errors import UserError, causes
 
@@ -27,6 +28,8 @@ BUILDERS = {
 """Endings of files, with the kind of reader and its arguments."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Endings that may stand behind those of `BUILDERS`, with pyarrow's name of the format."""
+PART, FREE = 2**23, 2**30
+"""Bytes that are decompressed at a time, and those that are left free on a large disk."""
 LARGEST = 2**63
 """Whole numbers from here on, and below its negative, have no exact type in a column."""
 _LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
@@ -68,7 +71,9 @@ def plain_file(option: str, path: Path) -> Iterator[Path]:
                 pa.input_stream(str(path), compression=COMPRESSED[packed]) as source,
                 plain.open("wb") as target,
             ):
-                shutil.copyfileobj(source, target)
+                _unpack(source, target, option, path)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
@@ -77,6 +82,24 @@ def plain_file(option: str, path: Path) -> Iterator[Path]:
                 "Is it whole?"
             ) from None
         yield plain
+
+
+def _unpack(source: Any, target: IO[bytes], option: str, path: Path) -> None:
+    """Decompress a file, as long as that leaves some of the disk free.
+
+    Raises:
+        UserError: it does not.
+    """
+    while part := source.read(PART):
+        target.write(part)
+        target.flush()
+        disk = shutil.disk_usage(os.path.dirname(target.name))
+        if len(part) == PART and disk.free < min(FREE, disk.total // 20):
+            raise UserError(
+                f"{option}: {path} has unpacked to {target.tell() / 2**20:.0f} MiB so far, and "
+                f"{os.path.dirname(target.name)} has no room for more. If that is its size, give "
+                "another folder for temporary files (TMPDIR=DIR), or unpack it yourself."
+            )
 
 
 def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:

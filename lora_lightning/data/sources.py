@@ -281,7 +281,28 @@ def _load_files(option: str, value: Any, cache: Path) -> Any:
         rows = concatenate_datasets(parts)
     if not len(rows):
         raise UserError(f"{option}: {', '.join(map(str, paths))} holds no rows.")
+    _refuse_twins(option, rows)
     return rows
+
+
+def _refuse_twins(option: str, rows: Any) -> None:
+    """Raises UserError for a mapping with two parts of one name, which no Python object can hold.
+
+    Arrow cuts names at a zero character, so that those of JSON may become alike.
+    """
+
+    def has_twins(kind: Any) -> bool:
+        parts = [kind.field(number) for number in range(kind.num_fields)]
+        return len({part.name for part in parts}) < len(parts) or any(
+            has_twins(part.type) for part in parts
+        )
+
+    for column in rows.data.schema:
+        if has_twins(column.type):
+            raise UserError(
+                f"{option}: the column {column.name!r} holds mappings with two parts of one name. "
+                "Rename one."
+            )
 
 
 def _matching(option: str, path: Path) -> list[Path]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -459,6 +461,28 @@ def test_compressed_files_are_read(packed, kind, tmp_path):
         UserError, match=rf"rows.{kind}.{packed} cannot be decompressed as {packed}"
     ):
         load_splits(DataConfig(train=str(path)))
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst", "bz2"])
+def test_a_file_that_unpacks_to_more_than_the_disk_is_refused(packed, tmp_path, monkeypatch):
+    path, free = tmp_path / f"rows.txt.{packed}", 50 * 2**20
+    with pa.output_stream(
+        str(path), compression={"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[packed]
+    ) as stream:
+        for _ in range(200):
+            stream.write(b"\n" * 2**20)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+
+    def usage(folder):  # of a disk that holds what is in the folder alone
+        seen.append(sum(each.stat().st_size for each in Path(folder).iterdir()))
+        return SimpleNamespace(total=100 * 2**20, free=free - seen[-1])
+
+    monkeypatch.setattr("lora_lightning.data.readers.shutil.disk_usage", usage)
+    with pytest.raises(UserError, match=r"rows\.txt\..* has unpacked to 48 MiB so far, .*TMPDIR"):
+        load_splits(DataConfig(train=str(path), cache_dir=str(tmp_path / "cache")))
+    assert max(seen) < free
+    assert {each.name for each in tmp_path.iterdir()} == {path.name}
 
 
 @pytest.mark.parametrize("name", ["d[0].jsonl", "d::x.jsonl", "d*.jsonl", "d?.jsonl", "a b.jsonl"])
