@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
+from .callbacks.curves import count_from_one
 from .callbacks.heartbeat import Heartbeat
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -124,6 +125,8 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
     result["rungs"] = earlier.get("rungs", [])
+    # A run of an earlier version counts its logged steps from 0, to its end.
+    result["first_step"] = 1 if checkpoint is None else earlier.get("first_step", 0)
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with ExitStack() as stack:
@@ -236,6 +239,8 @@ def _run(
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = beat.trainer = build_trainer(config, **changes)
+    if result["first_step"] == 1:
+        count_from_one(trainer)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)
@@ -253,7 +258,7 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        _prepare_to_go_on(trainer, checkpoint, run_dir)
+        _prepare_to_go_on(trainer, checkpoint, run_dir, first_step=result["first_step"])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -285,7 +290,9 @@ def _run(
         print_result(result, run_dir, data)
 
 
-def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> None:
+def _prepare_to_go_on(
+    trainer: L.Trainer, checkpoint: Path, run_dir: Path, *, first_step: int
+) -> None:
     """Makes sure that a run can go on from a checkpoint, and cuts its log to that step."""
     content = read_checkpoint(checkpoint)
     check_resumable(content, checkpoint)
@@ -293,7 +300,7 @@ def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> No
     step = content["global_step"]
 
     def go_on() -> None:
-        continue_csv(trainer, step)
+        continue_csv(trainer, step, first_step=first_step)
         if trainer.is_global_zero:
             print(f"goes on from step {step} ({checkpoint.name})", flush=True)
 

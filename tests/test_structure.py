@@ -62,7 +62,7 @@ ALLOWED = {
     "losses": {"lora", "atomic_write"},
     "module": MODEL_SIDE | {"combinations", "first_look", "losses"},
     "callbacks": MODEL_SIDE | {"module", "signals"},
-    "retention": MODEL_SIDE | {"module", "data"},
+    "retention": MODEL_SIDE | {"module", "data", "callbacks"},
     "storage": MODEL_SIDE | {"module", "lock", "losses"},
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,

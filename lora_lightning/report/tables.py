@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,8 @@ def terminal_report(sweep: Sweep) -> None:
     if sweep.best is not None:
         for name, text in best_lines(sweep.best, sweep):
             console.print(printable(f"{name + ':':9}{text}"), soft_wrap=True)
+    logdir = shlex.quote(str(sweep.folder))
+    console.print(printable(f"Curves:  tensorboard --logdir {logdir}"), soft_wrap=True)
     console.print(printable(f"Report:  {sweep.folder / 'report.html'}"), soft_wrap=True)
 
 
