@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -31,6 +32,7 @@ from .config import (
     to_be_typed,
     with_direction,
 )
+from .cpu import crowded
 from .data.datamodule import LoraDataModule
 from .earlier import (
     continue_csv,
@@ -50,7 +52,7 @@ from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
 from .outcome import log_hparams, measured, of_rows, print_result
-from .precision import chosen_for_the_user, fast_products, with_precision
+from .precision import chosen_for_the_user, fast_products, is_on_cpu, with_precision
 from .quiet import quiet_libraries
 from .restoring import refuse_unfit
 from .retention import Retention
@@ -140,6 +142,9 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
+            accelerator = str(config.trainer.get("accelerator", "auto"))
+            if is_on_cpu(accelerator) and (told := crowded(torch.get_num_threads())):
+                say(told, file=sys.stderr)
             stack.push(lambda kind, error, trace: _record(run_dir, result, error))
         bar = config.trainer.get("enable_progress_bar", True)
         bar = bar and config.callbacks.get("progress_bar") is not None

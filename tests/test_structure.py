@@ -70,7 +70,7 @@ ALLOWED = {
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
-    | {"memory", "restoring", "retention", "losses", "__init__"},
+    | {"cpu", "memory", "restoring", "retention", "losses", "__init__"},
     "restoring": {"lora", "atomic_write", "checkpoint"},
     "memory": RUN_SIDE,
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
