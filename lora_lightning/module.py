@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -139,6 +140,8 @@ class LoraModule(L.LightningModule):
             },
             logger=False,
         )
+        self.stops: Any = None
+        """The run's StopSignals; None: it has none."""
         self.logs_validation = True
         """Whether loggers get the metrics of validations."""
         self.model: nn.Module | None = None
@@ -528,8 +531,11 @@ class LoraModule(L.LightningModule):
     ) -> dict[str, Any]:
         assert self.model is not None
         assert metrics is not None
+        self.task.is_told = self._is_told()
         with self.trainer.precision_plugin.forward_context():
             self.task.finish_epoch(metrics, self.model, self._collected, self._largest_batch)
+        if self.stops is not None:
+            self.stops.raise_if_told(self.trainer)
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         values = {f"{stage}/loss": mean_loss.compute(), **values}
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
@@ -540,6 +546,14 @@ class LoraModule(L.LightningModule):
         mean_loss.reset()
         self._collected, self._largest_batch = [], 0
         return values
+
+    def _is_told(self) -> Callable[[], bool] | None:
+        """What tells a process that generates texts to leave off; None: it goes to their end.
+
+        Processes that cut each matrix (tensor parallelism) have to generate the same tokens.
+        """
+        cuts = self.shards is not None and self.shards.tensor > 1
+        return None if self.stops is None or cuts else self.stops.is_told
 
     # Optimizer -------------------------------------------------------------------------------
 
