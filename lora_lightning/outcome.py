@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from omegaconf import DictConfig, OmegaConf
 
 from .callbacks import EventsLogger, RunClock
@@ -168,6 +169,21 @@ def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
     tag = metadata.EXPERIMENT_TAG
     experiment = Summary(value=[Summary.Value(tag=tag, metadata=described)])
     return [experiment, start, end]
+
+
+def tell_early_stop(trainer: L.Trainer) -> None:
+    """Says why early stopping has ended the training, where it has."""
+    for callback in trainer.early_stopping_callbacks:
+        reason = callback.stopping_reason
+        why = str(callback.stopping_reason_message)
+        if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            why = (
+                f"{callback.monitor} has not been better than {callback.best_score:.4f} in "
+                f"{callback.patience} validations. To wait longer: "
+                "callbacks.early_stopping.patience=N."
+            )
+        if trainer.is_global_zero and reason != EarlyStoppingReason.NOT_STOPPED:
+            say(f"stopped early, after step {trainer.global_step}: {why}", flush=True)
 
 
 def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:

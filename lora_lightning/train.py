@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
-from .callbacks.curves import count_from_one
+from .callbacks.curves import count_from
 from .callbacks.heartbeat import Heartbeat
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -51,7 +51,7 @@ from .losses import BAD_STEP
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .outcome import log_hparams, measured, of_rows, print_result
+from .outcome import log_hparams, measured, of_rows, print_result, tell_early_stop
 from .precision import chosen_for_the_user, fast_products, is_on_cpu, with_precision
 from .quiet import quiet_libraries
 from .restoring import refuse_unfit
@@ -244,8 +244,7 @@ def _run(
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = beat.trainer = build_trainer(config, **changes)
-    if result["first_step"] == 1:
-        count_from_one(trainer)
+    count_from(trainer, result["first_step"])
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)
@@ -273,6 +272,7 @@ def _run(
             "the run has come to its end without an optimizer step, so nothing is learned: give "
             "more rows, or a larger trainer.max_time."
         )
+    tell_early_stop(trainer)
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():

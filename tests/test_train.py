@@ -170,15 +170,17 @@ def test_layout_of_the_folder(run):
 
 
 def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
-    # The smallest accuracy is taken for the best: a run that learns has it before its end.
-    run = run_in(tmp_path, tiny_bert, "callbacks.best.mode=min")
-    accuracies = {
-        int(row["step"]): float(row["val/accuracy"])
-        for row in csv_rows(run.dir)
-        if row["val/accuracy"]
-    }
-    assert len(accuracies) == 5
-    best_step = min(accuracies, key=accuracies.__getitem__)
+    # What is most like the base is taken for the best: a run that learns has it before its end.
+    metric = "val/retained_similarity"
+    (tmp_path / "texts.txt").write_text("good film\nbad hotel\nnever again\nfine room\n")
+    run = run_in(
+        *(tmp_path, tiny_bert, f"callbacks.best.monitor={metric}", "callbacks.best.mode=max"),
+        f"callbacks.retention.texts={tmp_path / 'texts.txt'}",
+    )
+    found = {int(row["step"]): float(row[metric]) for row in csv_rows(run.dir) if row[metric]}
+    assert found.pop(0) == pytest.approx(1.0)
+    assert len(found) == 5
+    best_step = max(found, key=found.__getitem__)
     assert best_step < 200
     exported = load_file(run.dir / "adapter" / "adapter_model.safetensors")
     for name, same in ((f"best-step-{best_step}.ckpt", True), ("last.ckpt", False)):
@@ -459,6 +461,17 @@ def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fa
     assert err.count("2 of 62 rows are left out: empty text.") == 3
 
 
+def test_early_stopping_says_why_it_ends_a_run(small, capsys):
+    more = ["optim.lr=1e-20", "callbacks.early_stopping.patience=2", "trainer.max_epochs=9"]
+    result = small(*more)
+    best = f"{result['objective']:.4f}"
+    assert (
+        f"stopped early, after step {result['steps']}: val/accuracy has not been better than "
+        f"{best} in 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
+    ) in capsys.readouterr().out
+    assert result["epochs"] == 3
+
+
 # Which state is kept ------------------------------------------------------------------------------
 
 
@@ -479,7 +492,7 @@ def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, 
             assert float(state.get("best_model_score", min(losses))) == pytest.approx(min(losses))
 
 
-def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, run_cli, fast):
+def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, run_cli, fast):
     """What always answers the majority class, by scikit-learn, stands beside what was learned."""
     rows = [row for i, row in enumerate(make_rows(160)) if i % 2 == 0 or i % 8 == 1]
     parts = {"train": rows[:70], "val": rows[70:90], "test": rows[90:]}
@@ -501,7 +514,8 @@ def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, 
     assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
     status, out, err = run_cli("train", *command, f"output_dir={tmp_path / 'run'}")
     assert status == 0, err
-    assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
+    for text in (err, out):  # at its start and at its end
+        assert [line[8:] for line in text.splitlines() if line.startswith("WARNING")] == told
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["warnings"] == told
     assert result["rows"] == {split: len(part) for split, part in parts.items()}

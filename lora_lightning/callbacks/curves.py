@@ -38,10 +38,10 @@ class StepsFromOne:
         super().log_metrics(metrics, None if step is None else step + self.shift)  # type: ignore[misc]
 
 
-def count_from_one(trainer: L.Trainer) -> None:
-    """Have a run's own loggers count its steps from 1."""
+def count_from(trainer: L.Trainer, first_step: int) -> None:
+    """Have a run's own loggers count its steps from 1, or from 0 as earlier versions did."""
     for logger in trainer.loggers:
-        if isinstance(logger, StepsFromOne):
+        if isinstance(logger, StepsFromOne) and first_step == 1:
             logger.trainer = trainer
 
 
