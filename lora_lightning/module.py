@@ -403,21 +403,32 @@ class LoraModule(L.LightningModule):
             refuse_moved(self._buffers_before, self._checksums())
 
     def _check_reach(self) -> None:
-        """Finds, in the first step, what no gradient reaches; later what else has been reached."""
-        if self.adapter is None or hasattr(self.trainer.strategy, "scale_gradients"):
-            return  # all of the model; or DeepSpeed has taken the gradients away
+        """Finds, in the first step, what no gradient reaches; later what else has been reached.
+
+        A whole model (full fine-tuning) may have parts that the task does not use.
+        """
+        if hasattr(self.trainer.strategy, "scale_gradients"):
+            return  # DeepSpeed has taken the gradients away
         if self._unreached is None:
-            some = self.adapter.check_gradients()
+            some = self._without_gradient()
             self._unreached = set(some)
             if some and self.trainer.is_global_zero:
+                why = "it has no rows for them"
+                why += ", or the task does not use them" if self.adapter is None else ""
                 say(
                     f"the first step does not reach {len(some)} trained tensors, such as "
-                    f"{some[0]}: it has no rows for them.",
+                    f"{some[0]}: {why}.",
                     file=sys.stderr,
                 )
         elif self._unreached:
             trained = self.trainable_tensors()
             self._unreached -= {n for n in self._unreached if trained[n].grad is not None}
+
+    def _without_gradient(self) -> list[str]:
+        if self.adapter is not None:
+            return self.adapter.check_gradients()
+        trained = self.trainable_tensors()
+        return [name for name, t in trained.items() if t.requires_grad and t.grad is None]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx

@@ -336,6 +336,20 @@ def test_full_fine_tuning_leaves_a_hugging_face_folder(small, tmp_path):
     assert result["trainable_parameters"] == result["total_parameters"]
 
 
+def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, capsys):
+    adopt = LoraModule.adopt
+
+    def with_a_spare_part(self, model, adapter):
+        model.spare = torch.nn.Linear(2, 2)
+        adopt(self, model, adapter)
+
+    monkeypatch.setattr(LoraModule, "adopt", with_a_spare_part)
+    small("lora=full", "trainer.max_steps=2", "optim.lr=1e-4")
+    said = capsys.readouterr().err
+    assert "the first step does not reach 2 trained tensors, such as spare.weight: " in said
+    assert "2 trained tensors never got a gradient, such as spare.bias" in said
+
+
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_encoder_decoders_train(kind, small, tmp_path):
     from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
