@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lora_lightning.launch.folder import note, sweep_folder
-from lora_lightning.launch.process import ProcessLauncher, curves_name, name_curves
+from lora_lightning.launch.process import ProcessLauncher, _failure, curves_name, name_curves
 from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.lora import UserError
 
@@ -89,6 +89,18 @@ def test_a_job_that_has_begun_keeps_the_folder_of_its_curves(begun, tmp_path):
     assert config.logger.tensorboard == {"_target_": target, "name": "tensorboard"} | (
         {} if begun else named
     )
+
+
+def test_what_is_wrong_with_each_job_is_said_once(tmp_path):
+    jobs = jobs_without_config(tmp_path, 32)
+    for job in jobs:
+        job.state, job.status = "failed", 2
+        error = "UserError: launcher.halving: one" if job.number else "UserError: another"
+        (job.folder / "result.json").write_text(json.dumps({"status": "failed", "error": error}))
+    said = str(_failure(jobs))
+    assert said.startswith("32 of 32 jobs failed.\n  job 0 (): another Log: ")
+    assert said.count("launcher.halving: one") == 1
+    assert "job 1 () and 30 more: launcher.halving: one Log: " in said
 
 
 def test_too_few_gpus_are_told(monkeypatch):

@@ -93,6 +93,15 @@ def test_settings_are_means_over_seeds_the_best_first(sweep_dir):
     }
 
 
+def test_what_is_wrong_with_each_job_is_said_once(sweep_dir, capsys):
+    for job in ("3", "13", "14"):
+        failed = {"status": "failed", "error": "UserError: <rank> is too large"}
+        (sweep_dir / job / "result.json").write_text(json.dumps(failed))
+    report(sweep_dir)
+    assert "jobs 3 12 13 14 failed: <rank> is too large\n" in capsys.readouterr().out
+    assert "* job 3 12 13 14: &lt;rank&gt; is too large\n" in (sweep_dir / "report.md").read_text()
+
+
 @pytest.mark.parametrize(("marked", "step"), [({}, 6), ({"first_step": 1}, 5)])
 def test_curves_count_steps_from_one(marked, step, tmp_path):
     """Runs of earlier versions, whose result has no mark, count from 0."""

@@ -345,14 +345,25 @@ def _failure(jobs: list[Job]) -> Exception | None:
     if not failed:
         return None
     lines = [f"{len(failed)} of {len(jobs)} jobs failed."]
-    lines += [
-        f"  job {job.number} ({job.name}): {job.error()} Log: {job.folder / LOG}" for job in failed
-    ]
+    for error, jobs_with in _by_error(failed).items():
+        first, *others = jobs_with
+        also = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"  job {first.number} ({first.name}){also}: {error} Log: {first.folder / LOG}"
+        )
     if left:
         lines.append(f"  {len(left)} others were not finished, because of launcher.fail_fast.")
     lines.append("The same command runs these again and keeps what is complete.")
     mistakes = all(job.status == EXIT_USER_ERROR for job in failed)
     return (UserError if mistakes else SweepError)("\n".join(lines))
+
+
+def _by_error(failed: list[Job]) -> dict[str, list[Job]]:
+    """Jobs by why they failed: what is wrong with a setting of the sweep is wrong in each."""
+    found: dict[str, list[Job]] = {}
+    for job in failed:
+        found.setdefault(job.error(), []).append(job)
+    return found
 
 
 def _returned(job: Job, config: DictConfig, failure: Exception | None) -> JobReturn:
