@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import cluster
@@ -288,11 +289,15 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     changes = model_changes(folder, overrides)
     quiet_libraries()
     from .inference import merge, quantisation_gap
+    from .logs import read_json
     from .storage import belongs_to_quantised
 
     output = _expanded(plain["output"], "output")
     gap = merge(folder, output, model=changes)
     print(f"merged model: {output}")
+    dtype = read_json(output / "config.json").get("dtype")
+    if dtype != "float32":
+        print(f"its weights are {dtype}, as those of the base; for others: model.dtype=float32")
     kind, beside = changes.get("quantization"), ""
     if kind:
         into = "what is left of it" if belongs_to_quantised(folder) else "the base as it was before"
@@ -322,24 +327,41 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
     _none_but_known("export", others)
     if "output" not in plain and not engines:
         raise UserError("export needs output=DIR, or check=vllm,lorax, or both.")
+    from .portable import write_canonical
+
+    canonical = form == "canonical" and "output" in plain
+    if refused := _refused_by(engines, source, canonical=canonical):
+        what = f"{source} with format=canonical" if canonical else str(source)
+        nothing = " Nothing was written." if "output" in plain else ""
+        raise UserError(f"{what} is not for {refused}, for the reasons above.{nothing}")
+    if "output" not in plain:
+        return
+    folder = _expanded(plain["output"], "output")
+    if canonical:
+        rank, rounding = write_canonical(source, folder)
+        print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
+    else:
+        from .stored import copy_adapter
+
+        copy_adapter(source, folder)
+        print(f"{folder}: the files of PEFT")
+
+
+def _refused_by(engines: list[str], source: Path, *, canonical: bool) -> str:
+    """Which engines do not take an adapter as it would be written, after what each has to say."""
     from .portable import engine_problems, write_canonical
 
-    folder = source
-    if "output" in plain:
-        folder = _expanded(plain["output"], "output")
-        if form == "canonical":
-            rank, rounding = write_canonical(source, folder)
-            print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
-        else:
-            from .stored import copy_adapter
-
-            copy_adapter(source, folder)
-            print(f"{folder}: the files of PEFT")
-    refused = {name: found for name in engines if (found := engine_problems(folder, name))}
-    for name in engines:
-        say(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
-    if refused:
-        raise UserError(f"{folder} is not for {', '.join(refused)}, for the reasons above.")
+    refused = []
+    with TemporaryDirectory(prefix="lora_lightning-") as work:
+        folder = source
+        if engines and canonical:
+            folder = Path(work) / "adapter"
+            write_canonical(source, folder)
+        for name in engines:
+            found = engine_problems(folder, name)
+            say(f"{name}: {'; '.join(found) or 'takes it'}")
+            refused += [name] * bool(found)
+    return ", ".join(refused)
 
 
 def _import(plain: dict[str, str], overrides: list[str]) -> None:

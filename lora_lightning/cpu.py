@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,68 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 PRIMITIVES = "256"
 """Compiled products that oneDNN keeps; its own 1,024, one for each length of a batch that comes by,
 took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks uses some 70."""
+
+
+CROWDED = 0.25
+"""Share of a machine's cores that others keep busy, from which on a run is told."""
+
+
+def crowded(threads: int) -> str | None:
+    """What to tell of others that compute on this machine; None where threads have their cores.
+
+    Threads of a product of matrices wait for the last of them, which may have to wait for others.
+
+    Args:
+        threads: of this run.
+    """
+    cores = os.cpu_count() or 1
+    others = _load_of_others()
+    if others >= CROWDED * cores:  # what ended a moment ago is still in the load
+        others = min(others, _busy_cores(cores))
+    if others < CROWDED * cores or threads <= 1 or threads <= cores - others:
+        return None
+    free = max(1, int(cores - others))
+    return (
+        f"others keep {others:.1f} of this machine's {cores} cores busy, and this run has "
+        f"{threads} threads that wait for each other: it may take ten times as long. With "
+        f"OMP_NUM_THREADS={free} in front of the command it waits less."
+    )
+
+
+def _load_of_others() -> float:
+    """The mean load of the last minute, without this process."""
+    try:
+        return os.getloadavg()[0] - min(1.0, time.process_time() / 60)
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def _busy_cores(cores: int) -> float:
+    """How many cores are busy while this process sleeps; all where the system does not tell."""
+    before = _ticks()
+    time.sleep(SLEEP)
+    after = _ticks()
+    total = sum(after) - sum(before)
+    if total <= 0:
+        return float(cores)
+    idle = sum(after[IDLE]) - sum(before[IDLE])
+    return cores * (1 - idle / total)
+
+
+SLEEP = 0.2
+"""Seconds."""
+IDLE = slice(3, 5)
+"""Of the numbers in /proc/stat: idle, and waiting for a disk."""
+
+
+def _ticks() -> list[int]:
+    try:
+        return [int(number) for number in STAT.read_text().split("\n")[0].split()[1:9]]
+    except (OSError, ValueError):
+        return []
+
+
+STAT = Path("/proc/stat")
 
 
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:

@@ -174,8 +174,14 @@ def _is_filled(path: Path) -> bool:
     return any(not is_debris(each) for each in path.iterdir())
 
 
-def continue_csv(trainer: L.Trainer, step: int) -> None:
-    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file."""
+def continue_csv(trainer: L.Trainer, step: int, *, first_step: int) -> None:
+    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file.
+
+    Args:
+        trainer: of the run that goes on.
+        step: optimizer steps that were taken.
+        first_step: the number under which its rows have the first.
+    """
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
@@ -185,6 +191,6 @@ def continue_csv(trainer: L.Trainer, step: int) -> None:
         logger.experiment.metrics += [
             {name: value for name, value in row.items() if value != ""}
             for row in rows
-            if int(row["step"]) < step
+            if int(row["step"]) < step + first_step
         ]
         logger.save()

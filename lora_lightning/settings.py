@@ -32,12 +32,13 @@ LOWER_IS_BETTER = re.compile(
 """Names of metrics that are the better the lower they are; of all others more is better."""
 
 
-def direction_of(monitor: str, mode: str | None = None) -> str:
+def direction_of(monitor: str, mode: str | None = None, setting: str = "task.mode") -> str:
     """Whether "max" or "min" of a metric is the best.
 
     Args:
         monitor: the metric's name, such as val/loss.
         mode: what the user typed; None: nothing.
+        setting: where it was typed.
 
     Raises:
         UserError: that is neither, or the contrary of what the metric means.
@@ -46,19 +47,19 @@ def direction_of(monitor: str, mode: str | None = None) -> str:
     if mode is None:
         return meant
     if mode not in ("max", "min"):
-        raise UserError(f"task.mode must be max or min, got {mode!r}.")
+        raise UserError(f"{setting} must be max or min, got {mode!r}.")
     known = meant == "min" or monitor in MONITORS or _is_text_metric(monitor)
     if known and mode != meant:
-        refuse_direction(monitor, mode)
+        refuse_direction(monitor, mode, setting)
     return mode
 
 
-def refuse_direction(monitor: str, mode: str) -> None:
+def refuse_direction(monitor: str, mode: str, setting: str = "task.mode") -> None:
     """Raises UserError for a direction that would keep the worst state."""
     better = "lower" if mode == "max" else "higher"
     raise UserError(
-        f"task.mode={mode}: of {monitor} {better} is better, so the worst state would be kept. "
-        "Leave task.mode out."
+        f"{setting}={mode}: of {monitor} {better} is better, so the worst state would be kept. "
+        f"Leave {setting} out."
     )
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
+from .callbacks.curves import count_from
 from .callbacks.heartbeat import Heartbeat
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -30,6 +32,7 @@ from .config import (
     to_be_typed,
     with_direction,
 )
+from .cpu import crowded
 from .data.datamodule import LoraDataModule
 from .earlier import (
     continue_csv,
@@ -47,8 +50,8 @@ from .lora.outputs import refuse_loss
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .outcome import log_hparams, measured, of_rows, print_result
-from .precision import chosen_for_the_user, fast_products, with_precision
+from .outcome import log_hparams, measured, of_rows, print_result, tell_early_stop
+from .precision import chosen_for_the_user, fast_products, is_on_cpu, with_precision
 from .quiet import quiet_libraries
 from .restoring import blamed_before_first_step, refuse_unfit
 from .retention import Retention
@@ -139,6 +142,8 @@ def _train(
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
     result["rungs"] = earlier.get("rungs", [])
+    # A run of an earlier version counts its logged steps from 0, to its end.
+    result["first_step"] = 1 if checkpoint is None else earlier.get("first_step", 0)
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with ExitStack() as stack:
@@ -152,6 +157,9 @@ def _train(
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
+            accelerator = str(config.trainer.get("accelerator", "auto"))
+            if is_on_cpu(accelerator) and (told := crowded(torch.get_num_threads())):
+                say(told, file=sys.stderr)
             stack.push(lambda kind, error, trace: _record(run_dir, result, error))
         bar = config.trainer.get("enable_progress_bar", True)
         bar = bar and config.callbacks.get("progress_bar") is not None
@@ -252,6 +260,7 @@ def _run(
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = beat.trainer = build_trainer(config, **changes)
+    count_from(trainer, result["first_step"])
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)
@@ -269,7 +278,7 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        _prepare_to_go_on(trainer, checkpoint, run_dir)
+        _prepare_to_go_on(trainer, checkpoint, run_dir, first_step=result["first_step"])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -279,6 +288,7 @@ def _run(
             "the run has come to its end without an optimizer step, so nothing is learned: give "
             "more rows, or a larger trainer.max_time."
         )
+    tell_early_stop(trainer)
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():
@@ -301,7 +311,9 @@ def _run(
         print_result(result, run_dir, data)
 
 
-def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> None:
+def _prepare_to_go_on(
+    trainer: L.Trainer, checkpoint: Path, run_dir: Path, *, first_step: int
+) -> None:
     """Makes sure that a run can go on from a checkpoint, and cuts its log to that step."""
     content = read_checkpoint(checkpoint)
     check_resumable(content, checkpoint)
@@ -309,7 +321,7 @@ def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> No
     step = content["global_step"]
 
     def go_on() -> None:
-        continue_csv(trainer, step)
+        continue_csv(trainer, step, first_step=first_step)
         if trainer.is_global_zero:
             print(f"goes on from step {step} ({checkpoint.name})", flush=True)
 

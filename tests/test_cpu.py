@@ -9,7 +9,8 @@ from transformers import BertConfig, BertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_lightning.cpu import FastDropout, dropout, prepare_for_cpu
+from lora_lightning import cpu
+from lora_lightning.cpu import FastDropout, crowded, dropout, prepare_for_cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,3 +108,38 @@ def test_a_model_gets_the_faster_dropout():
     count = sum(type(module) is nn.Dropout for module in model.modules())
     prepare_for_cpu(model, checkpoints=False)
     assert sum(isinstance(module, FastDropout) for module in model.modules()) == count > 2
+
+
+@pytest.mark.parametrize(
+    ("load", "idle", "threads", "told"),
+    [
+        (4.0, 0, 2, "OMP_NUM_THREADS=1 "),  # as many others as there are threads
+        (4.0, 0, 1, None),
+        (0.2, 0, 4, None),  # busy for this moment alone
+        (4.0, 100, 4, None),  # they have ended
+        (2.0, 50, 4, "others keep 2.0 of this machine's 4 cores busy, and this run has 4 threads"),
+        (2.0, 50, 4, "OMP_NUM_THREADS=2 "),
+        (2.0, 50, 2, None),
+    ],
+)
+def test_others_that_compute_on_the_machine_are_told(load, idle, threads, told, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("time.process_time", lambda: 0.0)
+    ticks = iter([[5, 5, 5, 5, 5, 0, 0, 0], [105 - idle, 5, 5, 5 + idle, 5, 0, 0, 0]])
+    monkeypatch.setattr(cpu, "_ticks", lambda: next(ticks))
+    found = crowded(threads)
+    assert told in found if told else found is None
+
+
+def test_a_system_that_tells_no_load_is_not_crowded(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(cpu, "STAT", tmp_path / "none")
+    assert "others keep 4.0 of" in crowded(4)  # it tells the load alone
+
+    def unknown():
+        raise OSError("no load")
+
+    monkeypatch.setattr("os.getloadavg", unknown)
+    assert crowded(4) is None

@@ -340,6 +340,34 @@ def test_texts_are_as_they_are_written(kind, tmp_path):
     assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
 
 
+NUMBERS = {
+    "label": (["0.10", "0.5", "null"], ["0.10", "0.5", None]),
+    "mixed": (["1e5", "7", "-0"], ["1e5", "7", "-0"]),
+    "whole": (["1", "2", "-3"], [1, 2, -3]),
+    "exact": (["1.0", "0.5", "2.25"], [1.0, 0.5, 2.25]),
+    "long": (["0.1000000000000000055", "0.1", "1"], ["0.1000000000000000055", "0.1", "1"]),
+    "text": (['"at 0.10 or 1e5"'] * 3, ["at 0.10 or 1e5"] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "json-lines", "columns", "in an object"])
+def test_numbers_of_json_stay_as_they_are_written(kind, tmp_path):
+    """A column with a number that Python writes in another way is one of texts."""
+    cells = [
+        [f'"{name}": {written[row]}' for name, (written, _) in NUMBERS.items()] for row in range(3)
+    ]
+    lines = [f"{{{', '.join(row)}}}" for row in cells]
+    path = tmp_path / ("rows.jsonl" if kind == "jsonl" else "rows.json")
+    text = {"json": f"[{', '.join(lines)}]", "in an object": f'{{"rows": [{", ".join(lines)}]}}'}
+    columns = [f'"{name}": [{", ".join(written)}]' for name, (written, _) in NUMBERS.items()]
+    text["columns"] = f"{{{', '.join(columns)}}}"
+    path.write_text(text.get(kind, "\n".join(lines) + "\n"))
+    rows = load_splits(DataConfig(train=str(path)))["train"]
+    assert {name: rows[name][:] for name in NUMBERS} == {
+        n: found for n, (_, found) in NUMBERS.items()
+    }
+
+
 @pytest.mark.parametrize(
     "dates",
     [
