@@ -14,8 +14,9 @@ from typing import Any
 
 from . import cluster
 from .launch.queue import EXIT_USER_ERROR, end_with_parent
+from .lora.errors import FULL_ERROR, UserError, did_you_mean, lack_of_memory
 from .terminal import Terminal, is_text, printable, say
-from .usage import FULL_ERROR, HELP
+from .usage import HELP
 
 VERBS = (
     *("train", "plan", "check", "evaluate", "predict", "chat"),
@@ -85,8 +86,6 @@ def _set_allocator() -> None:
 
 
 def _dispatch(verb: str, arguments: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     for argument in arguments:
         if not is_text(argument):
             raise UserError(f"{argument} is no text in UTF-8: rename the file or folder.")
@@ -127,8 +126,6 @@ def _guarded(action: Callable[[], Any]) -> Any:
 
     The traceback of another error is shown escaped: its message may quote somebody else's file.
     """
-    from .lora.errors import UserError
-
     try:
         return action()
     except UserError as error:
@@ -151,7 +148,6 @@ def _guarded(action: Callable[[], Any]) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseException as error:  # a library in Rust panics by one that is no Exception
         from .atomic_write import fault_of_disk
-        from .lora.errors import lack_of_memory
 
         if os.environ.get(FULL_ERROR) == "1":
             raise
@@ -174,7 +170,6 @@ def _guarded(action: Callable[[], Any]) -> Any:
 
 def _check(_: dict[str, str], arguments: list[str]) -> None:
     from .config import compose_config
-    from .lora.errors import UserError
 
     if any(argument.startswith("resume=") for argument in arguments):
         raise UserError(
@@ -189,8 +184,6 @@ def _check(_: dict[str, str], arguments: list[str]) -> None:
 
 
 def _plan(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     size = _number(plain["device_gib"], float, "device_gib") if "device_gib" in plain else None
     if size is not None and not size > 0:
         raise UserError(f"device_gib must be a number of GiB above 0, got {plain['device_gib']}.")
@@ -203,8 +196,6 @@ def _plan(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from .lora.errors import UserError
-
     if len(arguments) != 1 or "=" in arguments[0]:
         raise UserError(
             "report takes the folder of a sweep and nothing else: lora-lightning report "
@@ -240,8 +231,6 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _predict(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     folder = _need(plain, "adapter", "predict")
     if ("text" in plain) == ("input" in plain):
         given = " ".join(overrides) or ("both" if "text" in plain else "neither")
@@ -278,8 +267,6 @@ def _chat(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _merge(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     folder = _need(plain, "adapter", "merge")
     if "output" not in plain:
         raise UserError("merge needs output=DIR: where the merged model goes.")
@@ -310,8 +297,6 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _export(plain: dict[str, str], others: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     source = _need(plain, "adapter", "export")
     form, engines = plain.get("format", "peft"), _listed(plain.get("check", ""))
     if form not in FORMATS:
@@ -365,8 +350,6 @@ def _refused_by(engines: list[str], source: Path, *, canonical: bool) -> str:
 
 
 def _import(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     for key, what in (("source", "FILE or DIR: what to import"), ("output", "DIR: where to")):
         if not plain.get(key):
             raise UserError(f"import needs {key}={what}.")
@@ -382,8 +365,6 @@ def _import(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _none_but_known(verb: str, others: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     known = PLAIN_KEYS[verb]
     for other in others:
         key = other.partition("=")[0]
@@ -393,8 +374,6 @@ def _none_but_known(verb: str, others: list[str]) -> None:
 
 
 def _combine(plain: dict[str, str], others: list[str]) -> None:
-    from .lora.errors import UserError
-
     _none_but_known("combine", others)
     _need(plain, "adapter", "combine")
     if "output" not in plain:
@@ -428,8 +407,6 @@ def _listed(value: str) -> list[str]:
 
 
 def _number(value: str, kind: type, key: str) -> Any:
-    from .lora.errors import UserError
-
     try:
         return kind(value)
     except ValueError:
@@ -438,8 +415,6 @@ def _number(value: str, kind: type, key: str) -> Any:
 
 
 def _need(plain: dict[str, str], key: str, verb: str) -> Path:
-    from .lora.errors import UserError
-
     if not plain.get(key):
         raise UserError(f"{verb} needs {key}=DIR: the adapter folder of a run (<run>/adapter).")
     return _expanded(plain[key], key)
@@ -463,8 +438,6 @@ def _data_of(config: Any) -> list[Path]:
 
 def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) -> None:
     """Refuses a place that could not be written when the work is done, or where it must not be."""
-    from .lora.errors import UserError
-
     if "output" not in plain:
         return
     output = _expanded(plain["output"], "output")

@@ -14,8 +14,7 @@ from omegaconf import DictConfig
 from .atomic_write import fault_of_disk
 from .checkpoint import unlike
 from .config import to_be_typed
-from .lora.errors import ProcessLost, UserError, lack_of_memory
-from .usage import FULL_ERROR
+from .lora.errors import FULL_ERROR, ProcessLost, UserError, lack_of_memory
 
 _OWN = ("lightning.", "lora_lightning.")
 """Modules whose callbacks keep states of one form; those of a user's may take any."""

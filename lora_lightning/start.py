@@ -29,13 +29,12 @@ from .config import (
     sweep_dir_of,
 )
 from .launch.queue import OWN_CONFIG
-from .lora.errors import UserError, did_you_mean
+from .lora.errors import FULL_ERROR, UserError, did_you_mean
 from .lora.outputs import expanded, made_folder
 from .paths import anchor, refuse_absent
 from .presets import primary, search_override, searched, with_presets
 from .settings import SWEEP
 from .terminal import say
-from .usage import FULL_ERROR
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
 HYDRA_FLAGS = (

@@ -71,7 +71,7 @@ ALLOWED = {
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
     | {"cpu", "memory", "restoring", "retention", "losses", "__init__"},
-    "restoring": {"lora", "atomic_write", "checkpoint", "config", "usage"},
+    "restoring": {"lora", "atomic_write", "checkpoint", "config"},
     "memory": RUN_SIDE | {"signals"},
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},

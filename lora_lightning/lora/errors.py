@@ -7,6 +7,9 @@ import errno
 import re
 from collections.abc import Iterable
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""In the environment, with the value 1: a mistake ends with its traceback."""
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message says what is wrong, where, and the fix.
