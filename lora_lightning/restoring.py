@@ -52,8 +52,8 @@ def blamed_before_first_step(
             raise
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
         raise UserError(
-            f"the run cannot be built from {saved}: {told}. Correct the value in it that was "
-            "changed, or take what the run has learned into a new one: adapter=CHECKPOINT.ckpt. "
+            f"the run cannot be built from {saved}: {told}. If a value in it was changed, "
+            "correct it, or take what the run has learned into a new one: adapter=CHECKPOINT.ckpt. "
             f"{FULL_ERROR}=1 shows where it was raised."
         ) from error
 

@@ -36,10 +36,10 @@ def test_all_operations_of_a_command(name, tmp_path):
     assert [vars(trial) for trial in trials if trial.problem] == []
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_all_kinds_of_operations_of_a_run(part, tmp_path):
+@pytest.mark.parametrize(("name", "part"), [("train", 0), ("train", 1), ("sweep", 0)])
+def test_all_kinds_of_operations(name, part, tmp_path):
     """The first of those that are called alike, each with another of the faults."""
-    harness = harness_of("train", tmp_path)
+    harness = harness_of(name, tmp_path)
     trials = [harness.after_the_end()]
     kinds = list(dict.fromkeys(called for called, _ in harness.places()))
     for number, called in enumerate(kinds):

@@ -96,7 +96,7 @@ def _unpack(source: Any, target: IO[bytes], option: str, path: Path) -> None:
         target.write(part)
         target.flush()
         disk = shutil.disk_usage(os.path.dirname(target.name))
-        if len(part) == PART and disk.free < min(FREE, disk.total // 20):
+        if target.tell() >= PART and disk.free < min(FREE, disk.total // 20):
             raise UserError(
                 f"{option}: {path} has unpacked to {target.tell() / 2**20:.0f} MiB so far, and "
                 f"{os.path.dirname(target.name)} has no room for more. If that is its size, give "
