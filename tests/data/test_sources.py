@@ -249,7 +249,8 @@ def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
 def test_guessed_types_of_a_table_of_the_hub_are_told(
     cells, read, told, tmp_path, monkeypatch, capsys
 ):
-    path = tmp_path / "train.csv"
+    path = tmp_path / "set" / "train.csv"
+    path.parent.mkdir()
     path.write_text(f"text,label,half\ngood,{cells},0.10\n")
     found = datasets.load_dataset_builder(
         "csv", data_files=str(path), cache_dir=str(tmp_path / "hub")
@@ -260,7 +261,7 @@ def test_guessed_types_of_a_table_of_the_hub_are_told(
         rows = load_splits(DataConfig(path="me/rows"))["train"]
     assert rows[:] == {"text": ["good"], "label": [read], "half": [0.1]}
     assert told in capsys.readouterr().err
-    rows = load_splits(DataConfig(path=str(tmp_path)))["train"]  # as the message advises
+    rows = load_splits(DataConfig(path=str(path.parent)))["train"]  # as the message advises
     assert rows[:] == {"text": ["good"], "label": [cells], "half": ["0.10"]}
     assert "without types" not in capsys.readouterr().err
 
