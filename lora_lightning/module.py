@@ -362,6 +362,13 @@ class LoraModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         self._check_packing()
+        self._tell_doubts()
+
+    def _tell_doubts(self) -> None:
+        """As soon as the model is ready too, so that a mistake in it is told alone."""
+        tell = getattr(getattr(self.trainer, "datamodule", None), "tell_doubts", None)
+        if tell is not None and self.trainer.is_global_zero:
+            tell()
 
     def _check_packing(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -378,6 +385,7 @@ class LoraModule(L.LightningModule):
         self._unreached, self._frozen_in = None, -1
         if self.adapter is not None:
             self._buffers_before = self._checksums()
+        self._tell_doubts()
 
     def on_train_end(self) -> None:
         self._check_losses()

@@ -1280,7 +1280,9 @@ def test_disk_that_fills_up_while_writing(place, run_cli, monkeypatch):
     monkeypatch.setattr("lora_lightning.lora.state.save_file", full)
     status, _, err = run_cli(*place.train())
     case = Case("full disk", lambda p: [], "No space left on device", "Nothing was changed")
-    assert_clear(status, err, case)
+    warned, error, said = err.partition("error: ")  # of few rows, as training began
+    assert all(line.startswith("WARNING only ") for line in warned.splitlines())
+    assert_clear(status, error + said, case)
     # The checkpoints stay: what was learned is not lost. There is no half-written adapter.
     kept = contents(place.root / "out")
     assert "checkpoints/last.ckpt" in kept

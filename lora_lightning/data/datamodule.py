@@ -79,6 +79,7 @@ class LoraDataModule(L.LightningDataModule):
         self.raw: dict[str, Any] = {}
         self.encoded: dict[str, Any] = {}
         self.dropped: dict[str, int] = {}
+        self._has_told = False
 
     def _max_length(self, length_limit: int | None) -> int:
         asked = longest_input(self.config, length_limit, self.tokenizer.model_max_length)
@@ -98,10 +99,6 @@ class LoraDataModule(L.LightningDataModule):
         """Fills the cache, in one process per node."""
         if not self.encoded:
             self._build()
-            trainer = self.trainer
-            if trainer is not None and trainer.is_global_zero and self.has("train"):
-                for line in doubts(self):
-                    _tell(f"WARNING {line}")
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the encoded rows, in every process."""
@@ -135,6 +132,13 @@ class LoraDataModule(L.LightningDataModule):
                         f"there are {rows} {split} rows for {ranks} processes: give "
                         "more rows, or fewer trainer.devices."
                     )
+
+    def tell_doubts(self) -> None:
+        """Says once what a user should know of a run's rows before he believes its numbers."""
+        if not self._has_told and self.has("train"):
+            for line in doubts(self):
+                _tell(f"WARNING {line}")
+        self._has_told = True
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..lora.errors import UserError, causes, did_you_mean
 from ..lora.outputs import digest, expanded
 from ..paths import absent
 from ..settings import DataConfig
-from ..terminal import is_text
+from ..terminal import is_text, say
 from ..untrusted import lies_elsewhere
 from .cache import is_whole, tell_damage, write_sums
 from .docstrings import docstring_files
@@ -169,8 +170,12 @@ def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
         builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
         # Of a chain (zip://a.csv::hf://...) the last part is where the file lies.
         _refuse_elsewhere(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
+        guesses = builder.name == "csv" and _is_plain_set(builder)
         builder.download_and_prepare(**how)
-        return builder.as_dataset()
+        rows = builder.as_dataset()
+        if guesses:
+            _tell_numbers(config, rows)
+        return rows
 
     found = fetch()
     files = sorted({Path(part["filename"]) for rows in found.values() for part in rows.cache_files})
@@ -196,6 +201,20 @@ def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
         split: _stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
         for split, rows in found.items()
     }
+
+
+def _tell_numbers(config: DataConfig, found: Any) -> None:
+    """Says which columns of a table of the hub `datasets` has taken for numbers and the like."""
+    kinds = next(iter(found.values())).features
+    texts = ("string", "large_string")
+    guessed = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") not in texts]
+    if guessed:
+        say(
+            f"data.path={config.path} is a table without types, and {', '.join(guessed)} was read "
+            "as numbers, truth or times: 01 is 1 there, and 0.10 is 0.1. To have cells as they are "
+            "written download the set, and give its folder: data.path=FOLDER.",
+            file=sys.stderr,
+        )
 
 
 def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:

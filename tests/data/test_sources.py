@@ -241,6 +241,33 @@ def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
         load_splits(DataConfig(path="me/rows"))
 
 
+@pytest.mark.parametrize(
+    ("cells", "read", "told"),
+    [
+        ("01", 1, "label, half was read as"),
+        ("bad", "bad", "me/rows is a table without types, and half was read as"),
+    ],
+)
+def test_guessed_types_of_a_table_of_the_hub_are_told(
+    cells, read, told, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "set" / "train.csv"
+    path.parent.mkdir()
+    path.write_text(f"text,label,half\ngood,{cells},0.10\n")
+    found = datasets.load_dataset_builder(
+        "csv", data_files=str(path), cache_dir=str(tmp_path / "hub")
+    )
+    monkeypatch.setattr(sources, "REMOTE", ("/",))
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
+        rows = load_splits(DataConfig(path="me/rows"))["train"]
+    assert rows[:] == {"text": ["good"], "label": [read], "half": [0.1]}
+    assert told in capsys.readouterr().err
+    rows = load_splits(DataConfig(path=str(path.parent)))["train"]  # as the message advises
+    assert rows[:] == {"text": ["good"], "label": [cells], "half": ["0.10"]}
+    assert "without types" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["pos/2.txt", "deep/er/2.txt", "part2.jsonl"])
 def test_a_link_out_of_a_folder_of_data_is_refused(name, tmp_path):
     folder = tmp_path / "data"
