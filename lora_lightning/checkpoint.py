@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _is_own(path: str, run_dir: Path) -> bool:
     return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
 
 
-def unlike(saved: Any, own: Any, where: str, *, strict: bool = False) -> str | None:
+def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:
     """Say how a saved state differs in form from one of the same kind; None where it does not.
 
     What is None in the one to compare with may become anything later, so it is not compared.
@@ -145,28 +145,29 @@ def unlike(saved: Any, own: Any, where: str, *, strict: bool = False) -> str | N
         saved: plain values and tensors, nested.
         own: what the run itself would save before its first step.
         where: their name, for the message.
-        strict: whether a mapping may have no other keys.
+        of: what takes over the keys of a mapping as its attributes; a key that a run does not write
+            may be none of these. Another version may write more, which is left unused.
     """
     if own is None:
         return None
     parts: list[tuple[Any, Any, str]] = []
-    problem = _unlike_itself(saved, own, strict=strict)
+    problem = _unlike_itself(saved, own, of)
     if problem is not None:
         return f"{where} {problem}"
     if isinstance(own, dict):
         parts = [(saved[name], own[name], f"{where}.{name}") for name in own if name in saved]
     elif isinstance(own, (list, tuple)):
         parts = [(saved[i], own[i], f"{where}.{i}") for i in range(len(own))]
-    return next((told for part in parts if (told := unlike(*part, strict=strict))), None)
+    return next((told for part in parts if (told := unlike(*part, of=of))), None)
 
 
-def _unlike_itself(saved: Any, own: Any, *, strict: bool) -> str | None:
+def _unlike_itself(saved: Any, own: Any, of: Sequence[Any]) -> str | None:
     """What `unlike` says of a value, without those in it."""
     problem: str | None = None
     if isinstance(own, dict):
         if not isinstance(saved, dict):
             problem = "is no mapping"
-        elif others := [name for name in saved if name not in own] if own and strict else []:
+        elif others := [name for name in saved if name not in own and _is_of(name, of)]:
             problem = f"holds {str(others[0])[:100]!r}, which no run writes"
     elif isinstance(own, (list, tuple)):
         if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
@@ -180,6 +181,10 @@ def _unlike_itself(saved: Any, own: Any, *, strict: bool) -> str | None:
     elif not is_number(saved, whole=isinstance(own, int)):
         problem = f"is {_shown(saved)}, not a {'whole ' * isinstance(own, int)}number"
     return problem
+
+
+def _is_of(name: Any, owners: Sequence[Any]) -> bool:
+    return any(hasattr(owner, str(name)) for owner in owners)
 
 
 def is_number(value: Any, *, whole: bool = False, or_nan: bool = False) -> bool:

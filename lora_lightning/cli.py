@@ -9,12 +9,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import cluster
 from .launch.queue import EXIT_USER_ERROR, end_with_parent
+from .lora.errors import FULL_ERROR, UserError, did_you_mean, lack_of_memory
 from .terminal import Terminal, is_text, printable, say
-from .usage import FULL_ERROR, HELP
+from .usage import HELP
 
 VERBS = (
     *("train", "plan", "check", "evaluate", "predict", "chat"),
@@ -84,8 +86,6 @@ def _set_allocator() -> None:
 
 
 def _dispatch(verb: str, arguments: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     for argument in arguments:
         if not is_text(argument):
             raise UserError(f"{argument} is no text in UTF-8: rename the file or folder.")
@@ -126,8 +126,6 @@ def _guarded(action: Callable[[], Any]) -> Any:
 
     The traceback of another error is shown escaped: its message may quote somebody else's file.
     """
-    from .lora.errors import UserError
-
     try:
         return action()
     except UserError as error:
@@ -148,11 +146,18 @@ def _guarded(action: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
+    except BaseException as error:  # a library in Rust panics by one that is no Exception
         from .atomic_write import fault_of_disk
 
         if os.environ.get(FULL_ERROR) == "1":
             raise
+        if (lack := lack_of_memory(error)) is not None:
+            say(
+                f"error: out of memory: {lack.rstrip('.')}. Close other programs, give this one a "
+                "higher limit (ulimit -v, a container's), or fewer and shorter rows.",
+                file=sys.stderr,
+            )
+            sys.exit(EXIT_USER_ERROR)
         if (fault := fault_of_disk(error)) is not None:
             say(f"error: {fault}. Nothing that was whole before is lost.", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
@@ -165,7 +170,6 @@ def _guarded(action: Callable[[], Any]) -> Any:
 
 def _check(_: dict[str, str], arguments: list[str]) -> None:
     from .config import compose_config
-    from .lora.errors import UserError
 
     if any(argument.startswith("resume=") for argument in arguments):
         raise UserError(
@@ -180,8 +184,6 @@ def _check(_: dict[str, str], arguments: list[str]) -> None:
 
 
 def _plan(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     size = _number(plain["device_gib"], float, "device_gib") if "device_gib" in plain else None
     if size is not None and not size > 0:
         raise UserError(f"device_gib must be a number of GiB above 0, got {plain['device_gib']}.")
@@ -194,8 +196,6 @@ def _plan(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from .lora.errors import UserError
-
     if len(arguments) != 1 or "=" in arguments[0]:
         raise UserError(
             "report takes the folder of a sweep and nothing else: lora-lightning report "
@@ -231,8 +231,6 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _predict(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     folder = _need(plain, "adapter", "predict")
     if ("text" in plain) == ("input" in plain):
         given = " ".join(overrides) or ("both" if "text" in plain else "neither")
@@ -269,8 +267,6 @@ def _chat(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _merge(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     folder = _need(plain, "adapter", "merge")
     if "output" not in plain:
         raise UserError("merge needs output=DIR: where the merged model goes.")
@@ -280,11 +276,15 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     changes = model_changes(folder, overrides)
     quiet_libraries()
     from .inference import merge, quantisation_gap
+    from .logs import read_json
     from .storage import belongs_to_quantised
 
     output = _expanded(plain["output"], "output")
     gap = merge(folder, output, model=changes)
     print(f"merged model: {output}")
+    dtype = read_json(output / "config.json").get("dtype")
+    if dtype != "float32":
+        print(f"its weights are {dtype}, as those of the base; for others: model.dtype=float32")
     kind, beside = changes.get("quantization"), ""
     if kind:
         into = "what is left of it" if belongs_to_quantised(folder) else "the base as it was before"
@@ -297,8 +297,6 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _export(plain: dict[str, str], others: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     source = _need(plain, "adapter", "export")
     form, engines = plain.get("format", "peft"), _listed(plain.get("check", ""))
     if form not in FORMATS:
@@ -314,29 +312,44 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
     _none_but_known("export", others)
     if "output" not in plain and not engines:
         raise UserError("export needs output=DIR, or check=vllm,lorax, or both.")
+    from .portable import write_canonical
+
+    canonical = form == "canonical" and "output" in plain
+    if refused := _refused_by(engines, source, canonical=canonical):
+        what = f"{source} with format=canonical" if canonical else str(source)
+        nothing = " Nothing was written." if "output" in plain else ""
+        raise UserError(f"{what} is not for {refused}, for the reasons above.{nothing}")
+    if "output" not in plain:
+        return
+    folder = _expanded(plain["output"], "output")
+    if canonical:
+        rank, rounding = write_canonical(source, folder)
+        print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
+    else:
+        from .stored import copy_adapter
+
+        copy_adapter(source, folder)
+        print(f"{folder}: the files of PEFT")
+
+
+def _refused_by(engines: list[str], source: Path, *, canonical: bool) -> str:
+    """Which engines do not take an adapter as it would be written, after what each has to say."""
     from .portable import engine_problems, write_canonical
 
-    folder = source
-    if "output" in plain:
-        folder = _expanded(plain["output"], "output")
-        if form == "canonical":
-            rank, rounding = write_canonical(source, folder)
-            print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
-        else:
-            from .stored import copy_adapter
-
-            copy_adapter(source, folder)
-            print(f"{folder}: the files of PEFT")
-    refused = {name: found for name in engines if (found := engine_problems(folder, name))}
-    for name in engines:
-        say(f"{name}: " + ("; ".join(refused[name]) if name in refused else "takes it"))
-    if refused:
-        raise UserError(f"{folder} is not for {', '.join(refused)}, for the reasons above.")
+    refused = []
+    with TemporaryDirectory(prefix="lora_lightning-") as work:
+        folder = source
+        if engines and canonical:
+            folder = Path(work) / "adapter"
+            write_canonical(source, folder)
+        for name in engines:
+            found = engine_problems(folder, name)
+            say(f"{name}: {'; '.join(found) or 'takes it'}")
+            refused += [name] * bool(found)
+    return ", ".join(refused)
 
 
 def _import(plain: dict[str, str], overrides: list[str]) -> None:
-    from .lora.errors import UserError
-
     for key, what in (("source", "FILE or DIR: what to import"), ("output", "DIR: where to")):
         if not plain.get(key):
             raise UserError(f"import needs {key}={what}.")
@@ -352,8 +365,6 @@ def _import(plain: dict[str, str], overrides: list[str]) -> None:
 
 
 def _none_but_known(verb: str, others: list[str]) -> None:
-    from .lora.errors import UserError, did_you_mean
-
     known = PLAIN_KEYS[verb]
     for other in others:
         key = other.partition("=")[0]
@@ -363,8 +374,6 @@ def _none_but_known(verb: str, others: list[str]) -> None:
 
 
 def _combine(plain: dict[str, str], others: list[str]) -> None:
-    from .lora.errors import UserError
-
     _none_but_known("combine", others)
     _need(plain, "adapter", "combine")
     if "output" not in plain:
@@ -398,8 +407,6 @@ def _listed(value: str) -> list[str]:
 
 
 def _number(value: str, kind: type, key: str) -> Any:
-    from .lora.errors import UserError
-
     try:
         return kind(value)
     except ValueError:
@@ -408,8 +415,6 @@ def _number(value: str, kind: type, key: str) -> Any:
 
 
 def _need(plain: dict[str, str], key: str, verb: str) -> Path:
-    from .lora.errors import UserError
-
     if not plain.get(key):
         raise UserError(f"{verb} needs {key}=DIR: the adapter folder of a run (<run>/adapter).")
     return _expanded(plain[key], key)
@@ -433,8 +438,6 @@ def _data_of(config: Any) -> list[Path]:
 
 def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) -> None:
     """Refuses a place that could not be written when the work is done, or where it must not be."""
-    from .lora.errors import UserError
-
     if "output" not in plain:
         return
     output = _expanded(plain["output"], "output")

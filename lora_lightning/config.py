@@ -35,6 +35,7 @@ from .settings import (
     ModelConfig,
     OptimConfig,
     direction_of,
+    refuse_direction,
 )
 from .untrusted import is_installed_attention
 
@@ -119,11 +120,23 @@ def direction(config: DictConfig) -> str:
 def with_direction(config: DictConfig) -> DictConfig:
     """The config with `task.mode` settled, where it is left to what the metric means.
 
+    So is the mode of each callback that follows it, and has a metric of its own.
+
     Raises:
-        UserError: as `direction`.
+        UserError: as `direction`, of a callback too.
     """
-    settled = config.copy()
-    OmegaConf.update(settled, "task.mode", direction(config), force_add=True)
+    settled, monitor, mode = config.copy(), str(config.task.monitor), direction(config)
+    OmegaConf.update(settled, "task.mode", mode, force_add=True)
+    for name, node in settled.callbacks.items():
+        if not isinstance(node, DictConfig) or not {"monitor", "mode"} <= node.keys():
+            continue
+        own, setting = str(node.monitor), f"callbacks.{name}.mode"
+        if not OmegaConf.is_interpolation(node, "mode"):
+            direction_of(own, node.mode, setting)
+            if own == monitor and node.mode not in (None, mode):
+                refuse_direction(own, node.mode, setting)
+        elif own != monitor:
+            node.mode = direction_of(own)
     return settled
 
 

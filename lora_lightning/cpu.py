@@ -3,18 +3,85 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+ATTENTION = "sdpa_cpu"
+"""Name of `attend` among transformers' attention implementations."""
 PRIMITIVES = "256"
 """Compiled products that oneDNN keeps; its own 1,024, one for each length of a batch that comes by,
 took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks uses some 70."""
+
+
+CROWDED = 0.25
+"""Share of a machine's cores that others keep busy, from which on a run is told."""
+
+
+def crowded(threads: int) -> str | None:
+    """What to tell of others that compute on this machine; None where threads have their cores.
+
+    Threads of a product of matrices wait for the last of them, which may have to wait for others.
+
+    Args:
+        threads: of this run.
+    """
+    cores = os.cpu_count() or 1
+    others = _load_of_others()
+    if others >= CROWDED * cores:  # what ended a moment ago is still in the load
+        others = min(others, _busy_cores(cores))
+    if others < CROWDED * cores or threads <= 1 or threads <= cores - others:
+        return None
+    free = max(1, int(cores - others))
+    return (
+        f"others keep {others:.1f} of this machine's {cores} cores busy, and this run has "
+        f"{threads} threads that wait for each other: it may take ten times as long. With "
+        f"OMP_NUM_THREADS={free} in front of the command it waits less."
+    )
+
+
+def _load_of_others() -> float:
+    """The mean load of the last minute, without this process."""
+    try:
+        return os.getloadavg()[0] - min(1.0, time.process_time() / 60)
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def _busy_cores(cores: int) -> float:
+    """How many cores are busy while this process sleeps; all where the system does not tell."""
+    before = _ticks()
+    time.sleep(SLEEP)
+    after = _ticks()
+    total = sum(after) - sum(before)
+    if total <= 0:
+        return float(cores)
+    idle = sum(after[IDLE]) - sum(before[IDLE])
+    return cores * (1 - idle / total)
+
+
+SLEEP = 0.2
+"""Seconds."""
+IDLE = slice(3, 5)
+"""Of the numbers in /proc/stat: idle, and waiting for a disk."""
+
+
+def _ticks() -> list[int]:
+    try:
+        return [int(number) for number in STAT.read_text().split("\n")[0].split()[1:9]]
+    except (OSError, ValueError):
+        return []
+
+
+STAT = Path("/proc/stat")
 
 
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
@@ -27,7 +94,7 @@ def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
-    _register_attention()
+    _take_attention(model)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at its first use
     if checkpoints:
         _give_memory_back()
@@ -74,42 +141,54 @@ def kept(input: Tensor, p: float) -> Tensor:
     return mask.mul_(2**16 / (2**16 - cut)).view(input.shape)
 
 
-def _register_attention() -> None:
-    """Takes the place of transformers' "sdpa" for training steps, for every model from here on.
+def _take_attention(model: nn.Module) -> None:
+    """Set a model's attention to `attend`, where it is transformers' "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import sdpa_mask
 
-    The CPU's kernel takes twice as long in bf16 as in fp32, forward and backward; and it has no
-    dropout, for which torch goes a way in single steps, with dropout of its own.
+    if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
+        return
+    # Some models look for the name "sdpa" itself (transformers 5.23: Falcon, Gemma 4, GLM 5).
+    source = Path(inspect.getfile(type(model))).read_text(encoding="utf-8")
+    if not type(model)._can_set_attn_implementation() or '_implementation == "sdpa"' in source:
+        return
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute transformers' sdpa attention, and training steps in another way.
+
+    The CPU's kernel takes twice as long in bf16 as in fp32, forward and backward. It has no
+    dropout, for which torch computes attention in single steps, with its slow dropout.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        **options: Any,
-    ) -> tuple[Tensor, None]:
-        dtype = query.dtype
-        # Not by what needs a gradient here: a job of a pack is to draw what it draws alone.
-        trains = module.training and torch.is_grad_enabled() and query.device.type == "cpu"
-        if trains and dropout > 0.0 and _is_plain(module, query, key, attention_mask, options):
-            scaling = options.get("scaling") or query.shape[-1] ** -0.5
-            return _with_dropout(query, key, value, attention_mask, dropout, scaling), None
-        if dtype != torch.bfloat16 or dropout > 0.0 or not trains:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, **options
-            )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        wide = (query.float(), key.float(), value.float())
-        with torch.autocast("cpu", enabled=False):
-            output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
-        return output.to(dtype), None
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    dtype = query.dtype
+    # Do not test requires_grad: packed jobs must draw the same random numbers as solo jobs.
+    trains = module.training and torch.is_grad_enabled() and query.device.type == "cpu"
+    if trains and dropout > 0.0 and _is_plain(module, query, key, attention_mask, options):
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        return _with_dropout(query, key, value, attention_mask, dropout, scaling), None
+    if dtype != torch.bfloat16 or dropout > 0.0 or not trains:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, **options
+        )
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    wide = (query.float(), key.float(), value.float())
+    with torch.autocast("cpu", enabled=False):
+        output, _ = sdpa_attention_forward(module, *wide, attention_mask, **options)
+    return output.to(dtype), None
 
 
 def _is_plain(

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from .atomic_write import is_debris
 from .checkpoint import LAST, PREVIOUS, Damaged, read_checkpoint
@@ -24,6 +24,8 @@ from .terminal import command, say
 
 CHECKPOINTS = "checkpoints"
 _SHOWN = 8
+_HYDRAS = b"hydra:\n"
+"""What Hydra's file of a sweep begins with."""
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -151,16 +153,19 @@ def lost_to_job(run_dir: Path) -> list[str]:
 
 
 def _is_others_multirun(path: Path) -> bool:
-    """Whether Hydra's file of a sweep is a link, or was not written by Hydra."""
+    """Whether Hydra's file of a sweep is a link, or was not written by Hydra.
+
+    Hydra writes it in place. A full disk, a kill or a power cut leaves its beginning, or zeros.
+    """
     if path.is_symlink():
         return True
     if not os.path.lexists(path):
         return False
     try:
-        found = OmegaConf.load(path)
-        return not (isinstance(found, DictConfig) and {"hydra", "output_dir"} <= found.keys())
-    except Exception:  # yaml errors have no common base that is worth importing
+        begin = path.read_bytes().rstrip(b"\0")[: len(_HYDRAS)]
+    except OSError:
         return True
+    return not _HYDRAS.startswith(begin)
 
 
 def _is_filled(path: Path) -> bool:
@@ -169,8 +174,14 @@ def _is_filled(path: Path) -> bool:
     return any(not is_debris(each) for each in path.iterdir())
 
 
-def continue_csv(trainer: L.Trainer, step: int) -> None:
-    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file."""
+def continue_csv(trainer: L.Trainer, step: int, *, first_step: int) -> None:
+    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file.
+
+    Args:
+        trainer: of the run that goes on.
+        step: optimizer steps that were taken.
+        first_step: the number under which its rows have the first.
+    """
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:
             continue
@@ -180,6 +191,6 @@ def continue_csv(trainer: L.Trainer, step: int) -> None:
         logger.experiment.metrics += [
             {name: value for name, value in row.items() if value != ""}
             for row in rows
-            if int(row["step"]) < step
+            if int(row["step"]) < step + first_step
         ]
         logger.save()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .config import Settings
 from .data.datamodule import LoraDataModule
-from .lora import UserError
+from .lora.errors import UserError, causes, lack_of_memory
 from .module import LoraModule
+from .signals import Stopped
 from .tasks import to_device
 
 PROBE_ROWS = 4
@@ -92,11 +93,12 @@ def memory_advice(config: DictConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        cpu = "DefaultCPUAllocator" in said
-        if not (cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+    except (KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:  # a library in Rust panics by one that is no Exception
+        if (said := lack_of_memory(error)) is None:
             raise
+        cpu = not any(isinstance(each, torch.OutOfMemoryError) for each in causes(error))
         helps = {
             "data.max_tokens=512 (fewer tokens at a time)": True,
             "data.batch_size (fewer rows at a time)": config.data.max_tokens is None,
@@ -106,9 +108,8 @@ def memory_advice(config: DictConfig) -> Iterator[None]:
             "data.max_length (shorter rows)": True,
             "trainer=fsdp2 (the base in shares, on several GPUs)": not cpu,
         }
-        first = said.splitlines()[0][:200] if said else "MemoryError"
         raise UserError(
-            f"out of memory: {first} What helps, the cheapest first: "
+            f"out of memory: {said.rstrip('.')}. What helps, the cheapest first: "
             f"{', '.join(name for name, fits in helps.items() if fits)}. What a setting needs: "
             "lora-lightning check with the same arguments."
         ) from error

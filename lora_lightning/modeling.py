@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cpu import prepare_for_cpu
-from .lora.errors import UserError
+from .lora.errors import UserError, lack_of_memory
 from .lora.match import head_modules
 from .lora.outputs import expanded
 from .parallel import Shards, loading_options, take_whole, whole
@@ -370,7 +369,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         # OSError: absent or offline. ValueError, KeyError: unknown architecture or options.
         # What else a damaged file makes of it: anything but a lack of memory.
-        if isinstance(error, MemoryError) or re.search(r"out of memory|Allocator", str(error)):
+        if lack_of_memory(error) is not None:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         if "custom code which must be executed" in reason[0]:

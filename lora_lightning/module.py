@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -139,6 +140,8 @@ class LoraModule(L.LightningModule):
             },
             logger=False,
         )
+        self.stops: Any = None
+        """The run's StopSignals; None: it has none."""
         self.logs_validation = True
         """Whether loggers get the metrics of validations."""
         self.model: nn.Module | None = None
@@ -400,21 +403,32 @@ class LoraModule(L.LightningModule):
             refuse_moved(self._buffers_before, self._checksums())
 
     def _check_reach(self) -> None:
-        """Finds, in the first step, what no gradient reaches; later what else has been reached."""
-        if self.adapter is None or hasattr(self.trainer.strategy, "scale_gradients"):
-            return  # all of the model; or DeepSpeed has taken the gradients away
+        """Finds, in the first step, what no gradient reaches; later what else has been reached.
+
+        A whole model (full fine-tuning) may have parts that the task does not use.
+        """
+        if hasattr(self.trainer.strategy, "scale_gradients"):
+            return  # DeepSpeed has taken the gradients away
         if self._unreached is None:
-            some = self.adapter.check_gradients()
+            some = self._without_gradient()
             self._unreached = set(some)
             if some and self.trainer.is_global_zero:
+                why = "it has no rows for them"
+                why += ", or the task does not use them" if self.adapter is None else ""
                 say(
                     f"the first step does not reach {len(some)} trained tensors, such as "
-                    f"{some[0]}: it has no rows for them.",
+                    f"{some[0]}: {why}.",
                     file=sys.stderr,
                 )
         elif self._unreached:
             trained = self.trainable_tensors()
             self._unreached -= {n for n in self._unreached if trained[n].grad is not None}
+
+    def _without_gradient(self) -> list[str]:
+        if self.adapter is not None:
+            return self.adapter.check_gradients()
+        trained = self.trainable_tensors()
+        return [name for name, t in trained.items() if t.requires_grad and t.grad is None]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._batch = batch_idx
@@ -528,8 +542,11 @@ class LoraModule(L.LightningModule):
     ) -> dict[str, Any]:
         assert self.model is not None
         assert metrics is not None
+        self.task.is_told = self._is_told()
         with self.trainer.precision_plugin.forward_context():
             self.task.finish_epoch(metrics, self.model, self._collected, self._largest_batch)
+        if self.stops is not None:
+            self.stops.raise_if_told(self.trainer)
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         values = {f"{stage}/loss": mean_loss.compute(), **values}
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
@@ -540,6 +557,14 @@ class LoraModule(L.LightningModule):
         mean_loss.reset()
         self._collected, self._largest_batch = [], 0
         return values
+
+    def _is_told(self) -> Callable[[], bool] | None:
+        """What tells a process that generates texts to leave off; None: it goes to their end.
+
+        Processes that cut each matrix (tensor parallelism) have to generate the same tokens.
+        """
+        cuts = self.shards is not None and self.shards.tensor > 1
+        return None if self.stops is None or cuts else self.stops.is_told
 
     # Optimizer -------------------------------------------------------------------------------
 

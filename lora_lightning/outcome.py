@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from omegaconf import DictConfig, OmegaConf
 
-from .callbacks import RunClock
+from .callbacks import EventsLogger, RunClock
 from .config import Settings
 from .data.datamodule import LoraDataModule
 from .data.judged import doubts
@@ -81,7 +81,10 @@ def measured(
 def log_hparams(
     trainer: L.Trainer, settings: Settings, config: DictConfig, result: dict[str, Any]
 ) -> None:
-    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out."""
+    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out.
+
+    What came out are columns there, and no scalars: each would be a card of one point elsewhere.
+    """
     lora = settings.lora
     params: dict[str, Any] = {
         "method": config.lora.method,
@@ -102,9 +105,85 @@ def log_hparams(
         }
     metrics = {name: value for name, value in result.items() if name.startswith(("val/", "test/"))}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(params, {f"final/{k}": v for k, v in metrics.items()})
+        if isinstance(logger, EventsLogger):
+            values = {**params, **_further(config, logger.varied), **metrics}
+            varied = [COLUMNS.get(key, key) for key in logger.varied]
+            first = [config.task.monitor, *varied, *CORE, *metrics]
+            logger.fill_hparams(hparams_summaries(values, first))
             logger.save()
+
+
+CORE = ("rank", "alpha", "scaling", "lr", "seed")
+"""Columns of HPARAMS that come before all others but the monitored metric."""
+COLUMNS = {
+    **{"lora.rank": "rank", "lora.alpha": "alpha", "lora.alpha_ratio": "scaling"},
+    **{"lora.scale": "scaling", "lora.use_rslora": "scaling", "optim.lr": "lr", "seed": "seed"},
+    **{"lora.dropout": "dropout", "lora.targets": "targets", "lora.method": "method"},
+    **{"data.batch_size": "batch_size", "optim.weight_decay": "weight_decay"},
+    **{"model.name_or_path": "model", "task.name": "task"},
+}
+"""Settings whose values are columns of HPARAMS anyway."""
+
+
+def _further(config: DictConfig, keys: list[str]) -> dict[str, Any]:
+    """Further settings in which the jobs of a sweep differ, as a run of it has them."""
+    found: dict[str, Any] = {}
+    for key in keys:
+        value = OmegaConf.select(config, key)
+        if key not in COLUMNS and not OmegaConf.is_config(value):
+            found[key] = value if isinstance(value, (bool, int, float)) else str(value)
+    return found
+
+
+def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
+    """What TensorBoard's HPARAMS tab reads of a run: a column for each value.
+
+    TensorBoard 2.21 sorts columns by name, those that differ between runs before the others. So the
+    first are said to differ, and are called by their place; what is shown is their display name.
+
+    Args:
+        values: what was chosen and what came out.
+        first: names of the columns that come first, in that order.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
+    from torch.utils.tensorboard.summary import hparams
+
+    place = {name: f"{number:02} {name}" for number, name in enumerate(dict.fromkeys(first))}
+    known = {name: value for name, value in values.items() if value is not None}
+    _, start, end = hparams({place.get(name, name): value for name, value in known.items()}, {})
+    kinds = {name: isinstance(value, str) for name, value in known.items()}
+    text, number = api_pb2.DATA_TYPE_STRING, api_pb2.DATA_TYPE_FLOAT64
+    # TensorBoard takes the columns from one run: those that are always there come from each.
+    columns = [
+        api_pb2.HParamInfo(
+            name=place.get(name, name),
+            display_name=name,
+            type=text if kinds.get(name) else number,
+            differs=name in place,
+        )
+        for name in {**place, **known}
+    ]
+    content = plugin_data_pb2.HParamsPluginData(experiment=api_pb2.Experiment(hparam_infos=columns))
+    described = metadata.create_summary_metadata(content)
+    tag = metadata.EXPERIMENT_TAG
+    experiment = Summary(value=[Summary.Value(tag=tag, metadata=described)])
+    return [experiment, start, end]
+
+
+def tell_early_stop(trainer: L.Trainer) -> None:
+    """Says why early stopping has ended the training, where it has."""
+    for callback in trainer.early_stopping_callbacks:
+        reason = callback.stopping_reason
+        why = str(callback.stopping_reason_message)
+        if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            why = (
+                f"{callback.monitor} has not been better than {callback.best_score:.4f} in "
+                f"{callback.patience} validations. To wait longer: "
+                "callbacks.early_stopping.patience=N."
+            )
+        if trainer.is_global_zero and reason != EarlyStoppingReason.NOT_STOPPED:
+            say(f"stopped early, after step {trainer.global_step}: {why}", flush=True)
 
 
 def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:

@@ -220,7 +220,7 @@ def chosen_for_the_user(config: DictConfig, settled: DictConfig) -> str | None:
     if asked:
         return None
     accelerator = str(config.trainer.get("accelerator", "auto"))
-    times = cpu_times() if _on_cpu(accelerator) else None
+    times = cpu_times() if is_on_cpu(accelerator) else None
     took = ""
     if times is not None:
         took = (
@@ -239,7 +239,7 @@ def bf16_is_fast(accelerator: str = "auto") -> bool:
     """Whether this machine multiplies bf16 matrices in hardware, and a CPU faster than fp32."""
     if _on_gpu(accelerator):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    times = cpu_times() if _on_cpu(accelerator) else None
+    times = cpu_times() if is_on_cpu(accelerator) else None
     return times is not None and times.bfloat16 < times.float32
 
 
@@ -312,7 +312,8 @@ def _seconds(dtype: torch.dtype) -> float:
     return least
 
 
-def _on_cpu(accelerator: str) -> bool:
+def is_on_cpu(accelerator: str) -> bool:
+    """Whether a run computes on the CPU."""
     if accelerator == "auto":
         return not torch.cuda.is_available() and not torch.backends.mps.is_available()
     return accelerator == "cpu"

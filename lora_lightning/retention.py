@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from .callbacks.curves import log_after
 from .data.collate import PaddingCollator
 from .data.sources import load_rows
 from .lora import UserError
@@ -76,8 +77,7 @@ class Retention(Callback):
             with nullcontext() if adapter is None else adapter.disabled():
                 self._reference = self._similarities(pl_module)
         self.before = self._measure(pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(self.before, step=0)
+        log_after(trainer, self.before, 0)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._batches or trainer.sanity_checking:

@@ -18,6 +18,8 @@ SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
 """In a sweep's folder: what was swept and how it ended; and what Hydra writes of it."""
 LOG = "log.txt"
 """In a job's folder: what its process prints."""
+MOST_PROCESSES = 256
+"""Of one kind, on one machine: no mistyped or forged number fills it with processes."""
 OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 """Groups of the config that are ours, of plain values; they are kept with an adapter."""
 QUANTIZATIONS = ("nf4", "int8")
@@ -30,12 +32,13 @@ LOWER_IS_BETTER = re.compile(
 """Names of metrics that are the better the lower they are; of all others more is better."""
 
 
-def direction_of(monitor: str, mode: str | None = None) -> str:
+def direction_of(monitor: str, mode: str | None = None, setting: str = "task.mode") -> str:
     """Whether "max" or "min" of a metric is the best.
 
     Args:
         monitor: the metric's name, such as val/loss.
         mode: what the user typed; None: nothing.
+        setting: where it was typed.
 
     Raises:
         UserError: that is neither, or the contrary of what the metric means.
@@ -44,19 +47,19 @@ def direction_of(monitor: str, mode: str | None = None) -> str:
     if mode is None:
         return meant
     if mode not in ("max", "min"):
-        raise UserError(f"task.mode must be max or min, got {mode!r}.")
+        raise UserError(f"{setting} must be max or min, got {mode!r}.")
     known = meant == "min" or monitor in MONITORS or _is_text_metric(monitor)
     if known and mode != meant:
-        refuse_direction(monitor, mode)
+        refuse_direction(monitor, mode, setting)
     return mode
 
 
-def refuse_direction(monitor: str, mode: str) -> None:
+def refuse_direction(monitor: str, mode: str, setting: str = "task.mode") -> None:
     """Raises UserError for a direction that would keep the worst state."""
     better = "lower" if mode == "max" else "higher"
     raise UserError(
-        f"task.mode={mode}: of {monitor} {better} is better, so the worst state would be kept. "
-        "Leave task.mode out."
+        f"{setting}={mode}: of {monitor} {better} is better, so the worst state would be kept. "
+        f"Leave {setting} out."
     )
 
 
@@ -340,9 +343,10 @@ class DataConfig:
                 f"data.max_tokens must be a positive number, null or auto, got {self.max_tokens!r}."
             )
         number = isinstance(self.num_workers, int) and not isinstance(self.num_workers, bool)
-        if self.num_workers != "auto" and not (number and self.num_workers >= 0):
+        if self.num_workers != "auto" and not (number and 0 <= self.num_workers <= MOST_PROCESSES):
             raise UserError(
-                f"data.num_workers must be 0 or more, or auto, got {self.num_workers!r}."
+                f"data.num_workers must be 0 to {MOST_PROCESSES}, or auto, got "
+                f"{self.num_workers!r}."
             )
         for name in ("val_fraction", "test_fraction"):
             value = getattr(self, name)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
+ASKED = 0.5
+"""Seconds between two looks whether another process has been told to end."""
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP")  # not all are on Windows
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
@@ -114,22 +116,50 @@ class SharedNumber:
         return int(self._sent)
 
 
+def _leave_word(key: str, signum: int) -> None:
+    """Tells all processes of a signal, without one that waits: by the store where they have met."""
+    with suppress(Exception):  # a store that is gone with its process
+        if dist.is_available() and dist.is_initialized():
+            _store().set(key, str(signum))
+
+
+def _word_left(key: str) -> int:
+    """The signal that another process has told of; 0: none has."""
+    with suppress(Exception):
+        if dist.is_available() and dist.is_initialized() and _store().check([key]):
+            return int(_store().get(key))
+    return 0
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # torch 2.13 has no public way to it
+
+
 class StopSignals(Callback):
     """Notes the signals that tell a run to end, and sees that all its processes end at one step.
 
     In training the callback that keeps `last.ckpt` sends what was received to all processes, and
     saves before it ends the run. A test or a validation ends at once: what it has measured would
     be measured again. So does what comes before and between these, such as the loading of a model,
-    where no other process waits.
+    where no other process waits. Several processes generate texts each at its own pace: there one
+    that was told leaves word for the others, which look for it now and then.
 
     Lightning's own handler of SIGTERM is replaced: its processes talk to each other within it, and
     at every step it has a GPU waited for.
     """
 
+    _runs = 0
+    """Of this process, so far; it is the same in all processes of a run."""
+
     def __init__(self) -> None:
+        StopSignals._runs += 1
+        self._word = f"lora_lightning/stopped/{StopSignals._runs}"
+        self._asked = -math.inf
         self.received = 0
         self.saves = False
         """Whether another callback sends what was received, and saves before it ends the run."""
+        self.has_trained = False
+        """Whether the first step has begun, in this process."""
         self._shared = SharedNumber()
         self._has_steps = False
         """Whether Lightning is at batches, at which it is looked whether a signal has come."""
@@ -166,6 +196,7 @@ class StopSignals(Callback):
                 came = time.monotonic()
                 if number[0] not in self._before:
                     continue
+                _leave_word(self._word, number[0])
                 while self._heard < came - 1.0:  # Python may have been first
                     if time.monotonic() - came > UNHEARD:
                         name = signal.Signals(number[0]).name
@@ -198,6 +229,16 @@ class StopSignals(Callback):
         self._heard = time.monotonic()
         self._before[signal.SIGINT](number, frame)
 
+    def is_told(self) -> bool:
+        """Whether a signal has come to this process, or to another that has left word of it.
+
+        No process waits for another here, so they need not ask at the same time.
+        """
+        if not self.received and time.monotonic() - self._asked > ASKED:
+            self._asked = time.monotonic()
+            self.received = _word_left(self._word)
+        return bool(self.received)
+
     def raise_if_told(self, trainer: L.Trainer) -> None:
         """Raises Stopped if a signal has come to any process; all have to ask."""
         if signum := self._shared.highest(trainer, self.received):
@@ -205,11 +246,16 @@ class StopSignals(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._install()
+        if hasattr(pl_module, "stops"):
+            pl_module.stops = self  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
         self._has_steps = True
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.has_trained = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any

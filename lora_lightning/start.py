@@ -29,13 +29,12 @@ from .config import (
     sweep_dir_of,
 )
 from .launch.queue import OWN_CONFIG
-from .lora.errors import UserError, did_you_mean
+from .lora.errors import FULL_ERROR, UserError, did_you_mean
 from .lora.outputs import expanded, made_folder
 from .paths import anchor, refuse_absent
 from .presets import primary, search_override, searched, with_presets
 from .settings import SWEEP
 from .terminal import say
-from .usage import FULL_ERROR
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
 HYDRA_FLAGS = (
@@ -417,9 +416,9 @@ def _resume(folder: str, others: list[str]) -> None:
             refuse_untyped(config, typed, f"resume={folder}")  # of a preset beside the run
     try:
         settings_of(config)
-    except UserError as error:
-        raise not_a_runs(saved, error) from None
-    train(config, resume=True)
+    except Exception as error:
+        raise not_a_runs(saved, error) from error
+    train(config, resume=True, saved=None if OWN_CONFIG in os.environ else saved)
 
 
 def _saved_search(run_dir: Path) -> list[str]:

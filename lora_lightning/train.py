@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from .atomic_write import fault_of_disk, remove_debris, write_json
 from .callbacks import LastCheckpoint, Paused, RunClock
+from .callbacks.curves import count_from
 from .callbacks.heartbeat import Heartbeat
 from .card import CARD, write_card
 from .checkpoint import check_resumable, read_checkpoint
@@ -30,6 +32,7 @@ from .config import (
     to_be_typed,
     with_direction,
 )
+from .cpu import crowded
 from .data.datamodule import LoraDataModule
 from .earlier import (
     continue_csv,
@@ -47,10 +50,10 @@ from .lora.outputs import refuse_loss
 from .memory import memory_advice
 from .modeling import load_model_config, load_tokenizer, max_positions
 from .module import LoraModule
-from .outcome import log_hparams, measured, of_rows, print_result
-from .precision import chosen_for_the_user, fast_products, with_precision
+from .outcome import log_hparams, measured, of_rows, print_result, tell_early_stop
+from .precision import chosen_for_the_user, fast_products, is_on_cpu, with_precision
 from .quiet import quiet_libraries
-from .restoring import refuse_unfit
+from .restoring import blamed_before_first_step, refuse_unfit
 from .retention import Retention
 from .settings import PAUSE
 from .signals import Stopped, StopSignals
@@ -99,12 +102,15 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
-def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
+def train(
+    config: DictConfig, *, resume: bool = False, saved: Path | None = None, **changes: Any
+) -> dict[str, Any]:
     """Trains, tests on the best adapter, and writes the run's folder `config.output_dir`.
 
     Args:
         config: a composed config, see conf/train.yaml.
         resume: go on from the folder's last checkpoint.
+        saved: the file that the config was read from; errors before the first step name it.
         changes: arguments of Lightning's Trainer, over those of the config.
 
     Returns:
@@ -113,6 +119,18 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     Raises:
         UserError: something in the config or the data is wrong.
     """
+    signals = StopSignals()
+    with (
+        nullcontext()
+        if saved is None
+        else blamed_before_first_step(saved, config, lambda: signals.has_trained)
+    ):
+        return _train(config, signals, changes, resume=resume)
+
+
+def _train(
+    config: DictConfig, signals: StopSignals, changes: dict[str, Any], *, resume: bool
+) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     quiet_libraries()
     checkpoint = whole_checkpoint(run_dir) if resume else None
@@ -124,6 +142,8 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
     result["rungs"] = earlier.get("rungs", [])
+    # A run of an earlier version counts its logged steps from 0, to its end.
+    result["first_step"] = 1 if checkpoint is None else earlier.get("first_step", 0)
     # Lightning starts the other ranks later, into the folder that rank 0 has made.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with ExitStack() as stack:
@@ -137,11 +157,14 @@ def train(config: DictConfig, *, resume: bool = False, **changes: Any) -> dict[s
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
+            accelerator = str(config.trainer.get("accelerator", "auto"))
+            if is_on_cpu(accelerator) and (told := crowded(torch.get_num_threads())):
+                say(told, file=sys.stderr)
             stack.push(lambda kind, error, trace: _record(run_dir, result, error))
         bar = config.trainer.get("enable_progress_bar", True)
         bar = bar and config.callbacks.get("progress_bar") is not None
         beat = stack.enter_context(Heartbeat(wanted=rank_zero and bar))
-        _run_to_its_end(config, settings, run_dir, checkpoint, result, changes, beat)
+        _run_to_its_end(config, settings, run_dir, checkpoint, result, signals, changes, beat)
     return result
 
 
@@ -158,11 +181,11 @@ def _run_to_its_end(
     run_dir: Path,
     checkpoint: Path | None,
     result: dict[str, Any],
+    signals: StopSignals,
     changes: dict[str, Any],
     beat: Heartbeat,
 ) -> None:
     """The run, and in `result` how it ended."""
-    signals = StopSignals()
     try:
         accelerator = str(config.trainer.get("accelerator", "auto"))
         products = fast_products(config.trainer.precision, accelerator)
@@ -211,7 +234,8 @@ def _run_to_its_end(
                 "another process of this run has died, or was killed. To go on: "
                 f"{command('train', resume=run_dir)}"
             ) from error
-        if not isinstance(error, UserError) and last_checkpoint(run_dir) is not None:
+        going = signals.has_trained and last_checkpoint(run_dir) is not None
+        if going and not isinstance(error, UserError):
             say(f"failed. To go on: {command('train', resume=run_dir)}", file=sys.stderr)
         raise
 
@@ -236,6 +260,7 @@ def _run(
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
     trainer = beat.trainer = build_trainer(config, **changes)
+    count_from(trainer, result["first_step"])
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     last = next((callback for callback in callbacks if isinstance(callback, LastCheckpoint)), None)
     _pause_where_told(last, config)
@@ -253,7 +278,7 @@ def _run(
         if trainer.is_global_zero:
             write_json(run_dir / RESULT, result)  # a resumed run reads it there
     if checkpoint is not None:
-        _prepare_to_go_on(trainer, checkpoint, run_dir)
+        _prepare_to_go_on(trainer, checkpoint, run_dir, first_step=result["first_step"])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -263,6 +288,7 @@ def _run(
             "the run has come to its end without an optimizer step, so nothing is learned: give "
             "more rows, or a larger trainer.max_time."
         )
+    tell_early_stop(trainer)
     _restore_best(trainer, module)
     base = base_fingerprint(module)  # of a base in shares, by all processes
     with module.whole_adapter():
@@ -285,7 +311,9 @@ def _run(
         print_result(result, run_dir, data)
 
 
-def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> None:
+def _prepare_to_go_on(
+    trainer: L.Trainer, checkpoint: Path, run_dir: Path, *, first_step: int
+) -> None:
     """Makes sure that a run can go on from a checkpoint, and cuts its log to that step."""
     content = read_checkpoint(checkpoint)
     check_resumable(content, checkpoint)
@@ -293,7 +321,7 @@ def _prepare_to_go_on(trainer: L.Trainer, checkpoint: Path, run_dir: Path) -> No
     step = content["global_step"]
 
     def go_on() -> None:
-        continue_csv(trainer, step)
+        continue_csv(trainer, step, first_step=first_step)
         if trainer.is_global_zero:
             print(f"goes on from step {step} ({checkpoint.name})", flush=True)
 

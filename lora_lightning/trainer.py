@@ -19,6 +19,7 @@ from .config import instantiate_all, instantiate_one, with_direction
 from .lora import UserError
 from .lora.errors import did_you_mean
 from .precision import for_lightning
+from .settings import MOST_PROCESSES
 from .strategies import ShardedStrategy, refuse_full, refuse_strategy, resident
 from .zero import ZeroStrategy
 
@@ -58,6 +59,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
                 f"{did_you_mean(key, known)}"
             )
     _refuse_types(arguments)
+    _refuse_processes(str(arguments.get("devices")))
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         value = arguments.get(key)
         if isinstance(value, (int, float)) and value == 0:
@@ -93,6 +95,12 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         raise UserError(f"trainer: {said}.") from error
     sync_checkpoints(trainer)
     return trainer
+
+
+def _refuse_processes(devices: str) -> None:
+    """Raises UserError where a number would fill the machine with processes."""
+    if devices.isdecimal() and int(devices[:10]) > MOST_PROCESSES:
+        raise UserError(f"trainer.devices={devices} must be at most {MOST_PROCESSES}.")
 
 
 def _refuse_types(arguments: dict[Any, Any]) -> None:

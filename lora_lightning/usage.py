@@ -1,7 +1,5 @@
 """What `lora-lightning --help` prints."""
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
-"""In the environment, with the value 1: a mistake ends with its traceback."""
 HELP = """\
 lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.
 

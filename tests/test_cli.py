@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rows
+from safetensors.torch import load_file
 
 from lora_lightning.callbacks import ProgressBar
 
@@ -311,6 +312,7 @@ def test_merge_gives_a_plain_model(run_cli, runs, name):
     status, out, err = run_cli("merge", f"adapter={adapter}", "output=merged")
     assert status == 0, err
     assert os.listdir() == ["merged"]
+    assert "its weights are" not in out
     printed = float(re.search(r"gap .*: (\S+)$", out.strip()).group(1))
 
     merged = AutoModelForSequenceClassification.from_pretrained("merged").eval()
@@ -344,6 +346,10 @@ def test_merge_replaces_an_earlier_merged_model(run_cli, adapter):
     first = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
     assert run_cli(*command)[0] == 0
     assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == first
+    status, out, err = run_cli(*command, "model.dtype=bfloat16")
+    assert status == 0, err
+    assert "its weights are bfloat16, as those of the base; for others: model.dtype=" in out
+    assert load_file("merged/model.safetensors").popitem()[1].dtype == torch.bfloat16
     assert os.listdir() == ["merged"]
 
 

@@ -157,6 +157,37 @@ def test_the_direction_follows_the_metric_wherever_one_is_needed(monitor):
     assert direction(compose(f"task.monitor={monitor}", f"task.mode={meant}")) == meant
 
 
+@pytest.mark.parametrize("name", ["best", "early_stopping"])
+def test_a_callback_with_a_metric_of_its_own_follows_that(name):
+    other = "early_stopping" if name == "best" else "best"
+    settled = with_direction(compose(f"callbacks.{name}.monitor=val/loss"))
+    assert settled.callbacks[name].mode == "min"
+    assert settled.callbacks[other].mode == settled.task.mode == "max"
+    assert with_direction(settled).callbacks[name].mode == "min"
+    own = [f"callbacks.{name}.monitor=val/mine", f"callbacks.{name}.mode=min"]
+    assert with_direction(compose(*own)).callbacks[name].mode == "min"
+
+
+@pytest.mark.parametrize("name", ["best", "early_stopping"])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["task.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower is better"),
+        (["callbacks.{}.mode=min"], "=min: of val/accuracy higher is better"),
+        (["callbacks.{}.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower"),
+        (["callbacks.{}.mode=up"], " must be max or min, got 'up'"),
+        (
+            ["task.monitor=val/mine", "task.mode=min", "callbacks.{}.mode=max"],
+            "=max: of val/mine lower is better",
+        ),
+    ],
+)
+def test_a_callback_against_its_metric_is_refused(name, typed, said):
+    config = compose(*(item.format(name) for item in typed))
+    with pytest.raises(UserError, match=f"^callbacks.{name}.mode{said}"):
+        with_direction(config)
+
+
 @pytest.mark.parametrize("monitor", DIRECTIONS)
 def test_optuna_is_told_the_direction_of_the_metric(monitor):
     from hydra import compose as hydra_compose

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, FalconConfig, FalconModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_lightning.cpu import FastDropout, dropout, prepare_for_cpu
+from lora_lightning import cpu
+from lora_lightning.cpu import ATTENTION, FastDropout, attend, crowded, dropout, prepare_for_cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +62,6 @@ def masks(rows: int, positions: int) -> list[torch.Tensor | None]:
 @pytest.mark.parametrize("which", range(3), ids=["no mask", "boolean", "added"])
 def test_attention_with_dropout_is_attention(which):
     """What nothing is dropped of equals transformers'; what is dropped of has that as its mean."""
-    prepare_for_cpu(nn.Module(), checkpoints=False)
     module = nn.Module().train()
     module.is_causal = False
     torch.manual_seed(0)
@@ -68,8 +70,6 @@ def test_attention_with_dropout_is_attention(which):
     if mask is not None and mask.is_floating_point():
         mask = mask.double()
     truth, _ = sdpa_attention_forward(module, *inputs, mask, dropout=0.0, scaling=0.3)
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert attend is not sdpa_attention_forward
     found, _ = attend(module, *inputs, mask, dropout=1e-12, scaling=0.3)
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
@@ -89,16 +89,15 @@ def test_attention_with_dropout_is_attention(which):
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_of_other_kinds_is_left_to_transformers(causal):
     """Causal without a mask, or with fewer keys than queries: the same draws as transformers'."""
-    prepare_for_cpu(nn.Module(), checkpoints=False)
     module = nn.Module().train()
     module.is_causal, module.num_key_value_groups = causal, 1 if causal else 2
     heads = 4 if causal else 2
     query = torch.randn(2, 4, 5, 8, requires_grad=True)
     key, value = torch.randn(2, heads, 5, 8), torch.randn(2, heads, 5, 8)
     outputs = []
-    for attend in (ALL_ATTENTION_FUNCTIONS["sdpa"], sdpa_attention_forward):
+    for function in (attend, sdpa_attention_forward):
         torch.manual_seed(3)
-        outputs.append(attend(module, query, key, value, None, dropout=0.4)[0])
+        outputs.append(function(module, query, key, value, None, dropout=0.4)[0])
     assert torch.equal(*outputs)
 
 
@@ -107,3 +106,52 @@ def test_a_model_gets_the_faster_dropout():
     count = sum(type(module) is nn.Dropout for module in model.modules())
     prepare_for_cpu(model, checkpoints=False)
     assert sum(isinstance(module, FastDropout) for module in model.modules()) == count > 2
+
+
+def test_attention_of_other_models_stays_as_it_is():
+    """The faster attention has a name of its own, which one model's config holds and no file."""
+    settings = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ours, other = BertModel(settings), BertModel(deepcopy(settings))
+    prepare_for_cpu(ours, checkpoints=False)
+    assert ALL_ATTENTION_FUNCTIONS[ours.config._attn_implementation] is attend
+    assert other.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert ATTENTION not in ours.config.to_json_string(use_diff=False)
+    falcon = FalconModel(FalconConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    prepare_for_cpu(falcon, checkpoints=False)
+    assert falcon.config._attn_implementation == "sdpa"  # its code looks for that name
+
+
+@pytest.mark.parametrize(
+    ("load", "idle", "threads", "told"),
+    [
+        (4.0, 0, 2, "OMP_NUM_THREADS=1 "),  # as many others as there are threads
+        (4.0, 0, 1, None),
+        (0.2, 0, 4, None),  # busy for this moment alone
+        (4.0, 100, 4, None),  # they have ended
+        (2.0, 50, 4, "others keep 2.0 of this machine's 4 cores busy, and this run has 4 threads"),
+        (2.0, 50, 4, "OMP_NUM_THREADS=2 "),
+        (2.0, 50, 2, None),
+    ],
+)
+def test_others_that_compute_on_the_machine_are_told(load, idle, threads, told, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("time.process_time", lambda: 0.0)
+    ticks = iter([[5, 5, 5, 5, 5, 0, 0, 0], [105 - idle, 5, 5, 5 + idle, 5, 0, 0, 0]])
+    monkeypatch.setattr(cpu, "_ticks", lambda: next(ticks))
+    found = crowded(threads)
+    assert told in found if told else found is None
+
+
+def test_a_system_that_tells_no_load_is_not_crowded(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(cpu, "STAT", tmp_path / "none")
+    assert "others keep 4.0 of" in crowded(4)  # it tells the load alone
+
+    def unknown():
+        raise OSError("no load")
+
+    monkeypatch.setattr("os.getloadavg", unknown)
+    assert crowded(4) is None

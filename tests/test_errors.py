@@ -329,6 +329,12 @@ DATA = [
     Case("encoding", lambda p: p.on("a.csv", b"text,label\nsch\xf6n,x\n"), "line 2", "iconv"),
     Case("broken JSONL", lambda p: p.on("a.jsonl", jsonl(*ROWS) + '{"text": '), "line 41", "JSON"),
     Case("JSONL of lists", lambda p: p.on("a.jsonl", jsonl(*ROWS, [1])), "line 41", '"column"'),
+    Case(
+        "names that a zero cuts",
+        lambda p: p.on("a.json", '[{"text": "a", "label": {"": null, "\\u0000": null}}]'),
+        "'label'",
+        "Rename one",
+    ),
     Case("broken JSON", lambda p: p.on("a.json", '[{"text": "a"}'), "a.json", "JSON"),
     Case("JSON of numbers", lambda p: p.on("a.json", "[1, 2]"), "a.json", "list of objects"),
     Case("JSON of one number", lambda p: p.on("a.json", "3"), "a.json", "list of objects"),
@@ -563,6 +569,12 @@ MODEL = [
         lambda p: p.train("trainer.num_nodes=2"),
         "num_nodes=2: nothing has told this process where",
         "MASTER_ADDR",
+    ),
+    Case(
+        "a number of devices",
+        lambda p: p.train("trainer.accelerator=cpu", f"trainer.devices={10**15}"),
+        "trainer.devices=1000000000000000",
+        "at most 256",
     ),
     Case(
         "rows for two processes",

@@ -5,6 +5,7 @@ What was whole before stays whole, and the message says how to go on.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -32,6 +33,7 @@ from lora_lightning.config import compose_config
 from lora_lightning.lock import locked
 from lora_lightning.lora import UserError
 from lora_lightning.lora import state as lora_state
+from lora_lightning.lora.errors import lack_of_memory
 from lora_lightning.module import LoraModule
 from lora_lightning.train import train
 
@@ -407,8 +409,11 @@ def test_a_clock_that_is_set_back_changes_nothing(settings, tmp_path, monkeypatc
     start = time.time()
     monkeypatch.setattr(time, "time", lambda: start - 3600 * (1 + time.monotonic() % 7))
     run = tmp_path / "run"
-    result = train(compose_config([*settings, "trainer.max_epochs=1", f"output_dir={run}"]))
+    often = ["callbacks.last.every_n_minutes=0.00001", "callbacks.last.every_n_steps=null"]
+    more = ["trainer.max_epochs=1", f"output_dir={run}"]
+    result = train(compose_config([*settings, *often, *more]))
     assert result["status"] == "completed"
+    assert (run / "checkpoints" / "last-previous.ckpt").is_file(), "saved twice, by the minutes"
     assert 0 < result["seconds"] < 120
     assert result["tokens_per_second"] > 0
 
@@ -476,10 +481,26 @@ def test_the_rows_are_kept_where_the_loss_fails_before_a_checkpoint(settings, tm
     assert "float16" not in err
 
 
-def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypatch):
-    monkeypatch.setattr(
-        LoraModule, "on_train_batch_start", lambda *_: torch.empty(2**50), raising=True
-    )
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        pytest.param(lambda *_: torch.empty(2**50), id="torch"),
+        pytest.param(lambda *_: bytearray(2**62), id="python"),
+        pytest.param(lambda *_: _raise(OSError(errno.ENOMEM, "Cannot allocate memory")), id="fork"),
+        pytest.param(lambda *_: _raise(RuntimeError("can't start new thread")), id="thread"),
+        pytest.param(lambda *_: _raise(Panic("ThreadPoolBuildError { kind: 11 }")), id="rust"),
+    ],
+)
+def test_a_lack_of_memory_says_what_helps(fails, settings, tmp_path, run_cli, monkeypatch):
+    monkeypatch.setattr(LoraModule, "on_train_batch_start", fails, raising=True)
     status, _, err = run_cli("train", *settings, f"output_dir={tmp_path / 'run'}")
     assert status == 2
     said = " ".join(err.split())
@@ -491,6 +512,18 @@ def test_a_lack_of_memory_says_what_helps(settings, tmp_path, run_cli, monkeypat
     ):
         assert knob in said
     assert "trainer=fsdp2" not in said, "which is of no use on a CPU"
+
+
+def test_a_lack_of_memory_of_a_command_is_told(run_cli, monkeypatch):
+    monkeypatch.setattr("lora_lightning.report.report", lambda _: torch.empty(2**50))
+    status, _, err = run_cli("report", "multirun")
+    assert status == 2
+    assert re.match("error: out of memory: .*ulimit", " ".join(err.split()))
+
+
+def test_another_error_is_no_lack_of_memory():
+    assert lack_of_memory(UserError("no file 'Out of memory.csv'")) is None
+    assert lack_of_memory(OSError(errno.ENOENT, "x")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Files of any content: as data, and in the folder of a run. Our own error comes out, or a result.
 
-FUZZ=1 tries other content in each run; the failing example and how to run it again are printed.
+FUZZ=300 tries 300 of each kind; the failing example and how to run it again are printed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import yaml
 from fuzz import FUZZ
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from omegaconf import OmegaConf
@@ -28,6 +29,8 @@ from lora_lightning.config import compose_config
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
 from lora_lightning.modeling import load_tokenizer
+from lora_lightning.module import LoraModule
+from lora_lightning.packed.__main__ import main as packed
 from lora_lightning.settings import DataConfig, ModelConfig
 from lora_lightning.tasks import build_task
 from lora_lightning.train import train
@@ -75,7 +78,7 @@ def tokenizer(tiny_bert):
     return load_tokenizer(ModelConfig(name_or_path=str(tiny_bert)))
 
 
-@settings(FUZZ, max_examples=100)
+@FUZZ
 @given(file=FILES, task=st.sampled_from(["sentiment", "summarization"]))
 def test_files_of_any_content(file, task, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -134,6 +137,10 @@ def forged(content, place, value):
     return content
 
 
+FOLDERS = ("cache_dir", "save_dir", "dirpath", "folder", "default_root_dir")
+"""Settings of a run that say where it writes."""
+
+
 class Reached(UserError):
     """What is restored was taken for a run's."""
 
@@ -163,25 +170,73 @@ def stops_when_restored(monkeypatch):
     monkeypatch.setattr(_TrainingEpochLoop, "advance", advance)
 
 
-@pytest.mark.slow
-@settings(FUZZ, max_examples=60)
-@given(data=st.data())
-def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
-    last = begun / "checkpoints" / "last.ckpt"
-    whole = torch.load(last, weights_only=True)
-    kinds = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "rows", "epoch")
-    kind = data.draw(st.sampled_from(kinds))
+def forge_state(data, begun: Path, run: Path) -> None:
+    """A copy of a run with another value somewhere in its last checkpoint."""
+    whole = torch.load(begun / "checkpoints" / "last.ckpt", weights_only=True)
+    kind = data.draw(st.sampled_from(sorted(whole.keys() - {"hyper_parameters", "hparams_name"})))
     part = {kind: whole[kind]["fit_loop"] if kind == "loops" else whole[kind]}
     place = data.draw(st.sampled_from(list(places(part))))
     value = data.draw(OTHERS | IN_TENSORS)
-    run = tmp_path_factory.mktemp("forged") / "run"
     shutil.copytree(begun, run)
     target = (kind, "fit_loop", *place[1:]) if kind == "loops" else place
     torch.save(forged(whole, target, value), run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_path_factory):
+    run = tmp_path_factory.mktemp("forged") / "run"
+    forge_state(data, begun, run)
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 2, err
     assert "Traceback" not in err
     assert "reached" in err or "last.ckpt" in err
+    shutil.rmtree(run.parent)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_forged_states_of_packed_runs(data, begun, stops_when_restored, tmp_path_factory):
+    """A run whose state is forged ends, with one message in its log; the other one goes on."""
+    folder = tmp_path_factory.mktemp("forged")
+    runs = [folder / "0", folder / "1"]
+    number = data.draw(st.integers(0, 1))
+    forge_state(data, begun, runs[number])
+    shutil.copytree(begun, runs[1 - number])
+    before = (runs[number] / "checkpoints" / "last.ckpt").read_bytes()
+    assert packed(runs) == 2
+    for run in runs:
+        told = (run / "log.txt").read_text()
+        assert told.count("error: ") == 1
+        assert "Traceback" not in told
+        assert "reached" in told or (run == runs[number] and "last.ckpt" in told)
+    assert (runs[number] / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert {each.name for each in folder.iterdir()} == {"0", "1"}
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@FUZZ
+@given(data=st.data())
+def test_forged_config_of_a_run(
+    data, begun, stops_when_restored, run_cli, tmp_path_factory, monkeypatch
+):
+    whole = OmegaConf.to_container(OmegaConf.load(begun / ".hydra" / "config.yaml"), resolve=False)
+    place = data.draw(st.sampled_from([each for each in places(whole) if each != ("output_dir",)]))
+    run = tmp_path_factory.mktemp("forged") / "run"
+    shutil.copytree(begun, run)
+    content = forged(whole, place, data.draw(OTHERS))
+    (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(run.parent)
+    status, _, err = run_cli("train", f"resume={run}")
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert err.count("error: ") == 1
+    assert str(run) in err  # its config.yaml, or the folder where something is to be typed again
+    if place[-1] not in FOLDERS:
+        assert {each.name for each in run.parent.iterdir()} == {"run"}
     shutil.rmtree(run.parent)
 
 
@@ -196,7 +251,9 @@ def test_forged_states_of_a_run(data, begun, stops_when_restored, run_cli, tmp_p
         ("callbacks/EarlyStopping*", [], "is no mapping"),
         ("callbacks/BestCheckpoint*/current_score", "x", "a score that is no number"),
         ("loops/fit_loop/epoch_progress/current/ready", -1, "epoch_progress.current counts"),
-        ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total holds 'step'"),
+        ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total has no 'completed'"),
+        ("loops/fit_loop/epoch_progress/total/completed", "absent", "total has no 'completed'"),
+        ("loops/fit_loop/epoch_progress/total/reset", 1, "holds 'reset', which"),
         ("loops/fit_loop/state_dict/combined_loader", [{"batches": "x"}], "batches is str 'x'"),
         ("lr_schedulers/0/last_epoch", 1.5, "last_epoch is float 1.5, not a whole number"),
         ("lr_schedulers/0/base_lrs", [0.1], "base_lrs is no list of 2"),
@@ -228,6 +285,60 @@ def test_a_forged_state_is_told(place, value, told, begun, stops_when_restored, 
 
 
 @pytest.mark.parametrize(
+    ("fails", "status"),
+    [("on_fit_start", 2), ("on_train_start", 2), ("on_train_batch_end", 1), ("mine", 1)],
+)
+def test_an_error_is_the_files_before_the_first_step_alone(
+    fails, status, begun, run_cli, tmp_path, monkeypatch
+):
+    """Later it may be anybody's; and code of the user's, typed again, tells of itself."""
+    run = shutil.copytree(begun, tmp_path / "run")
+    config, typed = run / ".hydra" / "config.yaml", []
+    if fails == "mine":
+        code = (
+            "from lightning.pytorch.callbacks import Callback\n\n"
+            "class Mine(Callback):\n    def on_fit_start(self, *_):\n        return {}['on']\n"
+        )
+        (tmp_path / "of_the_user.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        typed = ["callbacks.mine._target_=of_the_user.Mine"]
+        content = OmegaConf.load(config)
+        OmegaConf.update(content, *typed[0].split("="), force_add=True)
+        OmegaConf.save(content, config)
+    else:
+        monkeypatch.setattr(LoraModule, fails, lambda *_: {}["on"], raising=True)
+    found, _, err = run_cli("train", f"resume={run}", *typed)
+    assert found == status, err
+    if status == 2:
+        assert f"error: the run cannot be built from {config}: KeyError: 'on'. Correct" in err
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        with pytest.raises(UserError) as told:
+            run_cli("train", f"resume={run}")
+        assert isinstance(told.value.__cause__, KeyError)
+    else:
+        assert "Traceback" in err
+        assert "cannot be built" not in err
+
+
+def test_a_checkpoint_of_another_version(begun, stops_when_restored, run_cli, tmp_path):
+    """What it holds in addition is not used; where it does not fit, both versions are told."""
+    run = shutil.copytree(begun, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    loops = content["loops"]["fit_loop"]
+    for part in (loops, loops["state_dict"], loops["epoch_progress"]["total"]):
+        part["of_tomorrow"] = {"a": 1}
+    content["lr_schedulers"][0]["of_tomorrow"] = 1
+    content["pytorch-lightning_version"] = "9.9.0"
+    torch.save(content, last)
+    assert "reached" in run_cli("train", f"resume={run}")[2]
+    del loops["epoch_progress"]["total"]["ready"]
+    torch.save(content, last)
+    said = " ".join(run_cli("train", f"resume={run}")[2].split())
+    assert f"written by Lightning 9.9.0, and {lightning.__version__} is installed" in said
+
+
+@pytest.mark.parametrize(
     ("place", "value", "told"),
     [
         ("lora/rank", "x", "lora.rank"),
@@ -236,6 +347,7 @@ def test_a_forged_state_is_told(place, value, told, begun, stops_when_restored, 
         ("trainer", "x", "trainer"),
         ("data/batch_size", [1], "data.batch_size"),
         ("data/splits", "x", "data.splits"),
+        ("data/splits", "${seed}", "not iterable"),
         ("task/name", {}, "task.name"),
         ("task", "absent", "is not the config of a run"),
         ("model/dtype", [1], "model.dtype"),

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from lora_lightning.launch.folder import note, sweep_folder
-from lora_lightning.launch.process import ProcessLauncher
+from lora_lightning.launch.process import ProcessLauncher, _failure, curves_name, name_curves
 from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.lora import UserError
 
@@ -60,6 +60,47 @@ def test_gpus_are_shared_out(settings, devices, places, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,7,8")
     config = OmegaConf.create({"trainer": {"accelerator": "auto", "devices": devices}})
     assert ProcessLauncher(**settings)._places(config) == places
+
+
+@pytest.mark.parametrize(
+    ("varied", "name"),
+    [
+        ({"seed": "1", "lora.alpha": "32", "lora.rank": "16"}, "r16 a32 s1"),
+        ({"optim.lr": "1e-3", "lora.rank": "4"}, "r4 lr=1e-3"),
+        ({"lora": "dora", "data.train": "../my/file.csv"}, "lora=dora train=.._my_file.csv"),
+        ({"lora.targets": "[query,value]"}, "targets=_query_value_"),
+        ({"optim.name": "x" * 300}, f"name={'x' * 115}"),
+        ({}, ""),
+    ],
+)
+def test_curves_are_named_by_what_varies(varied, name):
+    assert curves_name(varied) == name
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_job_that_has_begun_keeps_the_folder_of_its_curves(begun, tmp_path):
+    target = "lora_lightning.callbacks.EventsLogger"
+    config = OmegaConf.create({"logger": {"tensorboard": {"_target_": target}}})
+    config.logger.tensorboard.name = "tensorboard"
+    if begun:
+        (tmp_path / "tensorboard").mkdir()
+    name_curves(config, tmp_path, {"lora.rank": "4", "optim.lr": "1"})
+    named = {"name": "r4 lr=1", "varied": ["lora.rank", "optim.lr"]}
+    assert config.logger.tensorboard == {"_target_": target, "name": "tensorboard"} | (
+        {} if begun else named
+    )
+
+
+def test_what_is_wrong_with_each_job_is_said_once(tmp_path):
+    jobs = jobs_without_config(tmp_path, 32)
+    for job in jobs:
+        job.state, job.status = "failed", 2
+        error = "UserError: launcher.halving: one" if job.number else "UserError: another"
+        (job.folder / "result.json").write_text(json.dumps({"status": "failed", "error": error}))
+    said = str(_failure(jobs))
+    assert said.startswith("32 of 32 jobs failed.\n  job 0 (): another Log: ")
+    assert said.count("launcher.halving: one") == 1
+    assert "job 1 () and 30 more: launcher.halving: one Log: " in said
 
 
 def test_too_few_gpus_are_told(monkeypatch):
@@ -253,7 +294,7 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
         folder = Path("sweep") / str(job)
         assert result_of(folder)["status"] == "completed"
         assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == rank
-        for part in ("checkpoints/last.ckpt", "tensorboard", ".hydra/config.yaml", "log.txt"):
+        for part in ("checkpoints/last.ckpt", f"r{rank}", ".hydra/config.yaml", "log.txt"):
             assert (folder / part).exists()
     files = [Path(f"sweep/{job}/result.json") for job in (0, 1)]
     before = [file.stat().st_mtime_ns for file in files]
@@ -265,6 +306,7 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     assert "2 jobs, 1 complete already" in out
     assert files[0].stat().st_mtime_ns == before[0]
     assert result_of(files[1].parent)["status"] == "completed"
+    assert not (files[1].parent / "tensorboard").exists()
     other = [item.replace("lora.rank=2,4", "lora.rank=2,8") for item in sweep]
     status, _, err = run_cli(*other)
     assert status == 2

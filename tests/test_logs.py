@@ -65,15 +65,19 @@ def test_read_metrics_of_no_file_is_empty(tmp_path):
     assert read_samples(tmp_path / "samples.jsonl") == ([], 0)
 
 
-def test_a_run_goes_on_over_a_step_that_is_no_number(tmp_path, capsys):
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_a_run_goes_on_over_a_step_that_is_no_number(first_step, tmp_path, capsys):
+    """Of two steps taken, a run that counts from 1 has two rows; one of an earlier version one."""
     path = tmp_path / "csv" / "metrics.csv"
     path.parent.mkdir()
     path.write_bytes(HEADER + ROWS + b"9" * 5000 + b",0.1,\r\n")
     trainer = SimpleNamespace(
         loggers=[CurvesLogger(tmp_path, name="csv", version="")], is_global_zero=True
     )
-    continue_csv(trainer, step=2)
-    assert read_metrics(path)[0] == [{"step": "1", "train/loss": "0.5"}]
+    continue_csv(trainer, step=2, first_step=first_step)
+    rows = [{name: value for name, value in row.items() if value} for row in read_metrics(path)[0]]
+    kept = [{"step": "1", "train/loss": "0.5"}, {"step": "2", "val/loss": "0.25"}]
+    assert rows == kept[: 1 + first_step]
     assert "1 damaged line left out" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,13 @@ def test_a_sweep_replaces_no_file_of_the_users(
     assert f"This would be lost: {lost}." in " ".join(err.split())
     assert sorted(folder.rglob("*")) == before
     assert mine.read_text() == path.read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 9, b"hy", b"hydra:\n  ru", b"mine: 1", b"h: 1"])
+def test_a_sweep_goes_on_where_hydras_file_was_cut(left, tmp_path):
+    (tmp_path / "multirun.yaml").write_bytes(left)
+    with pytest.raises(UserError) if b"1" in left else nullcontext():
+        refuse_others_sweep(tmp_path)
 
 
 @pytest.mark.parametrize("entry", ["0", "notes.md", "0/notes.md"])

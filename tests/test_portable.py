@@ -130,6 +130,11 @@ def test_the_command(base, tmp_path, run_cli):
     assert status == 0, err
     assert f"{output}: rank 7 and one alpha" in out
     assert "vllm: takes it" in out
+    no = f"output={tmp_path / 'no'}"
+    status, out, err = run_cli("export", where, no, "check=vllm")
+    assert (status, (tmp_path / "no").exists()) == (2, False)
+    assert "vllm: ranks or alphas of single modules" in out
+    assert "is not for vllm, for the reasons above. Nothing was written." in " ".join(err.split())
     status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
     assert status == 0
     names = {path.name for path in (tmp_path / "plain").iterdir()}

@@ -10,14 +10,12 @@ import torch
 from conftest import make_rows
 from safetensors.torch import load_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_lightning import precision
 from lora_lightning.config import compose_config
+from lora_lightning.cpu import attend
 from lora_lightning.lora import UserError
-from lora_lightning.modeling import load_generator, load_tokenizer
 from lora_lightning.precision import chosen_for_the_user, settle_precision, with_precision
-from lora_lightning.settings import ModelConfig
 from lora_lightning.storage import read_sidecar
 from lora_lightning.train import train
 
@@ -245,9 +243,7 @@ def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(tiny_llama, autocast, masked):
-    load_generator(ModelConfig(str(tiny_llama)), load_tokenizer(ModelConfig(str(tiny_llama))))
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(autocast, masked):
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 2, not masked
     torch.manual_seed(0)

@@ -93,6 +93,22 @@ def test_settings_are_means_over_seeds_the_best_first(sweep_dir):
     }
 
 
+def test_what_is_wrong_with_each_job_is_said_once(sweep_dir, capsys):
+    for job in ("3", "13", "14"):
+        failed = {"status": "failed", "error": "UserError: <rank> is too large"}
+        (sweep_dir / job / "result.json").write_text(json.dumps(failed))
+    report(sweep_dir)
+    assert "jobs 3 12 13 14 failed: <rank> is too large\n" in capsys.readouterr().out
+    assert "* job 3 12 13 14: &lt;rank&gt; is too large\n" in (sweep_dir / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("marked", "step"), [({}, 6), ({"first_step": 1}, 5)])
+def test_curves_count_steps_from_one(marked, step, tmp_path):
+    """Runs of earlier versions, whose result has no mark, count from 0."""
+    write_run(tmp_path / "0", [], {"status": "running", **marked}, [(5, 0.4)])
+    assert read_sweep(tmp_path).runs[0].curve == [(step, 0.4)]
+
+
 def test_where_less_is_better_the_least_is_the_best(sweep_dir):
     for path in sweep_dir.glob("*/.hydra/config.yaml"):
         config = OmegaConf.load(path)
@@ -105,6 +121,7 @@ def test_what_is_written(sweep_dir, capsys):
     report(sweep_dir)
     said = capsys.readouterr().out
     assert "job 12 failed: <rank> is too large" in said
+    assert f"tensorboard --logdir {sweep_dir}\n" in said
     rows = list(csv.DictReader((sweep_dir / "results.csv").open()))
     assert [row["job"] for row in rows] == [str(job) for job in range(15)]
     for row, (rank, ratio, seed) in zip(rows, product(RANKS, RATIOS, SEEDS), strict=False):

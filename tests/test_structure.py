@@ -62,7 +62,7 @@ ALLOWED = {
     "losses": {"lora", "atomic_write", "storage"},
     "module": MODEL_SIDE | {"combinations", "first_look", "losses"},
     "callbacks": MODEL_SIDE | {"module", "signals"},
-    "retention": MODEL_SIDE | {"module", "data"},
+    "retention": MODEL_SIDE | {"module", "data", "callbacks"},
     "storage": MODEL_SIDE | {"lock"},
     "outcome": RUN_SIDE,
     "card": RUN_SIDE,
@@ -70,9 +70,9 @@ ALLOWED = {
     "earlier": RUN_SIDE,
     "train": RUN_SIDE
     | {"trainer", "earlier", "cluster", "precision", "outcome", "card", "signals", "lock"}
-    | {"memory", "restoring", "retention", "losses", "__init__"},
-    "restoring": {"lora", "atomic_write", "checkpoint"},
-    "memory": RUN_SIDE,
+    | {"cpu", "memory", "restoring", "retention", "losses", "__init__"},
+    "restoring": {"lora", "atomic_write", "checkpoint", "config"},
+    "memory": RUN_SIDE | {"signals"},
     "rehearsal": RUN_SIDE | {"alive", "head", "skeleton"},
     "plan": RUN_SIDE | {"precision", "rehearsal", "skeleton"},
     "packed": RUN_SIDE | {"train", "launch", "memory", "precision", "cpu"},

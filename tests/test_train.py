@@ -59,7 +59,7 @@ def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def run(tiny_bert, tmp_path_factory):
-    return run_in(tmp_path_factory.mktemp("train"), tiny_bert)
+    return run_in(tmp_path_factory.mktemp("train"), tiny_bert, "callbacks.update_norms.layers=true")
 
 
 def predictions(run, split: str, run_cli) -> list[dict]:
@@ -170,15 +170,17 @@ def test_layout_of_the_folder(run):
 
 
 def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
-    # The smallest accuracy is taken for the best: a run that learns has it before its end.
-    run = run_in(tmp_path, tiny_bert, "callbacks.best.mode=min")
-    accuracies = {
-        int(row["step"]): float(row["val/accuracy"])
-        for row in csv_rows(run.dir)
-        if row["val/accuracy"] and int(row["step"]) < 200
-    }
-    assert len(accuracies) == 5
-    best_step = min(accuracies, key=accuracies.__getitem__) + 1
+    # What is most like the base is taken for the best: a run that learns has it before its end.
+    metric = "val/retained_similarity"
+    (tmp_path / "texts.txt").write_text("good film\nbad hotel\nnever again\nfine room\n")
+    run = run_in(
+        *(tmp_path, tiny_bert, f"callbacks.best.monitor={metric}", "callbacks.best.mode=max"),
+        f"callbacks.retention.texts={tmp_path / 'texts.txt'}",
+    )
+    found = {int(row["step"]): float(row[metric]) for row in csv_rows(run.dir) if row[metric]}
+    assert found.pop(0) == pytest.approx(1.0)
+    assert len(found) == 5
+    best_step = max(found, key=found.__getitem__)
     assert best_step < 200
     exported = load_file(run.dir / "adapter" / "adapter_model.safetensors")
     for name, same in ((f"best-step-{best_step}.ckpt", True), ("last.ckpt", False)):
@@ -203,22 +205,23 @@ def events(run) -> EventAccumulator:
 
 def test_scalars_of_training(events):
     losses = events.Scalars("train/loss")
-    assert [event.step for event in losses] == list(range(9, 200, 10))
+    assert [event.step for event in losses] == list(range(10, 201, 10))
     assert sum(event.value for event in losses[-4:]) < 0.5 * sum(e.value for e in losses[:4])
     rates = {event.step: event.value for event in events.Scalars("lr-AdamW/pg1")}
     warmup = round(OptimConfig().warmup * 200)
     for step, rate in rates.items():
-        up, down = step / warmup, (200 - step) / (200 - warmup)
+        up, down = (step - 1) / warmup, (201 - step) / (200 - warmup)
         assert rate == pytest.approx(3e-3 * min(up, down), rel=1e-5)
 
 
 def test_scalars_of_validation(events, run):
     for name in ("loss", "accuracy", "f1", "auroc"):
         values = events.Scalars(f"val/{name}")
-        assert [event.step for event in values] == [39, 79, 119, 159, 199]
+        assert [event.step for event in values] == [40, 80, 120, 160, 200]
         best = run.result[f"val/{name}"]  # of one of them, which is not drawn again
         assert min(abs(event.value - best) for event in values) < 1e-6
         tested = events.Scalars(f"test/{name}")
+        assert [event.step for event in tested] == [0, 200]
         assert tested[0].value == pytest.approx(run.result["before"][f"test/{name}"])
         assert tested[-1].value == pytest.approx(run.result[f"test/{name}"])
 
@@ -256,15 +259,24 @@ def test_hparams_are_filled_once(events, run):
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     started = HParamsPluginData.FromString(content).session_start_info.hparams
     found = {name: value.number_value or value.string_value for name, value in started.items()}
-    assert found["rank"] == 8
-    assert found["alpha"] == 16
-    assert found["scaling"] == 2
-    assert found["lr"] == pytest.approx(3e-3)
-    assert found["method"] == "lora"
-    for name in ("val/accuracy", "val/loss", "test/accuracy", "test/f1"):
-        values = events.Scalars(f"final/{name}")
-        assert len(values) == 1
-        assert values[0].value == pytest.approx(run.result[name])
+    chosen = {"method": "lora", "rank": 8, "alpha": 16, "scaling": 2, "lr": 3e-3}
+    came_out = {name: value for name, value in run.result.items() if "/" in name}
+    assert came_out.keys() >= {"val/accuracy", "val/loss", "test/accuracy", "test/f1"}
+    by_column = {name.split(" ")[-1]: value for name, value in found.items()}
+    assert {name: by_column[name] for name in {**chosen, **came_out}} == {**chosen, **came_out}
+    content = events.PluginTagToContent("hparams")["_hparams_/experiment"]
+    columns = HParamsPluginData.FromString(content).experiment.hparam_infos
+    # What TensorBoard 2.21 does with them, and how many it shows.
+    columns = sorted(columns, key=lambda column: (not column.differs, column.name))[:5]
+    shown = [column.display_name for column in columns]
+    assert shown == ["val/accuracy", "rank", "alpha", "scaling", "lr"]
+
+
+def test_each_card_of_scalars_is_a_curve(events):
+    groups = {tag.partition("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"epoch", "lr-AdamW", "test", "throughput", "train", "update_norm", "val"}
+    for tag in events.Tags()["scalars"]:
+        assert len(events.Scalars(tag)) > 1
 
 
 def test_sample_predictions_are_those_of_predict(events, run, run_cli):
@@ -322,6 +334,20 @@ def test_full_fine_tuning_leaves_a_hugging_face_folder(small, tmp_path):
     model = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter")
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert result["trainable_parameters"] == result["total_parameters"]
+
+
+def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, capsys):
+    adopt = LoraModule.adopt
+
+    def with_a_spare_part(self, model, adapter):
+        model.spare = torch.nn.Linear(2, 2)
+        adopt(self, model, adapter)
+
+    monkeypatch.setattr(LoraModule, "adopt", with_a_spare_part)
+    small("lora=full", "trainer.max_steps=2", "optim.lr=1e-4")
+    said = capsys.readouterr().err
+    assert "the first step does not reach 2 trained tensors, such as spare.weight: " in said
+    assert "2 trained tensors never got a gradient, such as spare.bias" in said
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -449,6 +475,17 @@ def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fa
     assert err.count("2 of 62 rows are left out: empty text.") == 3
 
 
+def test_early_stopping_says_why_it_ends_a_run(small, capsys):
+    more = ["optim.lr=1e-20", "callbacks.early_stopping.patience=2", "trainer.max_epochs=9"]
+    result = small(*more)
+    best = f"{result['objective']:.4f}"
+    assert (
+        f"stopped early, after step {result['steps']}: val/accuracy has not been better than "
+        f"{best} in 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
+    ) in capsys.readouterr().out
+    assert result["epochs"] == 3
+
+
 # Which state is kept ------------------------------------------------------------------------------
 
 
@@ -469,7 +506,7 @@ def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, 
             assert float(state.get("best_model_score", min(losses))) == pytest.approx(min(losses))
 
 
-def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, run_cli, fast):
+def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, run_cli, fast):
     """What always answers the majority class, by scikit-learn, stands beside what was learned."""
     rows = [row for i, row in enumerate(make_rows(160)) if i % 2 == 0 or i % 8 == 1]
     parts = {"train": rows[:70], "val": rows[70:90], "test": rows[90:]}
@@ -491,7 +528,8 @@ def test_few_and_uneven_rows_are_told_at_the_end_as_before(tiny_bert, tmp_path, 
     assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
     status, out, err = run_cli("train", *command, f"output_dir={tmp_path / 'run'}")
     assert status == 0, err
-    assert [line[8:] for line in out.splitlines() if line.startswith("WARNING")] == told
+    for text in (err, out):  # at its start and at its end
+        assert [line[8:] for line in text.splitlines() if line.startswith("WARNING")] == told
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["warnings"] == told
     assert result["rows"] == {split: len(part) for split, part in parts.items()}

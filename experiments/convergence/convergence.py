@@ -49,7 +49,7 @@ def read(folder: Path, metric: str) -> list[dict[str, str]]:
         last = ""
         for line in lines:
             retained = next((line[name] for name in RETAINED if line.get(name)), "")
-            step = int(line["step"]) + bool(line.get(metric))  # the first is before any step
+            step = int(line["step"])
             if retained and retained != last:  # the last validation is logged twice
                 last = retained
                 took = f"{interpolated(spent, step):.2f}"

@@ -18,6 +18,9 @@ FAULTS = ("full", "broken", "short", "killed")
 """A disk that is full from then on; one operation that fails; a write of half of what it was given;
 a kill, amid a write, which "cut" turns into a power cut."""
 
+ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""A fork has none of the threads of its parent, and OpenMP would wait for them without end."""
+
 
 class Operation(NamedTuple):
     """One line of the log.
@@ -77,6 +80,7 @@ class Harness:
         outcome: what the folder it runs in holds at the end that counts, to be compared.
         before: commands that run first, without a fault, and load all modules.
         away: what these leave that is taken away.
+        only: text that the operations which fail have in their names.
     """
 
     work: Path
@@ -85,6 +89,7 @@ class Harness:
     outcome: Callable[[Path], Any]
     before: list[list[str]] = field(default_factory=list)
     away: tuple[str, ...] = ()
+    only: str = ""
 
     def __post_init__(self) -> None:
         library = self.work / "faulty.so"
@@ -96,7 +101,7 @@ class Harness:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **ALONE, "LD_PRELOAD": str(library)},
         )
         self._fresh()
         for command in self.before:
@@ -118,12 +123,13 @@ class Harness:
         self._server.wait()
 
     def places(self) -> list[tuple[str, int]]:
-        """All operations, as name and how many of that name came before and with it."""
+        """The operations that fail, as name and how many of that name came before and with it."""
         counts: Counter[str] = Counter()
         found = []
         for operation in self.operations:
             counts[operation.called] += 1
-            found.append((operation.called, counts[operation.called]))
+            if self.only in operation.called:
+                found.append((operation.called, counts[operation.called]))
         return found
 
     def trials(self, called: str, nth: int, fault: str) -> Iterator[Trial]:

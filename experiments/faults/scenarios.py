@@ -20,8 +20,10 @@ SETTINGS = [
     *("callbacks.progress_bar=null", "callbacks.rich_summary=null"),
     "trainer.enable_progress_bar=false",
 ]
-RUN = ["train", *SETTINGS, "output_dir=run", "resume=auto"]
-SWEEP = ["train", "-m", *SETTINGS, "lora.rank=1,2", "hydra.sweep.dir=sweep"]
+WITHOUT_CURVES = "logger.tensorboard=null"
+RUN = ["train", *SETTINGS, WITHOUT_CURVES, "output_dir=run", "resume=auto"]
+CURVES = ["train", *SETTINGS, "logger.csv=null", "output_dir=run", "resume=auto"]
+SWEEP = ["train", "-m", *SETTINGS, WITHOUT_CURVES, "lora.rank=1,2", "hydra.sweep.dir=sweep"]
 MERGE = ["merge", "adapter=run/adapter", "output=merged"]
 EXPORT = ["export", "adapter=run/adapter", "output=exported", "format=canonical"]
 PREDICT = ["predict", "adapter=run/adapter", "input=rows.jsonl", "output=said.jsonl"]
@@ -35,12 +37,14 @@ class Scenario(NamedTuple):
         outcome: see Harness.
         before: commands that make what it reads, and an earlier output that it replaces.
         away: see Harness.
+        only: see Harness.
     """
 
     arguments: list[str]
     outcome: Callable[[Path], Any]
     before: list[list[str]]
     away: tuple[str, ...] = ()
+    only: str = ""
 
 
 def write_inputs(folder: Path) -> Path:
@@ -85,6 +89,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 SCENARIOS = {
     "train": Scenario(RUN, of_run, [RUN], ("run", "cache")),
+    "curves": Scenario(CURVES, of_run, [CURVES], ("run",), "/tensorboard"),
     # Both runs are there; what is done again is all that the sweep itself writes.
     "sweep": Scenario(SWEEP, of_sweep, [SWEEP]),
     "merge": Scenario(MERGE, lambda root: _digests(root / "merged"), [RUN, MERGE]),

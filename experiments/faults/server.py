@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 
 from lora_lightning.cli import main
 
 KINDS = ("none", "full", "broken", "killed", "short")
+PATIENCE = 120
+"""Seconds after which a command that does not end is ended, by SIGALRM."""
 
 
 def command(arguments: list[str], errors: str) -> int:
@@ -39,6 +42,7 @@ def answer(asked: dict) -> int:
     """Does in a fork what is asked; its exit status, or minus the number of its signal."""
     number = os.fork()
     if number == 0:
+        signal.alarm(PATIENCE)
         os.chdir(asked["root"])
         texts = [asked[key].encode() for key in ("root", "log", "graves", "name")]
         ctypes.CDLL(None).fault_arm(*texts, asked["nth"], KINDS.index(asked["kind"]))

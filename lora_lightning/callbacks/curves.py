@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -19,13 +20,52 @@ from ..lora.outputs import made_folder, sync
 from ..terminal import say
 
 
-class EventsLogger(TensorBoardLogger):
+class StepsFromOne:
+    """Counts steps as the rest of a run does: a metric of the first step is at step 1.
+
+    Lightning logs what it measures in `fit` at the number of steps before the current one.
+    """
+
+    trainer: L.Trainer | None = None
+    """The run's; None: steps stay as they are given."""
+
+    @property
+    def shift(self) -> int:
+        """What is added to a step now."""
+        return 0 if self.trainer is None or self.trainer.state.fn != "fit" else 1
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else step + self.shift)  # type: ignore[misc]
+
+
+def count_from(trainer: L.Trainer, first_step: int) -> None:
+    """Have a run's own loggers count its steps from 1, or from 0 as earlier versions did."""
+    for logger in trainer.loggers:
+        if isinstance(logger, StepsFromOne) and first_step == 1:
+            logger.trainer = trainer
+
+
+def log_after(trainer: L.Trainer, values: dict[str, float], steps: int) -> None:
+    """Log values of the state after a number of steps."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=steps - getattr(logger, "shift", 0))
+
+
+class EventsLogger(StepsFromOne, TensorBoardLogger):
     """Lightning's TensorBoardLogger, which a disk that fails ends, and not the run.
 
     It says so once. The other logger's file, metrics.csv, has the same values.
+
+    Args:
+        varied: settings in which the jobs of a sweep differ, whose columns come first in HPARAMS.
+        settings: those of Lightning's TensorBoardLogger.
     """
 
     _has_ended = False
+
+    def __init__(self, *args: Any, varied: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.varied = list(varied)
 
     @property
     @rank_zero_experiment
@@ -34,6 +74,11 @@ class EventsLogger(TensorBoardLogger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         self.tried(super().log_hyperparams, *args, **kwargs)
+
+    def fill_hparams(self, summaries: list[Any]) -> None:
+        """Writes what the HPARAMS tab reads."""
+        for summary in summaries:
+            self.experiment._get_file_writer().add_summary(summary)
 
     def save(self) -> None:
         self.tried(super().save)
@@ -68,7 +113,7 @@ class _Tried:
         return lambda *args, **kwargs: self._logger.tried(value, *args, **kwargs)
 
 
-class CurvesLogger(CSVLogger):
+class CurvesLogger(StepsFromOne, CSVLogger):
     """Lightning's CSVLogger, which writes metrics.csv beside its place where it begins it again.
 
     Lightning 2.6 deletes an earlier file when it begins, and cuts the file to nothing wherever a

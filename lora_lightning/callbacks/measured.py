@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from ..checkpoint import is_number
 from ..lora import UserError
 from ..strategies import data_ranks
+from .curves import log_after
 
 
 class RunClock(Callback):
@@ -124,8 +125,7 @@ class Throughput(Callback):
             "throughput/rows_per_second": self._rows * ranks / seconds,
             "throughput/tokens_per_second": self._tokens * ranks / seconds,
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(rates, step=trainer.global_step)
+        log_after(trainer, rates, trainer.global_step)
 
 
 def _batch_counts(batch: dict[str, Any] | list[dict[str, Any]]) -> tuple[int, int]:

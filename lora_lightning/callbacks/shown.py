@@ -19,6 +19,7 @@ from ..logs import read_samples, tell_damaged
 from ..module import LoraModule
 from ..tasks import to_device
 from ..terminal import printable
+from .curves import log_after
 from .heartbeat import Heartbeat
 
 
@@ -117,7 +118,14 @@ class AdapterSummary(RichModelSummary):
 
 
 class UpdateNorms(Callback):
-    """Logs the Frobenius norm of each adapted layer's update s B A after every validation."""
+    """Logs the Frobenius norm of the whole update s B A after every validation.
+
+    Args:
+        layers: also log that of each adapted layer, a curve each.
+    """
+
+    def __init__(self, layers: bool = False) -> None:
+        self.layers = layers
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, LoraModule) or pl_module.adapter is None:
@@ -130,11 +138,9 @@ class UpdateNorms(Callback):
         if not trainer.is_global_zero:
             return
         values = {name: norm.item() for name, norm in norms.items()}
-        values["update_norm/total"] = sum(value**2 for value in values.values()) ** 0.5
-        # The step that Lightning logs this validation's metrics at.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        total = sum(value**2 for value in values.values()) ** 0.5
+        shown = values if self.layers else {}
+        log_after(trainer, {**shown, "update_norm/total": total}, trainer.global_step)
 
 
 class SamplePredictions(Callback):

@@ -24,6 +24,7 @@ from ..terminal import say
 from ..vocabulary import refuse_unknown
 from .collate import Located, MicroBatches, PackingCollator, PaddingCollator
 from .encode import Encoding, cores, encode_rows, in_main_thread
+from .judged import doubts
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .sources import cache_folder, load_splits, unwritable_cache
 from .splits import make_splits
@@ -97,6 +98,10 @@ class LoraDataModule(L.LightningDataModule):
         """Fills the cache, in one process per node."""
         if not self.encoded:
             self._build()
+            trainer = self.trainer
+            if trainer is not None and trainer.is_global_zero and self.has("train"):
+                for line in doubts(self):
+                    _tell(f"WARNING {line}")
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the encoded rows, in every process."""

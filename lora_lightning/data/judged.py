@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .datamodule import LoraDataModule
+if TYPE_CHECKING:
+    from .datamodule import LoraDataModule
 
 FEW_ROWS = 8
 """Training rows of a class from which it can hardly be learned."""

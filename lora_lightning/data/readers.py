@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 from ..lora.errors import UserError, causes
 
@@ -27,8 +28,12 @@ BUILDERS = {
 """Endings of files, with the kind of reader and its arguments."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Endings that may stand behind those of `BUILDERS`, with pyarrow's name of the format."""
+PART, FREE = 2**23, 2**30
+"""Bytes that are decompressed at a time, and those that are left free on a large disk."""
 LARGEST = 2**63
 """Whole numbers from here on, and below its negative, have no exact type in a column."""
+_MAY_LOSE = re.compile(rb"-?(?:\d+\.\d|\d+[eE]|(?<=-)0)")
+"""What a line of JSON holds where Python may write a number in another way."""
 _LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
 
 
@@ -68,7 +73,9 @@ def plain_file(option: str, path: Path) -> Iterator[Path]:
                 pa.input_stream(str(path), compression=COMPRESSED[packed]) as source,
                 plain.open("wb") as target,
             ):
-                shutil.copyfileobj(source, target)
+                _unpack(source, target, option, path)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
@@ -77,6 +84,24 @@ def plain_file(option: str, path: Path) -> Iterator[Path]:
                 "Is it whole?"
             ) from None
         yield plain
+
+
+def _unpack(source: Any, target: IO[bytes], option: str, path: Path) -> None:
+    """Decompress a file, as long as that leaves some of the disk free.
+
+    Raises:
+        UserError: it does not.
+    """
+    while part := source.read(PART):
+        target.write(part)
+        target.flush()
+        disk = shutil.disk_usage(os.path.dirname(target.name))
+        if len(part) == PART and disk.free < min(FREE, disk.total // 20):
+            raise UserError(
+                f"{option}: {path} has unpacked to {target.tell() / 2**20:.0f} MiB so far, and "
+                f"{os.path.dirname(target.name)} has no room for more. If that is its size, give "
+                "another folder for temporary files (TMPDIR=DIR), or unpack it yourself."
+            )
 
 
 def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:
@@ -107,31 +132,78 @@ def json_as_written(path: str, cache_dir: str) -> Any:
     """The rows of JSON lines whose strings are texts: pyarrow makes times of what looks so.
 
     Its types are found with a letter in front of such strings. Then the file is read with these.
+    So it is where a column holds numbers that would not stay as they are written: they are texts.
 
     Args:
         path: the file.
         cache_dir: where `datasets` puts the rows.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Value
 
     with open(path, "rb") as lines:
-        if not any(_LIKE_A_TIME.search(line) for line in lines):
-            return Dataset.from_json(path, cache_dir=cache_dir)
+        times = any(_LIKE_A_TIME.search(line) for line in lines)
+    with open(path, "rb") as lines:
+        odd = sorted({name for n, line in enumerate(lines) for name in odd_numbers(_text(n, line))})
+    if not times and not odd:
+        return Dataset.from_json(path, cache_dir=cache_dir)
     lettered = Path(cache_dir) / "lettered.jsonl"
     with open(path, "rb") as lines, lettered.open("wb") as copy:
         copy.writelines(_LIKE_A_TIME.sub(b'"x', line) for line in lines)
     features = Dataset.from_json(str(lettered), cache_dir=str(lettered.parent)).features
+    features.update({name: Value("string") for name in odd})
     # A list among the arguments would be taken for shards.
-    how = {"path": path, "columns": tuple(features)}
+    how = {"path": path, "columns": tuple(features), "odd": tuple(odd)}
     return Dataset.from_generator(_objects, features=features, gen_kwargs=how, cache_dir=cache_dir)
 
 
-def _objects(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _objects(path: str, columns: tuple[str, ...], odd: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines):
             if line.strip():
-                row = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+                row = written_numbers(_text(number, line), odd)
                 yield {name: row.get(name) for name in columns}
+
+
+def _text(number: int, line: bytes) -> str:
+    return line.decode("utf-8-sig" if number == 0 else "utf-8")
+
+
+class Number(str):
+    """A number of JSON, as it is written."""
+
+
+def with_numbers(text: str) -> Any:
+    """JSON whose numbers are `Number`."""
+    return json.loads(text, parse_float=Number, parse_int=Number)
+
+
+def is_odd(value: Any) -> bool:
+    """Whether a value of `with_numbers` is a number that Python writes in another way."""
+    return isinstance(value, Number) and str(json.loads(value)) != value
+
+
+def odd_numbers(line: str) -> list[str]:
+    """Columns of an object whose number Python writes in another way: 0.10, 1e5."""
+    if not _MAY_LOSE.search(line.encode()):
+        return []
+    row = with_numbers(line)
+    return [name for name, value in row.items() if is_odd(value)]
+
+
+def written_numbers(line: str, odd: Iterable[str]) -> dict[str, Any]:
+    """An object of JSON; what stands in some of its columns is a text, as it is written."""
+    row: dict[str, Any] = json.loads(line)
+    if odd:
+        raw = with_numbers(line)
+        row |= {name: as_written(raw[name]) for name in odd if name in raw}
+    return row
+
+
+def as_written(value: Any) -> str | None:
+    """A value of `with_numbers` as a text."""
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def read_text(option: str, path: Path, file: Path) -> str:

@@ -25,14 +25,17 @@ from .docstrings import docstring_files
 from .readers import (
     BUILDERS,
     COMPRESSED,
+    as_written,
     check_text,
     csv_as_written,
     is_known,
+    is_odd,
     json_as_written,
     kind_of,
     plain_file,
     read_text,
     reason_of,
+    with_numbers,
 )
 
 SPLITS = ("train", "val", "test")
@@ -41,6 +44,8 @@ REMOTE = ("hf://", "https://", "http://")
 """Where the files of a data set of the hub lie."""
 DESCRIPTIONS = ("README.md", "dataset_infos.json", ".huggingface.yaml")
 """Files beside a data set that say which of its files make which split, and of which types."""
+READERS = 2
+"""Counts changes of what our readers make of the same file."""
 _ADVICE = {
     "csv": "A text that holds the separator must stand in double quotes.",
     "json": "Each line must be an object with the same keys and types of values.",
@@ -281,7 +286,28 @@ def _load_files(option: str, value: Any, cache: Path) -> Any:
         rows = concatenate_datasets(parts)
     if not len(rows):
         raise UserError(f"{option}: {', '.join(map(str, paths))} holds no rows.")
+    _refuse_twins(option, rows)
     return rows
+
+
+def _refuse_twins(option: str, rows: Any) -> None:
+    """Raises UserError for a mapping with two parts of one name, which no Python object can hold.
+
+    Arrow cuts names at a zero character, so that those of JSON may become alike.
+    """
+
+    def has_twins(kind: Any) -> bool:
+        parts = [kind.field(number) for number in range(kind.num_fields)]
+        return len({part.name for part in parts}) < len(parts) or any(
+            has_twins(part.type) for part in parts
+        )
+
+    for column in rows.data.schema:
+        if has_twins(column.type):
+            raise UserError(
+                f"{option}: the column {column.name!r} holds mappings with two parts of one name. "
+                "Rename one."
+            )
 
 
 def _matching(option: str, path: Path) -> list[Path]:
@@ -362,7 +388,8 @@ def _by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: A
     """
     from datasets import __version__
 
-    content = json.dumps([digest(path), reader.__name__, kwargs, __version__], sort_keys=True)
+    how = [reader.__name__, READERS, kwargs, __version__]
+    content = json.dumps([digest(path), *how], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache / f"rows-{key}"
     try:
@@ -446,13 +473,11 @@ def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
     from datasets import Dataset
 
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = _table(json.loads(text))
     except (ValueError, RecursionError):
         return _read_as_lines(option, path, file, cache)
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        if len(content) == 1 and lists and all(isinstance(row, dict) for row in lists[0]):
-            content = lists[0]
+    _keep_numbers(content, _table(with_numbers(text)))
     try:
         if isinstance(content, list):
             return Dataset.from_list(content)
@@ -461,6 +486,29 @@ def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
         raise UserError(
             f"{option}: {path} must hold a list of objects with the same keys: {reason_of(error)}"
         ) from error
+
+
+def _table(content: Any) -> Any:
+    """A list of objects, also where it is the one value of an object; else the content itself."""
+    if isinstance(content, dict) and len(content) == 1:
+        (value,) = content.values()
+        if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+            return value
+    return content
+
+
+def _keep_numbers(content: Any, raw: Any) -> None:
+    """Puts texts, as they are written, into columns with numbers that Python writes otherwise."""
+    if isinstance(content, dict):
+        for name, values in raw.items():
+            if isinstance(values, list) and any(map(is_odd, values)):
+                content[name] = [as_written(value) for value in values]
+        return
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        return
+    odd = {name for row in raw for name, value in row.items() if is_odd(value)}
+    for row, written in zip(content, raw, strict=True):
+        row |= {name: as_written(written[name]) for name in odd if name in written}
 
 
 def _read_as_lines(option: str, path: Path, file: Path, cache: Path) -> Any:

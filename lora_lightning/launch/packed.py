@@ -12,7 +12,7 @@ from ..lora.errors import UserError
 from .process import ProcessLauncher
 from .queue import Job, Work
 
-OWN = ("lora", "optim", "tags", "output_dir", "test_before", "hydra")
+OWN = ("lora", "optim", "tags", "output_dir", "test_before", "logger", "hydra")
 """Parts of the config in which the jobs of a pack may differ."""
 
 

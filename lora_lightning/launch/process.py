@@ -7,11 +7,13 @@ Under DDP, Lightning starts its other ranks with the command line of the first. 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -31,6 +33,9 @@ from .folder import note
 from .halving import Halving
 from .queue import EXIT_USER_ERROR, Job, JobQueue, Work
 from .table import JobTable
+
+EVENTS, CURVES = "lora_lightning.callbacks.EventsLogger", "tensorboard"
+"""Our logger for TensorBoard, and what its folder is called in a run that is no job."""
 
 
 class SweepError(Exception):
@@ -166,6 +171,8 @@ class ProcessLauncher(Launcher):
         with open_dict(config):
             config.hydra.runtime.output_dir = str(folder)
             config.output_dir = str(folder)
+        varied = self._varied(overrides)
+        name_curves(config, folder, varied)
         anchor(config, Path.cwd())
         if os.path.lexists(folder):
             from ..earlier import lost_to_job
@@ -191,6 +198,17 @@ class ProcessLauncher(Launcher):
             elif self.halving is not None and status in ("paused", "stopped"):
                 job.state = status
         return job, config
+
+    def _varied(self, overrides: list[str]) -> dict[str, str]:
+        """A job's values of what its sweep varies, by key."""
+        parser = OverridesParser.create()
+        typed = parser.parse_overrides(list(self.config.hydra.overrides.task))
+        fixed = {item.get_key_element() for item in typed if not item.is_sweep_override()}
+        return {
+            item.get_key_element().lstrip("+"): item.get_value_element_as_str()
+            for item in parser.parse_overrides(list(filter_overrides(overrides)))
+            if item.get_key_element() not in fixed
+        }
 
     def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
         """What runs at a time: the GPUs of each, or None for each on a CPU."""
@@ -221,6 +239,41 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+SHORT = {"lora.rank": "r", "lora.alpha": "a", "seed": "s"}
+"""What a curve's name has in place of a setting's."""
+LONGEST = 120
+"""Letters of a curve's name, which is that of a folder."""
+
+
+def curves_name(varied: dict[str, str]) -> str:
+    """What TensorBoard calls the curves of a job, after its number: `r16 a32 lr=0.001 s1`.
+
+    It is a valid name of a folder.
+    """
+    last = {"seed": 2, "lora.rank": -2, "lora.alpha": -1}
+    keys = sorted(varied, key=lambda key: last.get(key, 0))
+    parts = [
+        f"{SHORT[key]}{varied[key]}" if key in SHORT else f"{key.split('.')[-1]}={varied[key]}"
+        for key in keys
+    ]
+    return re.sub(r"[^\w.=+ -]", "_", " ".join(parts), flags=re.ASCII)[:LONGEST].strip(" .")
+
+
+def name_curves(config: DictConfig, folder: Path, varied: dict[str, str]) -> None:
+    """Has a job write its curves under a name that tells it from the others of its sweep.
+
+    One that has begun, by an earlier version too, keeps the folder that it has.
+    """
+    logger = config.logger.get("tensorboard")
+    name = curves_name(varied)
+    ours = isinstance(logger, DictConfig) and logger.get("_target_") == EVENTS
+    if not ours or not name or logger.get("name") != CURVES or (folder / CURVES).is_dir():
+        return
+    with open_dict(config):
+        logger.name = name
+        logger.varied = list(varied)
 
 
 def _name(jobs: list[Job]) -> None:
@@ -292,14 +345,25 @@ def _failure(jobs: list[Job]) -> Exception | None:
     if not failed:
         return None
     lines = [f"{len(failed)} of {len(jobs)} jobs failed."]
-    lines += [
-        f"  job {job.number} ({job.name}): {job.error()} Log: {job.folder / LOG}" for job in failed
-    ]
+    for error, jobs_with in _by_error(failed).items():
+        first, *others = jobs_with
+        also = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"  job {first.number} ({first.name}){also}: {error} Log: {first.folder / LOG}"
+        )
     if left:
         lines.append(f"  {len(left)} others were not finished, because of launcher.fail_fast.")
     lines.append("The same command runs these again and keeps what is complete.")
     mistakes = all(job.status == EXIT_USER_ERROR for job in failed)
     return (UserError if mistakes else SweepError)("\n".join(lines))
+
+
+def _by_error(failed: list[Job]) -> dict[str, list[Job]]:
+    """Jobs by why they failed: what is wrong with a setting of the sweep is wrong in each."""
+    found: dict[str, list[Job]] = {}
+    for job in failed:
+        found.setdefault(job.error(), []).append(job)
+    return found
 
 
 def _returned(job: Job, config: DictConfig, failure: Exception | None) -> JobReturn:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..logs import read_result
+from ..lora.errors import FULL_ERROR
 from ..settings import LOG
 from ..terminal import say
 
@@ -104,7 +105,7 @@ def environment_of_job(
         found["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     if threads is not None:
         found.setdefault("OMP_NUM_THREADS", str(threads))
-    found.pop("HYDRA_FULL_ERROR", None)  # set by the command line while Hydra runs the sweep
+    found.pop(FULL_ERROR, None)  # set by the command line while Hydra runs the sweep
     found["PYTHONUNBUFFERED"] = "1"  # its log ends with its last words, however it ends
     found["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # no locale makes a print fail
     found[LIFELINE] = found[OWN_CONFIG] = "1"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""In the environment, with the value 1: a mistake ends with its traceback."""
 
 
 class UserError(ValueError):
@@ -34,6 +39,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near."""
     close = nearest(name, known)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+_NO_MEMORY = re.compile(
+    r"can('t|not) allocate|DefaultCPUAllocator|[Oo]ut of memory|bad_alloc|malloc of size \d+ failed"
+    r"|can't start new thread|ThreadPoolBuildError|failed to map segment"
+)
+"""How libraries tell of a lack of memory, also for the stack of a thread, in any type of error."""
+
+
+def lack_of_memory(error: BaseException | None) -> str | None:
+    """What says that memory has run out, of an exception and what is behind it; None: nothing."""
+    seen: set[int] = set()  # a chain may end in itself
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        said = str(error)
+        lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        lacks |= isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if lacks or (not isinstance(error, UserError) and _NO_MEMORY.search(said)):
+            return said.splitlines()[0][:200] if said else type(error).__name__
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def causes(error: BaseException) -> list[BaseException]:

@@ -275,7 +275,7 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """The modules, by name, that `patterns` (exact names or suffixes) ask to train whole.
 
     Raises:
-        UserError: a pattern matches nothing.
+        UserError: a pattern matches nothing, or PEFT would take another module for one of them.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
@@ -287,6 +287,17 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
                 f"{did_you_mean(pattern, _suffixes(names))} {_could_be(names)}"
             )
         found.update(dict.fromkeys(hits))
+    for name in found:
+        # PEFT 0.21 compares the ends of names letter by letter.
+        inside = tuple(f"{one}." for one in found)
+        ends = [other for other in names if other.endswith(name) and other not in found]
+        taken = [other for other in ends if not other.startswith(inside)]
+        if taken:
+            raise UserError(
+                f"lora.modules_to_save: {name} cannot be stored without {taken[0]}, whose name "
+                "ends in the same letters: PEFT takes one for the other. Train both: "
+                f"lora.modules_to_save=[{','.join([*found, *taken])}]."
+            )
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .config import exact_pattern, exact_targets
+from .errors import UserError
 from .experts import named_like_experts
 from .layer import LoraConv1D, LoraLayer
 from .match import ends_with, shortest_suffix
@@ -98,7 +99,15 @@ def _module_suffixes(adapter: Adapter, modules: set[str]) -> list[str] | str:
 def _parameter_suffixes(adapter: Adapter, parameters: set[str]) -> list[str]:
     every = {name.replace(".base_layer", "") for name, _ in adapter.model.named_parameters()}
     others = every - parameters
-    return sorted({shortest_suffix(name, others, minimum=2) for name in parameters})
+    suffixes = sorted({shortest_suffix(name, others, minimum=2) for name in parameters})
+    for suffix in suffixes:
+        if taken := next((other for other in others if ends_with(other, suffix)), None):
+            module = taken.rpartition(".")[0]
+            raise UserError(
+                f"lora.targets: {suffix} cannot be stored without {taken}, whose name ends in it: "
+                f"PEFT adapts both. Adapt {module} too, or leave both out."
+            )
+    return suffixes
 
 
 def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:

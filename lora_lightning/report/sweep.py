@@ -308,8 +308,9 @@ def _read_run(folder: Path) -> Run:
     rows, damaged = read_metrics(metrics)
     if result.get("status") != "running":  # its last line may be half there
         tell_damaged(metrics, damaged)
-    # Lightning counts steps from 0, and what a run has logged last is that of a step.
-    points = {step + 1: value for step, value in curve(rows, str(config.task.monitor))}
+    # What a run has logged last is that of a step; those of earlier versions count from 0.
+    shift = 0 if result.get("first_step") == 1 else 1
+    points = {step + shift: value for step, value in curve(rows, str(config.task.monitor))}
     return Run(folder, config, given, result, lora, sorted(points.items()), _presets(folder))
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +196,23 @@ def terminal_report(sweep: Sweep) -> None:
     console.print(table)
     for line in stopped_lines(sweep):
         console.print(printable(line))
-    for run in sweep.failed:
-        line = f"job {run.job} failed: {first_line(run.result.get('error'))}"
-        console.print(printable(line))
+    for error, jobs in _failures(sweep):
+        several = "jobs" if " " in jobs else "job"
+        console.print(printable(f"{several} {jobs} failed: {error}"), soft_wrap=True)
     if sweep.best is not None:
         for name, text in best_lines(sweep.best, sweep):
             console.print(printable(f"{name + ':':9}{text}"), soft_wrap=True)
+    logdir = shlex.quote(str(sweep.folder))
+    console.print(printable(f"Curves:  tensorboard --logdir {logdir}"), soft_wrap=True)
     console.print(printable(f"Report:  {sweep.folder / 'report.html'}"), soft_wrap=True)
+
+
+def _failures(sweep: Sweep) -> list[tuple[str, str]]:
+    """Why runs failed, each reason once, with the numbers of the jobs."""
+    found: dict[str, list[str]] = {}
+    for run in sweep.failed:
+        found.setdefault(first_line(run.result.get("error")), []).append(run.job)
+    return [(error, " ".join(jobs)) for error, jobs in found.items()]
 
 
 def _table(title: str, columns: list[str], rows: list[dict[str, str]]) -> Table:
@@ -251,8 +262,7 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
         ]
     if sweep.failed:
         lines += ["", "## Failures", ""]
-        told = [(run.job, first_line(run.result.get("error"))) for run in sweep.failed]
-        lines += [f"* job {one_line(job)}: {one_line(error)}" for job, error in told]
+        lines += [f"* job {one_line(jobs)}: {one_line(error)}" for error, jobs in _failures(sweep)]
     lines += ["", "Figures and curves: report.html; every run with all its numbers: results.csv."]
     lines += [f"Made with {one_line(made_with(sweep))}."] if made_with(sweep) else []
     written(path, printable("\n".join(lines)) + "\n")

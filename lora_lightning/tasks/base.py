@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +57,8 @@ class Task(ABC):
     """What to do where no row has anything to learn."""
     notes: Sequence[str] = ()
     """What a user is told once `learn` is done."""
+    is_told: Callable[[], bool] | None = None
+    """Whether the run is told to end, so that what `finish_epoch` does comes to nothing."""
     config: Any
     """The task's settings, a dataclass with at least `name`, `monitor` and `mode`."""
 

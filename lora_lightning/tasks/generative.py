@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from ..head import logits_at, loss_at
 from ..lora.errors import UserError
 from ..metrics import Perplexity, TokenAccuracy, text_metrics
 from ..modeling import load_generator
-from ..parallel import Shards, most
+from ..parallel import Shards, gathers_layers, most
 from ..settings import GenerativeConfig, ModelConfig
 from ..terminal import printable, say
 from .base import IGNORE, LossOutput, Task
@@ -262,14 +263,31 @@ class GenerativeTask(Task):
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         predictions = [""] * len(rows)
         for number in range(most(model, len(batches))):
+            if self.is_told is not None and self.is_told() and not gathers_layers(model):
+                return
             if number >= len(batches):  # another process needs this one's share of the base
                 self.generate(model, [[self.tokenizer.eos_token_id]])
                 continue
-            texts = self.generate(model, [rows[row][0] for row in batches[number]])
+            prompts = [rows[row][0] for row in batches[number]]
+            texts = self.generate(model, prompts, **self._until_told())
             for row, ids in zip(batches[number], texts, strict=True):
                 predictions[row] = self.decode(ids)
         if rows:
             self._compare(metrics, predictions, [self.decode(answer) for _, answer in rows])
+
+    def _until_told(self) -> dict[str, Any]:
+        """Has `generate` end where the run is told to end, within a text."""
+        from transformers import StoppingCriteria
+
+        if self.is_told is None:
+            return {}
+        is_told: Callable[[], bool] = self.is_told
+
+        class Told(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                return torch.full((len(input_ids),), is_told(), device=input_ids.device)
+
+        return {"stopping_criteria": [Told()]}
 
     def _compare(
         self, metrics: MetricCollection, predictions: list[str], references: list[str]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -338,6 +340,34 @@ def test_texts_are_as_they_are_written(kind, tmp_path):
     assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
 
 
+NUMBERS = {
+    "label": (["0.10", "0.5", "null"], ["0.10", "0.5", None]),
+    "mixed": (["1e5", "7", "-0"], ["1e5", "7", "-0"]),
+    "whole": (["1", "2", "-3"], [1, 2, -3]),
+    "exact": (["1.0", "0.5", "2.25"], [1.0, 0.5, 2.25]),
+    "long": (["0.1000000000000000055", "0.1", "1"], ["0.1000000000000000055", "0.1", "1"]),
+    "text": (['"at 0.10 or 1e5"'] * 3, ["at 0.10 or 1e5"] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "json-lines", "columns", "in an object"])
+def test_numbers_of_json_stay_as_they_are_written(kind, tmp_path):
+    """A column with a number that Python writes in another way is one of texts."""
+    cells = [
+        [f'"{name}": {written[row]}' for name, (written, _) in NUMBERS.items()] for row in range(3)
+    ]
+    lines = [f"{{{', '.join(row)}}}" for row in cells]
+    path = tmp_path / ("rows.jsonl" if kind == "jsonl" else "rows.json")
+    text = {"json": f"[{', '.join(lines)}]", "in an object": f'{{"rows": [{", ".join(lines)}]}}'}
+    columns = [f'"{name}": [{", ".join(written)}]' for name, (written, _) in NUMBERS.items()]
+    text["columns"] = f"{{{', '.join(columns)}}}"
+    path.write_text(text.get(kind, "\n".join(lines) + "\n"))
+    rows = load_splits(DataConfig(train=str(path)))["train"]
+    assert {name: rows[name][:] for name in NUMBERS} == {
+        n: found for n, (_, found) in NUMBERS.items()
+    }
+
+
 @pytest.mark.parametrize(
     "dates",
     [
@@ -459,6 +489,28 @@ def test_compressed_files_are_read(packed, kind, tmp_path):
         UserError, match=rf"rows.{kind}.{packed} cannot be decompressed as {packed}"
     ):
         load_splits(DataConfig(train=str(path)))
+
+
+@pytest.mark.parametrize("packed", ["gz", "zst", "bz2"])
+def test_a_file_that_unpacks_to_more_than_the_disk_is_refused(packed, tmp_path, monkeypatch):
+    path, free = tmp_path / f"rows.txt.{packed}", 50 * 2**20
+    with pa.output_stream(
+        str(path), compression={"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[packed]
+    ) as stream:
+        for _ in range(200):
+            stream.write(b"\n" * 2**20)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+
+    def usage(folder):  # of a disk that holds what is in the folder alone
+        seen.append(sum(each.stat().st_size for each in Path(folder).iterdir()))
+        return SimpleNamespace(total=100 * 2**20, free=free - seen[-1])
+
+    monkeypatch.setattr("lora_lightning.data.readers.shutil.disk_usage", usage)
+    with pytest.raises(UserError, match=r"rows\.txt\..* has unpacked to 48 MiB so far, .*TMPDIR"):
+        load_splits(DataConfig(train=str(path), cache_dir=str(tmp_path / "cache")))
+    assert max(seen) < free
+    assert {each.name for each in tmp_path.iterdir()} == {path.name}
 
 
 @pytest.mark.parametrize("name", ["d[0].jsonl", "d::x.jsonl", "d*.jsonl", "d?.jsonl", "a b.jsonl"])

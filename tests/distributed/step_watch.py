@@ -48,3 +48,19 @@ class BoundDevices(L.Callback):
             return own(device_type, local_rank)
 
         utils._bind_local_device = bound
+
+
+class Generates(L.Callback):
+    """Leaves a file where a process begins to generate texts."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        generate = type(pl_module.task).generate
+
+        def noted(*args, **changes):
+            (self.folder / f"generates-{trainer.global_rank}").touch()
+            return generate(pl_module.task, *args, **changes)
+
+        pl_module.task.generate = noted

@@ -131,6 +131,40 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
     assert_same(folder / "same", whole)
 
 
+@pytest.mark.parametrize(
+    ("way", "moment", "told"),
+    [("ddp", "test", 0), ("ddp", "test", 1), ("ddp", "validation", 1), ("fsdp2", "test", 1)],
+)
+def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tiny_llama, tmp_path):
+    """Whichever process is told; to their end the texts would take many minutes."""
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2**20}))
+    (base / "generation_config.json").write_text(json.dumps({"min_new_tokens": 200_000}))
+    line = json.dumps({"document": "good bad", "summary": "fine"})
+    rows.write_text(f"{line}\n" * 40)
+    arguments = [
+        *common,
+        *("task=summarization", "task.generate_rows=40", "data.eval_batch_size=10"),
+        *("task.max_new_tokens=200000", "data.max_length=200064", "trainer.max_epochs=1"),
+        *(f"model.name_or_path={base}", f"data.cache_dir={tmp_path / 'cache'}"),
+        *(f"data.{split}={rows}" for split in ("train", "val", "test")),
+        *(f"test_before={str(moment == 'test').lower()}", "callbacks.samples=null"),
+        "+callbacks.watch._target_=step_watch.Generates",
+        f"+callbacks.watch.folder={tmp_path}",
+    ]
+    command = [*TRAIN, *arguments, *pair(way), "output_dir=run"]
+    process = start(command, tmp_path, PYTHONPATH=str(Path(__file__).parent))
+    files = [tmp_path / f"generates-{rank}" for rank in range(2)]
+    wait_for(lambda: all(file.exists() for file in files), process)
+    os.kill([process.pid, *children(process.pid)][told], signal.SIGTERM)
+    said = finish(process, 128 + signal.SIGTERM)
+    assert "interrupted. To go on" in said
+    assert "Traceback" not in said
+    assert "ended while waiting" not in said
+
+
 def test_it_goes_on_by_another_strategy(stopped, whole):
     """As many rows at a time give the same run, whoever holds the base; dropout is drawn again."""
     way, folder = stopped

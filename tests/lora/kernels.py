@@ -38,11 +38,8 @@ class Kernels(TorchDispatchMode):
 def like_a_gpu(monkeypatch):
     """Has products joined and written in fp32 on a CPU as they are on a GPU; needs `Kernels`.
 
-    Attention is transformers' own too: a training on a CPU in this process may have replaced it.
+    Models that are loaded afterwards have transformers' own attention.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
+    monkeypatch.setattr("lora_lightning.cpu._take_attention", lambda model: None)
     monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
     monkeypatch.setattr(functional, "_try_float32", lambda device, dtype: dtype.itemsize == 2)

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 from zoo import case, randomise
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
 from lora_lightning.lora.match import adaptable, head_modules, match_targets, shortest_suffix
 
 LLAMA_BLOCK = [
@@ -438,3 +438,30 @@ def test_both_embeddings_of_t5_are_adapted():
 )
 def test_shortest_suffix(name, others, suffix):
     assert shortest_suffix(name, others) == suffix
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head, self.subhead = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.head(self.trunk(x)), self.subhead(x)
+
+
+def test_a_module_that_peft_would_take_for_another_is_not_saved_alone(tmp_path):
+    """PEFT compares ends of names: "head" is "subhead" too, and its file would have one alone."""
+    with pytest.raises(UserError, match=r"head cannot .* without subhead.*=\[head,subhead\]"):
+        Adapter(TwoHeads(), LoraConfig(targets=["trunk"], modules_to_save=["head"]))
+    for saved in (["subhead"], ["head", "subhead"]):
+        model = TwoHeads()
+        adapter = Adapter(model, LoraConfig(targets=["trunk"], modules_to_save=saved))
+        with torch.no_grad():
+            for tensor in adapter.named_tensors().values():
+                tensor.normal_()
+        save_adapter(adapter, tmp_path / saved[-1] / str(len(saved)))
+        theirs = peft.PeftModel.from_pretrained(TwoHeads(), tmp_path / saved[-1] / str(len(saved)))
+        found = theirs.base_model.model
+        for name in saved:
+            ours = dict(model.named_modules())[name].weight
+            assert torch.equal(getattr(found, name).modules_to_save["default"].weight, ours)
