@@ -6,36 +6,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.datamodule import LoraDataModule
-    from .inference import Predictor, load_trained
-    from .lora import Adapter, AdapterSet, LoraConfig, UserError, load_adapter, save_adapter
-    from .modeling import load_tokenizer, resolve
-    from .module import LoraModule
-    from .settings import DataConfig, ModelConfig, OptimConfig, SentimentConfig
-    from .strategies import DataParallelStrategy, OneDeviceStrategy
-    from .tasks import SentimentTask
+    from lora_lightning.config.schema import (
+        DataConfig,
+        ModelConfig,
+        OptimConfig,
+        SentimentConfig,
+    )
+    from lora_lightning.data.datamodule import LoraDataModule
+    from lora_lightning.distributed.strategies import DataParallelStrategy, OneDeviceStrategy
+    from lora_lightning.inference.predictor import Predictor, load_trained
+    from lora_lightning.lora import (
+        Adapter,
+        AdapterSet,
+        LoraConfig,
+        UserError,
+        load_adapter,
+        save_adapter,
+    )
+    from lora_lightning.models.loading import load_tokenizer, resolve
+    from lora_lightning.tasks import SentimentTask
+    from lora_lightning.training.module import LoraModule
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "lora",
     "AdapterSet": "lora",
-    "DataConfig": "settings",
-    "DataParallelStrategy": "strategies",
+    "DataConfig": "config.schema",
+    "DataParallelStrategy": "distributed.strategies",
     "LoraConfig": "lora",
     "LoraDataModule": "data.datamodule",
-    "LoraModule": "module",
-    "ModelConfig": "settings",
-    "OneDeviceStrategy": "strategies",
-    "OptimConfig": "settings",
-    "Predictor": "inference",
-    "SentimentConfig": "settings",
+    "LoraModule": "training.module",
+    "ModelConfig": "config.schema",
+    "OneDeviceStrategy": "distributed.strategies",
+    "OptimConfig": "config.schema",
+    "Predictor": "inference.predictor",
+    "SentimentConfig": "config.schema",
     "SentimentTask": "tasks",
     "UserError": "lora",
     "load_adapter": "lora",
-    "load_tokenizer": "modeling",
-    "load_trained": "inference",
-    "resolve": "modeling",
+    "load_tokenizer": "models.loading",
+    "load_trained": "inference.predictor",
+    "resolve": "models.loading",
     "save_adapter": "lora",
 }
 

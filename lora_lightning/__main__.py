@@ -1,6 +1,6 @@
 """`python -m lora_lightning`, the same as `lora-lightning`."""
 
-from .cli import main
+from lora_lightning.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -341,7 +341,7 @@ def run_cli(monkeypatch, capsys):
     """Runs `lora-lightning ARGUMENTS` in this process; returns (exit status, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        from lora_lightning.cli import main
+        from lora_lightning.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["lora-lightning", *arguments])
         status = 0

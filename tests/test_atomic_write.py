@@ -16,25 +16,27 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from lora_lightning import atomic_write as module
-from lora_lightning.atomic_write import (
+from lora_lightning.adapters.folder import writable
+from lora_lightning.cli.train import _whole_configs
+from lora_lightning.config.compose import compose_config
+from lora_lightning.lora import UserError
+from lora_lightning.sweeps.folder import note
+from lora_lightning.sweeps.launcher import _save
+from lora_lightning.sweeps.queue import Job
+from lora_lightning.sweeps.report.tables import written
+from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks.loggers import CurvesLogger
+from lora_lightning.training.callbacks.progress import SamplePredictions
+from lora_lightning.training.checkpointing import read_checkpoint
+from lora_lightning.utils import atomic_write as module
+from lora_lightning.utils.atomic_write import (
     atomic_write,
     fault_of_disk,
     remove_debris,
     write_json,
 )
-from lora_lightning.callbacks import CurvesLogger, SamplePredictions, kept
-from lora_lightning.checkpoint import read_checkpoint
-from lora_lightning.config import compose_config
-from lora_lightning.launch.folder import note
-from lora_lightning.launch.process import _save
-from lora_lightning.launch.queue import Job
-from lora_lightning.lock import locked
-from lora_lightning.lora import UserError
-from lora_lightning.lora.outputs import made_folder, replaced_folder
-from lora_lightning.report.tables import written
-from lora_lightning.start import _whole_configs
-from lora_lightning.storage import writable
+from lora_lightning.utils.locks import locked
+from lora_lightning.utils.output_folders import made_folder, replaced_folder
 
 
 @pytest.fixture
@@ -298,8 +300,8 @@ def settings(fast, tiny_bert, rows_jsonl, tmp_path) -> list[str]:
 
 def test_checkpoints_are_synced_before_they_are_named(settings, tmp_path, monkeypatch):
     """So a power cut leaves the old one or the new one; and none goes through /tmp."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     synced, named, unsynced = set(), [], []
     fsync, replace, rename = os.fsync, os.replace, os.rename

@@ -11,8 +11,8 @@ import torch
 import yaml
 from conftest import make_rows
 
-from lora_lightning.config import compose_config, config_hash
-from lora_lightning.inference import load_trained
+from lora_lightning.config.compose import compose_config, config_hash
+from lora_lightning.inference.predictor import load_trained
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "full", "loftq"])

@@ -15,7 +15,7 @@ import torch
 from conftest import make_rows
 from safetensors.torch import load_file
 
-from lora_lightning.callbacks import ProgressBar
+from lora_lightning.training.callbacks.progress import ProgressBar
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_bert, tiny_llama, rows_jsonl, fast) -> dict[str, Path]:
     """A run on the tiny encoder, one on the tiny decoder, and a full fine-tuning."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     found = {}
     kinds = {"bert": (tiny_bert, []), "llama": (tiny_llama, []), "full": (tiny_bert, ["lora=full"])}
@@ -55,7 +55,7 @@ def read_lines(path: Path) -> list[dict]:
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['lora-lightning', '--help']\n"
-        "from lora_lightning.cli import main; main()\n"
+        "from lora_lightning.cli.main import main; main()\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -192,7 +192,7 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
         expected = other["prediction"]["scores"]
         assert one["prediction"]["scores"] == pytest.approx(expected, abs=2e-6)
 
-    from lora_lightning.inference import Predictor, load_trained, predict_text
+    from lora_lightning.inference.predictor import Predictor, load_trained, predict_text
 
     alone = Predictor(load_trained(adapter, device="cpu"))
     for row in found[:8]:
@@ -219,7 +219,8 @@ def test_evaluate_gives_the_metrics_of_the_run(run_cli, runs, name):
 
 def test_evaluate_uses_one_device_and_loads_onto_it(run_cli, adapter, monkeypatch):
     """Of several GPUs each process would load a copy of the base onto the first."""
-    from lora_lightning import evaluate, trainer
+    from lora_lightning.inference import evaluate
+    from lora_lightning.training import trainer
 
     asked, places = [], []
 
@@ -244,7 +245,7 @@ def test_evaluate_uses_one_device_and_loads_onto_it(run_cli, adapter, monkeypatc
 
 
 def test_evaluate_on_other_data(run_cli, adapter):
-    from lora_lightning.inference import Predictor, load_trained
+    from lora_lightning.inference.predictor import Predictor, load_trained
 
     rows = make_rows(30, seed=9)
     Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -292,7 +293,7 @@ def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, 
 
 
 def test_every_monitor_is_measured(runs):
-    from lora_lightning.settings import MONITORS
+    from lora_lightning.config.schema import MONITORS
 
     result = json.loads((runs["bert"] / "result.json").read_text())
     assert {key for key in result if key.startswith("val/")} == set(MONITORS)
@@ -305,8 +306,8 @@ def test_every_monitor_is_measured(runs):
 def test_merge_gives_a_plain_model(run_cli, runs, name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    from lora_lightning.forward import classification_logits
-    from lora_lightning.inference import PROBES, Predictor, load_trained
+    from lora_lightning.inference.predictor import PROBES, Predictor, load_trained
+    from lora_lightning.models.forward import classification_logits
 
     adapter = runs[name] / "adapter"
     status, out, err = run_cli("merge", f"adapter={adapter}", "output=merged")
@@ -504,7 +505,8 @@ def test_what_could_not_go_on_is_told(run_cli, tmp_path):
 
 def test_commands_let_gpu_memory_grow_before_torch_is_imported():
     code = (
-        "import sys, os, lora_lightning.cli as cli; sys.argv = ['lora-lightning', '--version'];"
+        "import sys, os, lora_lightning.cli.main as cli;"
+        "sys.argv = ['lora-lightning', '--version'];"
         "cli.main(); print('torch' in sys.modules, os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"
     )
 

@@ -10,9 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_lightning.combine import combine_adapters
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.lora.combine import Update, combine, dare, reduced, ties, trimmed
+from lora_lightning.adapters.combine import combine_adapters
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.lora.arithmetic import (
+    Update,
+    combine,
+    dare,
+    reduced,
+    ties,
+    trimmed,
+)
 
 SIZE = 24
 

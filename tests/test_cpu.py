@@ -11,8 +11,15 @@ from transformers import BertConfig, BertModel, FalconConfig, FalconModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_lightning import cpu
-from lora_lightning.cpu import ATTENTION, FastDropout, attend, crowded, dropout, prepare_for_cpu
+from lora_lightning.models import cpu_kernels as cpu
+from lora_lightning.models.cpu_kernels import (
+    ATTENTION,
+    FastDropout,
+    attend,
+    crowded,
+    dropout,
+    prepare_for_cpu,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

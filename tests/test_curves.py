@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lora_lightning.callbacks import EventsLogger
+from lora_lightning.training.callbacks.loggers import EventsLogger
 
 
 def scalars(folder) -> list[int]:

@@ -1144,8 +1144,8 @@ CASES = [*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS, *ADAPTERS]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> Path:
     """A run on the tiny model."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     overrides = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
@@ -1277,7 +1277,7 @@ def test_disk_that_fills_up_while_writing(place, run_cli, monkeypatch):
     def full(*arguments, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lightning.lora.state.save_file", full)
+    monkeypatch.setattr("lora_lightning.lora.serialization.peft_folder.save_file", full)
     status, _, err = run_cli(*place.train())
     case = Case("full disk", lambda p: [], "No space left on device", "Nothing was changed")
     warned, error, said = err.partition("error: ")  # of few rows, as training began
@@ -1329,7 +1329,7 @@ def test_what_is_no_mistake_of_the_user_shows_its_traceback(place, run_cli, monk
     def broken(*arguments, **kwargs):
         raise ZeroDivisionError("a \x1b[31mbug\x07")
 
-    monkeypatch.setattr("lora_lightning.train.build_trainer", broken)
+    monkeypatch.setattr("lora_lightning.training.run.build_trainer", broken)
     status, _, err = run_cli(*place.train())
     assert status == 1
     assert "\nTraceback (most recent call last):\n" in err

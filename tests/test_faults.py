@@ -27,15 +27,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.callbacks import BestCheckpoint, curves, kept
-from lora_lightning.checkpoint import read_checkpoint
-from lora_lightning.config import compose_config
-from lora_lightning.lock import locked
+from lora_lightning.config.compose import compose_config
+from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
-from lora_lightning.lora import state as lora_state
-from lora_lightning.lora.errors import lack_of_memory
-from lora_lightning.module import LoraModule
-from lora_lightning.train import train
+from lora_lightning.lora.serialization import peft_folder as lora_state
+from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks import loggers as curves
+from lora_lightning.training.callbacks.checkpoints import BestCheckpoint
+from lora_lightning.training.checkpointing import read_checkpoint
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.run import train
+from lora_lightning.utils.locks import locked
 
 TRAIN = [sys.executable, "-m", "lora_lightning", "train"]
 LAST = "checkpoints/last.ckpt"
@@ -331,7 +333,7 @@ def test_a_folder_that_is_taken_away_is_told(settings, tmp_path):
 
 WAITING = """
 import signal, torch.distributed as dist
-from lora_lightning import signals
+from lora_lightning.training.callbacks import graceful_stop as signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signals.UNHEARD = 2.0
 with signals.StopSignals():
@@ -515,7 +517,7 @@ def test_a_lack_of_memory_says_what_helps(fails, settings, tmp_path, run_cli, mo
 
 
 def test_a_lack_of_memory_of_a_command_is_told(run_cli, monkeypatch):
-    monkeypatch.setattr("lora_lightning.report.report", lambda _: torch.empty(2**50))
+    monkeypatch.setattr("lora_lightning.sweeps.report.report", lambda _: torch.empty(2**50))
     status, _, err = run_cli("report", "multirun")
     assert status == 2
     assert re.match("error: out of memory: .*ulimit", " ".join(err.split()))
@@ -589,7 +591,8 @@ def test_lightning_still_has_what_is_replaced():
 
 def test_a_lock_is_free_when_its_process_is_gone(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from lora_lightning.lock import locked\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from lora_lightning.utils.locks import locked\n"
         "with locked(Path(sys.argv[1]), setting='x'):\n    print('held', flush=True); time.sleep(9)"
     )
     holder = subprocess.Popen(

@@ -25,15 +25,15 @@ from hypothesis import strategies as st
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from omegaconf import OmegaConf
 
-from lora_lightning.config import compose_config
+from lora_lightning.config.compose import compose_config
+from lora_lightning.config.schema import DataConfig, ModelConfig
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
-from lora_lightning.modeling import load_tokenizer
-from lora_lightning.module import LoraModule
-from lora_lightning.packed.__main__ import main as packed
-from lora_lightning.settings import DataConfig, ModelConfig
+from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.sweeps.packed.__main__ import main as packed
 from lora_lightning.tasks import build_task
-from lora_lightning.train import train
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.run import train
 
 VALUES = st.recursive(
     st.none()

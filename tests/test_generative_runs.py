@@ -47,8 +47,8 @@ def loud_llama(tiny_llama, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, loud_llama, tiny_t5, pairs, fast):
     """Runs by the name of their model, made when first asked for."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     made: dict[tuple, Path] = {}
 
@@ -163,7 +163,7 @@ def test_a_dora_adapter_merges(trained, name, more, run_cli, tmp_path, monkeypat
 
 def test_predict_goes_on_after_an_interruption(trained, run_cli, pairs, tmp_path, monkeypatch):
     """Stopped by Ctrl-C after some rows, the same call ends with the output of one that was not."""
-    from lora_lightning.inference import Predictor
+    from lora_lightning.inference.predictor import Predictor
 
     monkeypatch.chdir(tmp_path)
     command = ["predict", f"adapter={trained('llama') / 'adapter'}", f"input={pairs}"]
@@ -209,7 +209,7 @@ def test_chat_without_a_standard_input_ends(trained, run_cli, monkeypatch, capsy
 
 def test_chat_of_a_conversation(tmp_path, run_cli, loud_llama, chat_llama, fast, monkeypatch):
     """The model sees the whole conversation, in the template that it was trained with."""
-    from lora_lightning.tasks.instruct import InstructTask
+    from lora_lightning.tasks.chat import InstructTask
 
     folder = tmp_path / "model"
     shutil.copytree(loud_llama, folder)

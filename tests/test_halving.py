@@ -10,11 +10,11 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lora_lightning.launch.halving import Halving
-from lora_lightning.launch.queue import Job, JobQueue
+from lora_lightning.cli.train import _whole_halving
 from lora_lightning.lora import UserError
-from lora_lightning.report import read_sweep
-from lora_lightning.start import _whole_halving
+from lora_lightning.sweeps.halving import Halving
+from lora_lightning.sweeps.queue import Job, JobQueue
+from lora_lightning.sweeps.report import read_sweep
 
 
 def simulated(root: Path, values: list[list[float]], places: int, halving: Halving) -> list[Job]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lora_lightning.callbacks import heartbeat
-from lora_lightning.callbacks.heartbeat import Heartbeat
-from lora_lightning.signals import Stopped, StopSignals
+from lora_lightning.training.callbacks import heartbeat
+from lora_lightning.training.callbacks.graceful_stop import Stopped, StopSignals
+from lora_lightning.training.callbacks.heartbeat import Heartbeat
 
 TRAINER = SimpleNamespace(state=SimpleNamespace(fn="fit"), fit_loop=SimpleNamespace())
 TRAINER.fit_loop.epoch_loop = SimpleNamespace()

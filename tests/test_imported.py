@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lora_lightning.imported import import_adapter
-from lora_lightning.inference import Predictor, load_trained
-from lora_lightning.layouts import read_layout
+from lora_lightning.adapters.formats import read_layout
+from lora_lightning.inference.convert import import_adapter
+from lora_lightning.inference.predictor import Predictor, load_trained
 from lora_lightning.lora import UserError, load_adapter
 
 IDS = torch.arange(3, 15).view(2, 6)

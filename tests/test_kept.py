@@ -7,10 +7,10 @@ import threading
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.callbacks import kept
-from lora_lightning.callbacks.kept import LastCheckpoint
-from lora_lightning.config import compose_config
-from lora_lightning.train import train
+from lora_lightning.config.compose import compose_config
+from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
+from lora_lightning.training.run import train
 
 
 @pytest.fixture

@@ -15,10 +15,20 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lora_lightning.launch.folder import note, sweep_folder
-from lora_lightning.launch.process import ProcessLauncher, _failure, curves_name, name_curves
-from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
 from lora_lightning.lora import UserError
+from lora_lightning.sweeps.folder import note, sweep_folder
+from lora_lightning.sweeps.launcher import (
+    ProcessLauncher,
+    _failure,
+    curves_name,
+    name_curves,
+)
+from lora_lightning.sweeps.queue import (
+    Job,
+    JobQueue,
+    Work,
+    environment_of_job,
+)
 
 
 def result_of(folder: Path) -> dict:

@@ -17,10 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning import lock, storage
-from lora_lightning.lock import LOCK, OWNER, is_abandoned, locked, locked_output
+from lora_lightning.adapters import folder as storage
+from lora_lightning.adapters.folder import undone_on_mistake
 from lora_lightning.lora import UserError
-from lora_lightning.storage import undone_on_mistake
+from lora_lightning.utils import locks as lock
+from lora_lightning.utils.locks import (
+    LOCK,
+    OWNER,
+    is_abandoned,
+    locked,
+    locked_output,
+)
 
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 FORK = multiprocessing.get_context("fork")

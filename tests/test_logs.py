@@ -15,17 +15,28 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from lora_lightning.callbacks import CurvesLogger
-from lora_lightning.callbacks.shown import SamplePredictions
-from lora_lightning.config import compose_config, config_hash
-from lora_lightning.earlier import continue_csv
-from lora_lightning.launch.process import _own
-from lora_lightning.launch.queue import Job, JobQueue, Work, environment_of_job
-from lora_lightning.launch.table import JobTable
-from lora_lightning.logs import curve, read_json, read_metrics, read_result, read_samples
-from lora_lightning.packed.__main__ import main as train_pack
-from lora_lightning.report import read_sweep
-from lora_lightning.train import train
+from lora_lightning.config.compose import compose_config, config_hash
+from lora_lightning.sweeps.launcher import _own
+from lora_lightning.sweeps.live_table import JobTable
+from lora_lightning.sweeps.packed.__main__ import main as train_pack
+from lora_lightning.sweeps.queue import (
+    Job,
+    JobQueue,
+    Work,
+    environment_of_job,
+)
+from lora_lightning.sweeps.report import read_sweep
+from lora_lightning.training.callbacks.loggers import CurvesLogger
+from lora_lightning.training.callbacks.progress import SamplePredictions
+from lora_lightning.training.run import train
+from lora_lightning.training.run_folder import continue_csv
+from lora_lightning.utils.logs import (
+    curve,
+    read_json,
+    read_metrics,
+    read_result,
+    read_samples,
+)
 
 HEADER = b"step,train/loss,val/loss\r\n"
 ROWS = b"1,0.5,\r\n2,,0.25\r\n"
@@ -494,7 +505,7 @@ def test_a_pack_tells_an_error_in_its_log_escaped(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("a \x1b[31mbug\x07")
 
-    monkeypatch.setattr("lora_lightning.packed.pack.train", broken)
+    monkeypatch.setattr("lora_lightning.sweeps.packed.pack.train", broken)
     assert train_pack([tmp_path]) == 1
     last = (tmp_path / "log.txt").read_text().splitlines()[-1]
     assert last == "ZeroDivisionError: a \\x1b[31mbug\\x07"

@@ -24,14 +24,15 @@ from transformers import (
     RobertaModel,
 )
 
-from lora_lightning import modeling, offload
-from lora_lightning.forward import compile_layers, uncompiled
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.distributed.sharded_loading import loading_options
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.modeling import load_classifier, load_tokenizer
-from lora_lightning.module import LoraModule
-from lora_lightning.parallel import loading_options
-from lora_lightning.settings import ModelConfig
+from lora_lightning.models import loading as modeling
+from lora_lightning.models import offload
+from lora_lightning.models.forward import compile_layers, uncompiled
+from lora_lightning.models.loading import load_classifier, load_tokenizer
 from lora_lightning.tasks import build_task
+from lora_lightning.training.module import LoraModule
 
 
 def module_of(folder, **settings) -> LoraModule:

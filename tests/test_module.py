@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lora_lightning.callbacks import LastCheckpoint, ProgressBar, RunClock, Throughput, measured
-from lora_lightning.config import compose_config, settings_of
-from lora_lightning.data.collate import PackingCollator, PaddingCollator
-from lora_lightning.forward import classification_logits
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.config.schema import ModelConfig, OptimConfig
+from lora_lightning.data.collators import PackingCollator, PaddingCollator
+from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,
@@ -33,13 +33,16 @@ from lora_lightning.lora import (
     functional,
     save_adapter,
 )
-from lora_lightning.lora.layer import LoraLayer
-from lora_lightning.module import LoraModule
-from lora_lightning.settings import ModelConfig, OptimConfig
-from lora_lightning.signals import StopSignals
-from lora_lightning.strategies import OneDeviceStrategy
+from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.models.forward import classification_logits
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
-from lora_lightning.train import build, train
+from lora_lightning.training.callbacks import throughput as measured
+from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
+from lora_lightning.training.callbacks.graceful_stop import StopSignals
+from lora_lightning.training.callbacks.progress import ProgressBar
+from lora_lightning.training.callbacks.throughput import RunClock, Throughput
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.run import build, train
 
 LABELS = {
     "labels": ["negative", "positive"],
@@ -660,7 +663,7 @@ def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, p
     """Flash attention takes no fp32, which an fp32 base gives it outside of autocast."""
     contexts = []
     monkeypatch.setattr(
-        "lora_lightning.module.check_packing",
+        "lora_lightning.training.module.check_packing",
         lambda model: contexts.append(torch.is_autocast_enabled("cpu")),
     )
     module = make_module(tiny_llama)

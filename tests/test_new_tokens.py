@@ -16,13 +16,13 @@ from test_packed import alone, assert_same, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import load_trained
-from lora_lightning.config import compose_config, instantiate_all, with_direction
-from lora_lightning.imported import import_adapter
+from lora_lightning.config.compose import compose_config, instantiate_all, with_direction
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.inference.convert import import_adapter
 from lora_lightning.lora import UserError
-from lora_lightning.modeling import load_tokenizer
-from lora_lightning.packed.pack import Pack
-from lora_lightning.settings import ModelConfig
-from lora_lightning.train import train
+from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.sweeps.packed.pack import Pack
+from lora_lightning.training.run import train
 
 NEW = """model.new_tokens=["<think>","</think>"]"""
 NAMES = ("film", "food", "hotel", "staff", "room", "story", "price")

@@ -9,9 +9,14 @@ import torch
 from torch import nn
 from transformers import SchedulerType
 
+from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
-from lora_lightning.optim import BY_METRIC, build_optimizer, build_scheduler, keep_implementation
-from lora_lightning.settings import OptimConfig
+from lora_lightning.training.optim import (
+    BY_METRIC,
+    build_optimizer,
+    build_scheduler,
+    keep_implementation,
+)
 
 
 def _model() -> nn.Module:

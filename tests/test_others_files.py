@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_lightning import LoraConfig, LoraModule, UserError, load_adapter
-from lora_lightning.config import compose_config
-from lora_lightning.earlier import refuse_others_sweep, refuse_used_folder
-from lora_lightning.first_look import found_before
+from lora_lightning import (
+    LoraConfig,
+    LoraModule,
+    UserError,
+    load_adapter,
+)
+from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import AdapterSet
-from lora_lightning.train import train
+from lora_lightning.training.data_init import found_before
+from lora_lightning.training.run import train
+from lora_lightning.training.run_folder import refuse_others_sweep, refuse_used_folder
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +252,7 @@ def test_weights_of_an_older_folder_are_checked(place):
     sums = content.pop("sha256")
     del content["content_sha256"]
     path.write_text(json.dumps({**content, "weights_sha256": sums["adapter_model.safetensors"]}))
-    from lora_lightning.inference import load_trained
+    from lora_lightning.inference.predictor import load_trained
 
     load_trained(adapter, device="cpu")
     _turn(adapter / "adapter_model.safetensors")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import make_rows
 
-from lora_lightning.lock import locked_output
+from lora_lightning.inference.output_files import refuse_other_file
 from lora_lightning.lora import UserError
-from lora_lightning.written import refuse_other_file
+from lora_lightning.utils.locks import locked_output
 
 ROWS = make_rows(120, seed=5)
 
@@ -23,8 +23,8 @@ ROWS = make_rows(120, seed=5)
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> list[Path]:
     """Two of the same task."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     found = [tmp_path_factory.mktemp("runs") / str(seed) for seed in (0, 1)]
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
@@ -42,7 +42,7 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def _impatient(monkeypatch):
     """Has no process wait for another's output."""
-    for module in ("lock", "inference"):
+    for module in ("utils.locks", "inference.predictor"):
         monkeypatch.setattr(
             f"lora_lightning.{module}.locked_output", partial(locked_output, patience=0)
         )
@@ -54,8 +54,8 @@ def texts(path: Path) -> list[str]:
 
 def predictions(pipe, adapter: Path, stop_at: int | None) -> None:
     """Predicts row by row in a process of its own, which waits at one until it is told to go on."""
-    from lora_lightning.evaluate import predictor_for
-    from lora_lightning.inference import Predictor, predict_file
+    from lora_lightning.inference.evaluate import predictor_for
+    from lora_lightning.inference.predictor import Predictor, predict_file
 
     answer = Predictor.__call__
 
@@ -140,7 +140,7 @@ def test_predict_goes_on_after_a_kill(adapters):
 @pytest.mark.parametrize("change", [lambda lines: lines * 2, lambda lines: lines[:-1]])
 def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
     """What another program has done to them is told, and no output is made of it."""
-    from lora_lightning.inference import Predictor
+    from lora_lightning.inference.predictor import Predictor
 
     answer = Predictor.__call__
 

@@ -15,15 +15,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lora_lightning.config import compose_config
-from lora_lightning.launch.packed import PackedLauncher
-from lora_lightning.launch.queue import Job
+from lora_lightning.adapters.folder import peak_memory_mib
+from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
-from lora_lightning.packed.__main__ import main
-from lora_lightning.packed.pack import Pack
-from lora_lightning.packed.room import SLOT_BYTES, slots_at_a_time
-from lora_lightning.storage import peak_memory_mib
-from lora_lightning.train import train
+from lora_lightning.sweeps.packed.__main__ import main
+from lora_lightning.sweeps.packed.capacity import SLOT_BYTES, slots_at_a_time
+from lora_lightning.sweeps.packed.pack import Pack
+from lora_lightning.sweeps.packed_launcher import PackedLauncher
+from lora_lightning.sweeps.queue import Job
+from lora_lightning.training.run import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -254,7 +254,7 @@ def test_a_budget_reaches_the_process(tmp_path):
         for number, own in enumerate((["lora.rank=2"], ["lora.rank=4"]))
     ]
     (work,) = PackedLauncher(memory=2.5).divide(planned)
-    assert work.command[2:5] == ["lora_lightning.packed", "--memory", "2.5"]
+    assert work.command[2:5] == ["lora_lightning.sweeps.packed", "--memory", "2.5"]
     (work,) = PackedLauncher().divide(planned)
     assert work.command[3:] == [str(job.folder) for job, _ in planned]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_lightning.config import compose_config
-from lora_lightning.paths import anchor
-from lora_lightning.presets import with_presets
-from lora_lightning.terminal import command
+from lora_lightning.config.compose import compose_config
+from lora_lightning.config.paths import anchor
+from lora_lightning.config.presets import with_presets
+from lora_lightning.utils.terminal import command
 
 
 @pytest.fixture

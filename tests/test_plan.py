@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_lightning.config import compose_config, settings_of
-from lora_lightning.lora.targets import target_sets
-from lora_lightning.memory import saved_bytes
-from lora_lightning.modeling import load_generator, load_model_config
-from lora_lightning.module import LoraModule
-from lora_lightning.plan import methods
-from lora_lightning.rehearsal import most_rows, rehearsal, total
-from lora_lightning.settings import ModelConfig
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.lora.target_presets import target_sets
+from lora_lightning.models.loading import load_generator, load_model_config
 from lora_lightning.tasks import build_task
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.preflight.dry_run import most_rows, rehearsal, total
+from lora_lightning.training.preflight.memory import saved_bytes
+from lora_lightning.training.preflight.plan import methods
 
 CPU = torch.device("cpu")
 BASE = ["trainer=cpu", "trainer.precision=32-true", "data.max_tokens=null", "data.batch_size=4"]

@@ -11,9 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.lora.outputs import MARK
-from lora_lightning.portable import engine_problems, write_canonical
+from lora_lightning.adapters.export import engine_problems, write_canonical
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.utils.output_folders import MARK
 
 IDS = torch.arange(12).view(2, 6)
 PATTERNS = {

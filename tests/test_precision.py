@@ -11,13 +11,17 @@ from conftest import make_rows
 from safetensors.torch import load_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lora_lightning import precision
-from lora_lightning.config import compose_config
-from lora_lightning.cpu import attend
+from lora_lightning.adapters.folder import read_sidecar
+from lora_lightning.config.compose import compose_config
+from lora_lightning.distributed import precision
+from lora_lightning.distributed.precision import (
+    chosen_for_the_user,
+    settle_precision,
+    with_precision,
+)
 from lora_lightning.lora import UserError
-from lora_lightning.precision import chosen_for_the_user, settle_precision, with_precision
-from lora_lightning.storage import read_sidecar
-from lora_lightning.train import train
+from lora_lightning.models.cpu_kernels import attend
+from lora_lightning.training.run import train
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_an_adapter_remembers_the_type_of_its_base(runs):
 
 
 def test_bf16_true_holds_the_base_in_bf16(runs):
-    from lora_lightning.inference import load_trained
+    from lora_lightning.inference.predictor import load_trained
 
     folder, _ = runs
     module = load_trained(folder / "bf16-true" / "adapter")

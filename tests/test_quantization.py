@@ -20,16 +20,21 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lora_lightning.data.collate import PaddingCollator
-from lora_lightning.inference import PROBES, load_trained
-from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
-from lora_lightning.lora.layer import dequantized
-from lora_lightning.lora.loftq import make_up, weight_of
-from lora_lightning.modeling import load_classifier, load_generator
-from lora_lightning.module import LoraModule
-from lora_lightning.quantization import experts_left
-from lora_lightning.settings import ModelConfig
-from lora_lightning.tasks.lm import LanguageModelTask
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.data.collators import PaddingCollator
+from lora_lightning.inference.predictor import PROBES, load_trained
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    save_adapter,
+)
+from lora_lightning.lora.initialization.loftq import make_up, weight_of
+from lora_lightning.lora.layers.linear import dequantized
+from lora_lightning.models.loading import load_classifier, load_generator
+from lora_lightning.models.quantization import experts_left
+from lora_lightning.tasks.language_modeling import LanguageModelTask
+from lora_lightning.training.module import LoraModule
 
 KINDS = ("nf4", "int8")
 IDS = torch.arange(3, 15).view(2, 6)

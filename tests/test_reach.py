@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.match import match_targets
+from lora_lightning.lora.target_modules import match_targets
 
 
 class Windows(nn.Module):

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_lightning.config import compose_config
-from lora_lightning.launch.folder import note
-from lora_lightning.lock import locked
+from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
-from lora_lightning.report import read_sweep, report
-from lora_lightning.report.plots import pareto_front
-from lora_lightning.report.tables import best_lines
+from lora_lightning.sweeps.folder import note
+from lora_lightning.sweeps.report import read_sweep, report
+from lora_lightning.sweeps.report.plots import pareto_front
+from lora_lightning.sweeps.report.tables import best_lines
+from lora_lightning.utils.locks import locked
 
 RANKS, RATIOS, SEEDS = (2, 4, 8), (1, 2), (0, 1)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.callbacks import kept
-from lora_lightning.callbacks.kept import LastCheckpoint
-from lora_lightning.checkpoint import read_checkpoint
-from lora_lightning.cli import main
-from lora_lightning.config import compose_config
-from lora_lightning.train import train
+from lora_lightning.cli.main import main
+from lora_lightning.config.compose import compose_config
+from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
+from lora_lightning.training.checkpointing import read_checkpoint
+from lora_lightning.training.run import train
 
 # 64 training rows in batches of 6: 11 batches, so windows of 2 leave a last one of a single batch.
 SETTINGS = [

@@ -31,39 +31,45 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lora_lightning.callbacks import BestCheckpoint
-from lora_lightning.checkpoint import check_resumable, read_checkpoint
-from lora_lightning.combine import combine_adapters
-from lora_lightning.config import (
+from lora_lightning.adapters.combine import combine_adapters
+from lora_lightning.adapters.export import write_canonical
+from lora_lightning.adapters.files import Stored, copy_adapter
+from lora_lightning.adapters.folder import SIDECAR, read_sidecar, undone_on_mistake
+from lora_lightning.config.compose import (
     compose_config,
     read_config,
     refuse_untyped,
     settings_of,
     to_be_typed,
 )
-from lora_lightning.evaluate import evaluate, predictor_for
-from lora_lightning.imported import import_adapter
-from lora_lightning.inference import load_trained, merge
-from lora_lightning.launch.queue import Job
-from lora_lightning.launch.table import JobTable
-from lora_lightning.lock import is_abandoned
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.modeling import (
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.config.untrusted import EXPERTS, arguments_from_file, settings_from_file
+from lora_lightning.inference.convert import import_adapter
+from lora_lightning.inference.evaluate import evaluate, predictor_for
+from lora_lightning.inference.predictor import load_trained, merge
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.models.loading import (
     load_classifier,
     load_generator,
     load_model_config,
     load_tokenizer,
 )
-from lora_lightning.module import LoraModule
-from lora_lightning.portable import write_canonical
-from lora_lightning.settings import ModelConfig
-from lora_lightning.storage import SIDECAR, read_sidecar, undone_on_mistake
-from lora_lightning.stored import Stored, copy_adapter
+from lora_lightning.sweeps.live_table import JobTable
+from lora_lightning.sweeps.queue import Job
 from lora_lightning.tasks import build_task
-from lora_lightning.terminal import printable
-from lora_lightning.train import train
-from lora_lightning.untrusted import EXPERTS, arguments_from_file, settings_from_file
-from lora_lightning.warm_start import values_of
+from lora_lightning.training.callbacks.checkpoints import BestCheckpoint
+from lora_lightning.training.checkpointing import check_resumable, read_checkpoint
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.run import train
+from lora_lightning.training.warm_start import values_of
+from lora_lightning.utils.locks import is_abandoned
+from lora_lightning.utils.terminal import printable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 JSON = st.recursive(
@@ -305,7 +311,7 @@ def test_classes_that_come_with_an_adapter_are_not_built(group, run, rows_jsonl,
     try:
         settings = read_sidecar(folder)["settings"]
         assert set(settings) <= {"model", "task", "data", "lora", "optim"}
-        from lora_lightning.config import over_saved
+        from lora_lightning.config.compose import over_saved
 
         config = over_saved(settings, [f"data.test={rows_jsonl}", "trainer=cpu"])
         evaluate(folder, config)
@@ -430,7 +436,7 @@ def test_task_name_that_is_a_path_composes_no_file(kind, run, tmp_path, monkeypa
     content["settings"]["task"]["name"] = name
     write_sidecar(folder, content)
     asked: list[str] = []
-    monkeypatch.setattr("lora_lightning.config.compose_config", asked.extend)
+    monkeypatch.setattr("lora_lightning.config.compose.compose_config", asked.extend)
     uses = {
         "checkpoint": lambda: import_adapter(path, tmp_path / "out", []),
         "sidecar": lambda: predictor_for(folder, []),

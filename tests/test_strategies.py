@@ -14,21 +14,21 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning.config import compose_config
-from lora_lightning.lora import UserError
-from lora_lightning.module import LoraModule
-from lora_lightning.outcome import measured
-from lora_lightning.parallel import check_accelerator, local_rank_in_environment
-from lora_lightning.strategies import (
+from lora_lightning.config.compose import compose_config
+from lora_lightning.distributed.deepspeed import ZeroStrategy
+from lora_lightning.distributed.sharded_loading import check_accelerator, local_rank_in_environment
+from lora_lightning.distributed.strategies import (
     DataParallelStrategy,
     OneDeviceStrategy,
     ShardedStrategy,
     resident,
     scale_gradients,
 )
-from lora_lightning.train import train
-from lora_lightning.trainer import FIRST_SCALE, build_trainer, half_precision
-from lora_lightning.zero import ZeroStrategy
+from lora_lightning.lora import UserError
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.results import measured
+from lora_lightning.training.run import train
+from lora_lightning.training.trainer import FIRST_SCALE, build_trainer, half_precision
 
 
 def strategy_of(*overrides: str):

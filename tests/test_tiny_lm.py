@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_lightning.config import compose_config
+from lora_lightning.config.compose import compose_config
 from lora_lightning.data.docstrings import build_docstrings
-from lora_lightning.modeling import resolve
+from lora_lightning.models.loading import resolve
 
 NAME = "pkg://lora_lightning/embedded/tiny_lm"
 QUIET = [

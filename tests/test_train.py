@@ -19,11 +19,11 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from lora_lightning.config import compose_config
+from lora_lightning.config.compose import compose_config
+from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
-from lora_lightning.module import LoraModule
-from lora_lightning.settings import OptimConfig
-from lora_lightning.train import train
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.run import train
 
 QUIET = [
     "trainer=cpu",
@@ -451,7 +451,7 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     import os
     import signal
 
-    from lora_lightning.module import LoraModule
+    from lora_lightning.training.module import LoraModule
 
     monkeypatch.setattr(
         LoraModule, "on_test_end", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=False

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors import safe_open
 
-from lora_lightning.lock import locked
+from lora_lightning.utils.locks import locked
 
 ROOT = Path(__file__).parent.parent
 UNDECLARED = ("peft", "pytest", "bitsandbytes", "optuna", "mypy")
@@ -168,7 +168,7 @@ def installed(built, tmp_path) -> SimpleNamespace:
 
 IN_TURN = """
 import shlex, sys
-from lora_lightning.cli import main
+from lora_lightning.cli.main import main
 for line in sys.argv[1:]:
     sys.argv = ["lora-lightning", *shlex.split(line)]
     main()
@@ -183,7 +183,7 @@ def result_of(folder: Path) -> dict:
 
 def test_wheel_holds_every_file_of_the_package(built):
     source = built / "source"
-    plugin = "lora_lightning/launch/plugin/"
+    plugin = "lora_lightning/sweeps/plugin/"
     expected = set()
     for top, target in (("lora_lightning", ""), ("conf", "lora_lightning/")):
         for path in (source / top).rglob("*"):
@@ -249,8 +249,8 @@ def test_wheel_loads_a_model_under_a_device_context(built, installed):
         "from unittest.mock import patch\n"
         "import torch\n"
         "import lora_lightning\n"
-        "from lora_lightning.modeling import load_classifier, load_tokenizer\n"
-        "from lora_lightning.settings import ModelConfig\n"
+        "from lora_lightning.models.loading import load_classifier, load_tokenizer\n"
+        "from lora_lightning.config.schema import ModelConfig\n"
         "config = ModelConfig()\n"
         "device = 'transformers.modeling_utils.get_torch_context_manager_or_global_device'\n"
         "with patch(device, return_value=torch.device('cpu')) as asked:\n"

@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_lightning.config import compose_config, settings_of
-from lora_lightning.module import LoraModule
-from lora_lightning.rehearsal import rehearsal
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.training.module import LoraModule
+from lora_lightning.training.preflight.dry_run import rehearsal
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

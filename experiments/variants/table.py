@@ -85,12 +85,12 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
     import peft
     import torch
 
-    from lora_lightning.config import compose_config, saved_settings, settings_of
-    from lora_lightning.modeling import load_generator
-    from lora_lightning.portable import engine_problems
-    from lora_lightning.storage import save_trained
+    from lora_lightning.adapters.export import engine_problems
+    from lora_lightning.adapters.folder import save_trained
+    from lora_lightning.config.compose import compose_config, saved_settings, settings_of
+    from lora_lightning.models.loading import load_generator
     from lora_lightning.tasks import build_task
-    from lora_lightning.train import build
+    from lora_lightning.training.run import build
 
     common = ["task=summarization", f"model.name_or_path={work.model}", "model.dtype=float32"]
     common += [f"data.train={work.train}", f"data.val={work.train}", "data.test_fraction=0"]

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..atomic_write import atomic_write
-from ..lora.outputs import digest, sync
-from ..terminal import say
+from lora_lightning.utils.atomic_write import atomic_write
+from lora_lightning.utils.output_folders import digest, sync
+from lora_lightning.utils.terminal import say
 
 
 def is_whole(files: Iterable[Path], sums: Path) -> bool:

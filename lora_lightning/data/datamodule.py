@@ -15,19 +15,30 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
-from ..forward import uses_flash
-from ..lora.errors import UserError
-from ..settings import DataConfig
-from ..strategies import data_ranks, in_step
-from ..tasks import IGNORE, Task
-from ..terminal import say
-from ..vocabulary import refuse_unknown
-from .collate import Located, MicroBatches, PackingCollator, PaddingCollator
-from .encode import Encoding, cores, encode_rows, in_main_thread
-from .judged import doubts
+from lora_lightning.config.schema import DataConfig
+from lora_lightning.distributed.strategies import data_ranks, in_step
+from lora_lightning.errors import UserError
+from lora_lightning.models.forward import uses_flash
+from lora_lightning.models.tokenizer import refuse_unknown
+from lora_lightning.tasks import IGNORE, Task
+from lora_lightning.utils.terminal import say
+
+from .collators import (
+    Located,
+    MicroBatches,
+    PackingCollator,
+    PaddingCollator,
+)
+from .loading import cache_folder, load_splits, unwritable_cache
+from .row_counts import doubts
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
-from .sources import cache_folder, load_splits, unwritable_cache
 from .splits import make_splits
+from .tokenization import (
+    Encoding,
+    cores,
+    encode_rows,
+    in_main_thread,
+)
 
 CACHE_VERSION = 4  # raise it when the meaning of encoded rows changes
 CPU_TOKENS = 1024

@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..atomic_write import atomic_write
-from ..lora.errors import UserError
+from lora_lightning.errors import UserError
+from lora_lightning.utils.atomic_write import atomic_write
+
 from .cache import is_whole, tell_damage, write_sums
 
 VERSION = 1  # raise it when other rows come out

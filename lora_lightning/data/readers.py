@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from ..lora.errors import UserError, causes
+from lora_lightning.errors import UserError, causes
 
 # Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
 CSV = {"keep_default_na": False, "na_values": [""]}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from ..lora.errors import UserError
+from lora_lightning.errors import UserError
 
 FILLER = -1
 """Stands in a batch for "no row": it keeps the ranks in step where rows run out."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..lora.errors import UserError
-from ..settings import DataConfig
-from .sources import SPLITS
+from lora_lightning.config.schema import DataConfig
+from lora_lightning.errors import UserError
+
+from .loading import SPLITS
 
 
 def make_splits(

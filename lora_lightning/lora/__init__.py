@@ -6,29 +6,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from lora_lightning.errors import UserError
+
     from .config import LoraConfig
-    from .errors import UserError
-    from .layer import LoraConv1D, LoraEmbedding, LoraLayer, LoraLinear
-    from .several import AdapterSet
-    from .state import load_adapter, read_adapter, save_adapter
+    from .embeddings import grow
+    from .layers.linear import (
+        LoraConv1D,
+        LoraEmbedding,
+        LoraLayer,
+        LoraLinear,
+    )
+    from .model import Adapter
+    from .multi_adapter import AdapterSet
+    from .serialization.peft_folder import load_adapter, read_adapter, save_adapter
     from .summary import Summary
-    from .vocabulary import grow
 
 _HOME = {
-    "Adapter": "adapter",
-    "AdapterSet": "several",
+    "Adapter": "model",
+    "AdapterSet": "multi_adapter",
     "LoraConfig": "config",
-    "LoraConv1D": "layer",
-    "LoraEmbedding": "layer",
-    "LoraLayer": "layer",
-    "LoraLinear": "layer",
+    "LoraConv1D": "layers.linear",
+    "LoraEmbedding": "layers.linear",
+    "LoraLayer": "layers.linear",
+    "LoraLinear": "layers.linear",
     "Summary": "summary",
-    "UserError": "errors",
-    "grow": "vocabulary",
-    "load_adapter": "state",
-    "read_adapter": "state",
-    "save_adapter": "state",
+    "UserError": ".errors",
+    "grow": "embeddings",
+    "load_adapter": "serialization.peft_folder",
+    "read_adapter": "serialization.peft_folder",
+    "save_adapter": "serialization.peft_folder",
 }
 
 __all__ = [

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import UserError, did_you_mean
-from .parts import Part, parse_parts
+from lora_lightning.errors import UserError, did_you_mean
+
+from .layers.fused_parts import Part, parse_parts
 
 ALL_LINEAR = "all-linear"
 BIAS_MODES = ("none", "all", "lora_only")
@@ -70,7 +71,7 @@ class LoraConfig:
     `model.new_tokens`."""
     init: str = "kaiming"
     """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
-    from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `start.py`; such an adapter
+    from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `svd.py`; such an adapter
     is stored as plain LoRA of twice the rank. Or A, and each layer's rank, from the training data:
     "eva", see `eva.py`. Or both from what quantisation has taken away: "loftq", see `loftq.py`."""
     eva_rho: float = 2.0

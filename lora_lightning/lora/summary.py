@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .experts import expert_parameters
-from .layer import LoraLayer
-from .match import within_layer
-from .parameter import LoraParameter
-from .split import SplitLayer
+from .layers.fused_qkv import SplitLayer
+from .layers.linear import LoraLayer
+from .layers.parameter import LoraParameter
+from .moe import expert_parameters
+from .target_modules import within_layer
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from .model import Adapter
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:

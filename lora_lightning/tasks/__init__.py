@@ -2,13 +2,19 @@
 
 from typing import Any
 
-from ..lora.errors import UserError, did_you_mean
-from ..settings import TASK_CONFIGS, SentimentConfig
-from .base import IGNORE, LossOutput, Task, to_device
-from .instruct import InstructTask
-from .lm import LanguageModelTask
-from .sentiment import SentimentTask
-from .summarization import SummarizationTask
+from lora_lightning.config.schema import TASK_CONFIGS, SentimentConfig
+from lora_lightning.errors import UserError, did_you_mean
+
+from .base import (
+    IGNORE,
+    LossOutput,
+    Task,
+    to_device,
+)
+from .chat import InstructTask
+from .classification import SentimentTask
+from .language_modeling import LanguageModelTask
+from .text_to_text import SummarizationTask
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (SentimentTask, SummarizationTask, InstructTask, LanguageModelTask)

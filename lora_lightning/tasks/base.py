@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from ..lora.errors import UserError, did_you_mean
-from ..parallel import Shards
-from ..settings import ModelConfig
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.errors import UserError, did_you_mean
 
 IGNORE = -100
 """Label of a position or row that takes no part in loss and metrics."""

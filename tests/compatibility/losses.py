@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from lora_lightning.config import compose_config
-from lora_lightning.train import train
+from lora_lightning.config.compose import compose_config
+from lora_lightning.training.run import train
 
 SETTINGS = [
     "trainer=cpu",

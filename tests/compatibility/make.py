@@ -27,9 +27,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lora_lightning.config import compose_config
+from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import Adapter, LoraConfig, save_adapter
-from lora_lightning.train import train
+from lora_lightning.training.run import train
 
 FILES = Path(__file__).parent / "files"
 SIZES = {

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import make_rows
 
-from lora_lightning.data import docstrings, sources
+from lora_lightning.config.schema import DataConfig
+from lora_lightning.data import docstrings
+from lora_lightning.data import loading as sources
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.sources import cache_folder, load_splits
+from lora_lightning.data.loading import cache_folder, load_splits
 from lora_lightning.lora import UserError
-from lora_lightning.settings import DataConfig
 from lora_lightning.tasks import build_task
 
 

@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from lora_lightning.data.collate import (
+from lora_lightning.data.collators import (
     PART_COST,
     MicroBatches,
     PackingCollator,

@@ -19,21 +19,26 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
-from lora_lightning.data import encode
-from lora_lightning.data.collate import PackingCollator
-from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.sampler import FILLER
-from lora_lightning.data.splits import make_splits
-from lora_lightning.lora.errors import UserError
-from lora_lightning.modeling import load_tokenizer
-from lora_lightning.settings import (
+from lora_lightning.config.schema import (
     DataConfig,
     LanguageModelConfig,
     ModelConfig,
     SentimentConfig,
 )
-from lora_lightning.strategies import ShardedStrategy
-from lora_lightning.tasks import IGNORE, LanguageModelTask, SentimentTask, build_task
+from lora_lightning.data import tokenization as encode
+from lora_lightning.data.collators import PackingCollator
+from lora_lightning.data.datamodule import LoraDataModule
+from lora_lightning.data.sampler import FILLER
+from lora_lightning.data.splits import make_splits
+from lora_lightning.distributed.strategies import ShardedStrategy
+from lora_lightning.errors import UserError
+from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.tasks import (
+    IGNORE,
+    LanguageModelTask,
+    SentimentTask,
+    build_task,
+)
 
 
 class CountingTask(SentimentTask):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_lightning.config.schema import DataConfig
 from lora_lightning.data.docstrings import build_docstrings, docstring_files
-from lora_lightning.data.sources import load_splits
+from lora_lightning.data.loading import load_splits
 from lora_lightning.lora import UserError
-from lora_lightning.settings import DataConfig
 
 BODY = "Words that tell more than the first line does, at length:"  # with one more long enough
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from lora_lightning.config import compose_config, settings_of
-from lora_lightning.data.sources import load_splits
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.data.loading import load_splits
 from lora_lightning.lora import UserError
 from lora_lightning.tasks import build_task
 

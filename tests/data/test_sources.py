@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_lightning.data import sources
-from lora_lightning.data.sources import load_splits
-from lora_lightning.lora.errors import UserError
-from lora_lightning.settings import DataConfig
+from lora_lightning.config.schema import DataConfig
+from lora_lightning.data import loading as sources
+from lora_lightning.data.loading import load_splits
+from lora_lightning.errors import UserError
 
 ROWS = [
     {"text": "A film, with a comma.", "label": "good"},

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning import head
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.modeling import load_generator, load_tokenizer
-from lora_lightning.parallel import DATA, TENSOR, Shards
-from lora_lightning.settings import ModelConfig
+from lora_lightning.models import lm_head as head
+from lora_lightning.models.loading import load_generator, load_tokenizer
 
 ROWS = 4
 """Of logits, at a time."""

@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_lightning.cluster import leave
-from lora_lightning.config import compose_config, settings_of
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.distributed.environment import leave
 from lora_lightning.tasks import build_task
-from lora_lightning.train import build
-from lora_lightning.trainer import build_trainer
+from lora_lightning.training.run import build
+from lora_lightning.training.trainer import build_trainer
 
 
 class Sums(TorchDispatchMode):

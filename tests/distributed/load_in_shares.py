@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from lora_lightning.modeling import load_generator, load_tokenizer
-from lora_lightning.parallel import DATA, TENSOR, Shards
-from lora_lightning.settings import ModelConfig
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
+from lora_lightning.models.loading import load_generator, load_tokenizer
 
 
 def anonymous() -> float:

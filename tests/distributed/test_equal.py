@@ -14,8 +14,8 @@ import torch
 from conftest import make_rows
 from safetensors.torch import load_file
 
-from lora_lightning.config import compose_config
-from lora_lightning.train import train
+from lora_lightning.config.compose import compose_config
+from lora_lightning.training.run import train
 
 FILES = ("result.json", "samples.jsonl", ".hydra", ".lock")
 COMMON = [

@@ -14,9 +14,9 @@ import torch
 from conftest import make_rows
 
 from lora_lightning import UserError
-from lora_lightning.lora.parts import Part, within
-from lora_lightning.placement import Cut, ShareOfDropout, even_bounds
-from lora_lightning.strategies import BY_ELEMENT, ShardedStrategy
+from lora_lightning.distributed.adapter_sharding import Cut, ShareOfDropout, even_bounds
+from lora_lightning.distributed.strategies import BY_ELEMENT, ShardedStrategy
+from lora_lightning.lora.layers.fused_parts import Part, within
 
 SCRIPT = Path(__file__).with_name("held_in_shares.py")
 RANK = 4
@@ -142,8 +142,8 @@ def test_parts_of_fused_layers_are_cut_where_the_base_is(settings, tmp_path):
 @pytest.mark.slow
 def test_what_a_run_starts_from_is_cut_too(settings, tmp_path):
     """From an adapter that one process has trained, and from a checkpoint's weights."""
-    from lora_lightning.config import compose_config
-    from lora_lightning.train import train
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
 
     keeps = [s for s in settings if not s.startswith(("trainer.enable_ch", "trainer.enable_mo"))]
     first = tmp_path / "first"

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from lora_lightning import UserError
-from lora_lightning.zero import ZeroStrategy
+from lora_lightning.distributed.deepspeed import ZeroStrategy
 
 
 def test_its_absence_is_told(monkeypatch):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import printed_overrides
 
-from lora_lightning.cli import main
-from lora_lightning.config import compose_config, settings_of
+from lora_lightning.cli.main import main
+from lora_lightning.config.compose import compose_config, settings_of
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,8 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from zoo import ARCHITECTURES, CLASSIFIER, case, randomise
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.lora.match import head_modules
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.lora.target_modules import head_modules
 
 # PEFT's own "all-linear" trips over DistilBERT's second head.
 PEFT_TARGETS = {

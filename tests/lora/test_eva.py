@@ -11,8 +11,14 @@ from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from transformers import AutoModelForCausalLM
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.lora.eva import (
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.lora.initialization.eva import (
     StreamedComponents,
     counted,
     distributed,

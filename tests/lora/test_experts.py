@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo import DENSE_TOO, case, randomise
 
-from lora_lightning.combine import combine_adapters
+from lora_lightning.adapters.combine import combine_adapters
+from lora_lightning.adapters.export import engine_problems, write_canonical
 from lora_lightning.lora import (
     Adapter,
     AdapterSet,
@@ -21,8 +22,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.lora.experts import MISTAKEN_IN
-from lora_lightning.portable import engine_problems, write_canonical
+from lora_lightning.lora.moe import MISTAKEN_IN
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = {"mixtral": "mlp.gate.weight", "qwen2-moe": "mlp.gate.weight", "gpt-oss": "router.weight"}

@@ -12,12 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo import ARCHITECTURES, CLASSIFIER, case, randomise
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, load_adapter, save_adapter
-from lora_lightning.lora.dora import DoraConv1D, DoraEmbedding, DoraLinear
-from lora_lightning.lora.layer import LoraLinear
-from lora_lightning.lora.match import head_modules
-from lora_lightning.optim import build_optimizer
-from lora_lightning.settings import OptimConfig
+from lora_lightning.config.schema import OptimConfig
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    load_adapter,
+    save_adapter,
+)
+from lora_lightning.lora.layers.dora import DoraConv1D, DoraEmbedding, DoraLinear
+from lora_lightning.lora.layers.linear import LoraLinear
+from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.training.optim import build_optimizer
 
 VARIANTS = {
     "dora": {"use_dora": True},

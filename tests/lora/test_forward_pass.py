@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.casts import Casts
-from lora_lightning.lora.layer import LoraLayer
+from lora_lightning.lora.layers.linear import LoraLayer
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.functional import add_low_rank, fused_linear
-from lora_lightning.lora.layer import LoraConv1D, LoraLinear
+from lora_lightning.lora.layers.linear import LoraConv1D, LoraLinear
 
 
 def made(*shape, dtype=torch.float64, seed=0):

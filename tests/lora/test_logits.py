@@ -19,10 +19,10 @@ from zoo import (
     randomise,
 )
 
-from lora_lightning import head as head_module
-from lora_lightning.data.collate import PaddingCollator
-from lora_lightning.head import logits_at, loss_at
+from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig
+from lora_lightning.models import lm_head as head_module
+from lora_lightning.models.lm_head import logits_at, loss_at
 from lora_lightning.tasks import build_task
 
 KINDS = [n for n, (kind, _) in ARCHITECTURES.items() if kind in (CAUSAL, SEQUENCE_TO_SEQUENCE)]

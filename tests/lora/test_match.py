@@ -11,8 +11,18 @@ from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 from zoo import case, randomise
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, save_adapter
-from lora_lightning.lora.match import adaptable, head_modules, match_targets, shortest_suffix
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    save_adapter,
+)
+from lora_lightning.lora.target_modules import (
+    adaptable,
+    head_modules,
+    match_targets,
+    shortest_suffix,
+)
 
 LLAMA_BLOCK = [
     "self_attn.q_proj",

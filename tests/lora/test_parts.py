@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import case, randomise
 
-from lora_lightning.combine import combine_adapters
+from lora_lightning.adapters.combine import combine_adapters
+from lora_lightning.adapters.export import write_canonical
+from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import (
     Adapter,
     AdapterSet,
@@ -21,10 +23,8 @@ from lora_lightning.lora import (
     read_adapter,
     save_adapter,
 )
-from lora_lightning.lora.split import SplitConv1D, SplitLinear
-from lora_lightning.optim import build_optimizer
-from lora_lightning.portable import write_canonical
-from lora_lightning.settings import OptimConfig
+from lora_lightning.lora.layers.fused_qkv import SplitConv1D, SplitLinear
+from lora_lightning.training.optim import build_optimizer
 
 SIZES = {"q": 32, "k": 16, "v": 16}
 # Settings of lora.parts, and how large the parts are.

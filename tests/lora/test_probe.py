@@ -8,7 +8,7 @@ from torch import nn
 from zoo import randomise
 
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.layer import LoraEmbedding, LoraLinear
+from lora_lightning.lora.layers.linear import LoraEmbedding, LoraLinear
 
 
 class Other(nn.Module):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.lora import UserError, outputs
-from lora_lightning.lora.outputs import MARK, replaced_folder
+from lora_lightning.lora import UserError
+from lora_lightning.utils import output_folders as outputs
+from lora_lightning.utils.output_folders import MARK, replaced_folder
 
 
 def write(folder: Path, *, by: str = "merge", text: str = "new", **options) -> None:

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.lora import Adapter, LoraConfig, UserError, functional
-from lora_lightning.lora.stacked import Stack, StackedLayer, stacked_model
+from lora_lightning.lora import (
+    Adapter,
+    LoraConfig,
+    UserError,
+    functional,
+)
+from lora_lightning.lora.batched import Stack, StackedLayer, stacked_model
 
 CONFIGS = (
     LoraConfig(rank=1, targets=["0", "2"]),

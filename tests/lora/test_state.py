@@ -21,12 +21,12 @@ from lora_lightning.lora import (
     LoraConfig,
     UserError,
     load_adapter,
-    outputs,
     read_adapter,
     save_adapter,
-    state,
 )
-from lora_lightning.lora.outputs import MARK
+from lora_lightning.lora.serialization import peft_folder as state
+from lora_lightning.utils import output_folders as outputs
+from lora_lightning.utils.output_folders import MARK
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

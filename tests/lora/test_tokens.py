@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from zoo import VOCABULARY, case, randomise
 
-from lora_lightning.head import loss_at
 from lora_lightning.lora import (
     Adapter,
     AdapterSet,
@@ -23,8 +22,9 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.lora.tokens import rows_of_tokens
-from lora_lightning.modeling import fingerprint
+from lora_lightning.lora.layers.trainable_tokens import rows_of_tokens
+from lora_lightning.models.lm_head import loss_at
+from lora_lightning.models.loading import fingerprint
 
 NEW = [VOCABULARY + 2, VOCABULARY, VOCABULARY + 1]
 ROWS = VOCABULARY + 3
@@ -183,7 +183,7 @@ def plain_losses(model, inputs):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3"])
 def test_training_equals_that_of_whole_matrices_with_masked_gradients(name, chunk, monkeypatch):
     """In float64, by Adam: everything frozen but the rows of the new tokens."""
-    monkeypatch.setattr("lora_lightning.head.CHUNK", chunk)
+    monkeypatch.setattr("lora_lightning.models.lm_head.CHUNK", chunk)
     this = case(name)
     inputs = inputs_of(this)
     model, plain = grown(this).double(), grown(this).double().requires_grad_(False)
@@ -377,7 +377,7 @@ def test_what_is_refused(name, settings, message):
 
 
 def test_the_same_base_is_told_from_another_whatever_it_has_grown_by():
-    from lora_lightning.lora.vocabulary import before_growth
+    from lora_lightning.lora.embeddings import before_growth
 
     this = case("llama")
 

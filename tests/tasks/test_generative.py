@@ -12,13 +12,13 @@ from conftest import ImitatedGpu, OnImitatedGpu, Waits
 from datasets import Dataset
 from torch.nn import functional as F
 
-from lora_lightning.data.collate import MicroBatches, PackingCollator, PaddingCollator
-from lora_lightning.forward import check_packing, masks_without_waiting
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.data.collators import MicroBatches, PackingCollator, PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.metrics import Perplexity, Rouge, TokenAccuracy
-from lora_lightning.modeling import load_model_config, load_tokenizer
-from lora_lightning.settings import ModelConfig
+from lora_lightning.models.forward import check_packing, masks_without_waiting
+from lora_lightning.models.loading import load_model_config, load_tokenizer
 from lora_lightning.tasks import IGNORE, build_task, to_device
+from lora_lightning.tasks.metrics import Perplexity, Rouge, TokenAccuracy
 
 
 def setup(folder, **settings):
@@ -557,7 +557,7 @@ def test_packing_is_refused_where_flash_attention_gets_lanes(tiny_llama, flash, 
     """transformers keeps rows apart in a batch of one lane alone."""
     model = tf.LlamaForCausalLM.from_pretrained(tiny_llama)
     model.config._attn_implementation = "flash_attention_2"
-    monkeypatch.setattr("lora_lightning.forward.uses_flash", lambda model: False)
+    monkeypatch.setattr("lora_lightning.models.forward.uses_flash", lambda model: False)
     with pytest.raises(UserError, match="would see each other"):
         check_packing(model)
     assert set(flash) == {"plain", "by position ids"}

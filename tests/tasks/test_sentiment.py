@@ -13,15 +13,20 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from lora_lightning.config import compose_config
-from lora_lightning.data.collate import PaddingCollator
-from lora_lightning.forward import classification_logits
-from lora_lightning.lora.errors import UserError
-from lora_lightning.modeling import load_classifier, load_model_config, load_tokenizer
-from lora_lightning.settings import ModelConfig, SentimentConfig
-from lora_lightning.tasks import IGNORE, LossOutput, SentimentTask, build_task
-from lora_lightning.train import train
-from lora_lightning.warm_start import task_state_of
+from lora_lightning.config.compose import compose_config
+from lora_lightning.config.schema import ModelConfig, SentimentConfig
+from lora_lightning.data.collators import PaddingCollator
+from lora_lightning.errors import UserError
+from lora_lightning.models.forward import classification_logits
+from lora_lightning.models.loading import load_classifier, load_model_config, load_tokenizer
+from lora_lightning.tasks import (
+    IGNORE,
+    LossOutput,
+    SentimentTask,
+    build_task,
+)
+from lora_lightning.training.run import train
+from lora_lightning.training.warm_start import task_state_of
 
 SEVEN = ["anger", "disgust", "fear", "joy", "neutral", "sadness", "surprise"]
 

@@ -173,7 +173,7 @@ class Lab:
 
     def command(self, *arguments: str, stdin: str = "") -> Said:
         """Runs `lora-lightning ARGUMENTS` in this process."""
-        from lora_lightning.cli import main
+        from lora_lightning.cli.main import main
 
         out, err, status = io.StringIO(), io.StringIO(), 0
         before = sys.argv, sys.stdin

@@ -86,7 +86,7 @@ def plain_install(lab: Lab) -> Figures:
         "own = m.get_torch_context_manager_or_global_device; "
         "m.get_torch_context_manager_or_global_device = lambda: own() or torch.device('cpu'); "
     )
-    code = lab.pick("", imitated) + "from lora_lightning.cli import main; main()"
+    code = lab.pick("", imitated) + "from lora_lightning.cli.main import main; main()"
     brief = ("task=lm", "trainer.max_steps=2", *BRIEF, f"data.train={lab.rows(24)}")
     plain = lab.process(*lab.settings(*brief), code=code)
     blocked = "import sys; sys.modules['accelerate'] = None; "

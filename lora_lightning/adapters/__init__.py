@@ -1,0 +1,1 @@
+"""Adapter folders as files: written, combined, exported."""

@@ -1,0 +1,245 @@
+"""Adapters in the layouts of other tools: which layer of a model each of their matrices is for.
+
+The layouts were read in the sources of kohya's sd-scripts, LitGPT 0.5.13 and torchtune 0.6.1. What
+is not certain, because a name or the order of rows could mean two things, is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.lora import UserError
+from lora_lightning.lora.arithmetic import Update
+from lora_lightning.lora.serialization.peft_folder import read_tensors
+from lora_lightning.lora.target_modules import adaptable
+
+PICKLES = (".pt", ".pth", ".bin", ".lora")
+PARTS = ("q", "k", "v")
+LITGPT = {
+    "attn.proj": "self_attn.o_proj",
+    "mlp.fc_1": "mlp.gate_proj",
+    "mlp.fc_2": "mlp.up_proj",
+    "mlp.proj": "mlp.down_proj",
+}
+TORCHTUNE = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+INTERLEAVED, HALVES = ("llama", "mistral"), ("qwen2",)
+"""Model types by how torchtune orders a head's rows of q and k: pairs side by side, which
+transformers keeps half a head apart, or as transformers does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's tensors as another tool stored them, and the model that they are for."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    model: nn.Module
+    alpha: float | None = None
+    """Where the file does not hold it."""
+    parts: Sequence[str] = PARTS
+    """Which of q, k and v a fused matrix of LitGPT is for."""
+
+    def layer(self, name: str) -> str:
+        """The one layer of the model that is called so, or ends so."""
+        found = [own for own in adaptable(self.model) if f".{own}".endswith(f".{name}")]
+        if len(found) != 1:
+            raise UserError(
+                f"{self.path} has an adapter for {name}, and {type(self.model).__name__} has "
+                f"{len(found) or 'no'} such layers: was it trained on another architecture?"
+            )
+        return found[0]
+
+    def scaling(self, rank: int, stored: Tensor | None = None) -> float:
+        """Alpha over rank; alpha is what the file stores, or else what was given."""
+        alpha = self.alpha if stored is None else float(stored)
+        if alpha is None:
+            raise UserError(
+                f"{self.path} holds no alpha, which says how much the adapter counts: give alpha=A "
+                "as it was trained with (kohya's tools take the rank where there is none)."
+            )
+        return alpha / rank
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key and value heads, and the size of a head."""
+        config: Any = self.model.config
+        heads = int(config.num_attention_heads)
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size)
+
+
+def read_layout(
+    path: Path, model: nn.Module, *, alpha: float | None = None, parts: Sequence[str] = PARTS
+) -> dict[str, Update]:
+    """The updates in a file of another tool, by the model's own names of its layers.
+
+    Args:
+        path: a safetensors file, of kohya's layout, LitGPT's or torchtune's.
+        model: the base model.
+        alpha: where the layout does not store it.
+        parts: see `Source`.
+
+    Raises:
+        UserError: the file is a pickle, damaged, of an unknown layout, or not for this model.
+    """
+    source = Source(path, _read(path), model, alpha, parts)
+    for sign, layout in LAYOUTS.items():
+        if any(re.search(sign, name) for name in source.tensors):
+            return layout(source)
+    some = ", ".join(sorted(source.tensors)[:3])
+    raise UserError(
+        f"{path} is of no layout that is known here; it holds {some} ... Known: PEFT (give its "
+        "folder, with adapter_config.json), kohya, LitGPT, torchtune."
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run code and is not read. Convert it once, if you "
+            'trust it: python -c "import torch; from safetensors.torch import save_file; '
+            f"d = torch.load('{path}', weights_only=True); "
+            "save_file(d.get('model', d), 'adapter.safetensors')\""
+        )
+    return read_tensors(path)
+
+
+def _kohya(source: Source) -> dict[str, Update]:
+    """One name for each layer, its dots written as underscores, behind a prefix: lora_te_..."""
+    written: dict[str, list[str]] = {}
+    for name in adaptable(source.model):
+        written.setdefault(name.replace(".", "_"), []).append(name)
+    updates, prefixes = {}, set()
+    for key, (a, b) in _pairs(source, ".lora_down.weight", ".lora_up.weight", ".alpha").items():
+        ends = [end for end in written if f"_{key}".endswith(f"_{end}")]
+        longest = max(ends, key=len, default="")
+        if len(written.get(longest, [])) != 1:
+            raise UserError(
+                f"{source.path}: {key} names {len(written.get(longest, [])) or 'no'} layers of "
+                f"{type(source.model).__name__}: is it for another model? Here a name is a prefix "
+                f"and then, for instance, {next(iter(written))}."
+            )
+        prefixes.add(key.removesuffix(longest))
+        scaling = source.scaling(a.shape[0], source.tensors.get(f"{key}.alpha"))
+        updates[written[longest][0]] = Update(a, b, scaling)
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{source.path} holds adapters of several models ({', '.join(sorted(prefixes))}): "
+            "keep the tensors of one."
+        )
+    return updates
+
+
+def _litgpt(source: Source) -> dict[str, Update]:
+    """LitGPT's own names; q, k and v lie in one matrix B, and their matrices A above each other."""
+    heads, groups, size = source.heads()
+    rows = {"q": heads * size, "k": groups * size, "v": groups * size}
+    updates = {}
+    for key, (a, b) in _pairs(source, ".lora_A", ".lora_B").items():
+        at = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", key)
+        rank = b.shape[1]
+        scaling = source.scaling(rank)
+        if at and at[2] == "attn.qkv":
+            parts = _parts_of(source, a.shape[0] // rank, b.shape[0], rows)
+            split = zip(parts, a.split(rank), b.split([rows[part] for part in parts]), strict=True)
+            for part, part_a, part_b in split:
+                name = source.layer(f"layers.{at[1]}.self_attn.{part}_proj")
+                updates[name] = Update(part_a, part_b, scaling)
+        elif at and at[2] in LITGPT:
+            updates[source.layer(f"layers.{at[1]}.{LITGPT[at[2]]}")] = Update(a, b, scaling)
+        elif key == "lm_head":
+            vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+            updates[source.layer(key)] = Update(a, b[:vocabulary], scaling)  # LitGPT pads it
+        else:
+            raise _unclear(source, key)
+    return updates
+
+
+def _parts_of(source: Source, count: int, height: int, rows: dict[str, int]) -> list[str]:
+    """Which of q, k and v are adapted, in that order."""
+    parts = [part for part in PARTS if part in source.parts]
+    if len(parts) != count or sum(rows[part] for part in parts) != height:
+        raise UserError(
+            f"{source.path}: attn.qkv has adapters for {count} of q, k and v, and {height} rows. "
+            f"Say for which, as parts=q,v; here q has {rows['q']} rows, k and v {rows['k']} each."
+        )
+    return parts
+
+
+def _torchtune(source: Source) -> dict[str, Update]:
+    """The names of Meta's Llama, and its order of rows in q and k."""
+    kind = str(source.model.config.model_type)  # type: ignore[union-attr]
+    if kind not in (*INTERLEAVED, *HALVES):
+        raise UserError(
+            f"{source.path} is of torchtune, whose order of rows is known here for "
+            f"{', '.join((*INTERLEAVED, *HALVES))}, not for {kind}. torchtune itself writes PEFT's "
+            "files beside its own: give their folder."
+        )
+    updates = {}
+    for key, (a, b) in _pairs(source, ".lora_a.weight", ".lora_b.weight").items():
+        at = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
+        if at and at[2] in TORCHTUNE:
+            name = f"layers.{at[1]}.{TORCHTUNE[at[2]]}"
+            if kind in INTERLEAVED and name.endswith(("q_proj", "k_proj")):
+                b = _pairs_apart(b, source.heads()[2])
+        elif key == "output":
+            name = "lm_head"
+        else:
+            raise _unclear(source, key)
+        updates[source.layer(name)] = Update(a, b, source.scaling(a.shape[0]))
+    return updates
+
+
+def _pairs_apart(matrix: Tensor, head_size: int) -> Tensor:
+    """Rows x0 y0 x1 y1 ... of each head to x0 x1 ... y0 y1 ..., as transformers rotates them."""
+    by_head = matrix.view(-1, head_size // 2, 2, matrix.shape[1])
+    return by_head.transpose(1, 2).reshape(matrix.shape)
+
+
+def _pairs(source: Source, a: str, b: str, *others: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the name before their endings; nothing else may be in the file."""
+    found = {}
+    for name, tensor in source.tensors.items():
+        if not name.endswith((a, b, *others)):
+            raise _unclear(source, name)
+        if name.endswith(a):
+            key = name.removesuffix(a)
+            other = source.tensors.get(key + b)
+            if other is None:
+                raise UserError(f"{source.path} holds {name}, and no {key + b}.")
+            if tensor.dim() != 2 or other.dim() != 2:
+                raise UserError(f"{source.path}: {key} is no linear layer's adapter.")
+            found[key] = tensor, other
+    for name in source.tensors:
+        ending = next(end for end in (a, b, *others) if name.endswith(end))
+        if (key := name.removesuffix(ending)) not in found:
+            raise UserError(f"{source.path} holds {name}, and no {key + a}.")
+    return found
+
+
+def _unclear(source: Source, name: str) -> UserError:
+    return UserError(
+        f"{source.path}: {name} is nothing that could be placed in "
+        f"{type(source.model).__name__} with certainty."
+    )
+
+
+LAYOUTS: dict[str, Callable[[Source], dict[str, Update]]] = {
+    r"\.lora_down\.weight$": _kohya,
+    r"^(transformer\.h\.\d+\..+|lm_head)\.lora_A$": _litgpt,
+    r"\.lora_a\.weight$": _torchtune,
+}
+"""By what their names look like."""

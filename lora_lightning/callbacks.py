@@ -1,0 +1,26 @@
+"""The callbacks and loggers of a run, under the names that configs hold."""
+
+from .training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from .training.callbacks.forgetting import Retention
+from .training.callbacks.loggers import CurvesLogger, EventsLogger
+from .training.callbacks.progress import (
+    AdapterSummary,
+    ProgressBar,
+    SamplePredictions,
+    UpdateNorms,
+)
+from .training.callbacks.throughput import RunClock, Throughput
+
+__all__ = [
+    "AdapterSummary",
+    "BestCheckpoint",
+    "CurvesLogger",
+    "EventsLogger",
+    "LastCheckpoint",
+    "ProgressBar",
+    "Retention",
+    "RunClock",
+    "SamplePredictions",
+    "Throughput",
+    "UpdateNorms",
+]

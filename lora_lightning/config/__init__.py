@@ -1,0 +1,1 @@
+"""The configuration: schemas, composition, and settings that exclude each other."""

@@ -1,0 +1,92 @@
+"""Paths of a config that mean the same from every folder."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.output_folders import expanded
+
+FILES = (
+    *("model.name_or_path", "model.tokenizer", "adapter", "callbacks.retention.texts"),
+    *("data.train", "data.val", "data.test", "data.path", "data.cache_dir"),
+)
+"""Settings that name files or folders; those of a hub are left as they are."""
+MADE = ("data.cache_dir",)
+"""Of those, what a run makes."""
+
+
+def anchor(config: DictConfig, base: Path) -> None:
+    """Makes the paths of a config absolute, in place, and those of ~ too.
+
+    A run may be resumed, and its adapter used, from other folders than it was started in.
+
+    Args:
+        config: a composed config. Interpolations stay: they may read what is not to be saved.
+        base: the folder that relative paths start from.
+    """
+    for key in FILES:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if not isinstance(node, DictConfig) or name not in node:
+            continue
+        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+            continue
+        value = node[name]
+        if OmegaConf.is_list(value):
+            raw = OmegaConf.to_container(value, resolve=False)
+            assert isinstance(raw, list)
+            node[name] = [_absolute(item, base, key) for item in raw]
+        elif isinstance(value, str):
+            node[name] = _absolute(value, base, key)
+
+
+def refuse_absent(config: DictConfig) -> None:
+    """Raises UserError for a data file that is not there, before any library is loaded.
+
+    Args:
+        config: a composed config, anchored.
+    """
+    for split in ("train", "val", "test"):
+        if OmegaConf.is_interpolation(config.data, split):
+            continue
+        value = config.data[split]
+        for item in value if OmegaConf.is_list(value) else [value]:
+            if not isinstance(item, str) or "://" in item or glob.has_magic(item):
+                continue
+            path = expanded(item, f"data.{split}")
+            if not path.exists():
+                raise absent(f"data.{split}", path)
+
+
+def absent(option: str, path: Path) -> UserError:
+    """What to tell of a data file that is not there, with names that are."""
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
+    return UserError(
+        f"{option}: {path} does not exist.{where}{did_you_mean(path.name, beside)} "
+        "Give the path of a file."
+    )
+
+
+def _absolute(value: Any, base: Path, key: str) -> Any:
+    """A path from the root, if there is something; a name of a hub, and a mistake, as typed."""
+    if not isinstance(value, str) or not value or "://" in value or "${" in value:
+        return value
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # ~ of a user that the system does not know
+        return value
+    if path.is_absolute():
+        return str(path)
+    try:
+        there = key in MADE or os.path.lexists(base / path)
+        there = there or (glob.has_magic(value) and any(base.glob(value)))
+    except (OSError, ValueError):
+        return value
+    return os.path.abspath(base / path) if there else value

@@ -1,0 +1,158 @@
+"""Where presets are found: the package's own conf/, and folders that a command line names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from lora_lightning.errors import UserError
+
+CONFIG_MODULE = "lora_lightning.conf"
+CONFIG_NAME = "train"
+SEARCH = "hydra.searchpath="
+_FLAGS = {
+    **dict.fromkeys(("--config-dir", "-cd"), "folder"),
+    **dict.fromkeys(("--config-path", "-cp"), "path"),
+    **dict.fromkeys(("--config-name", "-cn"), "name"),
+}
+
+
+@dataclass
+class Primary:
+    """The config that all others are composed into.
+
+    Args:
+        folder: where it is; "": in the package, or in a folder of the search path.
+        name: of its file, without the ending.
+    """
+
+    folder: str = ""
+    name: str = CONFIG_NAME
+
+    @property
+    def source(self) -> str:
+        """As `hydra.main` takes it."""
+        return self.folder or f"pkg://{CONFIG_MODULE}"
+
+    @contextmanager
+    def initialized(self) -> Iterator[None]:
+        """Within it Hydra composes from here."""
+        begun = (
+            initialize_config_dir(self.folder, version_base="1.3")
+            if self.folder
+            else initialize_config_module(CONFIG_MODULE, version_base="1.3")
+        )
+        with begun:
+            yield
+
+
+primary = Primary()
+"""Of this process: `with_presets` sets it from the command line."""
+
+
+def with_presets(arguments: list[str]) -> list[str]:
+    """Arguments with one `hydra.searchpath=[...]` in place of Hydra's flags for folders.
+
+    So every verb and every job of a sweep finds the same presets. Folders are made absolute: a run
+    may be resumed from elsewhere. The ~ of a value such as ~/data is replaced: no shell
+    does it after a =, and in Hydra's grammar it means something else.
+
+    Raises:
+        UserError: a flag lacks its value, or a folder is not there.
+    """
+    arguments = [_from_home(argument) for argument in arguments]
+    rest: list[str] = []
+    found: dict[str, list[str]] = {"folder": [], "path": [], "name": []}
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, value = argument.partition("=")
+        if flag not in _FLAGS:
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value or (value.startswith("-") and not equals):
+            raise UserError(f"{flag} needs a value: {flag} {_FLAGS[flag].upper()}.")
+        found[_FLAGS[flag]].append(value)
+    primary.folder = primary.name = ""
+    if found["path"]:
+        primary.folder = _folder(found["path"][-1], "--config-path").removeprefix("file://")
+    primary.name = found["name"][-1] if found["name"] else CONFIG_NAME
+    entries = [_folder(folder, "--config-dir") for folder in found["folder"]]
+    typed = [item for item in rest if item.startswith(SEARCH)]
+    entries += [_absolute(entry) for item in typed for entry in _entries(item)]
+    folders = [entry.removeprefix("file://") for entry in entries]
+    if found["name"] and not primary.folder:  # Hydra looks for it in one place
+        holders = (f for f in folders if (Path(f) / f"{primary.name}.yaml").is_file())
+        primary.folder = next(holders, "")
+    if primary.folder:
+        entries.append(f"pkg://{CONFIG_MODULE}")
+    rest = [item for item in rest if item not in typed]
+    if not entries:
+        return rest
+    # Beside the other overrides: Hydra's parser wants flags before or after all of them.
+    first = (i for i, item in enumerate(rest) if "=" in item and not item.startswith("-"))
+    place = next(first, len(rest))
+    return [*rest[:place], search_override(entries), *rest[place:]]
+
+
+def search_override(entries: Sequence[str]) -> str:
+    """The override that names a search path."""
+    quoted = ",".join("'" + entry.replace("'", "\\'") + "'" for entry in dict.fromkeys(entries))
+    return f"{SEARCH}[{quoted}]"
+
+
+def searched(overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that say where presets are."""
+    return [item for item in overrides if item.startswith(SEARCH)]
+
+
+def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Names of the presets of a group: the package's, and those of the search path."""
+    own = files(CONFIG_MODULE).joinpath(group)
+    folders: list[Any] = [own] if own.is_dir() else []
+    entries = [entry for item in searched(overrides) for entry in _entries(item)]
+    for entry in [*entries, *([primary.folder] if primary.folder else [])]:
+        folder = Path(entry.removeprefix("file://")) / group
+        folders += [folder] if not entry.startswith("pkg://") and folder.is_dir() else []
+    names = {each.name for folder in folders for each in folder.iterdir()}
+    return sorted(name[:-5] for name in names if name.endswith(".yaml"))
+
+
+def _entries(override: str) -> list[str]:
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException as error:
+        raise UserError(f"cannot read {override!r}: {' '.join(str(error).split())}") from None
+    if not isinstance(value, list):
+        raise UserError(f"{override}: give a list of folders: 'hydra.searchpath=[FOLDER]'.")
+    return [str(entry) for entry in value]
+
+
+def _absolute(entry: str) -> str:
+    return entry if entry.startswith("pkg://") else _folder(entry, "hydra.searchpath")
+
+
+def _from_home(argument: str) -> str:
+    found = re.fullmatch(r"(?!resume=)(\+*[\w.]+=)(~[^'\"\[\]{},]*)", argument)
+    if not found:
+        return argument
+    home = re.match(r"~[^/]*", found[2])
+    path = os.path.expanduser(found[2]) if home and found[2] != home[0] else found[2]
+    return f"{found[1]}'{path}'"
+
+
+def _folder(given: str, setting: str) -> str:
+    path = Path(given.removeprefix("file://")).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{setting}: {given} is no folder. Give one with presets in it.")
+    return f"file://{os.path.abspath(path)}"

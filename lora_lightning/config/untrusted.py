@@ -1,0 +1,236 @@
+"""Settings that stand in a file: what is taken from them, and what only the user may say.
+
+An adapter's sidecar and a checkpoint are often those of others. Their settings are an allow-list:
+the groups and keys of `config/schema.py`, with their types.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.lora.config import LoraConfig
+
+from .schema import (
+    OWN_GROUPS,
+    TASK_CONFIGS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+)
+
+ATTENTION = ("eager", "sdpa", "flex_attention")
+"""Attention that torch has itself; for other names transformers may fetch code from the hub."""
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Attention of an installed package, by its module. Where it is absent transformers fetches it."""
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
+"""Products of experts that torch has itself."""
+ONLY_TYPED = (("model", "trust_remote_code"), ("data", "cache_dir"))
+"""Group and key of what runs code or writes files: a file's value is left out."""
+_SCHEMAS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "lora": LoraConfig,
+    "optim": OptimConfig,
+}
+
+
+def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str, dict[str, Any]]:
+    """Return our own groups of settings as a file holds them, checked against their types.
+
+    `trust_remote_code`, `cache_dir` and attention kernels that are not installed are left out, and
+    so are groups that are not ours.
+
+    Args:
+        settings: groups by name.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a key or a type is wrong, or a value is no plain one.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for group in OWN_GROUPS:
+        if group not in settings:
+            continue
+        values = settings[group]
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: its settings of {group!r} must be a mapping.")
+        check_plain(values, f"{source}: {group}")
+        kept[group] = _typed(group, values, source)
+    for group, key in ONLY_TYPED:
+        kept.get(group, {}).pop(key, None)
+    if not is_installed_attention(kept.get("model", {}).get("attn_implementation")):
+        kept.get("model", {}).pop("attn_implementation", None)
+    return kept
+
+
+def is_installed_attention(name: Any) -> bool:
+    """Whether attention that a file names is there, so that no code is fetched for it."""
+    package = FLASH.get(name) if isinstance(name, str) else None
+    return name in ATTENTION or (package is not None and bool(importlib.util.find_spec(package)))
+
+
+def check_plain(values: Any, where: str) -> None:
+    """Raise UserError for values that read the environment (`${`) or build a class (`_target_`)."""
+    try:
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{where}: settings must be plain values.") from None
+    for mark in ("${", '"_target_"'):
+        if mark in text:
+            raise UserError(
+                f"{where}: settings must be plain values, and one holds {mark.strip(chr(34))}. "
+                "Take it out of the file, or use a file of another source."
+            )
+
+
+def _typed(group: str, values: dict[str, Any], source: object) -> dict[str, Any]:
+    """The values of a group, as the types of its dataclass say."""
+    own = dict(values)
+    method = {"method": own.pop("method")} if group == "lora" and "method" in own else {}
+    schema = _task_schema(own, source) if group == "task" else _SCHEMAS[group]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), own)
+        plain = OmegaConf.to_container(merged)
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split("full_key")[0].split())
+        key = f"{group}.{getattr(error, 'full_key', None) or '*'}".removesuffix(".*")
+        raise UserError(f"{source}: {key} does not fit: {reason}.") from None
+    assert isinstance(plain, dict)
+    return {key: plain[key] for key in own} | method
+
+
+def _task_schema(values: dict[str, Any], source: object) -> type[Any]:
+    name = values.get("name")
+    if not isinstance(name, str) or name not in TASK_CONFIGS:
+        raise UserError(
+            f"{source}: task.name={name!r}: there is no such task."
+            f"{did_you_mean(str(name), TASK_CONFIGS)} Known: {', '.join(TASK_CONFIGS)}."
+        )
+    return TASK_CONFIGS[name]
+
+
+def check_task_state(state: Any, source: object) -> None:
+    """Raise UserError unless what a task has learned from its data is plain values."""
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: its task_state must be a mapping.")
+    for key, value in state.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+            raise UserError(f"{source}: its task_state.{key} must be plain.")
+
+
+def arguments_from_file(
+    saved: Mapping[str, Any],
+    source: object,
+    *,
+    typed: Mapping[str, Any] | None = None,
+    added: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return a module's arguments: those that a checkpoint holds, under those that are typed.
+
+    Args:
+        saved: the checkpoint's hyper_parameters.
+        source: the checkpoint.
+        typed: the caller's. A dict changes the entries that it names.
+        added: further arguments of the caller's own class, taken as plain values.
+
+    Raises:
+        UserError: the checkpoint's are not such as a run saves.
+    """
+    typed = typed or {}
+    groups = {
+        group: saved[group]
+        for group in ("model", "task", "lora", "optim")
+        if saved.get(group) is not None and isinstance(typed.get(group, {}), dict)
+    }
+    found: dict[str, Any] = {**settings_from_file(groups, source)}
+    if "lora" in saved and saved["lora"] is None:
+        found["lora"] = None
+    if "task_state" in saved:
+        check_task_state(saved["task_state"], source)
+        found["task_state"] = saved["task_state"]
+    if not isinstance(saved.get("seed", 0), int):
+        raise UserError(f"{source}: its seed must be a whole number.")
+    plain = {name: saved[name] for name in ("seed", *added) if name in saved}
+    check_plain(plain, str(source))
+    found |= plain
+    for name, value in typed.items():
+        merges = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = {**found[name], **value} if merges else value
+    return found
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere, whose content would end in what is written.
+
+    Weights are read as tensors alone, and may be links.
+
+    Args:
+        folder: an adapter, a base model, or a tokenizer.
+
+    Raises:
+        UserError: it holds such a link.
+    """
+    for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
+        real = lies_elsewhere(path, folder)
+        if real is not None and path.suffix != ".safetensors":
+            raise UserError(
+                f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
+                f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+            )
+
+
+def lies_elsewhere(path: Path, folder: Path) -> Path | None:
+    """Return where a path in a folder leads to if that is outside of the folder, else None.
+
+    A folder in the hub's cache holds links to the files of its own repository, which are inside.
+
+    Args:
+        path: a file in the folder, or a link.
+        folder: the folder.
+    """
+    inside = folder.resolve()
+    real = Path(os.path.realpath(path))  # which does not mind a ring of links
+    own = [up / "blobs" for up in inside.parents if up.name.startswith(("models--", "datasets--"))]
+    return None if any(real.is_relative_to(place) for place in (inside, *own)) else real
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of JSON; nothing where it is none, which whoever reads it will tell."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_outside_shards(folder: Path) -> None:
+    """Refuse a base model whose index of shards, or tokenizer, names a file outside of its folder.
+
+    Raises:
+        UserError: it does, or the index cannot be read.
+    """
+    named = _json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
+    for name in named if isinstance(named, list) else ():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{folder}/tokenizer_config.json names a file elsewhere: {name!r}.")
+    for index in folder.rglob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = sorted(str(name) for name in files if Path(name).name != name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index} is damaged: {error!r}. Copy the model again.") from None
+        if outside:
+            raise UserError(
+                f"{index} names {outside[0]!r}, and shards lie beside their index. Take the model "
+                "from where it is whole."
+            )

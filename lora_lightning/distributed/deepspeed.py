@@ -1,0 +1,221 @@
+"""Lightning's strategy for gradients and optimizer states in shares, by DeepSpeed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+
+from lora_lightning.lora import UserError
+
+from .strategies import DataParallelStrategy
+
+SUPPORTED = ("Adam", "AdamW", "SGD")
+"""Optimizers that are tried on shares of what is trained."""
+BUCKET = 50_000_000
+"""Numbers that are averaged over the processes at a time."""
+
+
+class ZeroStrategy(DataParallelStrategy):
+    """Several processes, each with all of the model and a share of its optimizer (ZeRO-2).
+
+    A process keeps the averaged gradients and the optimizer's state of its share of what is trained
+    (Rajbhandari et al. 2020, arXiv:1910.02054). DeepSpeed is handed what is trained and the loss,
+    and nothing else: the frozen base, precision and checkpoints are those of `trainer=ddp`.
+
+    Args:
+        process_group_backend: of torch.distributed; None: the one that suits the device.
+        timeout: of a collective.
+    """
+
+    def __init__(
+        self,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self._engine: Any = None
+        self._trained: list[list[nn.Parameter]] = []
+        """Of each of the optimizer's groups."""
+
+    @staticmethod
+    def check(optimizer: str, precision: str) -> None:
+        """Makes sure that a run can be done by DeepSpeed as by any other strategy.
+
+        Args:
+            optimizer: name of its class.
+            precision: Lightning's name of it.
+
+        Raises:
+            UserError: DeepSpeed is absent, or the settings would give another result with it.
+        """
+        if optimizer not in SUPPORTED:
+            raise UserError(
+                f"optim.name={optimizer} would not do the same on shares of the parameters, which "
+                f"trainer=deepspeed gives it: use {' or '.join(SUPPORTED)}, or trainer=ddp."
+            )
+        if precision == "16-mixed":
+            raise UserError(
+                "trainer.precision=16-mixed scales gradients, and so does trainer=deepspeed: use "
+                "bf16-mixed or bf16-true, or trainer=ddp."
+            )
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError(
+                "trainer=deepspeed needs DeepSpeed: pip install 'lora_lightning[deepspeed]'. "
+                "Without it, trainer=ddp trains the same, and trainer=fsdp2 spreads the base."
+            )
+
+    def configure_ddp(self) -> None:
+        """Nothing: DeepSpeed averages the gradients."""
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        (optimizer,) = self.optimizers
+        self.check(type(optimizer).__name__, str(self.precision_plugin.precision))
+        if trainer.gradient_clip_algorithm == "value":
+            raise UserError(
+                "trainer.gradient_clip_algorithm=value is not in DeepSpeed: use norm, or "
+                "trainer=ddp."
+            )
+        self._trained = [list(group["params"]) for group in optimizer.param_groups]
+        self._engine = self._build_engine(optimizer, trainer.gradient_clip_val or 0.0)
+        self.optimizers = [self._engine.optimizer]
+
+    def _build_engine(self, optimizer: torch.optim.Optimizer, clip: float) -> Any:
+        os.environ.setdefault("DS_ACCELERATOR", self.root_device.type)
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # A kernel for inference on a CPU, which would be compiled first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            self._process_group_backend, auto_mpi_discovery=False, verbose=False
+        )
+        trained = [parameter for group in self._trained for parameter in group]
+        size = sum(parameter.numel() for parameter in trained)
+        engine, *_ = deepspeed.initialize(
+            model=_Trained(trained),
+            model_parameters=trained,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # it has to be given, and is used to log alone
+                "managed_gradient_accumulation": False,  # a step is made when it is asked for
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": min(size, BUCKET)},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": clip,
+            },
+            dist_init_required=False,
+        )
+        return engine
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self._engine.backward(self._engine(closure_loss))
+        return closure_loss
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Has the coming step multiply its gradients by a factor, before they are clipped."""
+        # What the loss was multiplied by, DeepSpeed says; it divides by that.
+        self._engine.optimizer.loss_scale = 1 / factor
+
+    def optimizer_step(
+        self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        result = closure()
+        assert self.lightning_module is not None
+        self.precision_plugin._after_closure(self.lightning_module, optimizer)
+        self._engine.step()
+        self._engine.optimizer.loss_scale = 1.0
+        return result
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+
+    # Checkpoints hold torch's own state of the optimizer, whole: any strategy goes on from them.
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """State of the optimizer without DeepSpeed; every process has to ask."""
+        shared = self._engine.optimizer.optimizer
+        state: dict[int, dict[str, Any]] = {}
+        groups = []
+        for trained, group in zip(self._trained, shared.param_groups, strict=True):
+            (share,) = group["params"]
+            indices = range(len(state), len(state) + len(trained))
+            values = {
+                name: _whole(value, share, trained)
+                for name, value in shared.state.get(share, {}).items()
+            }
+            for place, index in enumerate(indices):
+                state[index] = {name: each[place] for name, each in values.items()}
+            groups.append({**group, "params": list(indices)})
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        shared = self._engine.optimizer.optimizer
+        (saved,) = checkpoint["optimizer_states"]
+        state: dict[int, dict[str, Any]] = {}
+        for number, (theirs, ours) in enumerate(
+            zip(saved["param_groups"], shared.param_groups, strict=True)
+        ):
+            (share,) = ours["params"]
+            each = [saved["state"].get(index, {}) for index in theirs["params"]]
+            names = dict.fromkeys(name for one in each for name in one)
+            state[number] = {name: _share([one[name] for one in each], share) for name in names}
+        groups = [
+            {**group, "params": [number]} for number, group in enumerate(saved["param_groups"])
+        ]
+        shared.load_state_dict({"state": state, "param_groups": groups})
+
+
+class _Trained(nn.Module):
+    """What DeepSpeed sees of a model: the parameters that are trained, and the loss."""
+
+    def __init__(self, trained: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+# A group's parameters are one vector after the other, padded at the end and cut evenly.
+
+
+def _whole(value: Any, share: Tensor, trained: list[nn.Parameter]) -> list[Any]:
+    """For each parameter of a group a value of the optimizer's, from the shares of all processes.
+
+    Args:
+        value: this process's share, or what holds for the whole group: the count of steps.
+        share: this process's share of the parameters.
+        trained: the parameters.
+    """
+    if not isinstance(value, Tensor) or value.shape != share.shape:
+        # Each its own: a count that all shared would be raised by each of them.
+        return [copy.deepcopy(value) for _ in trained]
+    shares = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, value)
+    sizes = [parameter.numel() for parameter in trained]
+    values = torch.cat(shares)[: sum(sizes)].split(sizes)
+    return [one.view_as(like) for one, like in zip(values, trained, strict=True)]
+
+
+def _share(values: list[Any], share: Tensor) -> Any:
+    """The reverse of `_whole`."""
+    if not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        return values[0]
+    size = share.numel()
+    part = torch.cat([value.flatten() for value in values])[dist.get_rank() * size :][:size]
+    return nn.functional.pad(part, (0, size - part.numel()))

@@ -1,0 +1,236 @@
+"""Lightning's strategies as this package needs them: on one device, in copies, and sharded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lora_lightning.lora import UserError
+from lora_lightning.lora.running_statistics import is_statistic
+
+from .precision import refuse_scaled_loss
+from .sharded_loading import Shards
+
+BY_ELEMENT = (
+    *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
+    *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+)
+"""Optimizers that treat each number by itself, so that they can treat shares of a matrix."""
+
+
+class _Resident(Strategy):
+    """Leaves the module on its device when a loop of the Trainer ends.
+
+    Lightning moves it to the host's memory after every fit, validation and test: a copy of the
+    frozen base from each process, four times a run.
+    """
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+class OneDeviceStrategy(SingleDeviceStrategy, _Resident):
+    """One device."""
+
+
+class DataParallelStrategy(DDPStrategy, _Resident):
+    """Several processes, each with the whole model and rows of its own (DDP).
+
+    Frozen tensors are not broadcast: every process reads them from the same files. Buffers are
+    constants here, and gradients are stored once.
+
+    Args:
+        kwargs: as Lightning's DDPStrategy.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        super().__init__(**{sync: False, "gradient_as_bucket_view": True, **kwargs})
+
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        assert self.model is not None
+        ignore_frozen(self.model)
+
+
+def ignore_frozen(model: nn.Module) -> None:
+    """Keeps DDP, and Lightning's tests and validations, from broadcasting frozen tensors."""
+    frozen = [name for name, tensor in model.named_parameters() if not tensor.requires_grad]
+    frozen += [name for name, _ in model.named_buffers() if not is_statistic(name)]
+    model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+
+
+def resident(chosen: Strategy | str) -> Strategy | str:
+    """Lightning's strategy as one of ours, where we have one.
+
+    Args:
+        chosen: what Lightning takes, or has chosen.
+    """
+    if type(chosen) is SingleDeviceStrategy:
+        return OneDeviceStrategy(chosen.root_device)
+    if isinstance(chosen, str) and chosen in StrategyRegistry:
+        entry = StrategyRegistry[chosen]
+        if entry["strategy"] is DDPStrategy and entry["init_params"].get("start_method") == "popen":
+            return DataParallelStrategy(**entry["init_params"])
+    return chosen
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Several processes, each with a share of the frozen base: see `parallel` and `placement`.
+
+    Args:
+        tensor_parallel_size: processes that share the matrices of a layer; None: all of a machine.
+            The base's layers are spread over the others (FSDP2), which see different rows.
+        process_group_backend: of torch.distributed; None: the one that suits the device.
+        timeout: of a collective.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int | None = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.asked = tensor_parallel_size
+
+    @property
+    def tensor_size(self) -> int:
+        """Processes that are to share the matrices of a layer."""
+        return self.num_processes if self.asked is None else self.asked
+
+    def setup_environment(self) -> None:
+        total, tensor = self.num_nodes * self.num_processes, self.tensor_size
+        if tensor < 1 or total % tensor:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size={tensor} does not divide the "
+                f"{total} processes of this run."
+            )
+        self._data_parallel_size, self._tensor_parallel_size = total // tensor, tensor
+        super().setup_environment()
+
+    @staticmethod
+    def check(optimizer: str) -> None:
+        """Raises UserError for an optimizer that would not do the same on shares of a matrix."""
+        if optimizer not in BY_ELEMENT:
+            raise UserError(
+                f"optim.name={optimizer} looks at whole matrices, and in tensor parallelism each "
+                "process has a share of them: use AdamW or SGD, or trainer=fsdp2 or trainer=ddp."
+            )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        refuse_scaled_loss(str(self.precision_plugin.precision))
+        super().setup_optimizers(trainer)
+        if Shards(self.device_mesh).tensor > 1:
+            for optimizer in self.optimizers:
+                self.check(type(optimizer).__name__)
+
+    # A checkpoint holds what is trained whole: it is that of any other strategy.
+    lightning_restore_optimizer: Any = True
+    lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
+    load_model_state_dict: Any = Strategy.load_model_state_dict
+    save_checkpoint: Any = Strategy.save_checkpoint
+    load_checkpoint: Any = Strategy.load_checkpoint
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of the optimizer with whole matrices; every process has to ask."""
+        state = Strategy.optimizer_state(self, optimizer)
+        return self._placement.whole_state(optimizer, state)  # type: ignore[no-any-return]
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        pairs = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+        shares = [self._placement.share_of_state(optimizer, state) for optimizer, state in pairs]
+        Strategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": shares})
+
+    @property
+    def _placement(self) -> Any:
+        return self.lightning_module.placement  # type: ignore[union-attr]
+
+
+def refuse_strategy(name: str) -> None:
+    """Refuses strategies under which a run would train something else than it says.
+
+    Args:
+        name: of the strategy, or of its class.
+
+    Raises:
+        UserError: Lightning's for DeepSpeed takes precision and checkpoints out of our hands; FSDP
+            in its first version gathers frozen weights to checkpoints and cannot clip by norm.
+    """
+    kind = name.lower()
+    if kind.startswith("deepspeed"):
+        raise UserError(
+            f"trainer.strategy={name} is not supported: trainer=deepspeed has the optimizer in "
+            "shares (ZeRO-2), and trainer=fsdp2 the base."
+        )
+    if kind.startswith("fsdp"):
+        raise UserError(
+            f"trainer.strategy={name} is not supported: trainer=fsdp2 shards the base the same way."
+        )
+
+
+def refuse_full(strategy: object, *, full: bool) -> None:
+    """Raises UserError where the base itself is to be trained and is in shares."""
+    if full and isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "lora=full trains the base itself, which is in shares here: use trainer=ddp."
+        )
+
+
+def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) -> None:
+    """Multiplies the gradients of the coming step of the optimizer by a factor, a scalar."""
+    if hasattr(strategy, "scale_gradients"):
+        strategy.scale_gradients(factor)
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def sum_over_ranks(strategy: Strategy, tensor: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place.
+
+    Unlike `Strategy.reduce` it sets no barrier first, for which NCCL stops the host.
+    """
+    if getattr(strategy, "world_size", 1) > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def data_ranks(trainer: Trainer) -> int:
+    """Processes that see different rows; in tensor parallelism fewer than all."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        return Shards(strategy.device_mesh).data
+    return trainer.world_size
+
+
+def in_step(strategy: Strategy) -> bool:
+    """Whether processes that see different rows have to make equally many forward passes."""
+    return isinstance(strategy, ShardedStrategy) and Shards(strategy.device_mesh).data > 1

@@ -1,0 +1,1 @@
+"""Trained adapters in use: predict, evaluate, chat, merge."""

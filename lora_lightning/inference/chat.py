@@ -1,0 +1,67 @@
+"""Talking with a trained model in a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lora_lightning.lora import UserError
+from lora_lightning.tasks import InstructTask
+
+from .predictor import Predictor, row_of
+
+HELP = "Type a message; an empty line or Ctrl-D ends, /reset starts over."
+
+
+def answer(predictor: Predictor, text: str) -> str:
+    """Prints the answer to one text as it comes, and returns it."""
+    return _reply(predictor, row_of(predictor, text))
+
+
+def chat(predictor: Predictor) -> None:
+    """Reads lines and answers them, until an empty line or the end of input.
+
+    A model of the task `instruct` is told the whole conversation; any other each line alone.
+
+    Raises:
+        UserError: the task does not generate text.
+    """
+    task = predictor.module.task
+    if not task.generative:
+        raise UserError(
+            f"chat needs a task that writes text; this adapter was trained for {task.name}. "
+            'Use: lora-lightning predict adapter=DIR text="..."'
+        )
+    shown = sys.stdin.isatty()
+    if shown:
+        print(HELP)
+    said: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if shown else "").strip()
+        except EOFError:
+            break
+        if not line:
+            break
+        if line == "/reset":
+            said = []
+            continue
+        if not isinstance(task, InstructTask):
+            answer(predictor, line)
+            continue
+        said.append({"role": "user", "content": line})
+        task.columns = ["messages"]
+        reply = _reply(predictor, {"messages": said})
+        said.append({"role": "assistant", "content": reply})
+
+
+def _reply(predictor: Predictor, row: dict[str, Any]) -> str:
+    module = predictor.module
+    task: Any = module.task
+    assert module.model is not None
+    columns = {name: [row.get(name)] for name in task.input_columns()}
+    prompt = task.encode(columns, module.tokenizer, predictor.max_length, targets=False)
+    if not prompt["input_ids"][0]:
+        raise UserError("the text is too long: shorten it, or raise data.max_length.")
+    predictor.refuse_unknown(prompt["input_ids"][0], where="the text")
+    return str(task.stream(module.model, prompt["input_ids"][0]))

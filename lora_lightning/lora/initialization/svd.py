@@ -1,0 +1,72 @@
+"""First values of A and B that are parts of the frozen weight W, (out, in).
+
+PiSSA trains the directions in which W is largest, OLoRA those of an orthonormal basis of it. Both
+begin with s B A as a part of W, so that what they begin with has to be taken off it again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import UserError
+
+
+@torch.no_grad()
+def first_matrices(
+    name: str, weight: Tensor, rank: int, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """A, (r, in), and B, (out, r), in fp32.
+
+    Args:
+        name: "pissa", "pissa_niter_N" or "olora".
+        weight: (out, in).
+        rank: r.
+        scaling: s.
+
+    Raises:
+        UserError: the weight has fewer rows or columns than r.
+    """
+    if name in ("eva", "loftq"):
+        raise UserError(
+            f"lora.init={name} needs more than a layer, training data or the unquantised weights: "
+            "train by LoraModule."
+        )
+    if rank > min(weight.shape):
+        out, fan_in = weight.shape
+        raise UserError(
+            f"lora.init={name} takes A and B from the weight itself: its rank cannot be {rank} on "
+            f"a weight of {out} x {fan_in}. Give a lower lora.rank, or lora.init=kaiming."
+        )
+    if name == "olora":
+        return orthonormal(weight.float(), rank)
+    _, _, steps = name.partition("_niter_")
+    return principal(weight.float(), rank, scaling=scaling, steps=int(steps) if steps else None)
+
+
+def principal(
+    weight: Tensor, rank: int, *, scaling: float, steps: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """PiSSA (Meng et al. 2024, arXiv:2404.02948): W = U S V^T, and s B A = U_r S_r V_r^T.
+
+    B is U_r sqrt(S_r / s) and A its mirror.
+
+    Args:
+        weight: (out, in).
+        rank: r.
+        scaling: s.
+        steps: of subspace iteration, instead of the whole decomposition; 4 are near to it.
+    """
+    if steps is None:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, v = torch.svd_lowrank(weight, min(rank + 8, *weight.shape), niter=steps)
+        vt = v.t()
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def orthonormal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """OLoRA (Buyukakyuz 2024, arXiv:2406.01775): W = Q R, B is Q_r (orthonormal), A is R_r."""
+    q, r = torch.linalg.qr(weight)
+    return r[:rank].contiguous(), q[:, :rank].contiguous()

@@ -1,0 +1,1 @@
+"""LoRA layers: a frozen layer, wrapped and called, with trainable matrices."""

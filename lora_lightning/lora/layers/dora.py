@@ -1,0 +1,108 @@
+"""DoRA: a weight as magnitude and direction, of which LoRA changes the direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import (
+    LoraConv1D,
+    LoraEmbedding,
+    LoraLayer,
+    LoraLinear,
+    lora_class_for,
+)
+
+
+class DoraLayer(LoraLayer):
+    """h = m / |W0 + s B A| * (W0 + s B A) x + bias, with a trained magnitude m for each output.
+
+    Equation 5 of Liu et al. 2024 (arXiv:2402.09353). m starts as |W0|, the norm of the weights that
+    lead to an output, so that the layer equals its base at first. The norm is taken as a constant
+    in the backward pass (section 4.3). It needs no (out, in) matrix of its own:
+    |W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B> by rows, which costs what r more
+    tokens would. Dropout falls on the input of A alone.
+    """
+
+    lora_magnitude_vector: nn.Parameter
+    _weight_squares: Tensor
+
+    def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
+        super().__init__(base_layer, rank, **settings)
+        weight = self.dense_weight()
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        self.register_buffer("_weight_squares", squares, persistent=False)
+        self._norm: tuple[tuple[Any, ...], Tensor] | None = None
+        self.lora_magnitude_vector = nn.Parameter(self.weight_norm().clone())
+
+    def weight_norm(self) -> Tensor:
+        """|W0 + s B A| by output, (out), in fp32; kept in evaluation while A and B are the same."""
+        keeps = not (self.training or torch.compiler.is_compiling())  # a graph knows no versions
+        key = None
+        if keeps:
+            key = tuple((m._version, m.device, m.dtype) for m in (self.lora_A, self.lora_B))
+            if self._norm is not None and self._norm[0] == key:
+                return self._norm[1]
+        # Not in inference mode: what that makes cannot be saved for a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            norm = self._new_norm()
+        self._norm = None if key is None else (key, norm)
+        return norm
+
+    def _new_norm(self) -> Tensor:
+        lora_A, lora_B = (matrix.float() for matrix in self.matrices())
+        weight = self.dense_weight()
+        cross = ((weight @ lora_A.t().to(weight.dtype)).float() * lora_B).sum(1)
+        gram = (lora_B @ (lora_A @ lora_A.t()) * lora_B).sum(1)
+        squares = self._weight_squares + 2 * self.scaling * cross + self.scaling**2 * gram
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def factor(self) -> Tensor:
+        """What the outputs are multiplied by, m / |W0 + s B A|, (out)."""
+        return self.lora_magnitude_vector / self.weight_norm()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward(x, *args, **kwargs)
+        if not self.enabled or self.merged:
+            return output
+        factor = self.factor().to(output.dtype)
+        bias = getattr(self.base_layer, "bias", None)
+        scaled = output * factor
+        return scaled if bias is None else scaled + bias.to(output.dtype) * (1 - factor)
+
+    def update(self) -> Tensor:
+        weight = self.dense_weight().float()
+        return self.factor().detach()[:, None] * (weight + super().update()) - weight
+
+    def update_norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.matrix_norm(self.update())
+        return norm
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        return {**super().named_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        return {**super().exported_tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+
+class DoraLinear(DoraLayer, LoraLinear):
+    """DoRA on nn.Linear; m is (out)."""
+
+
+class DoraConv1D(DoraLayer, LoraConv1D):
+    """DoRA on transformers' Conv1D; m is (out)."""
+
+
+class DoraEmbedding(DoraLayer, LoraEmbedding):
+    """DoRA on nn.Embedding; m is (dim), as in PEFT: an output is a column of the table."""
+
+
+_OF = {LoraLinear: DoraLinear, LoraConv1D: DoraConv1D, LoraEmbedding: DoraEmbedding}
+
+
+def dora_class_for(module: nn.Module) -> type[DoraLayer] | None:
+    """The DoRA layer that can wrap `module`, or None."""
+    plain = lora_class_for(module)
+    return None if plain is None else _OF[plain]

@@ -1,0 +1,112 @@
+"""Fused layers and their parts: one linear layer whose outputs are those of several, side by side.
+
+Such is attention's c_attn or qkv_proj. Its parts are contiguous rows of its weight (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lightning.errors import UserError
+
+# Fused layers, by the last name, in which the outputs of a head (or a group of them) lie together:
+# its query, key and value, then those of the next head. Of some models, or of all: ().
+INTERLEAVED: dict[str, tuple[str, ...]] = {
+    "query_key_value": ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"),
+    "qkv_proj": ("codegen", "minimax"),
+    "c_attn": ("gpt_bigcode",),
+    "in_proj_qkvz": ("qwen3_next",),
+    "in_proj_ba": ("qwen3_next",),
+    "q_proj": ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
+    # Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434).
+    "q_b_proj": (),
+    "kv_b_proj": (),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a fused weight that make a projection of their own."""
+
+    name: str
+    size: int | None
+    """How many rows; None: an equal share."""
+    adapted: bool
+
+
+def parse_parts(where: str, value: Any) -> tuple[Part, ...]:
+    """The parts that a list of names, or a mapping of names to sizes, describes.
+
+    A minus before a name leaves that part as it is.
+
+    Raises:
+        UserError: they make no sense; the message names `where`.
+    """
+    sizes = dict(value) if isinstance(value, dict) else None
+    names = list(value) if isinstance(value, (dict, list, tuple)) else []
+    if len(names) < 2 or not all(isinstance(name, str) and name.strip("- ") for name in names):
+        raise UserError(
+            f"{where} must name two parts or more, [q, -k, v] where they are of one size, or "
+            f"{{q: 64, -k: 32, v: 32}}; a minus leaves a part as it is. Got {value!r}."
+        )
+    for name in names if sizes is not None else ():
+        size = sizes[name] if sizes is not None else None
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{where}: the size of {name!r} must be a whole number, got {size!r}.")
+    parts = tuple(
+        Part(name.removeprefix("-"), None if sizes is None else sizes[name], name[0] != "-")
+        for name in names
+    )
+    if len({part.name for part in parts}) < len(parts):
+        raise UserError(f"{where} names a part twice: {', '.join(names)}.")
+    if not any(part.adapted for part in parts):
+        raise UserError(f"{where} leaves every part as it is: adapt one, or exclude the layer.")
+    return parts
+
+
+def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
+    """Parts with their sizes, of a layer with so many outputs.
+
+    Raises:
+        UserError: they do not make up the layer.
+    """
+    each, rest = divmod(rows, len(parts))
+    if parts[0].size is None and rest:
+        raise UserError(
+            f"{where}: {rows} outputs are not {len(parts)} equal parts. Give their sizes: "
+            f"{{{', '.join(f'{part.name}: SIZE' for part in parts)}}}."
+        )
+    full = tuple(Part(p.name, each if p.size is None else p.size, p.adapted) for p in parts)
+    total = sum(part.size or 0 for part in full)
+    if total != rows:
+        told = " + ".join(f"{part.size} ({part.name})" for part in full)
+        raise UserError(f"{where}: {told} is {total}, and the layer has {rows} outputs.")
+    return full
+
+
+def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
+    """Sized parts of the rows from `start` to `stop`: those outside have no rows."""
+    found, row = [], 0
+    for part in parts:
+        end = row + (part.size or 0)
+        size = max(0, min(end, stop) - max(row, start))
+        found.append(Part(part.name, size, part.adapted))
+        row = end
+    return tuple(found)
+
+
+def refuse_interleaved(where: str, name: str, model_config: Any) -> None:
+    """Raises UserError for a fused layer whose parts are known not to be contiguous rows."""
+    kind = getattr(model_config, "model_type", None)
+    kinds = INTERLEAVED.get(name.rpartition(".")[2])
+    if kinds is None or (kinds and kind not in kinds):
+        return
+    one_key = getattr(model_config, "multi_query", False)
+    if one_key and not getattr(model_config, "new_decoder_architecture", False):
+        return  # then falcon and gpt_bigcode have all queries first
+    raise UserError(
+        f"{where}: parts are contiguous rows of a weight, and {name} of {kind} holds those of one "
+        "head after the other. Leave it out: it is then adapted as a whole."
+    )

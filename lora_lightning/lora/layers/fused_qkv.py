@@ -1,0 +1,75 @@
+"""LoRA on parts of a fused layer, as on separate layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError
+
+from .fused_parts import Part
+from .linear import LoraConv1D, LoraLayer, LoraLinear
+
+
+class SplitLayer(LoraLayer):
+    """A fused layer whose adapted parts have an A and a B each: h_p = W_p x + s B_p A_p x.
+
+    That is loralib's MergedLinear (Hu et al. 2021), and LoRA of rank k r on the whole layer, for k
+    adapted parts, whose B has blocks on its diagonal and zeros elsewhere. The blocks alone are
+    parameters, so that nothing an optimizer does can touch the zeros.
+
+    `lora_A` is (k r, in), one part below the other; `lora_B` is (outputs of adapted parts, r),
+    likewise. Files hold the whole matrices, with B as (out, k r).
+
+    Args:
+        base_layer: the layer to adapt.
+        rank: r, of each part.
+        parts: all parts of the layer in their order, with sizes.
+        settings: those of `LoraLayer`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, rank: int, *, parts: tuple[Part, ...], **settings: Any
+    ) -> None:
+        self.parts = parts  # first, since the shapes of A and B depend on them
+        super().__init__(base_layer, rank, **settings)
+
+    def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        fan_in, _ = self.features()
+        sizes = [part.size or 0 for part in self.parts if part.adapted]
+        return (len(sizes) * self.rank, fan_in), (sum(sizes), self.rank)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        blocks = iter(self.lora_B.split([part.size or 0 for part in self.parts if part.adapted]))
+        diagonal = [
+            next(blocks) if part.adapted else self.lora_B.new_empty(part.size or 0, 0)
+            for part in self.parts
+        ]
+        return self.lora_A, torch.block_diag(*diagonal)
+
+    def own_B(self, stored: Tensor) -> Tensor:
+        _, whole = self.matrices()
+        if stored.shape != whole.shape:
+            raise UserError(
+                f"B is {tuple(stored.shape)}, and {tuple(whole.shape)} for these parts and rank."
+            )
+        blocks, row, column = [], 0, 0
+        for part in self.parts:
+            end = row + (part.size or 0)
+            if part.adapted:
+                blocks.append(stored[row:end, column : column + self.rank])
+                column += self.rank
+            row = end
+        if sum(int(block.count_nonzero()) for block in blocks) < int(stored.count_nonzero()):
+            raise UserError("B is not zero outside of these parts: it was trained as a whole.")
+        return torch.cat(blocks)
+
+
+class SplitLinear(SplitLayer, LoraLinear):
+    """Parts of an nn.Linear or a quantised one."""
+
+
+class SplitConv1D(SplitLayer, LoraConv1D):
+    """Parts of transformers' Conv1D (GPT-2's c_attn)."""

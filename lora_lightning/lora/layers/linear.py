@@ -1,0 +1,426 @@
+"""LoRA layers: a frozen layer, wrapped and called, plus two trainable matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError
+from lora_lightning.lora.casts import cast_frozen
+from lora_lightning.lora.forward_pass import ForwardPass
+from lora_lightning.lora.functional import (
+    add_low_rank,
+    add_low_rank_embedding,
+    fused_linear,
+    joins_products,
+    low_rank_norm,
+)
+from lora_lightning.lora.initialization.svd import first_matrices
+from lora_lightning.lora.probe import (
+    IN_OUT,
+    gives_rows,
+    is_plain,
+    layout_of,
+    same_output,
+)
+from lora_lightning.lora.rng import fill_by_cpu
+
+from .base import Wrapper
+
+
+class LoraLayer(Wrapper):
+    """A frozen layer with a low-rank update: h = W0 x + s B A x.
+
+    Equation 3 of Hu et al. 2021 (arXiv:2106.09685), s = alpha / r or alpha / sqrt(r). The base
+    layer is called, never copied.
+
+    Where A and B start from parts of W0 (`svd.py`), their first values A0 and B0 are kept, and
+    h = W0 x + s (B A - B0 A0) x: what their papers get by changing the base to W0 - s B0 A0, which
+    here stays as it is.
+
+    Args:
+        base_layer: the layer to adapt; its parameters stay as they are.
+        rank: r.
+        scaling: s.
+        dropout: probability of dropping an input of A during training.
+        init: the first values of A and B, see `LoraConfig.init`.
+        freeze_A: whether only B is trained (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    first_A: Tensor | None
+    first_B: Tensor | None
+    random_matrix = "lora_A"
+    """The one that is drawn; the other starts at zero."""
+    add_update: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = staticmethod(
+        add_low_rank
+    )
+    """Adds the update to the output of a base layer that has to be called."""
+    fused = True
+    """Whether a plain base layer is not called, but computed together with the update."""
+    forward_pass: ForwardPass | None = None
+    """What the adapter's layers share; None: there is no adapter around this one."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        freeze_A: bool = False,
+    ) -> None:
+        super().__init__(base_layer)
+        self.rank = rank
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        of_A, of_B = self._shapes()
+        device = _device_of(base_layer)
+        # Whatever torch's default is, which may be the base's: 16 bits would round away updates.
+        self.lora_A = nn.Parameter(torch.empty(of_A, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(of_B, device=device, dtype=torch.float32))
+        self.register_buffer("first_A", None)
+        self.register_buffer("first_B", None)
+        self.reset_parameters(init)
+        getattr(self, self.random_matrix).requires_grad_(not freeze_A)
+        self.train(base_layer.training)
+
+    def features(self) -> tuple[int, int]:
+        """Inputs and outputs of the adapted weight."""
+        base = self.base_layer
+        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+
+    def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of A and of B."""
+        fan_in, fan_out = self.features()
+        return (self.rank, fan_in), (fan_out, self.rank)
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        """Gives A and B their first values: the layer then equals its base.
+
+        Raises:
+            UserError: `init` takes them from the base weight, which is too small for the rank.
+        """
+        if init == "gaussian":
+            fill_by_cpu(self.lora_A, nn.init.normal_, std=1.0 / self.rank)
+        elif init == "kaiming":
+            fill_by_cpu(self.lora_A, nn.init.kaiming_uniform_, a=math.sqrt(5))
+        else:
+            a, b = first_matrices(init, self.dense_weight(), self.rank, scaling=self.scaling)
+            with torch.no_grad():
+                self.lora_A.copy_(a)
+                self.lora_B.copy_(b)
+            self.first_A, self.first_B = a, b
+            return
+        nn.init.zeros_(self.lora_B)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(r, in) and (out, r) whose product is the whole update: with A0, [A; A0] and [B, -B0]."""
+        if self.first_A is None or self.first_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What belongs to the adapter, by the names of PEFT's files where they have it."""
+        own = self._in_file(self.lora_A, self.lora_B)
+        if self.first_A is not None and self.first_B is not None:
+            own |= {"first_A": self.first_A, "first_B": self.first_B}
+        return own
+
+    def exported_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the same layer as plain LoRA, by the names of PEFT's files."""
+        return self._in_file(*self.matrices())
+
+    def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank of the same layer as plain LoRA."""
+        return self.matrices()[0].shape[0]
+
+    def own_B(self, stored: Tensor) -> Tensor:
+        """What `lora_B` is where a file of plain LoRA has `stored`.
+
+        Raises:
+            UserError: this layer cannot have it.
+        """
+        return stored
+
+    def dense_weight(self) -> Tensor:
+        """The frozen weight as (out, in); of a quantised layer what it stands for."""
+        if self._pristine_weight:
+            return self._turned(self._pristine_weight[0].detach())
+        return self._turned(dequantized(self.base_layer))
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """(out, in) as the base weight lies, and the reverse.
+
+        Raises:
+            UserError: how it lies is not known.
+        """
+        return matrix
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.enabled or self.merged:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        bare = not (args or kwargs)
+        shared = None if torch.compiler.is_compiling() else self.forward_pass
+        flight = None
+        if bare and shared is not None and joins_products(x.device):
+            together = shared.output(self, x)
+            if together is not None:
+                return together
+            flight = shared.flight()
+        frozen = self.frozen(x) if bare else None
+        if frozen is None:
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return self.add_update(output, self.dropout(x), *self.matrices(), self.scaling)
+        weight, bias, dtype = frozen
+        lora_A, lora_B = self.matrices()
+        copies = None
+        if shared is not None and not lora_A.dtype == lora_B.dtype == dtype:
+            copies = shared.casts.cast(lora_A, dtype), shared.casts.cast(lora_B, dtype)
+        return fused_linear(
+            x.to(dtype),
+            cast_frozen(weight, dtype),
+            None if bias is None else bias.to(dtype),
+            lora_A,
+            lora_B,
+            scaling=self.scaling,
+            dropout=self._dropout_now(),
+            copies=copies,
+            flight=flight,
+        )
+
+    def frozen(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype] | None:
+        """The base layer's weight (out, in) and bias, and the type of its products with x.
+
+        None: the layer has to be called.
+        """
+        weight = self._plain_weight() if self.fused else None
+        if weight is None:
+            return None
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        if torch.is_autocast_enabled(x.device.type):
+            return weight, bias, torch.get_autocast_dtype(x.device.type)
+        return (weight, bias, x.dtype) if weight.dtype == x.dtype else None
+
+    def only_adds(self) -> bool:
+        """Whether the layer adds the product of A and B themselves with all of its input."""
+        plain = type(self) in (LoraLinear, LoraConv1D) and self.first_A is None
+        return plain and self.enabled and not self.merged and self._dropout_now() == 0.0
+
+    def _plain_weight(self) -> Tensor | None:
+        """The frozen weight as (out, in), where its layer does no more than multiply by it.
+
+        None: the layer must be called. It is quantised, sharded, hooked, trained in part (its
+        bias), or of another class.
+        """
+        return None
+
+    def _dropout_now(self) -> float:
+        training = self.training and isinstance(self.dropout, nn.Dropout)
+        return self.dropout.p if training else 0.0  # type: ignore[return-value]
+
+    def update(self) -> Tensor:
+        """The update s B A as (out, in)."""
+        lora_A, lora_B = self.matrices()
+        return (lora_B.detach() @ lora_A.detach()) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """The update in the layout of the base weight."""
+        return self._turned(self.update())
+
+    def update_norm(self) -> Tensor:
+        """Frobenius norm of the update, a scalar."""
+        return low_rank_norm(*self.matrices(), self.scaling)
+
+    def merge(self) -> None:
+        """Puts W0 + s B A in the place of W0: summed in fp32, rounded once.
+
+        W0 itself is set aside untouched, so `unmerge` is exact, however often it is done, and a
+        tensor tied to W0 elsewhere in the model keeps its value.
+
+        Raises:
+            UserError: the base weight is quantised, the sum is not finite, or the base layer does
+                more with its weight than multiply by it.
+        """
+        if self.merged:
+            return
+        module, name = self.adapted
+        weight = getattr(module, name)
+        plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor
+        if not plain or not weight.is_floating_point():
+            raise UserError(
+                f"cannot merge into {type(module).__name__}: its weight is quantised. "
+                "Load the unquantised base model and merge there."
+            )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged = (weight.detach().to(wide) + self.delta_weight().to(wide)).to(weight.dtype)
+        if not merged.is_meta and not torch.isfinite(merged).all():
+            raise UserError("merging gives values that are not finite: the adapter has diverged.")
+        proven = is_plain(module) or self._is_merge_of(weight, merged)
+        if not proven or getattr(module, "max_norm", None) is not None:  # which scales the rows
+            raise UserError(
+                f"cannot merge into {type(module).__name__}: with W + s B A for its weight it does "
+                "not give what it does with the adapter beside it. Use the adapter unmerged."
+            )
+        self.replace_weight(nn.Parameter(merged, requires_grad=False))
+
+    def _is_merge_of(self, weight: Tensor, merged: Tensor) -> bool:
+        """Whether the base layer with the merged weight gives what this layer gives now."""
+        base, width = self.base_layer, 0 if isinstance(self, LoraEmbedding) else self.features()[0]
+
+        def with_merged(x: Tensor) -> Any:
+            return torch.func.functional_call(base, {"weight": merged}, (x,))
+
+        return same_output(self, with_merged, weight, width)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on nn.Linear, or on any quantised linear with in_features and out_features.
+
+    A is (r, in), B is (out, r).
+    """
+
+    def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
+        self.layout = layout_of(base_layer)  # first, since A and B may start from the weight
+        super().__init__(base_layer, rank, **settings)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        if self.layout is None:
+            raise UserError(
+                f"a {type(self.base_layer).__name__} does not give its weight times its input, so "
+                "it takes neither merges, nor lora.use_dora, nor lora.init by its weight: plain "
+                "LoRA, unmerged, is what it can have."
+            )
+        return matrix.t() if self.layout == IN_OUT else matrix
+
+    def _plain_weight(self) -> Tensor | None:
+        base = self.base_layer
+        return base.weight if _is_plain(base, nn.Linear) else None  # type: ignore[return-value]
+
+
+class LoraConv1D(LoraLayer):
+    """LoRA on transformers' Conv1D (GPT-2), a linear layer whose weight is (in, out)."""
+
+    def features(self) -> tuple[int, int]:
+        assert isinstance(self.base_layer.weight, Tensor)
+        fan_in, fan_out = self.base_layer.weight.shape
+        return fan_in, fan_out
+
+    def _plain_weight(self) -> Tensor | None:
+        base = self.base_layer
+        return base.weight.t() if _is_plain(base, type(base)) else None  # type: ignore[operator]
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on nn.Embedding: A is (r, vocabulary), B is (dim, r).
+
+    As in PEFT and loralib, A starts at zero and B is drawn from N(0, 1): every row of A is read by
+    one token alone, so a random A would be noise that other tokens never average out.
+    """
+
+    random_matrix = "lora_B"
+
+    def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
+        if not gives_rows(base_layer):  # type: ignore[arg-type]
+            raise UserError(
+                f"a {type(base_layer).__name__} does not give the rows of its weight that are "
+                "asked for, so that LoRA on it would take others: leave it out (lora.exclude)."
+            )
+        super().__init__(base_layer, rank, **settings)
+
+    def features(self) -> tuple[int, int]:
+        base = self.base_layer
+        return int(base.num_embeddings), int(base.embedding_dim)  # type: ignore[arg-type]
+
+    def reset_parameters(self, init: str = "kaiming") -> None:
+        if init not in ("kaiming", "gaussian"):
+            raise UserError(
+                f"lora.init={init} is for linear layers, and an embedding is among lora.targets: "
+                "leave it out, or use lora.init=kaiming."
+            )
+        nn.init.zeros_(self.lora_A)
+        fill_by_cpu(self.lora_B, nn.init.normal_)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.enabled or self.merged:
+            return output
+        scaling: float | Tensor = self.scaling
+        # Some models scale inside the embedding (Gemma 3, BART): the update is scaled alike.
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if scale is not None:
+            scaling = self.scaling * scale
+        return add_low_rank_embedding(output, x, self.lora_A, self.lora_B, scaling)
+
+    def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+
+def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
+    """The layer of plain LoRA that can wrap `module`, or None."""
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return LoraConv1D
+    if isinstance(module, LoraLayer) or next(module.children(), None) is not None:
+        return None
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
+        # nn.Bilinear has in1_features; only layers of the shape of nn.Linear pass.
+        return LoraLinear
+    return None
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """A layer's weight in floating point, whatever it is stored as."""
+    weight: Any = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        state: Any = layer.state  # where the first pass has moved them
+        scales = state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    if hasattr(layer, "dequantized"):
+        return layer.dequantized()  # type: ignore[no-any-return, operator]
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of just this class, unhooked, with frozen parameters of torch's own."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is not kind or hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    for parameter in layer._parameters.values():
+        plain = parameter is None or type(parameter) is nn.Parameter
+        if not plain or (parameter is not None and parameter.requires_grad):
+            return False
+    return True
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,205 @@
+"""Rows of a frozen vocabulary that are trained: those of a few tokens, such as newly added ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.lora.config import LoraConfig
+from lora_lightning.lora.target_modules import ends_with
+from lora_lightning.lora.tied_weights import tied_layers
+
+from .base import Wrapper
+
+ROWS = "token_adapter.trainable_tokens_delta"
+"""What PEFT's files call the trained rows: in spite of its name the rows themselves."""
+MATRIX = "token_adapter.base_layer.weight"
+"""And the frozen matrix, which PEFT stores where the vocabulary has grown."""
+
+
+class TokenRows(Wrapper):
+    """A frozen embedding or output layer, some rows of whose matrix W have trained ones instead.
+
+    As an embedding, token i gives its trained row, any other its row of W. As a linear layer,
+    output i is the trained row times x, plus its bias. W is used as it lies: no copy of it is made
+    and it gets no gradient, so what is trained costs its own rows alone.
+
+    Args:
+        base_layer: an nn.Embedding, (vocabulary, dim), or nn.Linear, (dim -> vocabulary).
+        indices: the tokens, each once.
+        tied_to: the layer with the same W whose trained rows this one has too.
+    """
+
+    base_layer: nn.Embedding | nn.Linear
+    indices: Tensor
+    _sorted: Tensor
+    _order: Tensor
+    token_adapter: nn.ParameterDict
+
+    def __init__(
+        self,
+        base_layer: nn.Embedding | nn.Linear,
+        indices: Sequence[int],
+        *,
+        tied_to: TokenRows | None = None,
+    ) -> None:
+        super().__init__(base_layer)
+        weight = base_layer.weight
+        asked = torch.tensor(indices, device=weight.device)
+        # In the order of the indices, so that a token is found by bisection.
+        self.register_buffer("indices", asked, persistent=False)
+        self.register_buffer("_sorted", asked.sort().values, persistent=False)
+        self.register_buffer("_order", asked.argsort(), persistent=False)
+        # In a tuple, so that nn.Module does not register it a second time.
+        self._tied_to = None if tied_to is None else (tied_to,)
+        self.token_adapter = tied_to.token_adapter if tied_to is not None else self._rows_of(weight)
+        self.train(base_layer.training)
+
+    def _rows_of(self, weight: Tensor) -> nn.ParameterDict:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows = nn.Parameter(weight.detach()[self.indices].to(wide))
+        return nn.ParameterDict({ROWS.rpartition(".")[2]: rows})
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """The trained rows, (tokens, dim), in the order of `indices`."""
+        rows: nn.Parameter = self.token_adapter[ROWS.rpartition(".")[2]]
+        return rows
+
+    @torch.no_grad()
+    def start_at_mean(self) -> None:
+        """Gives all trained rows the mean of the rows before them, for tokens without a meaning."""
+        known = self.base_layer.weight[: int(self.indices.min())]
+        self.rows.copy_(known.mean(0, dtype=self.rows.dtype))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.enabled or self.merged:
+            return output
+        if isinstance(self.base_layer, nn.Embedding):
+            return self._embedded(x, output)
+        bias = None if self.base_layer.bias is None else self.base_layer.bias[self.indices]
+        own = F.linear(x, self.rows.to(x.dtype), bias)
+        # In place: a linear layer needs its output no more, and logits are large.
+        return output.index_copy_(-1, self.indices, own.to(output.dtype))
+
+    def _embedded(self, tokens: Tensor, output: Tensor) -> Tensor:
+        place = torch.searchsorted(self._sorted, tokens).clamp(max=len(self._sorted) - 1)
+        is_ours = self._sorted[place] == tokens
+        own = F.embedding(self._order[place], self.rows.to(output.dtype))
+        # Some models scale inside the embedding (Gemma 3, BART).
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if scale is not None:
+            own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
+        return torch.where(is_ours[..., None], own, output)
+
+    def merge(self) -> None:
+        """Puts W with the trained rows in the place of W, which is set aside untouched.
+
+        Raises:
+            UserError: a trained row is not finite.
+        """
+        if self.merged:
+            return
+        weight = self.base_layer.weight
+        assert isinstance(weight, nn.Parameter)
+        if self._tied_to is not None:
+            merged: Any = self._tied_to[0].base_layer.weight
+        else:
+            if not self.rows.isfinite().all():
+                raise UserError("a trained row is not finite: the training has diverged.")
+            filled = weight.detach().clone()
+            filled[self.indices] = self.rows.detach().to(weight.dtype)
+            merged = nn.Parameter(filled, requires_grad=False)
+        self.replace_weight(merged)
+
+
+@dataclass(frozen=True)
+class RowsMatch:
+    """A layer of which rows are trained, and those that are tied to it and have the same rows."""
+
+    name: str
+    indices: list[int]
+    tied: list[str]
+
+
+def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
+    """The layers that `config.trainable_token_indices` names, by PEFT's rules.
+
+    A list of indices is for the input embedding. What is tied to that goes with it.
+
+    Raises:
+        UserError: a name matches nothing, or no vocabulary; an index is beyond its rows; or tied
+            layers are to have different rows.
+    """
+    asked = config.trainable_token_indices
+    if asked is None:
+        return []
+    where = "lora.trainable_token_indices"
+    source = _input_embedding(model)
+    if isinstance(asked, list):
+        if source is None:
+            raise UserError(f"{where}: a {type(model).__name__} has no input embedding; name one.")
+        asked = {source: asked}
+    wanted: dict[str, list[int]] = {}
+    modules = dict(model.named_modules())
+    for pattern, indices in asked.items():
+        names = [name for name, m in modules.items() if ends_with(name, pattern)]
+        known = [n for n, m in modules.items() if isinstance(m, (nn.Embedding, nn.Linear))]
+        if not names:
+            hint = did_you_mean(pattern, {name.rpartition(".")[2] for name in known})
+            raise UserError(f"{where}: {pattern!r} matches no module.{hint}")
+        for name in names:
+            if name not in known:
+                raise UserError(f"{where}: {name} is a {type(modules[name]).__name__}: no rows.")
+            rows = modules[name].weight.shape[0]
+            if max(indices) >= rows:
+                raise UserError(
+                    f"{where}: {name} has {rows} rows, and none of index {max(indices)}."
+                )
+            if wanted.setdefault(name, indices) != indices:
+                raise UserError(f"{where}: two names are those of {name}, with other indices.")
+    return _grouped(model, wanted, source)
+
+
+def _grouped(model: nn.Module, wanted: dict[str, list[int]], source: str | None) -> list[RowsMatch]:
+    """One match for each matrix, under the name of the input embedding where it is among them."""
+    found: list[RowsMatch] = []
+    for name, indices in sorted(wanted.items(), key=lambda item: item[0] != source):
+        if any(name in match.tied for match in found):
+            continue
+        others = [other for other in tied_layers(model, name) if other != name]
+        unlike = [o for o in others if wanted.get(o, indices if name == source else []) != indices]
+        if unlike:
+            raise UserError(
+                f"lora.trainable_token_indices: {name} and {unlike[0]} have one matrix, so they "
+                f"have the same rows too: name the input embedding {source} and no other."
+            )
+        found.append(RowsMatch(name, indices, others))
+    return found
+
+
+def rows_of_tokens(model: nn.Module, indices: list[int]) -> dict[str, list[int]]:
+    """`trainable_token_indices` for tokens in the input embedding and the output layer."""
+    source, output = _input_embedding(model), _name_of(model, "get_output_embeddings")
+    assert source is not None
+    names = [source]
+    if output is not None and output not in tied_layers(model, source):
+        names.append(output)
+    return dict.fromkeys(names, indices)
+
+
+def _input_embedding(model: nn.Module) -> str | None:
+    return _name_of(model, "get_input_embeddings")
+
+
+def _name_of(model: nn.Module, getter: str) -> str | None:
+    get = getattr(model, getter, None)
+    module = get() if callable(get) else None
+    return next((name for name, m in model.named_modules() if m is module), None)

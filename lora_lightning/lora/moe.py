@@ -1,0 +1,88 @@
+"""Experts in one tensor, as transformers 5 holds them, and what PEFT takes for experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from lora_lightning.errors import UserError
+
+from .config import LoraConfig
+from .layers.linear import LoraLayer
+
+MISTAKEN_IN = frozenset(
+    [
+        "Dots3NoteTextModel",
+        "UnlimitedOcrTextModel",
+        "afmoe",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm_moe_dsa",
+        "hunyuan_v1_moe",
+        "longcat_flash",
+        "mellum",
+        "olmoe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker",
+        "solar_open",
+    ]
+)
+"""Model types of which PEFT 0.21 takes layers for experts by their names: those whose checkpoints
+transformers 5.23 converts as Qwen2-MoE's, but not that itself."""
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of several experts in one tensor, (E, ., .), by their names in the bare model."""
+    return {
+        f"{path}.{leaf}".replace(".base_layer", ""): parameter
+        for path, module in model.named_modules()
+        if not isinstance(module, (LoraLayer, _ConvNd))
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
+
+
+def named_like_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Dense and shared layers with the names that experts have had, in a model with experts.
+
+    PEFT may take them for those; named by their weights it finds them in any case.
+    """
+    old = ("gate_proj", "up_proj", "down_proj")
+    found = [name for name in names if name.rpartition(".")[2] in old]
+    return found if found and expert_parameters(model) else []
+
+
+def refuse_what_peft_mistakes(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
+    """Raises UserError for settings that PEFT does not have on the layers it takes for experts.
+
+    Args:
+        model: the bare model.
+        config: the adapter's.
+        names: of the layers that it adapts.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    setting = f"bias={config.bias}" if config.bias != "none" else ""
+    setting = "use_dora=true" if config.use_dora else setting
+    mistaken = setting and kind in MISTAKEN_IN and named_like_experts(model, names)
+    if mistaken:
+        last = sorted({name.rpartition(".")[2] for name in mistaken})
+        raise UserError(
+            f"lora.{setting}: of {kind} PEFT takes {', '.join(last)} for experts, on which it has "
+            "plain LoRA alone: an adapter stored so would mean something else there, or nothing. "
+            f"Leave out the setting, or these layers: lora.exclude=[{','.join(last)}]."
+        )

@@ -1,0 +1,163 @@
+"""Several adapters on one frozen base, chosen by name: for a whole batch or for each row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError, did_you_mean
+
+from .batched import Stack, stacked_model
+from .embeddings import rows_needed, vocabulary_rows
+from .model import Adapter
+from .running_statistics import is_statistic
+from .serialization.peft_folder import (
+    adapter_from,
+    from_peft_config,
+    is_together,
+    read_adapter,
+    whole_modules,
+)
+
+
+class AdapterSet:
+    """Adapters that share the weights of one base model, which stays as it is.
+
+    Each has a model of its own in which all that is frozen is the base's: an adapter more costs its
+    own matrices. Adding, replacing and removing one leaves the others alone.
+
+    Args:
+        model: the base; frozen, and put in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.base = model.requires_grad_(False).eval()
+        self.adapters: dict[str, Adapter] = {}
+        self._stack = Stack()
+        self._stacked: nn.Module | None = None
+
+    def add(self, name: str, folder: str | Path) -> nn.Module:
+        """Loads an adapter, in the place of one that has the name; returns its model.
+
+        Raises:
+            UserError: see `load_adapter`; what was there before is still there then.
+        """
+        raw, tensors = read_adapter(folder)
+        config = from_peft_config(raw)
+        rows = rows_needed(config, tensors)
+        if rows and rows > vocabulary_rows(self.base):
+            raise UserError(
+                f"adapter {folder} has new tokens, up to row {rows}, and the base that all share "
+                f"has {vocabulary_rows(self.base)} rows: let it grow before it is shared, "
+                f"lora_lightning.lora.grow(model, {rows})."
+            )
+        names = whole_modules(self.base, config.modules_to_save, tensors)
+        own = tuple(f"{name}." for name in names)
+        shared = {
+            id(tensor): tensor
+            for leaf, tensor in (*self.base.named_parameters(), *self.base.named_buffers())
+            if not leaf.startswith(own) and (config.bias == "none" or not leaf.endswith("bias"))
+            if not is_statistic(leaf)
+        }
+        model = copy.deepcopy(self.base, shared)
+        model.rows_before_growth = None  # type: ignore[assignment]  # what is shared stays as it is
+        self.adapters[name] = adapter_from(
+            model, config, tensors, folder, together=is_together(raw)
+        )
+        model.eval()  # what is trained keeps its mark: by it `stacked_model` finds a slot's own
+        self._stacked = None
+        return model
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter away.
+
+        Raises:
+            UserError: there is none of the name.
+        """
+        self[name]
+        del self.adapters[name]
+        self._stacked = None
+
+    def __getitem__(self, name: str | None) -> nn.Module:
+        """The base with the adapter of the name; None: the base alone.
+
+        Raises:
+            UserError: there is none of the name.
+        """
+        if name is None:
+            return self.base
+        if name not in self.adapters:
+            known = sorted(self.adapters)
+            raise UserError(
+                f"there is no adapter {name!r}.{did_you_mean(name, known)} "
+                f"Loaded: {', '.join(known) or 'none'}."
+            )
+        return self.adapters[name].model
+
+    def forward(self, names: Sequence[str | None], **inputs: Any) -> Any:
+        """The base's output for a batch of which each row has the adapter of its name.
+
+        One pass: the frozen layers see all rows together.
+
+        Args:
+            names: an adapter's name for each row; None: none.
+            inputs: the model's arguments; tensors with as many rows are taken by row.
+
+        Raises:
+            UserError: a name is not known; the names are not as many as the rows; or a layer of the
+                model mixes rows.
+        """
+        return self._by_rows(names, inputs, lambda model, given: model(**given, use_cache=False))
+
+    __call__ = forward
+
+    def generate(self, names: Sequence[str | None], **inputs: Any) -> Tensor:
+        """`generate` of the base for a batch of which each row has the adapter of its name.
+
+        Returns:
+            Token ids, (rows, length); with num_return_sequences those of a row together.
+        """
+        output: Tensor = self._by_rows(names, inputs, lambda model, given: model.generate(**given))
+        return output
+
+    @torch.no_grad()
+    def _by_rows(self, names: Sequence[str | None], inputs: dict[str, Any], call: Any) -> Any:
+        known: list[str | None] = [None, *self.adapters]
+        for name in names:
+            self[name]
+        rows = {len(given) for given in inputs.values() if isinstance(given, Tensor) if given.dim()}
+        if len(names) not in rows:
+            raise UserError(
+                f"there are {len(names)} names of adapters for {max(rows, default=0)} rows: give a "
+                "name for each."
+            )
+        slots = [known.index(name) for name in names]
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        groups = [(slot, len(list(rows))) for slot, rows in groupby(sorted(slots))]
+        if self._stacked is None:
+            models = {slot: self[name] for slot, name in enumerate(known)}
+            self._stacked = stacked_model(models, self._stack)
+        given = _taken(inputs, torch.tensor(order), len(order))
+        with self._stack.of([slot for slot, _ in groups], [count for _, count in groups]):
+            output = call(self._stacked, given)
+        return _taken(output, torch.tensor(order).argsort(), len(order))
+
+
+def _taken(values: Any, order: Tensor, rows: int) -> Any:
+    """Tensors of `rows` rows, or some for each, in another order; all else as it is."""
+    if isinstance(values, Tensor) and values.dim() > 0 and values.shape[0] % rows == 0:
+        each = values.shape[0] // rows
+        index = (order[:, None] * each + torch.arange(each)).flatten()
+        return values[index.to(values.device)]
+    if isinstance(values, dict):
+        changed = {key: _taken(value, order, rows) for key, value in values.items()}
+        return type(values)(**changed) if type(values) is not dict else changed
+    if isinstance(values, tuple):
+        return tuple(_taken(value, order, rows) for value in values)
+    return values

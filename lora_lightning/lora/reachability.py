@@ -1,0 +1,202 @@
+"""What of a model an adapter can act on, and whether training has reached all of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError
+
+from .layers.base import Wrapper
+
+MIXERS = frozenset(["falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"])
+"""Model types of which PEFT 0.21 takes no adapter on a mixer's `out_proj`."""
+_PROJECTIONS = ("x_proj", "dt_proj", "out_proj")
+"""Linear layers of state space mixers whose weights a kernel may take."""
+BEHIND = "nn.MultiheadAttention reads its weight without calling it"
+KERNELS = "kernels of state space models read their weights without calling them"
+OTHERS = "text does not reach them, only images or sound do (lora.targets can name them)"
+
+
+def read_behind(model: nn.Module) -> set[str]:
+    """Names of layers whose weight their parent reads without calling them, always.
+
+    A wrapper around one would do nothing.
+    """
+    return {
+        f"{path}.{leaf}".removeprefix(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention)
+        for leaf, _ in module.named_children()
+    }
+
+
+def passed_over(model: nn.Module, heads: list[str]) -> dict[str, str]:
+    """Names of modules that `all-linear` leaves out, with the reason: they might not be trained.
+
+    They are layers of a state space mixer (Mamba and its kin) whose weights its class hands to a
+    kernel, and of a language model that also takes images or sound all but the language model.
+
+    Args:
+        model: the bare model.
+        heads: its task heads (`head_modules`).
+    """
+    found: dict[str, str] = {}
+    text = _language_model(model) if heads else None  # CLIP has two towers and no head
+    inside = None if text is None else set(text.modules())
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and module not in inside:
+            found[name] = OTHERS
+        if "A_log" in module._parameters:
+            found |= {f"{name}.{leaf}": KERNELS for leaf in _handed_over(module)}
+    return found
+
+
+def _handed_over(mixer: nn.Module) -> list[str]:
+    try:
+        source = inspect.getsource(type(mixer))
+    except (OSError, TypeError):  # a class without a file
+        source = ""
+    names = [name for name in _PROJECTIONS if name in mixer._modules]
+    return [n for n in names if not source or re.search(rf"self\.{n}\.weight\b", source)]
+
+
+def _language_model(model: nn.Module) -> nn.Module | None:
+    """The part that text goes through, of a model of transformers that takes other input too."""
+    config: Any = getattr(model, "config", None)
+    get_text, get_decoder = (
+        getattr(config, "get_text_config", None),
+        getattr(model, "get_decoder", None),
+    )
+    if not callable(get_text) or not callable(get_decoder) or get_text() is config:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        return None
+    decoder = get_decoder()
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
+def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
+    """Raises UserError for layers on which PEFT loads no adapter.
+
+    Args:
+        model: the bare model.
+        names: of the layers that are to be adapted.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    refused = [name for name in names if name.rpartition(".")[2] == "out_proj"]
+    if kind in MIXERS and refused:
+        raise UserError(
+            f"lora.targets: {refused[0]} of a {kind} cannot be adapted: its kernels read the "
+            "weight without calling the layer, and PEFT loads no adapter on it. Leave it out: "
+            "lora.exclude=[out_proj]."
+        )
+
+
+def keep_off_fast_paths(model: nn.Module) -> list[Any]:
+    """Has torch's encoder layers call their linear layers, in evaluation too.
+
+    Without gradients nn.TransformerEncoderLayer hands all its weights to one kernel, which knows
+    of no adapter, unless there are hooks; nn.TransformerEncoder packs padded rows for it.
+
+    Args:
+        model: with the adapter in place.
+
+    Returns:
+        Handles, whose `remove` restores the model.
+    """
+    handles: list[Any] = []
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if not any(isinstance(part, Wrapper) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            handles.append(module.register_forward_pre_hook(_nothing))
+        elif getattr(module, "use_nested_tensor", False):
+            handles.append(_Packing(module))
+    return handles
+
+
+def _nothing(*_: Any) -> None:
+    """A hook whose presence is what counts."""
+
+
+class _Packing:
+    """Padded rows stay padded in an nn.TransformerEncoder until this is removed."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder = encoder
+        encoder.use_nested_tensor = False
+
+    def remove(self) -> None:
+        self.encoder.use_nested_tensor = True
+
+
+def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names of trained tensors that no backward pass since the last step has reached.
+
+    Args:
+        trained: by name, after a backward pass.
+
+    Returns:
+        Those without a reached tensor of their kind, so that the model uses none of them; and
+        those with one: a tensor of the same name but for its last number, as one of
+        several experts, or a layer that training drops at random.
+    """
+    missing = [n for n, t in trained.items() if t.requires_grad and t.grad is None]
+    reached = {_kind(n) for n, t in trained.items() if t.requires_grad and t.grad is not None}
+    some = [name for name in missing if _kind(name) in reached]
+    return [name for name in missing if _kind(name) not in reached], some
+
+
+def _kind(name: str) -> str:
+    """A name without its last number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
+    return ".".join("*" if place == last else part for place, part in enumerate(parts))
+
+
+def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
+    """Makes sure that a backward pass has reached all of an adapter that could be reached.
+
+    Args:
+        trained: the adapter's tensors by name, with gradients.
+
+    Returns:
+        Names of those that this batch alone may not have reached.
+
+    Raises:
+        UserError: the model does not use some, or reads the weights behind the adapted layers.
+    """
+    never, some = without_gradient(trained)
+    if never:
+        raise UserError(
+            f"{len(never)} of {len(trained)} trained tensors get no gradient, such as {never[0]}: "
+            "the model does not call these modules, or reads their weights without calling them. "
+            f"Leave them out: {_exclusion(never, [n for n in trained if n not in never])}."
+        )
+    return some
+
+
+def _exclusion(never: list[str], others: list[str]) -> str:
+    """A setting that leaves out the modules of some tensors and of no others."""
+    modules = [re.split(_OF_ADAPTER, name)[0] for name in never]
+    kept = [re.split(_OF_ADAPTER, name)[0] for name in others]
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+    if not {name.rpartition(".")[2] for name in kept}.intersection(leaves):
+        return f"lora.exclude=[{','.join(leaves)}]"
+    parts = zip(*(name.split(".") for name in modules), strict=False)
+    shared = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    if shared and not any(f"{name}.".startswith(f"{'.'.join(shared)}.") for name in kept):
+        return f"'lora.exclude=\"{'.'.join(shared)}.*\"'"
+    return f"lora.exclude=[{','.join(dict.fromkeys(modules))}]"
+
+
+_OF_ADAPTER = r"\.(?:lora_|token_adapter\.|base_layer\.|weight$|bias$)"
+"""Where the name of a module ends in that of its tensor."""

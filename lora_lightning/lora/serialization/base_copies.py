@@ -1,0 +1,72 @@
+"""What PEFT stores beside an adapter: copies of the base's embeddings, compared and left out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import UserError
+from lora_lightning.lora.layers.trainable_tokens import MATRIX, ROWS
+from lora_lightning.lora.model import Adapter
+
+
+def without_copies(adapter: Adapter, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Drops the copies of frozen base weights that PEFT stores when embeddings are adapted.
+
+    Raises:
+        UserError: such a copy differs from the model's own weight, so it was resized or trained.
+    """
+    own = adapter.named_tensors()
+    frozen = dict(adapter.model.named_parameters(remove_duplicate=False))
+    kept = _without_row_copies(adapter, tensors, source)
+    for name in list(kept):
+        if name not in own and name in frozen:
+            _check_copy(kept.pop(name), frozen[name], name, source)
+    return kept
+
+
+def _without_row_copies(
+    adapter: Adapter, tensors: dict[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Drops what PEFT stores beside trained rows: their whole matrix, and tied rows once more.
+
+    It does so for a vocabulary that has grown. Of new rows that are not trained nothing else tells,
+    so the model's are taken from there.
+    """
+    kept = dict(tensors)
+    before = getattr(adapter.model, "rows_before_growth", None)
+    for match in adapter.rows:
+        for name in (match.name, *match.tied):
+            if name != match.name and f"{name}.{ROWS}" in kept:
+                first = tensors.get(f"{match.name}.{ROWS}", torch.empty(0))
+                _check_copy(kept.pop(f"{name}.{ROWS}"), first, f"{name}.{ROWS}", source)
+            weight = adapter.token_rows[name].base_layer.weight.detach()
+            copy = kept.pop(f"{name}.{MATRIX}", weight)
+            if copy.shape == weight.shape:
+                frozen = torch.ones(len(weight), dtype=torch.bool)
+                frozen[match.indices] = False
+                added = frozen.clone()
+                added[:before] = False
+                weight[added] = copy[added].to(weight)
+                copy, weight = copy[frozen], weight[frozen]
+            _check_copy(copy, weight, f"{name}.{MATRIX}", source)
+    return kept
+
+
+def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
+    """Raises UserError if a copy of a base weight is of another base."""
+    weight = weight.detach().cpu().float()
+    if stored.dim() == 2 and stored.shape[1:] == weight.shape[1:] and len(stored) != len(weight):
+        raise UserError(
+            f"{source} brings its own {name} of {len(stored)} rows, and the base model's has "
+            f"{len(weight)}: its vocabulary was resized. Load it on the base as it was resized, "
+            "with the values of its new rows."
+        )
+    if stored.shape != weight.shape or not torch.allclose(
+        stored.cpu().float(), weight, atol=1e-3, rtol=1e-2
+    ):
+        raise UserError(
+            f"{source} brings its own {name}, which differs from the base model's: "
+            "it was trained on another base, with a resized vocabulary, or as a whole module "
+            "that adapter_config.json does not list."
+        )

@@ -1,0 +1,92 @@
+"""Checksums of the files in an adapter folder, which its run has written down beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.errors import UserError
+from lora_lightning.utils.output_folders import MARK, digest
+
+SIDECAR = "lora_lightning.json"
+"""Our own file beside PEFT's: task, labels, base model and settings."""
+_OLD, _KEY = "weights_sha256", "sha256"
+"""Where it has the checksums: of the weights alone once, now of all files by name."""
+_CONTENT = "content_sha256"
+"""Where it has the checksum of its own content, but for these."""
+_FREE = (SIDECAR, MARK, "README.md")
+"""Files that have none."""
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of the files that lie in a folder, but for those that have none."""
+    files = (path for path in folder.iterdir() if path.is_file() and path.name not in _FREE)
+    return {path.name: digest(path) for path in sorted(files)}
+
+
+def write_checksums(folder: Path, content: dict[str, object]) -> None:
+    """Writes our own file, with the checksums of all that lies beside it."""
+    kept = json.loads(json.dumps({key: value for key, value in content.items() if key != _OLD}))
+    sums = {_CONTENT: _digest_of(kept), _KEY: checksums(folder)}
+    text = json.dumps({**kept, **sums}, indent=2, sort_keys=True)
+    (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    """SHA-256 of what our own file says, however it is laid out."""
+    own = {key: value for key, value in content.items() if key not in (_OLD, _KEY, _CONTENT)}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def check_content(content: dict[str, Any], path: Path) -> None:
+    """Makes sure that our own file says what its run has written; an older one has no checksum.
+
+    Raises:
+        UserError: it says otherwise.
+    """
+    if _CONTENT in content and content[_CONTENT] != _digest_of(content):
+        raise UserError(
+            f"{path} is damaged, or was changed by hand: its checksum, {_CONTENT}, is that of "
+            "another content. Copy it again from where it is whole. If the change was meant, take "
+            f"the line {_CONTENT} out of it."
+        )
+
+
+def check_files(folder: str | Path) -> None:
+    """Makes sure that an adapter's files are those that its run has written.
+
+    A folder of another tool has no checksums.
+
+    Raises:
+        UserError: one of them is absent or reads otherwise.
+    """
+    folder = Path(folder)
+    sidecar = folder / SIDECAR
+    if not sidecar.is_file():
+        return
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        recorded = dict((content.get(_KEY) or {}).items())
+        if not all(Path(name).name == name for name in recorded):
+            raise ValueError("a checksum is of no file beside it")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{sidecar} is damaged: {error!r}. Copy the adapter again.") from None
+    check_content(content, sidecar)
+    if isinstance(content.get(_OLD), str):
+        recorded.setdefault("adapter_model.safetensors", content[_OLD])
+    for name, expected in sorted(recorded.items()):
+        path = folder / name
+        if not os.path.isfile(path):  # also where the name is too long
+            raise UserError(
+                f"{path} is absent, and {SIDECAR} has its checksum. Copy the adapter again from "
+                "where it is whole."
+            )
+        if digest(path) != expected:
+            raise UserError(
+                f"{path} is damaged, or was changed by another tool: its checksum is not the one "
+                f"in {SIDECAR}. Copy it again from where it is whole. If the change was meant, "
+                f"take its line out of {SIDECAR}."
+            )

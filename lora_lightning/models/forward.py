@@ -1,0 +1,189 @@
+"""How a loaded model is run: compiled, on joined rows, to logits."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.errors import UserError
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def uses_flash(model: nn.Module | None) -> bool:
+    """Whether the model's attention is one of the flash kernels beside torch's own."""
+    config = getattr(model, "config", None)
+    return "flash" in str(getattr(config, "_attn_implementation", None))
+
+
+def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a causal model reads of a batch.
+
+    It needs no attention mask: padding is on the right, where no token looks, and attention kernels
+    are at their fastest without one.
+
+    transformers has a flash kernel keep joined rows apart in a batch of one row alone, and there
+    looks for their bounds on the device, in every layer. So the kernel gets all lanes as one row,
+    and the bounds with them.
+    """
+    names = ("input_ids", "position_ids")
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    ids = batch["input_ids"]
+    if not uses_flash(model) or ("bounds" not in batch and len(ids) > 1):
+        return inputs
+    inputs = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
+    taken = inspect.signature(model.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
+        return inputs
+    longest = batch.get("longest", ids.shape[1])
+    bounds = batch.get("bounds")
+    if bounds is None:  # a row that is alone
+        bounds = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=ids.device)
+    inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    return inputs | {"max_length_q": longest, "max_length_k": longest}
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each of the model's repeated layers; the same code then serves them all.
+
+    Raises:
+        UserError: the model has no layers that transformers marks as such.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"model.compile=layer: a {type(model).__name__} has no layers that could be compiled "
+            "one by one. Leave it out."
+        )
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UserError(
+            "model.compile=layer needs a C++ compiler on a CPU, such as g++. Install one, or leave "
+            "it out."
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs compiled layers as they are: a cache that grows would have them compiled again."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+@contextmanager
+def masks_without_waiting(device: torch.device) -> Iterator[None]:
+    """Has transformers make every mask, where it would ask a GPU whether one is needed.
+
+    The answer is in the GPU's memory, so that the host would wait, in each forward pass, for all
+    that it has launched. transformers does not ask while a graph is traced (checked with
+    transformers 5.23), so within the block it takes every tensor for a traced one. A CPU has the
+    answer at once, and is faster without a mask.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    masks: Any = import_module("transformers.masking_utils")
+    own = masks.is_tracing
+    masks.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masks.is_tracing = own
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, *, encoder_decoder: bool) -> None:
+    """Runs a model on one short row, for what it finds out in its first pass.
+
+    Args:
+        model: a model of transformers that reads token ids.
+        encoder_decoder: whether its decoder reads ids of its own.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    model(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Makes sure that rows joined to one, told apart by position ids, do not see each other.
+
+    To be called in the context that training steps run in, which may change types.
+
+    Raises:
+        UserError: they do, in this model with this attention.
+    """
+    device = next(model.parameters()).device
+    first, second = [3, 4, 5, 6, 7, 8, 9], [8, 7, 6, 5, 4]
+    start, stop = len(first), len(second)
+    ids = [first + second, second + [0] * start]  # the second lane is padded
+    places = [[*range(start), *range(stop)], [*range(stop)] + [0] * start]
+    bounds = [0, start, start + stop, start + 2 * stop, 2 * (start + stop)]
+
+    def logits(**batch: Any) -> Tensor:
+        inputs = {
+            name: torch.tensor(value, device=device) if isinstance(value, list) else value
+            for name, value in batch.items()
+        }
+        shape = inputs["input_ids"].shape
+        return model(**causal_inputs(model, inputs), use_cache=False).logits.view(*shape, -1)  # type: ignore[no-any-return]
+
+    def joined(lanes: int) -> Tensor:
+        kept = torch.tensor(bounds[: 2 * lanes + 1], dtype=torch.int32, device=device)
+        return logits(
+            input_ids=ids[:lanes], position_ids=places[:lanes], bounds=kept, longest=start
+        )
+
+    was_training = model.training
+    model.eval()
+    alone = logits(input_ids=[second])[0]
+    seeing = logits(input_ids=ids[:1])[0, start:]
+    error: Tensor | float = float("inf")
+    if accepts(model, "position_ids"):
+        one, two = joined(1), joined(2)
+        packed = torch.stack([one[0, start:], two[0, start:], two[1, :stop]])
+        error = (packed - alone).abs().max()
+    model.train(was_training)
+    if not error <= 0.05 * (seeing - alone).abs().max():
+        raise UserError(
+            f"data.packing=true: in a {type(model).__name__} with attention "
+            f"{getattr(model.config, '_attn_implementation', None)!r} joined rows would see each "
+            "other. Leave packing off (for task=lm also task.blocks=false), or try "
+            "model.attn_implementation=sdpa or eager."
+        )
+
+
+def classification_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Class logits, (rows, classes).
+
+    A decoder is pooled at the last position that the attention mask admits. transformers pools at
+    the last token that is not the padding id, which goes wrong where the padding id is EOS and
+    the text ends with one.
+    """
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    score = getattr(model, "score", None)
+    backbone = getattr(model, str(getattr(model, "base_model_prefix", "")) or "-", None)
+    if score is None or backbone is None or backbone is model:
+        return model(**inputs).logits  # type: ignore[no-any-return]
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    mask = inputs["attention_mask"]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask).argmax(dim=1)
+    return score(hidden[torch.arange(len(last), device=mask.device), last])  # type: ignore[no-any-return]
+
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -1,0 +1,143 @@
+"""Quantised bases: frozen weights in 4 or 8 bits, through transformers and bitsandbytes.
+
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the base's linear layers hold NF4 or int8, are taken
+apart for each product, and get no gradient; the adapter on them is LoRA as ever.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.lora import UserError
+from lora_lightning.lora.target_modules import head_modules
+
+KEY = "quantization_config"
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+"""Types of tensors that a base holds which is not quantised."""
+
+
+def quantization_options(
+    auto_class: Any, model_config: Any, config: ModelConfig, **settings: Any
+) -> dict[str, Any]:
+    """Arguments of from_pretrained that load a quantised base; none where it is not to be.
+
+    The heads stay as they are: they are trained whole, or give the logits.
+
+    Args:
+        auto_class: the class of transformers that loads.
+        model_config: the base's config.
+        config: our settings of it.
+        settings: further settings of the model's config, such as num_labels.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if config.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={config.quantization} needs bitsandbytes: "
+            'pip install "lora_lightning[quant]".'
+        )
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        bare = auto_class.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    four = config.quantization == "nf4"
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=four,
+            load_in_8bit=not four,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=[name.rpartition(".")[2] for name in head_modules(bare)],
+        )
+    }
+
+
+def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) -> None:
+    """Refuse a base whose config asks for quantised layers while its weights are plain numbers.
+
+    transformers would quantise it without a word. One that was saved quantised is what it says.
+
+    Args:
+        name: hub name or folder.
+        model_config: its config.
+        revision: of the hub.
+
+    Raises:
+        UserError: it is such a base.
+    """
+    text = model_config.get_text_config(decoder=True)
+    asked = getattr(model_config, KEY, None) or getattr(text, KEY, None)
+    files = _weight_files(name, revision) if asked else []
+    if files and not any(map(_is_quantised, files)):
+        method = asked.get("quant_method", "?") if isinstance(asked, dict) else "?"
+        raise UserError(
+            f"{name}: its config.json asks for quantised layers ({method}), but its weights are "
+            f"not quantised. Take {KEY} out of it. To quantise them: model.quantization=nf4."
+        )
+
+
+def _weight_files(name: str, revision: str | None) -> list[str]:
+    """The files of safetensors of a base, from the hub where they are not here."""
+    from transformers.utils.hub import cached_file
+
+    def find(file: str) -> str | None:
+        try:
+            return cached_file(name, file, revision=revision)
+        except OSError:
+            return None
+
+    index = find("model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+    return [path for path in map(find, names) if path is not None]
+
+
+def _is_quantised(path: str) -> bool:
+    with safe_open(path, "pt") as file:
+        return any(file.get_slice(name).get_dtype() not in PLAIN for name in file.keys())  # noqa: SIM118
+
+
+def experts_left(model: nn.Module) -> str:
+    """What a user is told of experts' weights, which bitsandbytes leaves as they are; "" of none.
+
+    It takes linear layers in hand, and transformers keeps the experts of a layer in one tensor.
+    """
+    kinds = {
+        str(parameter.dtype).removeprefix("torch.")
+        for module in model.modules()
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.is_floating_point() and not parameter.requires_grad
+    }
+    if not kinds:
+        return ""
+    return (
+        f"NOTE the weights of experts are not quantised and stay {', '.join(sorted(kinds))}: only "
+        "linear layers are. What that comes to: lora-lightning check.\n"
+    )
+
+
+def train_in_one_format(model: nn.Module) -> None:
+    """Keeps 4-bit layers from repacking their weights in evaluation.
+
+    Where a CPU multiplies bf16, bitsandbytes packs weights at the first pass without gradients to a
+    format of which it knows no backward pass; a validation would break the training after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,0 +1,392 @@
+"""The default launcher of sweeps: each job is a fresh process with a config of its own.
+
+Under DDP, Lightning starts its other ranks with the command line of the first. In a job that is
+`train resume=<job folder>`, so all ranks read one saved config, and none begins a sweep of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lora_lightning.config.compose import (
+    config_hash,
+    direction,
+    read_config,
+    read_overrides,
+)
+from lora_lightning.config.paths import anchor
+from lora_lightning.config.schema import LOG, PAUSE, SWEEP
+from lora_lightning.errors import UserError
+from lora_lightning.training.callbacks.graceful_stop import ended_by_signals
+from lora_lightning.utils.atomic_write import atomic_write, remove_debris
+from lora_lightning.utils.locks import locked
+from lora_lightning.utils.output_folders import made_folder
+from lora_lightning.utils.terminal import say
+
+from .folder import note
+from .halving import Halving
+from .live_table import JobTable
+from .queue import (
+    EXIT_USER_ERROR,
+    Job,
+    JobQueue,
+    Work,
+)
+from .report import report
+
+EVENTS, CURVES = "lora_lightning.callbacks.EventsLogger", "tensorboard"
+"""Our logger for TensorBoard, and what its folder is called in a run that is no job."""
+
+
+class SweepError(Exception):
+    """Jobs of a sweep failed, and not by a mistake of the user."""
+
+
+class ProcessLauncher(Launcher):
+    """Runs the jobs of a sweep as processes, in a queue over the GPUs or, on a CPU, some at a time.
+
+    A sweep that is run again into its folder keeps what is complete and goes on with the rest, each
+    job from its last checkpoint.
+
+    Args:
+        jobs: how many run at a time; "auto": one for each set of GPUs, and one on a CPU.
+        gpus_per_job: GPUs of a job; "auto": as many as trainer.devices says, else one.
+        fail_fast: whether the first failure stops the sweep; else the others go on.
+        halving: eta and rungs of successive halving; None: all jobs train to their end.
+        retries: how often a job that fails is started again, from its last checkpoint; a mistake
+            of the user's is not.
+    """
+
+    __module__ = "hydra_plugins.lora_lightning"  # where Hydra looks for it, see plugin/
+
+    def __init__(
+        self,
+        jobs: Any = "auto",
+        gpus_per_job: Any = "auto",
+        fail_fast: bool = False,
+        halving: Any = None,
+        retries: int = 0,
+    ) -> None:
+        for name, value in (("jobs", jobs), ("gpus_per_job", gpus_per_job)):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            if value != "auto" and not whole:
+                raise UserError(
+                    f"launcher.{name} must be a whole number, 1 or more, or auto, got {value!r}."
+                )
+        if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+            raise UserError(f"launcher.retries must be a whole number, 0 or more, got {retries!r}.")
+        self.retries = retries
+        self.jobs = jobs
+        self.gpus_per_job = gpus_per_job
+        self.fail_fast = fail_fast
+        Halving.of(halving, "max")  # a mistake is told before anything is written
+        self.halving = halving
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Runs jobs to their end; one that fails gives a JobReturn that raises.
+
+        Raises:
+            UserError: the folder holds another sweep, or is in use.
+        """
+        setup_globals()
+        sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
+        try:
+            made_folder(sweep_dir)
+        except OSError as error:
+            raise UserError(f"hydra.sweep.dir={sweep_dir} cannot be made: {error}.") from None
+        with locked(sweep_dir, setting="hydra.sweep.dir") as held:
+            remove_debris(sweep_dir / SWEEP)
+            planned = [
+                self._plan(sweep_dir, number, list(overrides))
+                for number, overrides in enumerate(job_overrides, initial_job_idx)
+            ]
+            for job, config in planned:
+                if job.state not in ("kept", "stopped") or not _is_saved(job):
+                    _save(config, job)
+            jobs = [job for job, _ in planned]
+            _name(jobs)
+            first = planned[0][1]
+            halving = Halving.of(self.halving, direction(first))
+            if halving is not None:
+                halving.check(jobs)
+            note(sweep_dir, self._overrides(), "running")
+            with ended_by_signals(), JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
+                JobQueue(
+                    jobs,
+                    lambda idle: self._next(planned, halving, idle=idle),
+                    self._places(first),
+                    fail_fast=self.fail_fast,
+                    retries=self.retries,
+                    show=table.show,
+                    inherit=(held.fileno(),),
+                ).run()
+            if halving is not None and not any(job.state == "waiting" for job in jobs):
+                halving.stop(jobs)
+            if any(job.result() for job in jobs):
+                try:
+                    report(sweep_dir)
+                except UserError as error:
+                    say(f"warning: there is no report: {error}", file=sys.stderr)
+            failure = _failure(jobs)
+            note(sweep_dir, self._overrides(), "completed" if failure is None else "failed")
+        return [_returned(job, config, failure) for job, config in planned]
+
+    def _next(
+        self, planned: list[tuple[Job, DictConfig]], halving: Halving | None, *, idle: bool
+    ) -> list[Work]:
+        """What is to be run now: all that waits, or what halving lets go on."""
+        jobs = [job for job, _ in planned]
+        if halving is None:
+            chosen = [job for job in jobs if job.state == "waiting"]
+            for job in chosen:
+                (job.folder / PAUSE).unlink(missing_ok=True)  # of a sweep that had halving
+        else:
+            chosen = halving.choose(jobs, idle=idle)
+            for job in chosen:
+                halving.prepare(job)
+        return self.divide([pair for pair in planned if pair[0] in chosen])
+
+    def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
+        """What the processes are to do: a job each."""
+        return [Work([job]) for job, _ in planned]
+
+    def _overrides(self) -> list[str]:
+        given = self.config.hydra.overrides
+        return [*given.task, *given.hydra]
+
+    def _plan(self, sweep_dir: Path, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
+        """The job with its config, and whether it is there already."""
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        folder = sweep_dir / str(config.hydra.sweep.subdir)
+        with open_dict(config):
+            config.hydra.runtime.output_dir = str(folder)
+            config.output_dir = str(folder)
+        varied = self._varied(overrides)
+        name_curves(config, folder, varied)
+        anchor(config, Path.cwd())
+        if os.path.lexists(folder):
+            from lora_lightning.training.run_folder import lost_to_job
+
+            if lost := lost_to_job(folder):
+                raise UserError(
+                    f"{folder} holds what this sweep did not write. This would be lost: "
+                    f"{', '.join(filter(None, lost)) or folder}. Give another folder: "
+                    "hydra.sweep.dir=DIR."
+                )
+        job = Job(number, list(filter_overrides(overrides)), folder)
+        held = _held(job)
+        if held not in (None, config_hash(_own(config))):
+            raise UserError(
+                f"{folder} holds a job with other settings, so this is not the sweep that "
+                f"{sweep_dir} was made by. Give another folder: hydra.sweep.dir=DIR. (A sweeper "
+                "that samples proposes the same jobs again if hydra.sweeper.sampler.seed is set.)"
+            )
+        if held is not None:
+            status = str(job.result().get("status"))
+            if status == "completed":
+                job.state = "kept"
+            elif self.halving is not None and status in ("paused", "stopped"):
+                job.state = status
+        return job, config
+
+    def _varied(self, overrides: list[str]) -> dict[str, str]:
+        """A job's values of what its sweep varies, by key."""
+        parser = OverridesParser.create()
+        typed = parser.parse_overrides(list(self.config.hydra.overrides.task))
+        fixed = {item.get_key_element() for item in typed if not item.is_sweep_override()}
+        return {
+            item.get_key_element().lstrip("+"): item.get_value_element_as_str()
+            for item in parser.parse_overrides(list(filter_overrides(overrides)))
+            if item.get_key_element() not in fixed
+        }
+
+    def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
+        """What runs at a time: the GPUs of each, or None for each on a CPU."""
+        accelerator = str(config.trainer.get("accelerator", "auto"))
+        gpus = [] if accelerator == "cpu" else visible_gpus()
+        if not gpus:
+            return [None] * (1 if self.jobs == "auto" else self.jobs)
+        devices = str(config.trainer.get("devices", "auto"))
+        each = self.gpus_per_job
+        if each == "auto":
+            each = int(devices) if devices.isdigit() else 1
+        if each > len(gpus):
+            raise UserError(
+                f"a job needs {each} GPUs and {len(gpus)} are visible: lower trainer.devices or "
+                "launcher.gpus_per_job."
+            )
+        sets: list[tuple[str, ...] | None] = [
+            tuple(gpus[start : start + each]) for start in range(0, len(gpus) - each + 1, each)
+        ]
+        return sets if self.jobs == "auto" else (sets * self.jobs)[: self.jobs]
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+SHORT = {"lora.rank": "r", "lora.alpha": "a", "seed": "s"}
+"""What a curve's name has in place of a setting's."""
+LONGEST = 120
+"""Letters of a curve's name, which is that of a folder."""
+
+
+def curves_name(varied: dict[str, str]) -> str:
+    """What TensorBoard calls the curves of a job, after its number: `r16 a32 lr=0.001 s1`.
+
+    It is a valid name of a folder.
+    """
+    last = {"seed": 2, "lora.rank": -2, "lora.alpha": -1}
+    keys = sorted(varied, key=lambda key: last.get(key, 0))
+    parts = [
+        f"{SHORT[key]}{varied[key]}" if key in SHORT else f"{key.split('.')[-1]}={varied[key]}"
+        for key in keys
+    ]
+    return re.sub(r"[^\w.=+ -]", "_", " ".join(parts), flags=re.ASCII)[:LONGEST].strip(" .")
+
+
+def name_curves(config: DictConfig, folder: Path, varied: dict[str, str]) -> None:
+    """Has a job write its curves under a name that tells it from the others of its sweep.
+
+    One that has begun, by an earlier version too, keeps the folder that it has.
+    """
+    logger = config.logger.get("tensorboard")
+    name = curves_name(varied)
+    ours = isinstance(logger, DictConfig) and logger.get("_target_") == EVENTS
+    if not ours or not name or logger.get("name") != CURVES or (folder / CURVES).is_dir():
+        return
+    with open_dict(config):
+        logger.name = name
+        logger.varied = list(varied)
+
+
+def _name(jobs: list[Job]) -> None:
+    """Names each job by the overrides that not all of them have."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    for job in jobs:
+        job.name = " ".join(item for item in job.overrides if item not in common)
+
+
+def _own(config: DictConfig) -> DictConfig:
+    """A job's config without Hydra's part."""
+    own = config.copy()
+    with open_dict(own):
+        own.pop("hydra", None)
+    return own
+
+
+def _held(job: Job) -> str | None:
+    """The hash of the config that a job's folder holds; None: it holds no job that has begun.
+
+    Where a power cut has damaged config.yaml, result.json tells; a config of the same hash may take
+    its place.
+
+    Raises:
+        UserError: neither tells, and the job has trained.
+    """
+    try:
+        return config_hash(read_config(job.folder / ".hydra" / "config.yaml"))
+    except UserError as error:
+        recorded = job.result().get("config_hash")
+        if recorded is None and any((job.folder / "checkpoints").glob("*")):
+            raise UserError(
+                f"{error} Its result.json does not tell either what its checkpoints were trained "
+                f"with. Delete {job.folder}, and the sweep trains this job from the start."
+            ) from None
+        return None if recorded is None else str(recorded)
+
+
+def _is_saved(job: Job) -> bool:
+    """Whether the files that `_save` writes can be read, by a report too."""
+    try:
+        read_config(job.folder / ".hydra" / "config.yaml")
+        read_overrides(job.folder / ".hydra" / "overrides.yaml")
+    except UserError:
+        return False
+    return True
+
+
+def _save(config: DictConfig, job: Job) -> None:
+    """Writes .hydra/, from which the job's process and a later sweep read what it is."""
+    folder = job.folder / ".hydra"
+    try:
+        made_folder(folder)
+        hydra = OmegaConf.masked_copy(config, "hydra")
+        for name, content in (
+            ("hydra.yaml", hydra),
+            ("overrides.yaml", config.hydra.overrides.task),
+            ("config.yaml", _own(config)),
+        ):
+            atomic_write(folder / name, OmegaConf.to_yaml(content))
+    except OSError as error:
+        raise UserError(f"hydra.sweep.dir: {folder} cannot be written: {error}.") from None
+
+
+def _failure(jobs: list[Job]) -> Exception | None:
+    """What is told of jobs that did not end well; None where all did."""
+    failed = [job for job in jobs if job.state == "failed"]
+    left = [job for job in jobs if job.state in ("waiting", "interrupted")]
+    if not failed:
+        return None
+    lines = [f"{len(failed)} of {len(jobs)} jobs failed."]
+    for error, jobs_with in _by_error(failed).items():
+        first, *others = jobs_with
+        also = f" and {len(others)} more" if others else ""
+        lines.append(
+            f"  job {first.number} ({first.name}){also}: {error} Log: {first.folder / LOG}"
+        )
+    if left:
+        lines.append(f"  {len(left)} others were not finished, because of launcher.fail_fast.")
+    lines.append("The same command runs these again and keeps what is complete.")
+    mistakes = all(job.status == EXIT_USER_ERROR for job in failed)
+    return (UserError if mistakes else SweepError)("\n".join(lines))
+
+
+def _by_error(failed: list[Job]) -> dict[str, list[Job]]:
+    """Jobs by why they failed: what is wrong with a setting of the sweep is wrong in each."""
+    found: dict[str, list[Job]] = {}
+    for job in failed:
+        found.setdefault(job.error(), []).append(job)
+    return found
+
+
+def _returned(job: Job, config: DictConfig, failure: Exception | None) -> JobReturn:
+    ok = job.state in ("completed", "kept", "stopped")
+    objective = (
+        job.rungs()[-1]["value"] if job.state == "stopped" else job.result().get("objective")
+    )
+    return JobReturn(
+        overrides=job.overrides,
+        cfg=_own(config),
+        hydra_cfg=OmegaConf.masked_copy(config, "hydra"),
+        working_dir=str(job.folder),
+        status=JobStatus.COMPLETED if ok else JobStatus.FAILED,
+        _return_value=objective if ok else failure,
+    )

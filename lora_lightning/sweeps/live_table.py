@@ -1,0 +1,109 @@
+"""The jobs of a running sweep: a live table in a terminal, else a line for each change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lora_lightning.utils.logs import curve, read_metrics
+from lora_lightning.utils.terminal import printable
+
+from .queue import Job
+
+SHOWN = 20
+"""Rows of the table: running jobs first, then the last to end, then what is paused."""
+COLOURS = {
+    "running": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "interrupted": "yellow",
+    "paused": "blue",
+}
+
+
+class JobTable:
+    """Shows jobs while it is entered.
+
+    Args:
+        sweep_dir: the sweep's folder.
+        jobs: all jobs.
+        monitor: name of the metric that is compared.
+    """
+
+    def __init__(self, sweep_dir: Path, jobs: list[Job], monitor: str) -> None:
+        self.console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+        self.sweep_dir, self.jobs, self.monitor = sweep_dir, jobs, monitor
+        self.told = {job.number: job.state for job in jobs}
+        self.live = Live(console=self.console, auto_refresh=False)
+        kept = sum(job.state == "kept" for job in jobs)
+        there = f", {kept} complete already" if kept else ""
+        count = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
+        self.console.print(printable(f"Sweep of {count}{there}: {sweep_dir}"))
+
+    def __enter__(self) -> JobTable:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def show(self) -> None:
+        """Shows how things stand."""
+        if self.console.is_terminal:
+            self.live.update(self._table(self.jobs), refresh=True)
+            return
+        for job in self.jobs:
+            if self.told[job.number] != job.state:
+                self.told[job.number] = job.state
+                ended = job.state != "running"
+                after = f" after {job.seconds:.0f} s, {self._progress(job)[1]}" if ended else ""
+                line = f"job {job.number} {job.state}{after}  ({job.name})"
+                self.console.print(printable(line))
+
+    def _table(self, jobs: list[Job]) -> Table:
+        table = Table()
+        for column in ("job", "overrides", "state", "step", "latest", "time"):
+            table.add_column(column)
+        running = [job for job in jobs if job.state == "running"]
+        paused = [job for job in jobs if job.state == "paused"]
+        ended = [job for job in jobs if job.state not in ("running", "waiting", "paused")]
+        other = [
+            f"{count} {state}"
+            for state in ("paused", "waiting")
+            if (count := sum(job.state == state for job in jobs))
+        ]
+        shown = (running + ended[::-1] + paused)[:SHOWN]
+        for job in sorted(shown, key=lambda job: job.number):
+            colour = COLOURS.get(job.state, "default")
+            step, latest = self._progress(job)
+            name, latest = printable(job.name), printable(latest)
+            state = Text(job.state, style=colour)
+            table.add_row(str(job.number), name, state, step, latest, f"{job.seconds:.0f} s")
+        table.caption = ", ".join([f"{len(ended)} ended", f"{len(running)} running", *other])
+        return table
+
+    def _progress(self, job: Job) -> tuple[str, str]:
+        """How far a job is: its step, and what is compared or, before that, its loss."""
+        result = job.result()
+        if result.get("objective") is not None:
+            monitor = result.get("monitor", self.monitor)
+            return str(result.get("steps", "")), f"{monitor} {result['objective']:.4f}"
+        if job.state in ("paused", "stopped") and job.rungs():
+            rung = job.rungs()[-1]
+            return str(rung["step"]), f"{rung['monitor']} {rung['value']:.4f}"
+        rows, _ = read_metrics(job.folder / "csv" / "metrics.csv")
+        for name in (self.monitor, "val/loss", "train/loss"):
+            if points := curve(rows, name):
+                return rows[-1]["step"], f"{name} {points[-1][1]:.4f}"
+        return "", "-"

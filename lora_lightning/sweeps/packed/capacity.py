@@ -1,0 +1,56 @@
+"""How many runs there is memory for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lora_lightning.adapters.folder import peak_memory_mib
+from lora_lightning.config.compose import read_config, settings_of
+from lora_lightning.distributed.precision import with_precision
+from lora_lightning.tasks import build_task
+from lora_lightning.training.preflight.memory import Memory
+from lora_lightning.training.run import build
+from lora_lightning.utils.quiet import quiet_libraries
+
+from .pack import device_of
+
+SLOT_BYTES = 50 * 2**20
+"""What a run takes on a CPU beside its tensors: its Trainer, its loggers, its view of the data."""
+
+
+def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
+    """How many of these runs can train together; the one of the highest rank stands for all.
+
+    Args:
+        folders: the runs' folders.
+        gib: memory that they may take; None: 90 % of a GPU, on a CPU without limit.
+    """
+    configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
+    device = device_of(configs[0])
+    if gib is None and device.type == "cuda":
+        gib = 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib is None or len(folders) == 1:
+        return len(folders)
+    quiet_libraries()
+    config = with_precision(max(configs, key=lambda config: int(config.lora.rank)))
+    settings = settings_of(config)
+    module, data = build(settings, build_task(settings.task), seed=config.seed)
+    data.setup("fit")
+    module.configure_model()
+    memory = Memory(module.to(device), data, settings, device)
+    outside = 0
+    if device.type == "cpu":  # where libraries and the data take memory too
+        outside = int(peak_memory_mib(device) * 2**20) - memory.frozen
+    room = gib * 2**30 - outside
+
+    def need(count: int) -> int:
+        own = count * SLOT_BYTES if device.type == "cpu" else 0
+        return sum(memory.parts(count).values()) + own
+
+    fit = next((count for count in range(len(folders), 0, -1) if need(count) <= room), 0)
+    print(f"{max(fit, 1)} of {len(folders)} runs at a time: they may take {gib:.1f} GiB.")
+    if fit == 0:
+        print(f"WARNING one alone needs about {(outside + need(1)) / 2**30:.1f} GiB.")
+    return max(fit, 1)

@@ -1,0 +1,38 @@
+"""One copy of the frozen base for all runs of a pack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora import UserError
+from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.running_statistics import is_statistic
+
+
+def share_frozen(model: nn.Module, first: nn.Module) -> None:
+    """Puts the first model's frozen tensors in the place of a model's own, which are equal."""
+    theirs = _frozen(first)
+    for name, (module, leaf, tensor) in _frozen(model).items():
+        if name not in theirs:
+            continue
+        other = theirs[name][2]
+        if other is tensor:
+            continue
+        if not torch.equal(other, tensor.to(other.device)):
+            raise UserError(f"{name} is frozen, and not the same in all runs of this pack.")
+        store = module._parameters if leaf in module._parameters else module._buffers
+        store[leaf] = other  # type: ignore[assignment]
+
+
+def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """Frozen parameters and buffers of the base by their names in the bare model."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoraLayer):
+            continue  # its own may be frozen too
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not tensor.requires_grad and not is_statistic(leaf):
+                name = f"{path}.{leaf}".replace(".base_layer.", ".")
+                found[name] = (module, leaf, tensor)
+    return found

@@ -1,0 +1,103 @@
+"""The launcher that trains jobs together which differ in their adapter and its training alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_lightning.errors import UserError
+
+from .launcher import ProcessLauncher
+from .queue import Job, Work
+
+OWN = ("lora", "optim", "tags", "output_dir", "test_before", "logger", "hydra")
+"""Parts of the config in which the jobs of a pack may differ."""
+
+
+class PackedLauncher(ProcessLauncher):
+    """Runs the jobs of a sweep in packs: a process for each, in which all share one frozen base.
+
+    In a pack are jobs with the same model, task, data, trainer and seed, which see the same
+    batches; they may differ in all of `lora` and `optim`. What fits into no pack is a process of
+    its own, as with the process launcher.
+
+    Args:
+        max_slots: jobs in a pack, at most.
+        memory: GiB that a pack may take: of its jobs, as many train at a time as have room by an
+            estimate. "auto": 90 % of a GPU; on a CPU without limit.
+        settings: those of the process launcher; `jobs` counts packs here.
+    """
+
+    __module__ = "hydra_plugins.lora_lightning"
+
+    def __init__(self, max_slots: int = 16, memory: Any = "auto", **settings: Any) -> None:
+        number = isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory > 0
+        if memory != "auto" and not number:
+            raise UserError(
+                f"launcher.memory must be a number of GiB above 0, or auto, got {memory!r}."
+            )
+        if not isinstance(max_slots, int) or isinstance(max_slots, bool) or max_slots < 1:
+            raise UserError(
+                f"launcher.max_slots must be a whole number, 1 or more, got {max_slots!r}."
+            )
+        super().__init__(**settings)
+        self.max_slots = max_slots
+        self.options = () if memory == "auto" else ("--memory", str(memory))
+
+    def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
+        """Packs of jobs that can share a base, and says which cannot."""
+        groups: dict[str, list[Job]] = {}
+        reasons: dict[str, list[int]] = {}
+        for job, config in planned:
+            reason = cannot_share(config)
+            if reason is None:
+                groups.setdefault(_shared_part(config), []).append(job)
+            else:
+                groups[str(job.folder)] = [job]
+                reasons.setdefault(reason, []).append(job.number)
+        work = [
+            Work(jobs[start : start + self.max_slots], self.options)
+            for jobs in groups.values()
+            for start in range(0, len(jobs), self.max_slots)
+        ]
+        for item in work:
+            if len(item.jobs) > 1:
+                print(f"a pack: jobs {', '.join(str(job.number) for job in item.jobs)}")
+        for reason, numbers in reasons.items():
+            print(f"not packed, because of {reason}: {', '.join(map(str, numbers))}")
+        return work
+
+
+def cannot_share(config: DictConfig) -> str | None:
+    """Why a job cannot train with others on one frozen base; None if it can."""
+    if config.lora.method != "lora":
+        return f"lora.method={config.lora.method}, which trains the base itself"
+    alone = {
+        "lora.target_parameters, whose experts mix rows": config.lora.target_parameters,
+        "lora.init=eva, which looks at the data with the base alone": config.lora.init == "eva",
+    }
+    for reason, holds in alone.items():
+        if holds:
+            return reason
+    devices = str(config.trainer.get("devices", "auto"))
+    if devices not in ("auto", "1") or int(config.trainer.get("num_nodes", 1)) > 1:
+        return f"trainer.devices={devices}: a pack has one device"
+    if not isinstance(config.trainer.get("strategy", "auto"), str):
+        return "trainer.strategy: a pack has one device, which holds all of the base"
+    for key in ("compile", "gradient_checkpointing", "offload_activations", "quantization"):
+        if config.model.get(key):
+            return f"model.{key}"
+    return None
+
+
+def _shared_part(config: DictConfig) -> str:
+    """Identifies what all jobs of a pack have in common: model, task, data, trainer, seed."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    for key in OWN:
+        plain.pop(key, None)
+    plain["trainer"].pop("gradient_clip_val", None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()

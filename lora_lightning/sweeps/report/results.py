@@ -1,0 +1,385 @@
+"""Reading a sweep's folder: its runs, what tells them apart, and which is the best."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lightning.config.compose import (
+    direction,
+    read_config,
+    read_overrides,
+    read_yaml,
+)
+from lora_lightning.config.presets import CONFIG_NAME, searched
+from lora_lightning.config.schema import direction_of
+from lora_lightning.config.untrusted import settings_from_file
+from lora_lightning.errors import UserError
+from lora_lightning.lora.config import LoraConfig
+from lora_lightning.utils.locks import is_abandoned
+from lora_lightning.utils.logs import (
+    curve,
+    read_metrics,
+    read_result,
+    tell_damaged,
+)
+
+SEED = "seed"
+PLACES = ("output_dir", "hydra.sweep.dir", "hydra.run.dir")
+
+
+@dataclass
+class Run:
+    """A run of a sweep, as its folder tells of it."""
+
+    folder: Path
+    config: DictConfig
+    overrides: list[str]
+    result: dict[str, Any]
+    lora: LoraConfig | None = None
+    """The adapter's settings; None for full fine-tuning."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """The monitored metric at each validation: optimizer step and value."""
+    presets: list[str] = field(default_factory=list)
+    """Where the user's own presets are, as it is typed: --config-name, hydra.searchpath."""
+
+    @property
+    def job(self) -> str:
+        """Its number in the sweep, that is, its folder's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> str:
+        """completed, running, failed, interrupted, paused, stopped (by halving), or waiting."""
+        return str(self.result.get("status", "waiting"))
+
+    @property
+    def objective(self) -> float | None:
+        """Final value of the monitored metric; None before the end, and where it is no number."""
+        return self.final("objective")
+
+    def final(self, name: str) -> float | None:
+        """A finite number of a completed run; None where there is none."""
+        value = self.result.get(name)
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        return float(value) if number and self.status == "completed" else None  # type: ignore[arg-type]
+
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """Overrides by key."""
+        parsed = OverridesParser.create().parse_overrides(self.overrides)
+        return {
+            item.get_key_element().lstrip("+"): item.get_value_element_as_str() for item in parsed
+        }
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Rank, alpha and the effective scale alpha / r (rsLoRA: alpha / sqrt(r))."""
+        if self.lora is None:
+            return {"rank": None, "alpha": None, "scale": None}
+        lora = self.lora
+        return {"rank": lora.rank, "alpha": lora.alpha_of(""), "scale": lora.scaling_of("")}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps made, as far as is known: of one that runs, to its last rung."""
+        rungs = self.result.get("rungs") or [{"step": 0}]
+        return max(int(self.result.get("steps") or 0), int(rungs[-1]["step"]))
+
+    @property
+    def command(self) -> str:
+        """What runs this alone."""
+        return self.command_without()
+
+    def command_without(self, *keys: str) -> str:
+        """What runs this alone, but for some settings, which are left to their defaults."""
+        left = (*PLACES, *keys)
+        items = [item for item in self.overrides if item.lstrip("+").split("=")[0] not in left]
+        return shlex.join(["lora-lightning", "train", *self.presets, *items])
+
+
+@dataclass
+class Setting:
+    """Runs that differ in their seed alone."""
+
+    values: dict[str, str]
+    """What tells it from the other settings."""
+    runs: list[Run]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the completed runs."""
+        values = self._values(metric)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, metric: str) -> float | None:
+        """Deviation of a sample (n - 1); None of fewer than two runs."""
+        values = self._values(metric)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def variance_of_mean(self, metric: str) -> float:
+        """The squared standard error of the mean; 0 of fewer than two runs, which tell none."""
+        deviation = self.deviation(metric)
+        return 0.0 if deviation is None else deviation**2 / len(self._values(metric))
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other settings, as it is typed."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or "the one setting"
+
+    @property
+    def jobs(self) -> str:
+        """The numbers of its runs."""
+        return " ".join(run.job for run in self.runs)
+
+    def _values(self, metric: str) -> list[float]:
+        found = [run.final(metric) for run in self.runs]
+        return [value for value in found if value is not None]
+
+
+@dataclass
+class Sweep:
+    """All runs of a sweep."""
+
+    folder: Path
+    runs: list[Run]
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """Keys whose values differ between runs, the seed last."""
+        keys = dict.fromkeys(key for run in self.runs for key in run.given)
+        different = [
+            key
+            for key in keys
+            if key not in PLACES and len({run.given.get(key) for run in self.runs}) > 1
+        ]
+        return sorted(different, key=lambda key: key == SEED)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Runs by what they have in common beside the seed, the best first."""
+        groups: dict[tuple[str, ...], Setting] = {}
+        keys = [key for key in self.varied if key != SEED]
+        for run in self.runs:
+            values = {key: run.given.get(key, "") for key in keys}
+            groups.setdefault(tuple(values.values()), Setting(values, [])).runs.append(run)
+
+        def order(setting: Setting) -> tuple[bool, float]:
+            mean = setting.mean("objective")
+            return (mean is None, 0.0 if mean is None else -self.sign * mean)
+
+        return sorted(groups.values(), key=order)
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric that is compared."""
+        return str(self.runs[0].config.task.monitor)
+
+    @property
+    def sign(self) -> int:
+        """1 where more of the metric is better, else -1."""
+        try:
+            return -1 if direction(self.runs[0].config) == "min" else 1
+        except UserError:  # of a run that was made before such a mode was refused
+            return -1 if direction_of(self.monitor) == "min" else 1
+
+    @property
+    def best(self) -> Setting | None:
+        """The setting with the best mean over its seeds."""
+        first = self.settings[0]
+        return first if first.mean("objective") is not None else None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows that the metric is measured on; None where no run tells, or they differ."""
+        split = self.monitor.partition("/")[0]
+        told = {
+            run.result.get("rows", {}).get(split) for run in self.runs if run.objective is not None
+        }
+        return told.pop() if len(told) == 1 else None
+
+    def alike(self) -> list[Setting]:
+        """Settings that cannot be told from the best by what was measured.
+
+        Their means are within two standard errors of each other: of the seeds and, for a share of
+        rows, of which rows there are. One seed says nothing of the former, and the latter is
+        that of independent rows, which is too much where both have the same.
+        """
+        best = self.best
+        if best is None:
+            return []
+        others = [one for one in self.settings if one is not best]
+        return [one for one in others if self._is_alike(best, one)]
+
+    def _is_alike(self, best: Setting, other: Setting) -> bool:
+        ours, theirs = best.mean("objective"), other.mean("objective")
+        if ours is None or theirs is None:
+            return False
+        variance = sum(one.variance_of_mean("objective") for one in (best, other))
+        if self.rows and self.is_share:
+            variance += sum(mean * (1 - mean) / self.rows for mean in (ours, theirs))
+        return abs(ours - theirs) <= 2 * math.sqrt(variance)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the monitored metric is between 0 and 1, and counts rows."""
+        return self.monitor.partition("/")[2] in ("accuracy", "f1", "auroc")
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the final metrics, validation before test."""
+        names = {n for run in self.runs for n in run.result if n.startswith(("val/", "test/"))}
+        return sorted(names, key=lambda name: (name.startswith("test/"), name))
+
+    @property
+    def headline(self) -> str | None:
+        """The test's counterpart of the monitored metric."""
+        name = self.monitor.replace("val/", "test/", 1)
+        return name if name in self.metrics else None
+
+    @property
+    def failed(self) -> list[Run]:
+        """Runs that failed."""
+        return [run for run in self.runs if run.status == "failed"]
+
+    @property
+    def stopped(self) -> list[Run]:
+        """Runs that successive halving has stopped."""
+        return [run for run in self.runs if run.status == "stopped"]
+
+    @property
+    def share_of_steps(self) -> float | None:
+        """Optimizer steps made, of those that all runs to the end would take; None: no halving."""
+        rungs = [run.result["rungs"] for run in self.runs if run.result.get("rungs")]
+        if not rungs:
+            return None
+        planned = max(found[0]["planned"] for found in rungs)
+        made = sum(run.steps for run in self.runs)
+        return float(made / (planned * len(self.runs)))
+
+    def counts(self) -> str:
+        """How many runs there are of each status."""
+        every = [run.status for run in self.runs]
+        return ", ".join(f"{every.count(status)} {status}" for status in dict.fromkeys(every))
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Reads the runs directly below a folder.
+
+    Raises:
+        UserError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder. Give that of a sweep.")
+    found = sorted(folder.glob("*/.hydra/config.yaml"), key=lambda path: _natural(path.parts[-3]))
+    if not found:
+        raise UserError(f"{folder} holds no run. {_where(folder)}")
+    runs = [_read_run(path.parent.parent) for path in found]
+    if is_abandoned(folder):  # killed: no job has been able to say so
+        for run in runs:
+            if run.status == "running":
+                run.result["status"] = "interrupted"
+    return Sweep(folder, runs)
+
+
+def _where(folder: Path) -> str:
+    """Where a sweep is rather to be looked for."""
+    if (folder / ".hydra" / "config.yaml").is_file():
+        return f"It is one itself; give the folder of its sweep: {folder.absolute().parent}."
+    sweeps = [path.parent for path in folder.glob("*/**/sweep.json")]
+    if sweeps:
+        newest = max(sweeps, key=lambda path: (path / "sweep.json").stat().st_mtime)
+        return f"There are {len(sweeps)} sweeps below it, the newest: {newest}"
+    return "Give the folder of a sweep, such as multirun/<date>/<time>."
+
+
+def _read_run(folder: Path) -> Run:
+    saved = folder / ".hydra" / "config.yaml"
+    config = _without_resolvers(read_config(saved))
+    lora = _settings(config, saved)
+    given = read_overrides(folder / ".hydra" / "overrides.yaml")
+    path = folder / "result.json"
+    there = path.is_file()
+    result = read_result(path)
+    if there and not result:
+        raise UserError(
+            f"{path} is damaged. Run the sweep's command again, which continues this job; or "
+            "delete the file, and the report takes the job for one that waits."
+        )
+    metrics = folder / "csv" / "metrics.csv"
+    rows, damaged = read_metrics(metrics)
+    if result.get("status") != "running":  # its last line may be half there
+        tell_damaged(metrics, damaged)
+    # What a run has logged last is that of a step; those of earlier versions count from 0.
+    shift = 0 if result.get("first_step") == 1 else 1
+    points = {step + shift: value for step, value in curve(rows, str(config.task.monitor))}
+    return Run(folder, config, given, result, lora, sorted(points.items()), _presets(folder))
+
+
+def _presets(folder: Path) -> list[str]:
+    """Where a run's presets are of its user's own, as its command names them."""
+    try:
+        saved = read_yaml(folder / ".hydra" / "hydra.yaml")
+        parts: Any = OmegaConf.to_container(saved, resolve=False)["hydra"]  # type: ignore[index, call-overload]
+        typed = [str(item) for item in parts["overrides"]["hydra"]]
+        name = parts["job"]["config_name"] or CONFIG_NAME
+    except Exception:  # absent, damaged, or another Hydra's: the command goes without
+        return []
+    primary = [] if name == CONFIG_NAME else ["--config-name", str(name)]
+    return [*primary, *searched(typed)]
+
+
+def _settings(config: DictConfig, path: Path) -> LoraConfig | None:
+    """The adapter's settings; None for full fine-tuning.
+
+    Raises:
+        UserError: what a report reads of the config is absent or of another kind.
+    """
+    try:
+        task, lora, seed = (
+            OmegaConf.to_container(node, resolve=True) if isinstance(node, Container) else node
+            for node in (config[key] for key in ("task", "lora", "seed"))
+        )
+        if not isinstance(task, dict) or not isinstance(task.get("monitor"), str):
+            raise UserError(f"{path}: task.monitor must be the name of a metric.")
+        if not isinstance(seed, int):
+            raise UserError(f"{path}: seed must be a whole number.")
+        values = settings_from_file({"lora": lora}, path)["lora"]
+        return None if values.pop("method", "lora") == "full" else LoraConfig(**values)
+    except UserError as error:
+        named = str(path) in str(error)
+        raise UserError(str(error) if named else f"{path}: {error}") from None
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}.") from None
+
+
+def _without_resolvers(config: DictConfig) -> DictConfig:
+    """A config whose `${oc.env:NAME}` and the like are plain `$ {...}`; `${lora.rank}` stays.
+
+    The folder may be somebody else's, and what this environment holds would stand in the report.
+    """
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [walk(value) for value in node]
+        if isinstance(node, str) and "${" in node and ":" in node:
+            return node.replace("${", "$ {")
+        return node
+
+    plain = walk(OmegaConf.to_container(config, resolve=False))
+    assert isinstance(plain, dict)
+    return OmegaConf.create(plain)
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isdigit() else (1, 0, name)

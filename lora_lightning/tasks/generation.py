@@ -1,0 +1,425 @@
+"""Tasks whose target is text: what summarization, conversations and language modelling share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lora_lightning.config.schema import GenerativeConfig, ModelConfig
+from lora_lightning.distributed.sharded_loading import Shards, gathers_layers, most
+from lora_lightning.errors import UserError
+from lora_lightning.models.forward import causal_inputs, uncompiled
+from lora_lightning.models.lm_head import logits_at, loss_at
+from lora_lightning.models.loading import load_generator
+from lora_lightning.utils.terminal import printable, say
+
+from .base import IGNORE, LossOutput, Task
+from .metrics import Perplexity, TokenAccuracy, text_metrics
+
+MIN_PROMPT = 2
+"""Tokens that must remain for a prompt, special ones among them."""
+
+
+class GenerativeTask(Task):
+    """The tokens of a target are learned, given those of a prompt.
+
+    Causal models see one sequence, BOS prompt target EOS, and predict each target token from the
+    ones before it. Encoder-decoders read the prompt and write the target. BOS stands where the
+    tokenizer itself puts one. EOS is always a target.
+    """
+
+    headline = "rougeL"
+    dropped_means = "an empty source or target, or a target longer than data.max_length allows"
+    dropped_advice = (
+        "Name the right columns (task.source_column, task.target_column), or raise data.max_length."
+    )
+    causal_only: ClassVar[bool] = False
+    """Whether an encoder-decoder cannot learn the task."""
+    config: GenerativeConfig
+
+    def __init__(self, config: GenerativeConfig) -> None:
+        self.config = config
+        self.encoder_decoder = False
+        self.tokenizer: Any = None
+        self.frame: tuple[list[int], list[int]] = ([], [])
+
+    @property
+    def peft_task_type(self) -> str:  # type: ignore[override]
+        """PEFT's word for the kind of model."""
+        return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+
+    def prepare(self, model_config: Any) -> None:
+        self.encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
+        if self.encoder_decoder and self.causal_only:
+            raise UserError(
+                f"task={self.name} needs a causal model; this one is an encoder-decoder. Choose "
+                "another model, or task=summarization with a source and a target."
+            )
+
+    # Rows to examples ------------------------------------------------------------------------
+
+    def strata(self, raw: Any) -> list[Any] | None:
+        return None
+
+    def signature(self) -> dict[str, Any]:
+        encoding = ("prompt", "system", "max_new_tokens", "blocks")
+        settings = {name: getattr(self.config, name, None) for name in encoding}
+        return {"task": self.name, **settings, **self.state()}
+
+    def encode(
+        self, rows: dict[str, list[Any]], tokenizer: Any, max_length: int, *, targets: bool = True
+    ) -> dict[str, Any]:
+        self.tokenizer, self.frame = tokenizer, _frame(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"task={self.name}: the tokenizer has no end-of-sequence token, so a model could "
+                "never learn to stop. Choose another: model.tokenizer=NAME."
+            )
+        if not self.encoder_decoder and max_length - self.config.max_new_tokens < MIN_PROMPT:
+            raise UserError(
+                f"data.max_length={max_length} leaves no room for a prompt beside "
+                f"task.max_new_tokens={self.config.max_new_tokens}: lower that, or raise the other."
+            )
+        examples = self.examples(rows, max_length, targets=targets)
+        names = {name for example in examples for name in example}
+        return {name: [example[name] for example in examples] for name in sorted(names)}
+
+    @abstractmethod
+    def examples(
+        self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
+    ) -> list[dict[str, Any]]:
+        """`input_ids`, `truncated` and, with targets, `labels`, for each row.
+
+        A row with nothing to learn gives `nothing()`.
+        """
+
+    @staticmethod
+    def nothing(*, targets: bool = True) -> dict[str, Any]:
+        """What stands for a row that is to be dropped."""
+        return {"input_ids": [], "truncated": False, **({"labels": []} if targets else {})}
+
+    def example(
+        self, prompt: list[int], target: list[int] | None, *, truncated: bool
+    ) -> dict[str, Any]:
+        """An example of token ids without special tokens; `target` None: to be predicted."""
+        before, after = self.frame
+        if self.encoder_decoder:
+            found = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
+            if target is not None:
+                found["labels"] = self._ended([*before, *target, *after])
+            return found
+        prompt = [*before, *prompt]
+        if target is None:
+            return {"input_ids": prompt, "truncated": truncated}
+        target = self._ended(target)
+        return {
+            "input_ids": [*prompt, *target],
+            "labels": [IGNORE] * len(prompt) + target,
+            "truncated": truncated,
+        }
+
+    def special_count(self) -> int:
+        """Special tokens in an example, beside prompt and target."""
+        before, after = self.frame
+        return len(before) + (len(after) if self.encoder_decoder else 1)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts, without special tokens."""
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in found]
+
+    # Model and loss --------------------------------------------------------------------------
+
+    def build_model(
+        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        self.tokenizer = tokenizer
+        return load_generator(config, tokenizer, shards), []
+
+    def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Adds `places` too: where the logits are that predict the batch's targets.
+
+        A batch without a target gets one place, whose label is to be ignored: a rank that meets
+        one goes through the same steps as the others. A batch to predict for has none.
+        """
+        batch = super().locate(batch)
+        if "labels" not in batch or "places" in batch:
+            return batch
+        learned = (self._wanted(batch) != IGNORE).flatten().nonzero().flatten()
+        return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}
+
+    def _wanted(self, batch: dict[str, Any]) -> Tensor:
+        """The label that is predicted at each position: a causal model's is the one after it."""
+        labels: Tensor = batch["labels"]
+        if self.encoder_decoder:
+            return labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> LossOutput:
+        if "places" not in batch:
+            batch = self.locate(batch)
+        targets = self._wanted(batch).flatten()[batch["places"]]
+        total, correct = loss_at(model, self._inputs(model, batch), batch["places"], targets)
+        return LossOutput(total, (targets != IGNORE).sum(), correct)
+
+    def _inputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model reads of a batch."""
+        if not self.encoder_decoder:
+            return causal_inputs(model, batch)
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {**inputs, "decoder_input_ids": shifted}
+
+    def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        shown = batch["attention_mask"] == 1
+        if self.encoder_decoder:
+            batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
+        return logits_at(model, self._inputs(model, batch), shown.flatten().nonzero().flatten())
+
+    # Metrics and generation ------------------------------------------------------------------
+
+    def metrics(self) -> MetricCollection:
+        metrics: dict[str, Any] = {"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()}
+        if self.generate_rows:
+            metrics |= text_metrics(self.config.text_metrics)
+        return MetricCollection(metrics, compute_groups=False)
+
+    def metric_names(self) -> list[str]:
+        names = ["perplexity", "token_accuracy"]
+        if not self.generate_rows:
+            return names
+        rouge = ["rouge1", "rouge2", "rougeL"]
+        return names + [
+            one
+            for name in self.config.text_metrics
+            for one in (rouge if name == "rouge" else [name])
+        ]
+
+    @property
+    def generative(self) -> bool:
+        return True
+
+    def stream(self, model: nn.Module, prompt: list[int]) -> str:
+        """Continues a prompt and prints the text to stdout as it comes; beams come at the end."""
+        from transformers import TextStreamer
+
+        class Printer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                super().on_finalized_text(printable(text), stream_end=stream_end)
+
+        beams = self.config.num_beams > 1
+        printer = Printer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with torch.inference_mode():
+            ids = self.generate(model, [prompt], **({} if beams else {"streamer": printer}))[0]
+        text = self.decode(ids)
+        if beams:
+            say(text)
+        return text
+
+    @property
+    def packs(self) -> bool:
+        return not self.encoder_decoder
+
+    @property
+    def generate_rows(self) -> int:
+        return self.config.generate_rows
+
+    def update_metrics(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        batch: dict[str, Any],
+        output: LossOutput,
+    ) -> None:
+        metrics["perplexity"].update(output.total, output.count)
+        metrics["token_accuracy"].update(output.outputs, output.count)
+
+    def collect(self, batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+        """Prompt and answer of each row that text is to be generated for."""
+        marked = [row for row, generate in enumerate(batch.get("generate", [])) if generate]
+        if not marked:
+            return []
+        names = ("input_ids", "attention_mask", "labels")
+        rows = {name: batch[name].cpu()[marked] for name in names}
+        return list(zip(self._prompts(rows), self._answers(rows), strict=True))
+
+    def finish_epoch(
+        self,
+        metrics: MetricCollection,
+        model: nn.Module,
+        rows: list[tuple[list[int], list[int]]],
+        batch_size: int,
+    ) -> None:
+        """Generates text for the rows, those of like length together, and compares it."""
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        predictions = [""] * len(rows)
+        for number in range(most(model, len(batches))):
+            if self.is_told is not None and self.is_told() and not gathers_layers(model):
+                return
+            if number >= len(batches):  # another process needs this one's share of the base
+                self.generate(model, [[self.tokenizer.eos_token_id]])
+                continue
+            prompts = [rows[row][0] for row in batches[number]]
+            texts = self.generate(model, prompts, **self._until_told())
+            for row, ids in zip(batches[number], texts, strict=True):
+                predictions[row] = self.decode(ids)
+        if rows:
+            self._compare(metrics, predictions, [self.decode(answer) for _, answer in rows])
+
+    def _until_told(self) -> dict[str, Any]:
+        """Has `generate` end where the run is told to end, within a text."""
+        from transformers import StoppingCriteria
+
+        if self.is_told is None:
+            return {}
+        is_told: Callable[[], bool] = self.is_told
+
+        class Told(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                return torch.full((len(input_ids),), is_told(), device=input_ids.device)
+
+        return {"stopping_criteria": [Told()]}
+
+    def _compare(
+        self, metrics: MetricCollection, predictions: list[str], references: list[str]
+    ) -> None:
+        """Adds texts to those of the metrics that compare texts."""
+        for name, metric in metrics.items(keep_base=True):
+            if name in self.config.text_metrics:
+                nested = [[reference] for reference in references]
+                metric.update(predictions, references if name == "rouge" else nested)
+
+    def compare(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        """The task's text metrics of predictions."""
+        metrics = MetricCollection(text_metrics(self.config.text_metrics), compute_groups=False)
+        self._compare(metrics, predictions, references)
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+    def predict(self, model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"generated": self.decode(ids)} for ids in self.generate(model, self._prompts(batch))
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, prompts: list[list[int]], **changes: Any
+    ) -> list[list[int]]:
+        """Continues prompts, by the task's settings; the new ids alone, up to the end token.
+
+        Prompts are padded on the left where the model is causal.
+        """
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            place = (
+                slice(0, len(prompt)) if self.encoder_decoder else slice(width - len(prompt), width)
+            )
+            ids[row, place] = torch.tensor(prompt, device="cpu")
+            mask[row, place] = 1
+        device = next(model.parameters()).device
+        ends = self._ends(model)
+        was_training = model.training
+        model.eval()
+        try:
+            with uncompiled(model):
+                found = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    **{**self._generation(ends), **changes},
+                )
+        finally:
+            model.train(was_training)
+        new = found[:, 1 if self.encoder_decoder else width :].tolist()
+        return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+
+    def _ends(self, model: nn.Module) -> set[int]:
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        others = own if isinstance(own, list) else [own]
+        return {token for token in (self.tokenizer.eos_token_id, *others) if token is not None}
+
+    def _generation(self, ends: set[int]) -> dict[str, Any]:
+        config = self.config
+        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        return {
+            "max_new_tokens": config.max_new_tokens,
+            "do_sample": config.do_sample,
+            "num_beams": config.num_beams,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": sorted(ends),
+            "use_cache": True,
+            **(sampled if config.do_sample else dict.fromkeys(sampled)),
+        }
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
+        """Each row's tokens up to its last target."""
+        ids, shown = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        stops = [len(row) for row in ids]
+        if "labels" in batch and not self.encoder_decoder:
+            stops = [start for start, _ in map(_last_run, batch["labels"].tolist())]
+        return [
+            [token for token, seen in zip(row[:stop], mask[:stop], strict=True) if seen]
+            for row, mask, stop in zip(ids, shown, stops, strict=True)
+        ]
+
+    def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
+        """Each row's last target."""
+        labels = batch["labels"].tolist()
+        if self.encoder_decoder:
+            return [[label for label in row if label != IGNORE] for row in labels]
+        return [row[slice(*_last_run(row))] for row in labels]
+
+    # What people see -------------------------------------------------------------------------
+
+    def show_prediction(self, prediction: dict[str, Any]) -> str:
+        return str(prediction["generated"])
+
+    def show_example(self, example: dict[str, Any], tokenizer: Any) -> str:
+        ids, labels = example["input_ids"], example["labels"]
+        if self.encoder_decoder:
+            return f"{tokenizer.decode(ids)} => [{tokenizer.decode(labels)}]"
+        parts: list[tuple[bool, list[int]]] = []
+        for token, label in zip(ids, labels, strict=True):
+            learned = label != IGNORE
+            if not parts or parts[-1][0] != learned:
+                parts.append((learned, []))
+            parts[-1][1].append(token)
+        shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
+        return "".join(f"[{text}]" if learned else text for learned, text in shown)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that a tokenizer puts before and after a text."""
+    whole = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(inner) + 1)
+    start = next(i for i in starts if whole[i : i + len(inner)] == inner)
+    return whole[:start], whole[start + len(inner) :]
+
+
+def _last_run(labels: list[int]) -> tuple[int, int]:
+    """Start and stop of a row's last stretch of labels; its length twice where there is none."""
+    stop = len(labels)
+    while stop and labels[stop - 1] == IGNORE:
+        stop -= 1
+    if not stop:
+        return len(labels), len(labels)
+    start = stop
+    while start and labels[start - 1] != IGNORE:
+        start -= 1
+    return start, stop

@@ -1,0 +1,1 @@
+"""Callbacks and loggers: checkpoints, curves, signals, and what a run shows."""

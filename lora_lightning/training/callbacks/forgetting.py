@@ -1,0 +1,167 @@
+"""What a run keeps, and what it forgets, of what its base knew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lora_lightning.data.collators import PaddingCollator
+from lora_lightning.data.loading import load_rows
+from lora_lightning.lora import UserError
+from lora_lightning.tasks import IGNORE, to_device
+from lora_lightning.training.module import LoraModule
+from lora_lightning.utils.output_folders import expanded
+
+from .loggers import log_after
+
+COLUMNS = ("text", "sentence", "document", "content")
+POSITIONS = 2048
+"""Tokens, with padding, that are computed at a time."""
+
+
+class Retention(Callback):
+    """Measures on texts that have nothing to do with the task what of the base is left.
+
+    A causal language model: `val/retained_loss`, its loss per token of those texts. Any other:
+    `val/retained_similarity`, the correlation over all pairs of texts of their cosine similarity,
+    by the mean hidden state, with the base's own: 1 where nothing has moved (representational
+    similarity analysis, Kriegeskorte et al. 2008).
+
+    Both are measured before the first step (`before` keeps that) and in every validation.
+
+    Args:
+        texts: a file of texts, JSONL, CSV, or plain, a text a line. None: nothing is measured.
+        count: how many of them, from the first on.
+        max_length: longest in tokens; longer ones are cut.
+    """
+
+    def __init__(self, texts: str | None = None, count: int = 64, max_length: int = 256) -> None:
+        self.texts = texts
+        self.count = count
+        self.max_length = max_length
+        self._batches: list[dict[str, Any]] = []
+        self._reference: Tensor | None = None
+        self.before: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.texts is not None and not self._batches:
+            assert isinstance(pl_module, LoraModule)
+            self._batches = _batches(self._read(), pl_module.tokenizer, self.max_length)
+
+    def _read(self) -> list[str]:
+        assert self.texts is not None
+        option = "callbacks.retention.texts"
+        rows = load_rows(option, expanded(self.texts, option))
+        column = next((name for name in COLUMNS if name in rows.column_names), None)
+        if column is None:
+            raise UserError(
+                f"{option}={self.texts} has no column {' or '.join(COLUMNS)}; its columns are "
+                f"{', '.join(rows.column_names)}."
+            )
+        found = [str(text).strip() for text in rows[column][:] if str(text or "").strip()]
+        if len(found) < 3:
+            raise UserError(f"{option}={self.texts} holds {len(found)} texts: give three or more.")
+        return found[: self.count]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._batches or trainer.global_step > 0:
+            return
+        assert isinstance(pl_module, LoraModule)
+        if not _has_loss(pl_module):
+            adapter = pl_module.adapter
+            with nullcontext() if adapter is None else adapter.disabled():
+                self._reference = self._similarities(pl_module)
+        self.before = self._measure(pl_module)
+        log_after(trainer, self.before, 0)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._batches or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, LoraModule)
+        for name, value in self._measure(pl_module).items():
+            pl_module.log(name, value, sync_dist=True)  # the same on all ranks
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self._reference, "before": self.before} if self.before else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what a checkpoint says of the model before training.
+
+        Raises:
+            UserError: it is no list of similarities, or a metric is no number.
+        """
+        reference, before = state_dict.get("reference"), state_dict.get("before", {})
+        numbers = isinstance(before, dict) and all(
+            isinstance(name, str) and isinstance(value, float) for name, value in before.items()
+        )
+        is_list = isinstance(reference, torch.Tensor) and reference.dim() == 1
+        if not numbers or not (is_list or reference is None):
+            raise UserError("the checkpoint's state of Retention is not one that a run writes.")
+        self._reference, self.before = reference, before
+
+    def _measure(self, module: LoraModule) -> dict[str, float]:
+        if _has_loss(module):
+            return {"val/retained_loss": self._loss(module)}
+        if self._reference is None:  # validated alone, without a training before it
+            return {}
+        pair = torch.stack([self._reference, self._similarities(module)])
+        return {"val/retained_similarity": float(torch.corrcoef(pair)[0, 1])}
+
+    @torch.no_grad()
+    def _loss(self, module: LoraModule) -> float:
+        assert module.model is not None
+        total, count = 0.0, 0
+        for batch in self._on(module):
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+            output = module.task.loss(module.model, {**batch, "labels": labels})
+            total, count = total + float(output.total), count + int(output.count)
+        return total / count
+
+    @torch.no_grad()
+    def _similarities(self, module: LoraModule) -> Tensor:
+        """Cosine similarity of each pair of texts, in fp32 on the CPU."""
+        model: Any = module.model
+        backbone = getattr(model, model.base_model_prefix)
+        if model.config.is_encoder_decoder:
+            backbone = backbone.encoder
+        means = []
+        for batch in self._on(module):
+            hidden = backbone(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None]
+            means.append((hidden * mask).sum(1) / mask.sum(1))
+        unit = nn.functional.normalize(torch.cat(means), dim=-1)
+        first, second = torch.triu_indices(len(unit), len(unit), 1, device="cpu")
+        return (unit @ unit.t()).cpu()[first, second]
+
+    def _on(self, module: LoraModule) -> Iterator[dict[str, Any]]:
+        """The batches, on the module's device, with the module in eval mode meanwhile."""
+        training = module.training
+        module.eval()
+        for batch in self._batches:
+            yield to_device(batch, module.device)
+        module.train(training)
+
+
+def _has_loss(module: LoraModule) -> bool:
+    """Whether the model says how probable a text is."""
+    model: Any = module.model
+    return module.task.generative and not model.config.is_encoder_decoder
+
+
+def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Texts of like length together, padded on the right."""
+    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    collate = PaddingCollator(tokenizer.pad_token_id)
+    found = []
+    while rows:
+        size = max(1, POSITIONS // len(rows[0]))
+        chunk, rows = rows[:size], rows[size:]
+        found.append(collate([{"input_ids": ids} for ids in chunk]))
+    return found

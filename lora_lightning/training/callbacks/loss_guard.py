@@ -1,0 +1,79 @@
+"""The losses of a run's steps: whether they are numbers, and which rows were there where not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.folder import BAD_STEP
+from lora_lightning.lora import UserError
+from lora_lightning.utils.atomic_write import atomic_write
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An optimizer step: its number, epoch, last batch, and loss (a scalar on the device)."""
+
+    number: int
+    epoch: int
+    batch: int
+    loss: Tensor
+
+
+class StepLosses:
+    """Losses of the steps since they were last looked at; looking waits for the device."""
+
+    def __init__(self) -> None:
+        self._recent: list[_Step] = []
+
+    def add(self, trainer: L.Trainer, batch: int, loss: Tensor) -> None:
+        """Keeps the loss of the coming step, whose last batch is that of this number."""
+        self._recent.append(_Step(trainer.global_step, trainer.current_epoch, batch, loss))
+
+    def check(self, trainer: L.Trainer, *, half: bool) -> None:
+        """Makes sure that the losses are numbers.
+
+        Args:
+            trainer: of the run.
+            half: whether float16 is used, which overflows first.
+
+        Raises:
+            UserError: one is not. The rows of its step are in the run's folder then.
+        """
+        recent, self._recent = self._recent, []
+        if not recent:
+            return
+        finite = torch.stack([step.loss for step in recent]).isfinite().tolist()
+        if all(finite):
+            return
+        bad = recent[finite.index(False)]
+        loss = bad.loss.item()
+        or_else = ", or use bfloat16 in the place of float16" if half else ""
+        raise UserError(
+            f"the training loss is {loss} at step {bad.number}: lower optim.lr{or_else}."
+            f"{_keep_rows(trainer, bad, str(loss))}"
+        )
+
+
+def _keep_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
+    """Writes the rows of a step into the run's folder, and says so."""
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(getattr(data, "encoded", None), dict):
+        return ""
+    batches = range(step.batch - step.batch % trainer.accumulate_grad_batches, step.batch + 1)
+    path = Path(trainer.default_root_dir) / BAD_STEP
+    if trainer.is_global_zero:
+        content = {
+            "step": step.number,
+            "epoch": step.epoch,
+            "batches": list(batches),
+            "loss": loss,
+            "rows": data.rows_trained_on(step.epoch, batches),  # type: ignore[union-attr]
+        }
+        atomic_write(path, json.dumps(content, indent=2, default=str) + "\n")
+    return f" The rows of that step are in {path}."

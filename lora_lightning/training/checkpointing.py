@@ -1,0 +1,348 @@
+"""Checkpoints on disk: read without running what they hold, compared with what was to be kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lightning.errors import UserError
+from lora_lightning.lora.serialization.validation import check_trained
+
+LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
+"""What a run resumes from, and the one before it."""
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of ours, on the CPU. Nothing but plain values and tensors is read.
+
+    Raises:
+        UserError: it is absent, truncated or damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("it is a ZIP that grows when it is read, which torch writes none")
+            if (entry := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {entry} is wrong")
+    except Exception as error:
+        raise _damaged(path, error) from None
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip, pickle, or what a damaged pickle calls
+        raise _damaged(path, error) from None
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
+    if (
+        not isinstance(weights, dict)
+        or not all(isinstance(t, Tensor) and _is_held(t) for t in weights.values())
+        or not isinstance(settings, dict)
+    ):
+        raise UserError(f"{path} is no checkpoint of lora_lightning.")
+    return content  # type: ignore[no-any-return]
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether a tensor has each of its values in memory: a file may repeat one without end."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def check_resumable(content: dict[str, Any], path: Path) -> None:
+    """Makes sure that a run can go on from a checkpoint, and from the step that it tells.
+
+    Raises:
+        UserError: something is absent or of another kind than a run writes.
+    """
+    problem = _missing(content) or _foreign(content["callbacks"], path.parent.parent)
+    if problem is not None:
+        raise UserError(
+            f"a run cannot go on from {path}: {problem}. Something else than a run has written it. "
+            "What it has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+        )
+
+
+def _missing(content: dict[str, Any]) -> str | None:
+    for key, kind in _KINDS.items():
+        if not isinstance(content.get(key), kind):
+            return f"its {key!r} is absent or of the wrong kind"
+    place: Any = content["loops"]
+    for key in _STEPS:
+        place = place.get(key) if isinstance(place, dict) else None
+    if place != content["global_step"]:
+        return (
+            f"its loops have made {place} steps, and its 'global_step' is {content['global_step']}"
+        )
+    if not re.match(r"\d+\.\d+", content["pytorch-lightning_version"]):
+        return "its version of Lightning is none"
+    return None
+
+
+def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
+    """A file that a callback's state names as a checkpoint of the run, and that may be another's.
+
+    Lightning's ModelCheckpoint deletes such a file as soon as there is a better one. Ours looks for
+    the names in its own folder, wherever the run was when they were written.
+    """
+    for key, state in states.items():
+        if not isinstance(state, dict):
+            return f"the state of {key} is no mapping"
+        best = state.get("best_k_models", {})
+        if not isinstance(best, dict):
+            return "it has no list of the best checkpoints"
+        scores = [*best.values(), *(state.get(name) for name in _SCORES)]
+        if not all(score is None or is_number(score, or_nan=True) for score in scores):
+            return f"{key} holds a score that is no number"
+        named = [*best, *(state.get(name) for name in ("best_model_path", "kth_best_model_path"))]
+        refused = [(path, r"last.*") for path in named]
+        refused += [(state.get("last_model_path"), re.escape(PREVIOUS))]
+        for path, others in refused:
+            if path is None or (isinstance(path, str) and not path):
+                continue
+            name = os.path.basename(path) if isinstance(path, str) else ""
+            if not re.fullmatch(r"[^.\\\0][^\\\0]*\.ckpt", name) or re.fullmatch(others, name):
+                return f"it names {path!r} as one of the best checkpoints"
+            if not str(key).startswith("BestCheckpoint") and not _is_own(path, run_dir):
+                return f"{path} lies outside of the run, and would be deleted for a better one"
+    return None
+
+
+def _is_own(path: str, run_dir: Path) -> bool:
+    """Whether a path lies in the run, or leads nowhere, as after the run was moved."""
+    if not os.path.isabs(path) or os.path.normpath(path) != path:
+        return False
+    parent = Path(os.path.realpath(os.path.dirname(path)))
+    return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
+
+
+def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:
+    """Say how a saved state differs in form from one of the same kind; None where it does not.
+
+    What is None in the one to compare with may become anything later, so it is not compared.
+
+    Args:
+        saved: plain values and tensors, nested.
+        own: what the run itself would save before its first step.
+        where: their name, for the message.
+        of: what takes over the keys of a mapping as its attributes; a key that a run does not write
+            may be none of these. Another version may write more, which is left unused.
+    """
+    if own is None:
+        return None
+    parts: list[tuple[Any, Any, str]] = []
+    problem = _unlike_itself(saved, own, of)
+    if problem is not None:
+        return f"{where} {problem}"
+    if isinstance(own, dict):
+        parts = [(saved[name], own[name], f"{where}.{name}") for name in own if name in saved]
+    elif isinstance(own, (list, tuple)):
+        parts = [(saved[i], own[i], f"{where}.{i}") for i in range(len(own))]
+    return next((told for part in parts if (told := unlike(*part, of=of))), None)
+
+
+def _unlike_itself(saved: Any, own: Any, of: Sequence[Any]) -> str | None:
+    """What `unlike` says of a value, without those in it."""
+    problem: str | None = None
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            problem = "is no mapping"
+        elif others := [name for name in saved if name not in own and _is_of(name, of)]:
+            problem = f"holds {str(others[0])[:100]!r}, which no run writes"
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
+            problem = f"is no list of {len(own)}"
+    elif isinstance(own, (bool, str)):
+        if type(saved) is not type(own):
+            problem = f"is {_shown(saved)}"
+    elif isinstance(own, Tensor) and own.dim():
+        if not isinstance(saved, Tensor) or saved.shape != own.shape:
+            problem = f"is no tensor of shape {tuple(own.shape)}"
+    elif not is_number(saved, whole=isinstance(own, int)):
+        problem = f"is {_shown(saved)}, not a {'whole ' * isinstance(own, int)}number"
+    return problem
+
+
+def _is_of(name: Any, owners: Sequence[Any]) -> bool:
+    return any(hasattr(owner, str(name)) for owner in owners)
+
+
+def is_number(value: Any, *, whole: bool = False, or_nan: bool = False) -> bool:
+    """Whether a saved value, or a tensor of one, is a real number that fits its arithmetic.
+
+    Args:
+        value: of a checkpoint.
+        whole: whether it must be an integer.
+        or_nan: whether it may be NaN.
+    """
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    if isinstance(value, float):
+        return not whole and (or_nan or not math.isnan(value))
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {' '.join(repr(value).split())[:100]}"
+
+
+_SCORES = ("best_model_score", "current_score", "kth_value")
+_KINDS = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "data_ranks": int,
+}
+_STEPS = (
+    *("fit_loop", "epoch_loop.automatic_optimization.optim_progress"),
+    *("optimizer", "step", "total", "completed"),
+)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg")
+"""What optimizers keep in the shape of a parameter."""
+
+
+def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Makes sure that the state of an optimizer in a checkpoint is one of this optimizer.
+
+    Args:
+        saved: the checkpoint's "optimizer_states".
+        optimizer: as it is before the first step.
+
+    Raises:
+        UserError: it is not, or it holds values that are not finite.
+    """
+    problem = _unfit(saved, optimizer)
+    if problem is not None:
+        raise UserError(
+            f"the optimizer's state in this checkpoint does not fit the run: {problem}. What the "
+            "checkpoint has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+        )
+
+
+def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        (one,) = saved
+        groups, states = one["param_groups"], one["state"]
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            return f"it has groups of {sizes} tensors"
+        if not all(is_number(group["lr"]) for group in groups):
+            return "a learning rate is no number"
+        own = optimizer.state_dict()["param_groups"]
+        problems = [unlike(groups[n], own[n], f"group {n}") for n in range(len(own))]
+        kept = {n: _kept_by(optimizer, n) for n in {p.dim() for p in parameters}}
+        for index, state in states.items():
+            parameter = parameters[index]
+            problems.append(_unfit_state(state, parameter, kept[parameter.dim()], index))
+        return next((problem for problem in problems if problem), None)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _unfit_state(
+    state: dict[str, Any], parameter: Tensor, kept: dict[str, Any], index: Any
+) -> str | None:
+    """How what an optimizer keeps of a tensor differs from what it would keep of it."""
+    shape = tuple(parameter.shape)
+    if lost := kept.keys() - state.keys():
+        return f"{min(lost)} of tensor {index} is absent"
+    for name, value in state.items():
+        expected = kept.get(name)
+        if isinstance(expected, Tensor) and not _is_like(value, expected):
+            return f"{name} of tensor {index} is {_shown(value)}"
+        if name in _MOMENTS and value is not None and value.shape != shape:
+            return f"{name} of tensor {index} is {tuple(value.shape)}, not {shape}"
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            return f"{name} of tensor {index} holds values that are not finite"
+    return None
+
+
+def _is_like(value: Any, expected: Tensor) -> bool:
+    """Whether a saved value is a tensor of the same kind of number, and one where that is one."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point() == expected.is_floating_point()
+        and (expected.dim() > 0 or value.numel() == 1)
+    )
+
+
+def _kept_by(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any]:
+    """What an optimizer keeps of a tensor, by a step of one like it on a tensor of one zero."""
+    probe = copy.copy(optimizer)
+    tensor = torch.nn.Parameter(torch.zeros([1] * dimensions))
+    tensor.grad = torch.zeros([1] * dimensions)
+    probe.param_groups = [{**optimizer.param_groups[0], "params": [tensor], "fused": None}]
+    probe.state = defaultdict(dict)
+    try:
+        probe.step()
+    except Exception:  # one that wants more than gradients
+        return {}
+    return dict(probe.state[tensor])
+
+
+def _damaged(path: Path, error: Exception) -> Damaged:
+    reason = re.split(r"[.:;] ", " ".join(str(error).split()))[0][:200] or type(error).__name__
+    others = sorted(str(other) for other in path.parent.glob("best-*.ckpt") if other != path)
+    instead = (
+        f", or start from what it had learned at its best: adapter={others[0]} with another "
+        "output_dir"
+        if others
+        else ""
+    )
+    return Damaged(
+        f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
+        "Copy it again from where it is whole, or move it away to start the run again"
+        f"{instead}."
+    )
+
+
+def check_kept(live: Mapping[str, Tensor]) -> None:
+    """Makes sure that trained weights are worth a checkpoint.
+
+    Raises:
+        UserError: they are ruined: not finite, or all zero.
+    """
+    check_trained(live, kept="The checkpoint before it was left as it is.")
+
+
+def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
+    """Makes sure that a checkpoint holds the trained weights, before it replaces an older one.
+
+    Raises:
+        UserError: the file cannot be read, or holds others.
+    """
+    found = _read(path)["state_dict"]
+    same = found.keys() == live.keys() and all(
+        torch.equal(found[name], tensor.detach().cpu()) for name, tensor in live.items()
+    )
+    if not same:
+        raise UserError(
+            f"{path} does not hold what was written to it: its disk or file system is at fault. "
+            "The checkpoint before it was left as it is."
+        )

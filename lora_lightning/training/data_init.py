@@ -1,0 +1,103 @@
+"""EVA where model and data meet: a first look at the training rows, before anything is trained."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.config.untrusted import arguments_from_file
+from lora_lightning.lora import LoraConfig, UserError
+from lora_lightning.lora.initialization.eva import Start, start_from_data
+from lora_lightning.lora.serialization.checksums import check_files
+from lora_lightning.lora.serialization.peft_folder import from_peft_config, read_adapter
+from lora_lightning.tasks import Task, to_device
+
+from .checkpointing import read_checkpoint
+
+LAYERS = ("targets", "exclude", "layers", "layers_pattern")
+RANKS = ("rank", "alpha", "alpha_ratio", "scale", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def look(
+    task: Task,
+    model: nn.Module,
+    config: LoraConfig,
+    data: Any,
+    device: torch.device,
+    *,
+    shows: bool = True,
+) -> Start:
+    """What EVA finds in the training rows; the model is on the device afterwards.
+
+    Args:
+        task: whose loss the model is run for.
+        model: without the adapter.
+        config: of the adapter.
+        data: a LoraDataModule that is set up.
+        device: where to run the model.
+        shows: whether to show the progress.
+
+    Raises:
+        UserError: there are no training rows.
+    """
+    if data is None or not data.has("train"):
+        raise UserError(
+            "lora.init=eva looks at the training rows, and there are none here: give data.train."
+        )
+    from tqdm import tqdm
+
+    model.to(device).eval()
+    bar = tqdm(
+        desc="EVA: layers settled", file=sys.stderr, disable=None if shows else True, leave=False
+    )
+
+    def show(settled: int, layers: int) -> None:
+        bar.total = layers
+        bar.update(settled - bar.n)
+
+    both = getattr(task, "encoder_decoder", False)
+    batches = (
+        to_device(_apart(batch) if both else batch, device)
+        for batch in data.training_batches(device.type)
+    )
+    with bar:
+        found = start_from_data(
+            model, config, batches, lambda batch: task.loss(model, batch), show=show
+        )
+    model.train()
+    return Start(found.config, {name: a.cpu() for name, a in found.matrices.items()})
+
+
+def found_before(source: str, config: LoraConfig) -> LoraConfig:
+    """The settings of an adapter with the layers, ranks and alphas that EVA has come to before.
+
+    Args:
+        source: a checkpoint or an adapter of that run.
+        config: what else the adapter is to be.
+
+    Raises:
+        UserError: the checkpoint or the adapter is damaged.
+    """
+    if source.endswith(".ckpt"):
+        saved = arguments_from_file(read_checkpoint(source).get("hyper_parameters", {}), source)
+        found = LoraConfig(**saved.get("lora") or {})
+    else:
+        raw, _ = read_adapter(source)
+        check_files(source)
+        found = from_peft_config(raw)
+    return replace(
+        config,
+        init="kaiming",
+        **{name: getattr(found, name) for name in (*LAYERS, *RANKS)},
+    )
+
+
+def _apart(batch: dict[str, Any]) -> dict[str, Any]:
+    """Gives labels another width than inputs, by which encoder and decoder are told apart."""
+    if batch["labels"].shape != batch["input_ids"].shape:
+        return batch
+    return {**batch, "labels": nn.functional.pad(batch["labels"], (0, 1), value=-100)}

@@ -1,0 +1,177 @@
+"""Optimizers and learning-rate schedules, from torch and transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.config.schema import OptimConfig
+from lora_lightning.errors import UserError, did_you_mean
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    *,
+    from_zero: Collection[nn.Parameter] = (),
+    scaled: bool = False,
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that require a gradient, and no others.
+
+    Args:
+        named_parameters: of the model.
+        config: which optimizer.
+        from_zero: those of LoRA's matrices that start at zero, whose rate is
+            `config.loraplus_lr_ratio` times that of the rest (LoRA+).
+        scaled: whether gradients carry a loss scale (16-mixed): a fused step would undo it itself,
+            after they are clipped.
+    """
+    faster = set(from_zero) if config.loraplus_lr_ratio is not None else set()
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for _, parameter in named_parameters:
+        if parameter.requires_grad and parameter not in faster:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.loraplus_lr_ratio is not None:
+        if not faster:
+            raise UserError(
+                "optim.loraplus_lr_ratio gives the adapter's B a rate of its own, and there is "
+                "none to train: leave it out."
+            )
+        rate = config.lr * config.loraplus_lr_ratio
+        trained = [parameter for parameter in from_zero if parameter.requires_grad]
+        groups.append({"params": trained, "weight_decay": config.weight_decay, "lr": rate})
+    known = _optimizers()
+    if config.name not in known:
+        raise UserError(
+            f"optim.name: torch.optim has no {config.name!r}.{did_you_mean(config.name, known)}"
+        )
+    options = dict(config.options)
+    if not scaled and _can_fuse(known[config.name], options, matrices + vectors + [*faster]):
+        options["fused"] = True
+    try:
+        return known[config.name](
+            [group for group in groups if group["params"]], lr=config.lr, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim: {config.name} does not take these settings: {error}.") from None
+
+
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that go by what validation measures, not by the number of steps."""
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_METRIC)
+"""Schedules that need not know how many steps there will be."""
+LEAST_RATE = 0.1
+"""Share of the peak rate that the schedules with a least rate end at, where none is given."""
+DECAY = 0.1
+"""Share of all steps that warmup_stable_decay decays in, where none is given."""
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    total_steps: int | None,
+    *,
+    mode: str = "min",
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule over a run's optimizer steps.
+
+    Args:
+        optimizer: whose rates it sets.
+        config: which schedule.
+        total_steps: how many steps there will be; None: the run has no end of its own.
+        mode: whether "max" or "min" of the monitored metric is the best, for those in `BY_METRIC`.
+
+    Raises:
+        UserError: transformers has no such schedule, it does not take these settings, or the
+            rate would not come to its peak.
+    """
+    from transformers import SchedulerType, get_scheduler
+
+    known = [kind.value for kind in SchedulerType]
+    name, options = config.scheduler, dict(config.scheduler_options)
+    if name not in known:
+        raise UserError(
+            f"optim.scheduler: {name!r} is none of {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+    if total_steps is None and (name not in ENDLESS or 0 < config.warmup < 1):
+        least = "optim.warmup is a share of all steps" if name in ENDLESS else f"{name} ends"
+        raise UserError(
+            f"trainer.max_epochs=-1: the run has no end, and {least}. Give trainer.max_steps=N, or "
+            "optim.scheduler=constant_with_warmup with optim.warmup=N steps."
+        )
+    if name in BY_METRIC:
+        options.setdefault("mode", mode)
+    elif name == "warmup_stable_decay":
+        options.setdefault("num_decay_steps", max(round(DECAY * (total_steps or 0)), 1))
+    elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and "min_lr" not in options:
+        options.setdefault("min_lr_rate", LEAST_RATE)
+    elif name in ("constant", "constant_with_warmup") and options:  # transformers drops them
+        raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options: leave them out.")
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * (total_steps or 0)
+    if config.warmup > 1 and total_steps is not None and warmup >= total_steps:
+        raise UserError(
+            f"optim.warmup={config.warmup:g}: this run takes {total_steps} optimizer steps, so the "
+            "rate would never come to optim.lr. Give fewer steps, or a share such as "
+            "optim.warmup=0.06."
+        )
+    try:
+        schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=round(warmup),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optim.scheduler={name} does not take these optim.scheduler_options: {error}."
+        ) from None
+    return schedule
+
+
+def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
+    """Raises UserError for a schedule that goes by validation, in a run that has none."""
+    if config.scheduler in BY_METRIC and not validates:
+        raise UserError(
+            f"optim.scheduler={config.scheduler} goes by what validation measures, and there is "
+            "none: give data.val=FILE or another schedule."
+        )
+
+
+def _can_fuse(
+    optimizer: Callable[..., Any], options: dict[str, Any], parameters: list[nn.Parameter]
+) -> bool:
+    """Whether one kernel can update all parameters, where nothing else is asked for."""
+    asked = {"fused", "foreach", "capturable", "differentiable"} & options.keys()
+    can = "fused" in inspect.signature(optimizer).parameters
+    return can and not asked and all(parameter.is_cuda for parameter in parameters)
+
+
+def keep_implementation(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Has a checkpoint's groups step as this optimizer does, which may be on another device.
+
+    Args:
+        saved: the groups of the optimizer's state in the checkpoint.
+        optimizer: of this run.
+    """
+    for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
+        theirs.update({name: ours[name] for name in ("fused", "foreach") if name in ours})
+
+
+def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    return {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }

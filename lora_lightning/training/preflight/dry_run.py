@@ -1,0 +1,214 @@
+"""A training step on tensors without values: what it holds, before any weight is there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from lora_lightning.config.compose import settings_of
+from lora_lightning.config.schema import OptimConfig
+from lora_lightning.data.collators import LANE
+from lora_lightning.data.datamodule import longest_input, tokens_at_a_time
+from lora_lightning.lora import UserError
+from lora_lightning.models.fake import rows_alone, skeletons
+from lora_lightning.models.lm_head import trust_head
+from lora_lightning.models.loading import load_model_config, max_positions
+from lora_lightning.tasks import build_task
+from lora_lightning.tasks.generation import GenerativeTask
+from lora_lightning.training.module import LoraModule
+
+from .storage_tracker import Alive
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "transient")
+"""Of the memory of a step. Transient is what the backward pass and the optimizer hold in passing,
+and the one layer that gradient checkpointing computes again."""
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+MOST_ROWS = 2**16
+"""Where the search for the largest batch ends."""
+Bytes = dict[str, int]
+
+
+class Rehearsal:
+    """A run's model, optimizer and loss without values, to go through steps with.
+
+    Every example has the full length and every token of it is a target: no batch needs more.
+
+    Args:
+        config: with its precision settled (`with_precision`).
+        device: where it is to train.
+        alive: counts, from before the model is built.
+    """
+
+    def __init__(self, config: DictConfig, device: torch.device, alive: Alive) -> None:
+        settings = settings_of(config)
+        self.device, self.alive = device, alive
+        self.clip = config.trainer.get("gradient_clip_val")
+        self.autocast = AUTOCAST.get(config.trainer.precision)
+        self.task = build_task(settings.task)
+        model_config = load_model_config(settings.model)
+        self.task.prepare(model_config)
+        self.task.suppose()
+        self.length = longest_input(settings.data, max_positions(model_config))
+        self.joined = settings.data.packing or self.task.joins_rows
+        self.rows_in_lane = max(1, LANE // self.length) if self.joined else 1
+        tokens = tokens_at_a_time(settings.data, device.type)
+        lanes = None if tokens is None else max(1, tokens // (self.rows_in_lane * self.length))
+        self.at_a_time = None if lanes is None else lanes * self.rows_in_lane
+        """Rows of the full length that are computed together; None: the batch."""
+        alive.part = "weights"
+        self.module = LoraModule(
+            self.task,
+            replace(settings.model, compile=None),
+            settings.lora,
+            replace(settings.optim, options=_as_on(device, settings.optim)),
+            tokenizer=SimpleNamespace(pad_token_id=0),
+        )
+        self.module.configure_model()
+        assert self.module.model is not None
+        trust_head(self.module.model)
+        gc.collect()
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: alive.assign([p.grad], "gradients")
+            )
+        self.optimizer_step = self._optimizer_step()
+
+    def _optimizer_step(self) -> Bytes:
+        """Bytes by part at the highest point of an optimizer's step, which no rows change.
+
+        Leaves behind what the optimizer keeps from its first step on.
+        """
+        optimizer = self.module.build_optimizer()
+        self._add_gradients()
+        self.alive.part = "optimizer"
+        try:
+            optimizer.step()
+            self.alive.part = "transient"
+            self.alive.peak.clear()
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
+            optimizer.step()
+        except RuntimeError as error:  # it looks at values, of which there are none
+            raise UserError(
+                f"optim.name={self.module.optim_config.name}: its step cannot be gone through "
+                "without values. Take AdamW here; lora-lightning check knows any."
+            ) from error
+        optimizer.zero_grad()
+        self.states = optimizer.state
+        return self.peak()
+
+    def _add_gradients(self) -> None:
+        self.alive.part = "gradients"
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def peak(self) -> Bytes:
+        """What was there at the highest point so far, by part."""
+        return {part: self.alive.peak[part] for part in PARTS}
+
+    def step(self, rows: int) -> Bytes:
+        """Bytes by part at the highest point of a step over so many rows."""
+        if self.at_a_time is not None and rows > self.at_a_time:
+            rows = self.at_a_time
+            self._add_gradients()  # each micro-batch but the first meets them
+        self.alive.peak.clear()
+        self.forward(rows).backward()
+        for parameter in self.trained:
+            parameter.grad = None
+        return max(self.peak(), self.optimizer_step, key=total)
+
+    def forward(self, rows: int) -> Tensor:
+        """The loss of some rows; what is alive after it is what autograd keeps."""
+        self.alive.part = "activations"
+        mixed = self.autocast is not None
+        with (
+            torch.autocast(self.device.type, self.autocast) if mixed else nullcontext(),
+            nullcontext() if self.joined else rows_alone(),
+        ):
+            loss = self.module.training_loss(self.batch(rows))
+        self.alive.part = "transient"
+        return loss
+
+    def batch(self, rows: int) -> dict[str, Tensor]:
+        """Rows of the full length as the task's loss takes them."""
+        lanes = -(-rows // self.rows_in_lane)
+        width = min(rows, self.rows_in_lane) * self.length
+        ids = torch.zeros(lanes, width, dtype=torch.long)
+        if not isinstance(self.task, GenerativeTask):
+            return {"input_ids": ids, "attention_mask": ids.clone(), "labels": ids[:, 0].clone()}
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        both = self.task.encoder_decoder
+        batch["places"] = torch.arange(rows * (self.length if both else self.length - 1))
+        if both:
+            batch["attention_mask"] = ids.clone()
+        elif self.joined:
+            batch["position_ids"] = ids.clone()
+        return batch
+
+
+@contextmanager
+def rehearsal(config: DictConfig, device: torch.device) -> Iterator[Rehearsal]:
+    """A `Rehearsal`, which needs the model's config.json and no weights.
+
+    Args:
+        config: with its precision settled.
+        device: where the run is to train.
+
+    Raises:
+        UserError: the settings do not fit the model.
+    """
+    with skeletons(device), Alive(device.type) as alive:
+        yield Rehearsal(config, device, alive)
+
+
+def total(parts: Bytes) -> int:
+    """Bytes of all parts."""
+    return sum(parts.values())
+
+
+def most_rows(need: Callable[[int], int], limit: int, rows: int) -> int:
+    """The largest number of rows that needs no more than `limit` bytes; 0 where not one fits.
+
+    Bytes are level in the rows, as long as the optimizer's step is the highest point, and then grow
+    in a line. So a line through two sizes never says too much of a larger one, and what it puts
+    above the limit need not be tried.
+
+    Args:
+        need: bytes by rows.
+        limit: bytes.
+        rows: a number to begin with.
+    """
+    sizes: dict[int, int] = {}
+    low, high, guess = 0, MOST_ROWS + 1, rows
+    while high - low > 1:
+        sizes[guess] = need(guess)
+        low, high = (guess, high) if sizes[guess] <= limit else (low, guess)
+        first, last = [0, 0, *sorted(size for size in sizes if size <= low)][-2:]
+        slope = (sizes[last] - sizes[first]) / (last - first) if first else 0.0
+        if low == 0:
+            guess = 1
+        elif slope > 0:
+            high = min(high, low + int((limit - sizes[low]) / slope) + 1)
+            guess = high - 1
+        elif high in sizes:
+            guess = (low + high) // 2
+        else:
+            guess = min(max(2 * low if first else low + 1, low * limit // sizes[low]), MOST_ROWS)
+    return low
+
+
+def _as_on(device: torch.device, config: OptimConfig) -> dict[str, Any]:
+    """Arguments with which an optimizer does what it does by itself to a GPU's real tensors."""
+    optimizer = getattr(torch.optim, config.name, None)
+    takes = device.type == "cuda" and optimizer and "foreach" in signature(optimizer).parameters
+    return {"foreach": True, **config.options} if takes else config.options

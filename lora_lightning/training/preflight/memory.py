@@ -1,0 +1,115 @@
+"""How much memory training takes, by part, before it is begun; and what to do where it runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from lora_lightning.config.compose import Settings
+from lora_lightning.data.datamodule import LoraDataModule
+from lora_lightning.errors import UserError, causes, lack_of_memory
+from lora_lightning.tasks import to_device
+from lora_lightning.training.callbacks.graceful_stop import Stopped
+from lora_lightning.training.module import LoraModule
+
+PROBE_ROWS = 4
+STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}
+"""Numbers that an optimizer keeps for each that it trains."""
+
+
+class Memory:
+    """Bytes of a run, or of several that share their frozen weights.
+
+    Activations are what autograd keeps for a few of the longest rows, scaled to the rows that are
+    computed at a time.
+
+    Args:
+        module: with its model.
+        data: set up.
+        settings: the run's.
+        device: where it is to train.
+    """
+
+    def __init__(
+        self, module: LoraModule, data: LoraDataModule, settings: Settings, device: torch.device
+    ) -> None:
+        assert module.model is not None
+        tensors = list(module.model.parameters())
+        self.frozen = sum(p.numel() * p.element_size() for p in tensors if not p.requires_grad)
+        self.trained = sum(p.numel() * p.element_size() for p in tensors if p.requires_grad)
+        self.states = STATES.get(settings.optim.name, 2)
+        batch = to_device(data.longest_batch("train", PROBE_ROWS), device)
+        probed, width = batch["input_ids"].shape
+        self.of_a_row = saved_bytes(module, batch) / probed
+        self.batch_size = settings.data.batch_size
+        limit = data.tokens_on(device.type)
+        self.at_a_time = None if limit is None else max(1, limit // width)
+
+    def parts(self, runs: int = 1) -> dict[str, int]:
+        """Bytes by part, of as many runs like this one."""
+        trained = runs * self.trained
+        rows = runs * self.batch_size
+        if self.at_a_time is not None:
+            rows = min(rows, self.at_a_time)
+        return {
+            "weights": self.frozen + trained,
+            "gradients": trained,
+            "optimizer": self.states * trained,
+            "activations": int(self.of_a_row * rows),
+        }
+
+
+def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
+    """Bytes that autograd holds between forward and backward, parameters not counted."""
+    assert module.model is not None
+    own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Any] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # held, so that no address is used twice
+        return tensor
+
+    module.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module.task.loss(module.model, batch)
+    return sum(sizes.values())
+
+
+@contextmanager
+def memory_advice(config: DictConfig) -> Iterator[None]:
+    """Turns a lack of memory into a UserError that says which settings help.
+
+    Raises:
+        UserError: memory has run out.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:  # a library in Rust panics by one that is no Exception
+        if (said := lack_of_memory(error)) is None:
+            raise
+        cpu = not any(isinstance(each, torch.OutOfMemoryError) for each in causes(error))
+        helps = {
+            "data.max_tokens=512 (fewer tokens at a time)": True,
+            "data.batch_size (fewer rows at a time)": config.data.max_tokens is None,
+            "model.gradient_checkpointing=true": not config.model.gradient_checkpointing,
+            "trainer.precision=bf16-true": config.trainer.precision != "bf16-true",
+            "model.offload_activations=true": not (cpu or config.model.offload_activations),
+            "data.max_length (shorter rows)": True,
+            "trainer=fsdp2 (the base in shares, on several GPUs)": not cpu,
+        }
+        raise UserError(
+            f"out of memory: {said.rstrip('.')}. What helps, the cheapest first: "
+            f"{', '.join(name for name, fits in helps.items() if fits)}. What a setting needs: "
+            "lora-lightning check with the same arguments."
+        ) from error

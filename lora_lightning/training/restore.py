@@ -1,0 +1,194 @@
+"""Resume: what a run's folder holds is of this run, or it is refused, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from omegaconf import DictConfig
+
+from lora_lightning.config.compose import to_be_typed
+from lora_lightning.errors import (
+    FULL_ERROR,
+    ProcessLost,
+    UserError,
+    lack_of_memory,
+)
+from lora_lightning.utils.atomic_write import fault_of_disk
+
+from .checkpointing import unlike
+
+_OWN = ("lightning.", "lora_lightning.")
+"""Modules whose callbacks keep states of one form; those of a user's may take any."""
+
+
+@contextmanager
+def blamed_before_first_step(
+    saved: Path, config: DictConfig, has_begun: Callable[[], bool]
+) -> Iterator[None]:
+    """Turn what is raised before the first step of a resumed run into one error about its config.
+
+    What Lightning and torch make of a value is not known before they get it. An error of the user's
+    own code is left alone: that of classes, and of a base model, which were typed again.
+
+    Args:
+        saved: the file that the config was read from.
+        config: what it holds.
+        has_begun: whether the first step has.
+
+    Raises:
+        UserError: something else was raised before the first step; it is the cause.
+    """
+    try:
+        yield
+    except ProcessLost:
+        raise
+    except UserError as error:
+        if not has_begun() and str(saved.parent.parent) not in str(error):
+            error.args = (f"{error} The run's settings are those of {saved}.",)
+        raise
+    except Exception as error:
+        if has_begun() or _is_in_typed_code(error, config):
+            raise
+        if fault_of_disk(error) is not None or lack_of_memory(error) is not None:
+            raise
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
+        raise UserError(
+            f"the run cannot be built from {saved}: {told}. If a value in it was changed, "
+            "correct it, or take what the run has learned into a new one: adapter=CHECKPOINT.ckpt. "
+            f"{FULL_ERROR}=1 shows where it was raised."
+        ) from error
+
+
+def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
+    """Whether an error has gone through code that a resumed run has only when it is typed again."""
+    try:
+        asked = list(to_be_typed(config))
+    except Exception:  # of interpolations, which nobody's code is
+        return False
+    names = {item.partition("=")[2].partition(".")[0] for item in asked if "_target_=" in item}
+    names |= {"transformers_modules" for item in asked if item.startswith("model.trust_")}
+    trace = error.__traceback__
+    while trace is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] in names:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def refuse_unfit(
+    trainer: L.Trainer, content: dict[str, Any], path: Path, *, then: Callable[[], None]
+) -> None:
+    """Have a Trainer refuse a checkpoint that is not of its run, before the first step.
+
+    Lightning restores in three moments: weights and callbacks, then loops and optimizers, then
+    data loaders. Before each, the saved states are compared with those that the run has itself. An
+    error while restoring them is raised again with the checkpoint's name.
+
+    Args:
+        trainer: before `fit`.
+        content: the checkpoint, passed by `check_resumable`.
+        path: its file.
+        then: called when the weights and the training state fit, before anything is logged.
+    """
+    states = content["callbacks"]
+
+    def callbacks() -> str | None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = callback.state_key
+            own = callback.state_dict() if type(callback).__module__.startswith(_OWN) else None
+            if name in states and (problem := unlike(states[name], own, name)):
+                return problem
+        return None
+
+    def loops() -> str | None:
+        saved, own = content["loops"]["fit_loop"], trainer.fit_loop.state_dict()
+        counts = trainer.fit_loop.epoch_progress.total
+        if problem := unlike(saved, own, "fit_loop", of=[counts]):
+            return problem
+        if problem := _miscounted(saved, own, "fit_loop"):
+            return problem
+        schedules = [each.scheduler for each in trainer.lr_scheduler_configs]
+        states = [each.state_dict() for each in schedules]
+        return unlike(content["lr_schedulers"], states, "lr_schedulers", of=schedules)
+
+    connector, loop = trainer._checkpoint_connector, trainer.fit_loop
+    for place, name, check, after in (
+        (connector, "_restore_modules_and_callbacks", callbacks, None),
+        (connector, "restore_training_state", loops, then),
+        (loop, "_load_combined_loader_states", None, None),
+    ):
+        version = content["pytorch-lightning_version"]
+        step = _Step(trainer, getattr(place, name), check, after, path, version)
+        setattr(place, name, step)
+
+
+@dataclass
+class _Step:
+    """One of Lightning's steps of restoring, in `fit` with a check of what it restores."""
+
+    trainer: L.Trainer
+    restore: Callable[..., None]
+    check: Callable[[], str | None] | None
+    after: Callable[[], None] | None
+    path: Path
+    version: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.state.fn != "fit":  # a validation restores nothing
+            self.restore(*args, **kwargs)
+            return
+        try:
+            problem = None if self.check is None else self.check()
+            if problem is None:
+                self.restore(*args, **kwargs)
+        except UserError as error:
+            if str(self.path) in str(error):
+                raise
+            raise UserError(f"{self.path}: {error}") from None
+        except Exception as error:
+            if fault_of_disk(error) is not None or lack_of_memory(error) is not None:
+                raise
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise _unfit(self.path, problem, self.version) from error
+        if problem is not None:
+            raise _unfit(self.path, problem, self.version)
+        if self.after is not None:
+            self.after()
+
+
+def _unfit(path: Path, problem: str, version: str) -> UserError:
+    other = (
+        f" It was written by Lightning {version}, and {L.__version__} is installed."
+        if version != L.__version__
+        else ""
+    )
+    return UserError(
+        f"a run cannot go on from {path}: {problem.rstrip('.')}. It was changed, or something else "
+        f"than this run has written it.{other} What it has learned is a start for a new run: "
+        "adapter=CHECKPOINT.ckpt."
+    )
+
+
+def _miscounted(saved: Any, own: Any, where: str) -> str | None:
+    """What is wrong with counts of Lightning's loops: all are there, from 0, none before its start.
+
+    Lightning itself takes one that is absent for 0.
+    """
+    if not isinstance(own, dict) or not isinstance(saved, dict):
+        return None
+    if "ready" in own:
+        if lost := own.keys() - saved.keys():
+            return f"{where} has no {min(lost)!r}"
+        counts = [
+            saved[name] for name in ("ready", "started", "processed", "completed") if name in own
+        ]
+        if counts[-1] < 0 or counts != sorted(counts, reverse=True):
+            return f"{where} counts {', '.join(f'{name} {saved[name]}' for name in own)}"
+    parts = [name for name in own if name in saved]
+    told = (_miscounted(saved[name], own[name], f"{where}.{name}") for name in parts)
+    return next((problem for problem in told if problem), None)

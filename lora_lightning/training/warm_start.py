@@ -1,0 +1,107 @@
+"""Training that begins with the values of another run: an adapter's, or a checkpoint's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.config.untrusted import arguments_from_file
+from lora_lightning.lora import Adapter, LoraConfig, UserError
+from lora_lightning.lora.serialization.base_copies import without_copies
+from lora_lightning.lora.serialization.checksums import SIDECAR, check_files
+from lora_lightning.lora.serialization.peft_folder import read_adapter
+from lora_lightning.utils.logs import read_json
+
+from .checkpointing import read_checkpoint
+
+
+def load_values(adapter: Adapter, folder: str) -> None:
+    """Gives an adapter the values of one of the same shape that lies in a folder.
+
+    Raises:
+        UserError: it is damaged or of another shape, or its trained rows are of other tokens.
+    """
+    raw, tensors = read_adapter(folder)
+    check_files(folder)
+    asked = raw.get("trainable_token_indices") or {}
+    theirs = list(asked.values()) if isinstance(asked, dict) else [asked]
+    ours = [rows.indices for rows in adapter.rows]
+    if theirs and ours and not all(indices in ours for indices in theirs):
+        raise UserError(
+            f"adapter={folder} has trained the rows of the tokens {theirs[0]}, and this run is to "
+            f"train those of {ours[0]}."
+        )
+    source = f"adapter {folder}"
+    adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
+
+
+def task_state_of(source: str) -> dict[str, Any]:
+    """What the task of another run has settled, such as its classes; empty where nothing tells.
+
+    Args:
+        source: an adapter's folder, or a checkpoint.
+    """
+    if source.endswith(".ckpt"):
+        state = read_checkpoint(source).get("hyper_parameters", {}).get("task_state")
+    else:
+        sidecar = Path(source) / SIDECAR
+        state = read_json(sidecar).get("task_state") if sidecar.is_file() else None
+    return state if isinstance(state, dict) else {}
+
+
+def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
+    """The trained tensors in a checkpoint of a run whose values mean the same in this one.
+
+    Args:
+        checkpoint: its path.
+        model: this run's.
+        lora: this run's.
+
+    Raises:
+        UserError: they do not.
+    """
+    content = read_checkpoint(checkpoint)
+    theirs = arguments_from_file(content.get("hyper_parameters", {}), checkpoint)
+    refuse_other_tokens(checkpoint, theirs.get("model", {}), model)
+    refuse_other_start(checkpoint, theirs, model, lora)
+    return dict(content["state_dict"])
+
+
+def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig) -> None:
+    """Raises UserError unless a run's model settings have the same new tokens in the same order."""
+    tokens = theirs.get("new_tokens") or []
+    if tokens != model.new_tokens:
+        raise UserError(
+            f"adapter={source} was trained with model.new_tokens={tokens}, and this run has "
+            f"{model.new_tokens}: give the same tokens in the same order."
+        )
+
+
+def refuse_other_start(
+    source: str, theirs: dict[str, Any], model: ModelConfig, lora: LoraConfig | None
+) -> None:
+    """Raises UserError where one run makes up for a quantisation (LoftQ) and the other does not.
+
+    Args:
+        source: the adapter or checkpoint whose values a run is to begin with.
+        theirs: the settings that it was trained with, as far as they are known.
+        model: the run's.
+        lora: the run's.
+    """
+
+    def made_up_for(init: Any, quantization: Any) -> Any:
+        return quantization if init == "loftq" else None
+
+    known = (theirs.get("lora") or {}).get("init"), (theirs.get("model") or {}).get("quantization")
+    before, now = made_up_for(*known), made_up_for(lora and lora.init, model.quantization)
+    if before != now:
+        told = [
+            f"lora.init=loftq on a base in {kind}" if kind else "no such start"
+            for kind in (before, now)
+        ]
+        raise UserError(
+            f"adapter={source} comes from a run with {told[0]}, and this one has {told[1]}: what "
+            "quantisation took away would be missing, or there twice. Give the same lora.init and "
+            "model.quantization."
+        )

@@ -1,0 +1,1 @@
+"""Files, locks and the terminal: what every part of the package uses."""

@@ -1,0 +1,289 @@
+"""Locks of a folder and of an output file: one process holds a lock, until it has ended.
+
+A lock is flock's where the file system has it. Where it has not (Lustre mounted without flock, old
+NFS), a file beside the lock's names the process that holds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lora_lightning.errors import UserError
+
+from .output_folders import made_folder
+
+LOCK = ".lock"
+OWNER = ".owner"
+"""Ending of the file that names the holder, where the file system has no locks."""
+CLEARING = ".clearing"
+"""Ending of the file that a process has while it removes the owner file of one that is gone."""
+HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What flock says of a lock that is held; all else says that there are no locks here."""
+
+_HELD: dict[Path, IO[bytes]] = {}
+"""Locks that this process holds."""
+
+
+@contextmanager
+def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO[bytes]]:
+    """Holds a folder's lock for the time of the block; within another such block, that one's.
+
+    Processes that are given the file keep the lock until they end, if the file system has locks.
+    The holder may remove the lock file: who waits for it makes another, and the folder too.
+
+    Args:
+        folder: the folder.
+        setting: what names another folder, for the message.
+        patience: seconds; processes that were killed take a moment to end.
+
+    Raises:
+        UserError: another process keeps it.
+    """
+    folder = folder.resolve()
+    if folder in _HELD:
+        yield _HELD[folder]
+        return
+    busy = (
+        f"{folder} is in use by another process, which runs or trains in it. Wait for it, or give "
+        f"another folder: {setting}=DIR."
+    )
+    with _held(folder / LOCK, busy=busy, patience=patience, make_folder=True) as handle:
+        _HELD[folder] = handle
+        try:
+            yield handle
+        finally:
+            del _HELD[folder]
+
+
+@contextmanager
+def locked_output(output: Path | None, *, patience: float = 10.0) -> Iterator[None]:
+    """Holds the lock of a file that is to be written, for the time of the block.
+
+    Args:
+        output: the file; None: there is nothing to lock.
+        patience: seconds; processes that were killed take a moment to end.
+
+    Raises:
+        UserError: another process writes it, its folder cannot be written, or a file of something
+            else has the lock's name.
+    """
+    if output is None:
+        yield
+        return
+    output = output.absolute()
+    lock = output.with_name(f".{output.name}{LOCK}")
+    busy = (
+        f"output={output} is being written by another process. Wait for it, or give another file: "
+        "output=FILE."
+    )
+    if lock.is_file() and lock.stat().st_size:
+        raise UserError(
+            f"{lock} is not empty, so it is not a lock of ours, which would be removed. Move it "
+            "away, or give another file: output=FILE."
+        )
+    with _held(lock, busy=busy, patience=patience) as handle:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if _is_at(handle, lock) and not lock.stat().st_size:  # nobody has written to it
+                    lock.unlink()
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether a folder was locked once and is so no more."""
+    try:
+        with open_file(folder / LOCK, os.O_RDONLY) as handle:
+            free = _flock(handle, shared=True)
+            if free is None:
+                owner = _read_owner(_owner_path(folder / LOCK))
+                return owner is None or _is_gone(owner)
+            return free
+    except OSError:
+        return False
+
+
+def open_file(path: Path, flags: int) -> IO[bytes]:
+    """Opens a file under a name that others know, and where they may have put a link.
+
+    Raises:
+        OSError: it cannot be opened, is a link, or is no file.
+    """
+    writes = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither is on Windows
+    number = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return os.fdopen(number, writes)
+
+
+@contextmanager
+def _held(
+    path: Path, *, busy: str, patience: float, make_folder: bool = False
+) -> Iterator[IO[bytes]]:
+    """Holds a lock file for the time of the block.
+
+    Raises:
+        UserError: `busy`, or the file cannot be opened.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            if make_folder:
+                made_folder(path.parent)
+            handle = open_file(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            # Whoever made the folder may have removed it again in between.
+            if make_folder and isinstance(error, FileNotFoundError) and time.monotonic() < until:
+                continue
+            raise UserError(f"{path} cannot be written: {error}.") from None
+        with handle:
+            free = _flock(handle)
+            owner = _become_owner(path) if free is None else None
+            try:
+                if (free or owner is not None) and _is_at(handle, path):
+                    yield handle
+                    return
+            finally:
+                if owner is not None:
+                    _give_back(owner, path)
+        if time.monotonic() > until:
+            raise UserError(busy + (_who(path) if free is None else ""))
+        time.sleep(0.2)
+
+
+def _is_at(handle: IO[bytes], path: Path) -> bool:
+    """Whether a path still names an open file; whoever held the lock may have removed that."""
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _flock(handle: IO[bytes], *, shared: bool = False) -> bool | None:
+    """Whether a file's lock was free, and is held now; None: its file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in HELD_BY_ANOTHER else None
+    return True
+
+
+def _owner_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}{OWNER}")
+
+
+def _become_owner(path: Path) -> IO[bytes] | None:
+    """Makes the owner file of a lock, and gives it open; None: another process has it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    owner = _owner_path(path)
+    try:
+        _clear_owner(owner)
+        handle = open_file(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise UserError(f"{owner} cannot be written: {error}.") from None
+    try:
+        handle.write(json.dumps({**_here(), "pid": os.getpid()}).encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    except OSError as error:
+        _give_back(handle, path)
+        raise UserError(f"{owner} cannot be written: {error}.") from None
+    return handle
+
+
+def _give_back(owner: IO[bytes], path: Path) -> None:
+    """Removes the owner file that this process has made, if it is still that one."""
+    with suppress(OSError):  # of a disk that is full: what was not written is of no use
+        if _is_at(owner, _owner_path(path)):
+            _owner_path(path).unlink()
+    with suppress(OSError):
+        owner.close()
+
+
+def _clear_owner(owner: Path) -> None:
+    """Removes an owner file whose process is gone.
+
+    One process at a time does so: the file of a live one may be there the next moment.
+    """
+    found = _read_owner(owner)
+    if found is None or not _is_gone(found):
+        return
+    clearing = owner.with_name(f"{owner.name}{CLEARING}")
+    open_file(clearing, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
+    try:
+        found = _read_owner(owner)
+        if found is not None and _is_gone(found):
+            owner.unlink()
+    finally:
+        clearing.unlink()
+
+
+def _read_owner(owner: Path) -> dict[str, Any] | None:
+    """What an owner file tells of its process, {} if that makes no sense; None: it is not there."""
+    try:
+        with open_file(owner, os.O_RDONLY) as handle:
+            found = json.loads(handle.read(4096))
+        return found if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _here() -> dict[str, str]:
+    """What tells this host apart, the time since it was started, and where its pids count."""
+    boot, pids = "", ""
+    with suppress(OSError):  # both are Linux's
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pids = os.readlink("/proc/self/ns/pid")
+    return {"host": socket.gethostname(), "boot": boot, "pids": pids}
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether an owner's process has ended for certain; of another host nobody can tell here."""
+    here, pid = _here(), owner.get("pid")
+    if owner.get("host") != here["host"] or not isinstance(pid, int) or pid <= 0:
+        return False
+    if owner.get("boot") != here["boot"]:
+        return True
+    if owner.get("pids") != here["pids"]:  # a container's, on the same host
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
+def _who(path: Path) -> str:
+    """Which process holds a lock, by its owner file, and how to remove what it has left."""
+    owner = _owner_path(path)
+    found = _read_owner(owner) or {}
+    return (
+        f" The file system has no locks: {owner} says that process {found.get('pid', '?')} on host "
+        f"{found.get('host', '?')} holds it. If no such process runs there any more: "
+        f"rm {shlex.quote(str(owner))}*"
+    )
