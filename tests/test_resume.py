@@ -239,6 +239,12 @@ OWN = f"callbacks.die._target_={__name__}.Die"
 """A class of nobody that resume knows: it wants to be typed again."""
 
 
+DOUBTS = "".join(
+    f"WARNING only 8 {split} rows: each makes 12 % of what is measured\n"
+    for split in ("val", "test")
+)
+
+
 @pytest.fixture(scope="module")
 def killable(tiny_bert, rows_jsonl):
     """Arguments of a run that saves now and then and dies where DIE_AT says."""
@@ -296,7 +302,7 @@ def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
     assert (run_dir / "adapter").exists() == (moment == "test")
     assert (run_dir / "checkpoints" / "last.ckpt").exists() == (moment != "train:3")
     status, _, errors = run_cli("train", f"resume={run_dir}", OWN)
-    assert (status, errors) == (0, ""), errors
+    assert (status, errors) == (0, DOUBTS), errors
     assert outcome(run_dir) == uninterrupted
 
 
@@ -322,7 +328,7 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
         arguments.append("test_before=true")
     assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
     told = f"interrupted. To go on: lora-lightning train resume={run_dir} {OWN}\n"
-    assert errors.read_text() == told
+    assert errors.read_text() == DOUBTS + told
     stopped = json.loads((run_dir / "result.json").read_text())
     assert stopped["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
@@ -365,7 +371,7 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     assert outcome(run_dir) == outcome(whole_run)
     found, expected = logged(run_dir), logged(whole_run)
     if moment == "end:16":  # Lightning logs what a step has measured after its hooks
-        del found[8], expected[8]
+        del found[9], expected[9]
     assert found == expected
 
 

@@ -54,6 +54,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
+from lora_lightning.models.cpu_kernels import ATTENTION
 from lora_lightning.models.loading import (
     load_classifier,
     load_generator,
@@ -834,7 +835,7 @@ def test_kernels_of_the_hub_are_not_a_bases_to_choose(key, tiny_bert, tmp_path, 
 
     for stored in ("evil/kernel", "flash_attention_2", "flash_attention_3", "flash_attention_4"):
         assert attention_of(stored) == "sdpa"
-    assert set(asked) <= {"None", "sdpa"}
+    assert set(asked) <= {"None", "sdpa", ATTENTION}
     assert attention_of("eager") == "eager"
     attention_of("evil/kernel", typed="mine/kernel")
     assert "mine/kernel" in asked
