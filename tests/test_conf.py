@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 
 from lora_lightning.cli import train as start
 from lora_lightning.config.compose import (
-    all_keys,
     compose_config,
     config_hash,
     direction,
@@ -18,6 +17,7 @@ from lora_lightning.config.compose import (
     settings_of,
     with_direction,
 )
+from lora_lightning.config.messages import all_keys
 from lora_lightning.config.schema import TASK_CONFIGS, direction_of
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.halving import Halving
@@ -132,7 +132,7 @@ def test_a_typo_is_compared_with_the_keys_of_the_task_that_was_chosen():
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(group, choice, extra):
-    from lora_lightning.config.compose import _no_such_choice
+    from lora_lightning.config.messages import _no_such_choice
 
     assert f'pip install "lora_lightning[{extra}]"' in _no_such_choice(group, choice)
 
@@ -193,7 +193,7 @@ def test_optuna_is_told_the_direction_of_the_metric(monitor):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    from lora_lightning.config.compose import register_schemas
+    from lora_lightning.config.groups import register_schemas
 
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     register_schemas()

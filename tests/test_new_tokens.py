@@ -16,7 +16,8 @@ from test_packed import alone, assert_same, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import load_trained
-from lora_lightning.config.compose import compose_config, instantiate_all, with_direction
+from lora_lightning.config.compose import compose_config, with_direction
+from lora_lightning.config.instantiate import instantiate_all
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.inference.convert import import_adapter
 from lora_lightning.lora import UserError

@@ -35,13 +35,8 @@ from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
 from lora_lightning.adapters.files import Stored, copy_adapter
 from lora_lightning.adapters.folder import SIDECAR, read_sidecar, undone_on_mistake
-from lora_lightning.config.compose import (
-    compose_config,
-    read_config,
-    refuse_untyped,
-    settings_of,
-    to_be_typed,
-)
+from lora_lightning.config.compose import compose_config, settings_of
+from lora_lightning.config.saved import read_config, refuse_untyped, to_be_typed
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import EXPERTS, arguments_from_file, settings_from_file
 from lora_lightning.inference.convert import import_adapter

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.config.compose import Settings, read_overrides
+from lora_lightning.config.groups import Settings
+from lora_lightning.config.saved import read_overrides
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.errors import UserError
 from lora_lightning.lora.embeddings import vocabulary_rows

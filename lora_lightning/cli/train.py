@@ -16,22 +16,24 @@ from omegaconf import DictConfig, OmegaConf
 from lora_lightning.config.compose import (
     compose_config,
     direction,
-    explain,
-    not_a_runs,
-    read_run_config,
-    read_yaml,
-    refuse_untyped,
-    register_schemas,
     settings_of,
     sweep_choices,
     sweep_dir_of,
 )
+from lora_lightning.config.groups import register_schemas
+from lora_lightning.config.messages import explain
 from lora_lightning.config.paths import anchor, refuse_absent
 from lora_lightning.config.presets import (
     primary,
     search_override,
     searched,
     with_presets,
+)
+from lora_lightning.config.saved import (
+    not_a_runs,
+    read_run_config,
+    read_yaml,
+    refuse_untyped,
 )
 from lora_lightning.config.schema import SWEEP
 from lora_lightning.distributed import environment as cluster

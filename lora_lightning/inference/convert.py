@@ -16,10 +16,10 @@ from lora_lightning.adapters.formats import PARTS, read_layout
 from lora_lightning.config.compose import (
     compose_config,
     over_saved,
-    read_config,
     saved_settings,
     settings_of,
 )
+from lora_lightning.config.saved import read_config
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.config.untrusted import (
     arguments_from_file,

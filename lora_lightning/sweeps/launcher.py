@@ -19,13 +19,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lora_lightning.config.compose import (
-    config_hash,
-    direction,
-    read_config,
-    read_overrides,
-)
+from lora_lightning.config.compose import config_hash, direction
 from lora_lightning.config.paths import anchor
+from lora_lightning.config.saved import read_config, read_overrides
 from lora_lightning.config.schema import LOG, PAUSE, SWEEP
 from lora_lightning.errors import UserError
 from lora_lightning.training.callbacks.graceful_stop import ended_by_signals

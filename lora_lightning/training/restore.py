@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
-from lora_lightning.config.compose import to_be_typed
+from lora_lightning.config.saved import to_be_typed
 from lora_lightning.errors import (
     FULL_ERROR,
     ProcessLost,

@@ -30,13 +30,13 @@ from lora_lightning.adapters.folder import (
 )
 from lora_lightning.adapters.model_card import CARD, write_card
 from lora_lightning.config.compose import (
-    Settings,
     config_hash,
     saved_settings,
     settings_of,
-    to_be_typed,
     with_direction,
 )
+from lora_lightning.config.groups import Settings
+from lora_lightning.config.saved import to_be_typed
 from lora_lightning.config.schema import PAUSE
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.distributed.environment import has_lost_another, leave

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from lora_lightning.adapters.folder import HYDRA, OWN_ENTRIES, RESULT
-from lora_lightning.config.compose import config_hash, read_config
+from lora_lightning.config.compose import config_hash
+from lora_lightning.config.saved import read_config
 from lora_lightning.config.schema import LOG, MULTIRUN, SWEEP
 from lora_lightning.lora import UserError
 from lora_lightning.utils.atomic_write import is_debris

@@ -13,7 +13,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.config.compose import instantiate_all, instantiate_one, with_direction
+from lora_lightning.config.compose import with_direction
+from lora_lightning.config.instantiate import instantiate_all, instantiate_one
 from lora_lightning.config.schema import MOST_PROCESSES
 from lora_lightning.distributed.deepspeed import ZeroStrategy
 from lora_lightning.distributed.environment import check_nodes

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lora_lightning.config.compose import read_config
+from lora_lightning.config.saved import read_config
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
 from lora_lightning.lora.batched import Stack, own_layers, stacked_model

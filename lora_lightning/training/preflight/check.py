@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_lightning.adapters.folder import undone_on_mistake
 from lora_lightning.config.compatibility import refuse_combinations
-from lora_lightning.config.compose import Settings, settings_of, with_direction
+from lora_lightning.config.compose import settings_of, with_direction
+from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.row_counts import class_counts, doubts
 from lora_lightning.distributed.precision import chosen_for_the_user, with_precision

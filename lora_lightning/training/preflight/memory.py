@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lora_lightning.config.compose import Settings
+from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.errors import UserError, causes, lack_of_memory
 from lora_lightning.tasks import to_device

@@ -1,0 +1,95 @@
+"""The groups of a config, as dataclasses: what Hydra checks, and what a run is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra import compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lora_lightning.errors import UserError
+from lora_lightning.lora.config import LoraConfig
+
+from .presets import primary
+from .schema import (
+    TASK_CONFIGS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    direction_of,
+)
+
+METHODS = ("lora", "full")
+
+
+LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
+
+
+@dataclass
+class LoraSchema(LoraConfig):
+    """The group `lora`: the adapter's settings, and whether there is one at all."""
+
+    method: str = "lora"
+    """"lora", or "full": fine-tune the whole model, the baseline (lora=full)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise UserError(f"lora.method must be one of {METHODS}, got {self.method!r}.")
+
+
+@dataclass
+class Schema:
+    """Everything a run is made of. Our own groups are typed; Lightning's are free."""
+
+    # Missing, not the class's default: `name_or_path: ???` in a file would not undo that.
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name_or_path=MISSING))
+    task: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraSchema = field(default_factory=LoraSchema)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    """Seed of the initialisation, the order of batches and dropout."""
+    output_dir: str = ""
+    """The run's folder."""
+    test_before: bool = True
+    """Also test the model before training, to show what training gained."""
+    adapter: str | None = None
+    """Adapter folder to start training from."""
+    tags: list[str] = field(default_factory=list)
+    """Free words kept with the run."""
+
+
+@dataclass
+class Settings:
+    """Our own groups as the objects that the package works with."""
+
+    model: ModelConfig
+    task: dict[str, Any]
+    data: DataConfig
+    lora: LoraConfig | None
+    optim: OptimConfig
+
+
+def register_schemas() -> None:
+    """Makes the schemas known to Hydra under the names that conf/ refers to."""
+    store = ConfigStore.instance()
+    store.store(name="base_schema", node=Schema)
+    for name, schema in TASK_CONFIGS.items():
+        store.store(group="task", name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # of sweep=optuna
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """Return conf/train.yaml with overrides; errors are Hydra's."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with primary.initialized():
+        return compose(primary.name, overrides=overrides)
