@@ -29,8 +29,9 @@ from .collators import (
     PackingCollator,
     PaddingCollator,
 )
-from .loading import cache_folder, load_splits, unwritable_cache
+from .loading import load_splits
 from .row_counts import doubts
+from .rows_cache import cache_folder, unwritable_cache
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .splits import make_splits
 from .tokenization import (

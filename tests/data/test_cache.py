@@ -10,10 +10,10 @@ import pytest
 from conftest import make_rows
 
 from lora_lightning.config.schema import DataConfig
-from lora_lightning.data import docstrings
-from lora_lightning.data import loading as sources
+from lora_lightning.data import docstrings, hub
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.loading import cache_folder, load_splits
+from lora_lightning.data.loading import load_splits
+from lora_lightning.data.rows_cache import cache_folder
 from lora_lightning.lora import UserError
 from lora_lightning.tasks import build_task
 
@@ -159,7 +159,7 @@ def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "rows.parquet", [f"row {n}" for n in range(999)])
     build = datasets.load_dataset_builder
     where = {"data_files": str(tmp_path / "rows.parquet"), "cache_dir": str(tmp_path / "hub")}
-    monkeypatch.setattr(sources, "REMOTE", ("/",))
+    monkeypatch.setattr(hub, "REMOTE", ("/",))
     monkeypatch.setattr(
         datasets, "load_dataset_builder", lambda *_, **__: build("parquet", **where)
     )

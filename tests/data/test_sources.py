@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lora_lightning.config.schema import DataConfig
-from lora_lightning.data import loading as sources
+from lora_lightning.data import hub
 from lora_lightning.data.loading import load_splits
 from lora_lightning.errors import UserError
 
@@ -209,7 +209,7 @@ def test_columns_that_name_files_are_read_as_text(declared, way, tmp_path, monke
         found = datasets.load_dataset_builder(
             "parquet", data_files=str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "hub")
         )
-        monkeypatch.setattr(sources, "REMOTE", ("/",))
+        monkeypatch.setattr(hub, "REMOTE", ("/",))
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
     config = {"path": "me/rows"} if way == "hub" else {"train": str(tmp_path / "train.parquet")}
     rows = load_splits(DataConfig(**config))["train"]
@@ -257,7 +257,7 @@ def test_guessed_types_of_a_table_of_the_hub_are_told(
     found = datasets.load_dataset_builder(
         "csv", data_files=str(path), cache_dir=str(tmp_path / "hub")
     )
-    monkeypatch.setattr(sources, "REMOTE", ("/",))
+    monkeypatch.setattr(hub, "REMOTE", ("/",))
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
         rows = load_splits(DataConfig(path="me/rows"))["train"]

@@ -1,0 +1,198 @@
+"""Data sets of the hub, and folders that datasets itself reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.config.schema import DataConfig
+from lora_lightning.config.untrusted import lies_elsewhere
+from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.output_folders import digest, expanded
+from lora_lightning.utils.terminal import say
+
+from .cache import is_whole, tell_damage, write_sums
+from .files import SPLITS_OF_SAVED, STATE, load_files, load_saved
+from .readers import (
+    BUILDERS,
+    is_known,
+    kind_of,
+    reason_of,
+)
+from .rows_cache import is_kept, keep, kept_rows, stored, unwritable_cache
+
+REMOTE = ("hf://", "https://", "http://")
+"""Where the files of a data set of the hub lie."""
+
+
+DESCRIPTIONS = ("README.md", "dataset_infos.json", ".huggingface.yaml")
+"""Files beside a data set that say which of its files make which split, and of which types."""
+
+
+def load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
+    """Return the rows of `data.path` by split: a data set of the hub, or a folder of one."""
+    path = expanded(str(config.path), "data.path")
+    try:
+        if (path / SPLITS_OF_SAVED).is_file():
+            found = _splits_of_saved(config, path)
+        elif (path / STATE).is_file():
+            found = {"train": load_saved(f"data.path={path}", path)}
+        else:
+            found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.path={config.path}: the hub dataset cannot be loaded: {reason_of(error)} "
+            "Check the name, data.name and the network; for local files use data.train=FILE."
+        ) from error
+    if config.splits:
+        for split in config.splits.values():
+            if split not in found:
+                raise UserError(
+                    f"data.splits: {config.path} has no split {split!r}."
+                    f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
+                )
+        return {ours: found[theirs] for ours, theirs in config.splits.items()}
+    renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
+    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+
+
+def _splits_of_saved(config: DataConfig, path: Path) -> dict[str, Any]:
+    names = json.loads((path / SPLITS_OF_SAVED).read_text(encoding="utf-8"))["splits"]
+    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
+        raise UserError(f"data.path={config.path}: its {SPLITS_OF_SAVED} is damaged.")
+    return {name: load_saved(f"data.path={config.path}", path / name) for name in names}
+
+
+def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
+    """The splits of a data set of the hub, whose cache is checked and made again if damaged."""
+    from datasets import load_dataset_builder
+
+    def fetch(**how: Any) -> Any:
+        builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
+        # Of a chain (zip://a.csv::hf://...) the last part is where the file lies.
+        _refuse_elsewhere(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
+        guesses = builder.name == "csv" and _is_plain_set(builder)
+        builder.download_and_prepare(**how)
+        rows = builder.as_dataset()
+        if guesses:
+            _tell_numbers(config, rows)
+        return rows
+
+    found = fetch()
+    files = sorted({Path(part["filename"]) for rows in found.values() for part in rows.cache_files})
+    key = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:32]
+    sums = cache / f"hub-{key}.json"
+    if sums.exists() and not is_whole(files, sums):
+        tell_damage(files[0].parent)
+        before = [digest(file) for file in files]
+        found = fetch(download_mode="reuse_cache_if_exists")
+        if [digest(file) for file in files] == before:
+            raise UserError(
+                f"data.path={config.path}: its rows in {files[0].parent} are damaged, and nothing "
+                "is there to make them again from. Delete that folder, and run with a network."
+            )
+        sums.unlink()
+    if files and not sums.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_sums(files, sums)
+        except OSError as error:
+            raise unwritable_cache(cache, error) from None
+    return {
+        split: stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
+        for split, rows in found.items()
+    }
+
+
+def _tell_numbers(config: DataConfig, found: Any) -> None:
+    """Says which columns of a table of the hub `datasets` has taken for numbers and the like."""
+    kinds = next(iter(found.values())).features
+    texts = ("string", "large_string")
+    guessed = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") not in texts]
+    if guessed:
+        say(
+            f"data.path={config.path} is a table without types, and {', '.join(guessed)} was read "
+            "as numbers, truth or times: 01 is 1 there, and 0.10 is 0.1. To have cells as they are "
+            "written download the set, and give its folder: data.path=FOLDER.",
+            file=sys.stderr,
+        )
+
+
+def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:
+    """The splits of a folder that is laid out like a data set of the hub, kept by content."""
+    from datasets import __version__, load_dataset_builder
+
+    inside = path.resolve()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_cache(cache, error) from None
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".set-") as work:
+        builder = load_dataset_builder(str(inside), config.name, cache_dir=work)
+        files = _refuse_elsewhere(
+            config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
+        )
+        if _is_plain_set(builder):
+            return {
+                str(split): load_files(f"data.path={path}", sorted(map(str, names)), cache)
+                for split, names in builder.config.data_files.items()
+            }
+        files += [str(inside / name) for name in DESCRIPTIONS if (inside / name).is_file()]
+        sums = {os.path.relpath(file, inside): digest(Path(file)) for file in files}
+        content = json.dumps([sums, builder.name, config.name, __version__], sort_keys=True)
+        keys = {
+            str(split): hashlib.sha256(f"{split} {content}".encode()).hexdigest()[:32]
+            for split in builder.config.data_files
+        }
+        kept = {split: cache / f"rows-{key}" for split, key in keys.items()}
+        absent = [split for split, folder in kept.items() if not is_kept(folder)]
+        if absent:
+            builder.download_and_prepare()
+            for number, split in enumerate(absent):
+                shutil.rmtree(kept[split], ignore_errors=True)
+                keep(builder.as_dataset(split), Path(work) / f"kept-{number}", kept[split])
+    return {split: kept_rows(folder, keys[split]) for split, folder in kept.items()}
+
+
+def _is_plain_set(builder: Any) -> bool:
+    """Whether a folder's files are tables of text that nothing describes: our readers take them.
+
+    Those of `datasets` guess the types of their cells.
+    """
+    config = builder.config
+    if builder.name not in ("csv", "json") or builder.info.features is not None:
+        return False
+    files = [Path(str(file)) for split in (config.data_files or {}).values() for file in split]
+    implied = {"sep": BUILDERS[kind_of(files[0])[0]][1].get("sep", ",")} if files else {}
+    usual = {**vars(type(config)()), **implied}
+    named = ("name", "version", "data_dir", "data_files", "description")
+    asked = {key: value for key, value in vars(config).items() if key not in named}
+    return all(map(is_known, files)) and all(usual.get(key) == asked[key] for key in asked)
+
+
+def _refuse_elsewhere(
+    config: DataConfig, builder: Any, belongs: Callable[[str], bool]
+) -> list[str]:
+    """The files of a data set, of which its description may name any on the user's machine.
+
+    Raises:
+        UserError: one does not belong to it.
+    """
+    splits = (builder.config.data_files or {}).values()
+    files = [str(file) for split in splits for file in split]
+    for file in files:
+        if not belongs(file):
+            raise UserError(
+                f"data.path={config.path} names {file}, which is no part of it. If you want it "
+                "read, give it yourself: data.train=FILE."
+            )
+    return files
