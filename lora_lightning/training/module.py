@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -583,12 +584,13 @@ class LoraModule(L.LightningModule):
         return values
 
     def _is_told(self) -> Callable[[], bool] | None:
-        """What tells a process that generates texts to leave off; None: it goes to their end.
+        """Return what tells a process to stop generating texts.
 
         Processes that cut each matrix (tensor parallelism) have to generate the same tokens.
         """
-        cuts = self.shards is not None and self.shards.tensor > 1
-        return None if self.stops is None or cuts else self.stops.is_told
+        if self.stops is not None and self.shards is not None and self.shards.tensor > 1:
+            return partial(self.stops.is_told_together, self.shards.data_rank)
+        return None if self.stops is None else self.stops.is_told
 
     # Optimizer -------------------------------------------------------------------------------
 

@@ -133,7 +133,13 @@ def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
 
 @pytest.mark.parametrize(
     ("way", "moment", "told"),
-    [("ddp", "test", 0), ("ddp", "test", 1), ("ddp", "validation", 1), ("fsdp2", "test", 1)],
+    [
+        ("ddp", "test", 0),
+        ("ddp", "test", 1),
+        ("ddp", "validation", 1),
+        ("fsdp2", "test", 1),
+        ("tp", "test", 1),
+    ],
 )
 def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tiny_llama, tmp_path):
     """Whichever process is told; to their end the texts would take many minutes."""

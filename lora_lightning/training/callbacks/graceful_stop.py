@@ -21,6 +21,10 @@ from torch import Tensor
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
+AHEAD = 3
+"""Tokens after which the processes of a tensor-parallel group stop together. At a token's check a
+process knows that all of the group have begun the token before it, so two would do; a GPU's host
+may be one further."""
 ASKED = 0.5
 """Seconds between two looks whether another process has been told to end."""
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP")  # not all are on Windows
@@ -155,6 +159,7 @@ class StopSignals(Callback):
         StopSignals._runs += 1
         self._word = f"lora_lightning/stopped/{StopSignals._runs}"
         self._asked = -math.inf
+        self._tokens = 0
         self.received = 0
         self.saves = False
         """Whether another callback sends what was received, and saves before it ends the run."""
@@ -238,6 +243,25 @@ class StopSignals(Callback):
             self._asked = time.monotonic()
             self.received = _word_left(self._word)
         return bool(self.received)
+
+    def is_told_together(self, group: int) -> bool:
+        """As `is_told`, with the same answer at the same call in all processes of a group.
+
+        They compute each token together, so the first that is told names a call that none of them
+        has reached.
+
+        Args:
+            group: number of the group.
+        """
+        self._tokens += 1
+        key = f"{self._word}/{group}"
+        if self.is_told():
+            stop = _store().compare_set(key, "", str(self._tokens + AHEAD))
+        elif _store().check([key]):
+            stop = _store().get(key)
+        else:
+            return False
+        return self._tokens >= int(stop)
 
     def raise_if_told(self, trainer: L.Trainer) -> None:
         """Raises Stopped if a signal has come to any process; all have to ask."""
