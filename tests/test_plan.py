@@ -17,9 +17,10 @@ from lora_lightning.lora.target_presets import target_sets
 from lora_lightning.models.loading import load_generator, load_model_config
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
+from lora_lightning.training.preflight import plan as plan_module
 from lora_lightning.training.preflight.dry_run import most_rows, rehearsal, total
 from lora_lightning.training.preflight.memory import saved_bytes
-from lora_lightning.training.preflight.plan import methods
+from lora_lightning.training.preflight.plan import free_bytes, methods
 
 CPU = torch.device("cpu")
 BASE = ["trainer=cpu", "trainer.precision=32-true", "data.max_tokens=null", "data.batch_size=4"]
@@ -273,3 +274,33 @@ def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
         assert cells[8] == ("yes" if whole <= 0.9 * 0.001 * 1024 else "no")
     assert "within nine tenths of 0.0 GiB (device_gib)" in out
     assert not list(Path.cwd().glob("outputs"))
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("0::/job/step", {"job/memory.max": "900", "job/memory.current": "300"}),
+        (
+            "0::/job/step",
+            {"job/step/memory.max": "max", "memory.max": "900", "memory.current": "300"},
+        ),
+        (
+            "7:cpu:/x\n5:memory,hugetlb:/job",
+            {"memory/job/memory.limit_in_bytes": "900", "memory/job/memory.usage_in_bytes": "300"},
+        ),
+        ("0::/of/the/host", {"memory.max": "900", "memory.current": "300"}),  # a container
+    ],
+    ids=["above its own", "the root's", "version 1", "container"],
+)
+def test_free_memory_is_within_the_limits_of_control_groups(line, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(plan_module, "GROUPS", tmp_path / "groups")
+    (tmp_path / "own").write_text(f"{line}\n")
+    free = free_bytes(CPU)
+    assert free > 2**20
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        (path.parent / "memory.stat").write_text("anon 250\ninactive_file 50\n")
+    assert free_bytes(CPU) == 650

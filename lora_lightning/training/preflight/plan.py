@@ -39,6 +39,8 @@ RANKS = (4, 8, 16, 64)
 SHARE = 0.9
 """Of a device's memory that is planned with; allocators and kernels have the rest."""
 MIB, GIB = 2**20, 2**30
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 
 
 def plan(config: DictConfig, device_gib: float | None = None) -> str:
@@ -136,16 +138,41 @@ def free_bytes(device: torch.device) -> int:
     with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    with suppress(OSError, ValueError):  # "max": no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
+    found += _left_in_groups()
     if not found:
         with suppress(AttributeError, ValueError, OSError):
             found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not found:
         raise UserError("this system does not tell how much memory is free: give device_gib=16.")
     return min(found)
+
+
+def _left_in_groups() -> list[int]:
+    """Return what the memory limits of this process's control groups leave, innermost first.
+
+    A job of SLURM has a group of its own below the root; a container sees its own as the root.
+    Cached files, which the system drops where memory runs short, count as free.
+    """
+    left = []
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2
+                root, names = GROUPS, ("max", "current")
+            elif "memory" in controllers.split(","):
+                root, names = GROUPS / "memory", ("limit_in_bytes", "usage_in_bytes")
+            else:
+                continue
+            own = root / path.lstrip("/")
+            for group in (own, *own.parents):
+                if not group.is_relative_to(root):
+                    break
+                with suppress(OSError, ValueError):  # no such file; or "max": no limit
+                    limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
+                    stat = (group / "memory.stat").read_text().split()
+                    cached = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
+                    left.append(limit - used + cached.get("inactive_file", 0))
+    return left
 
 
 def _device(config: DictConfig) -> torch.device:
