@@ -75,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning and torch take seconds to import, so each name is fetched when it is first used.
+    # Lightning and torch take seconds to import, so each name is imported on first use.
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

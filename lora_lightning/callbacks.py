@@ -1,4 +1,4 @@
-"""The callbacks and loggers of a run, under the names that configs hold."""
+"""Callbacks and loggers of a run, under the names that configs use."""
 
 from .training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from .training.callbacks.forgetting import Retention

@@ -1,4 +1,4 @@
-"""The one error type that a user's mistake raises, anywhere in the package."""
+"""The error type that user mistakes raise, anywhere in the package."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ import re
 from collections.abc import Iterable
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-"""In the environment, with the value 1: a mistake ends with its traceback."""
+"""Environment variable whose value 1 shows the traceback of a mistake."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what is wrong, where, and the fix.
+    """Mistake in the user's input.
 
-    The command line prints the message alone and exits with `status`.
+    The message says what is wrong, where, and how to fix it. The command line prints only the
+    message and exits with `status`.
     """
 
     status = 2
 
 
 class ProcessLost(UserError):
-    """A process of a run was killed from outside: no mistake, and the run can be tried again."""
+    """Loss of a process of a run that was killed from outside.
+
+    This is not a mistake, and the run can be tried again.
+    """
 
     status = 1
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The names in `known` closest to a misspelt `name`, best first; case does not count."""
+    """Return the names in `known` closest to a misspelled `name`, best first.
+
+    The comparison ignores case.
+    """
     by_lower = {item.lower(): item for item in sorted(set(known))}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.6)
     ratios = [difflib.SequenceMatcher(None, item, name.lower()).ratio() for item in close]
@@ -36,7 +43,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x' or 'y'?"`, or an empty string where nothing is near."""
+    """Return `" Did you mean 'x' or 'y'?"`, or an empty string if no name is close."""
     close = nearest(name, known)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
@@ -45,12 +52,15 @@ _NO_MEMORY = re.compile(
     r"can('t|not) allocate|DefaultCPUAllocator|[Oo]ut of memory|bad_alloc|malloc of size \d+ failed"
     r"|can't start new thread|ThreadPoolBuildError|failed to map segment"
 )
-"""How libraries tell of a lack of memory, also for the stack of a thread, in any type of error."""
+"""How libraries report a lack of memory, also for a thread's stack, in any type of error."""
 
 
 def lack_of_memory(error: BaseException | None) -> str | None:
-    """What says that memory has run out, of an exception and what is behind it; None: nothing."""
-    seen: set[int] = set()  # a chain may end in itself
+    """Return the message that reports a lack of memory, or None.
+
+    The search covers an exception and its causes.
+    """
+    seen: set[int] = set()  # a chain may be a ring
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         said = str(error)
@@ -63,7 +73,10 @@ def lack_of_memory(error: BaseException | None) -> str | None:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception and what it was raised from, down to the first. A chain may be a ring."""
+    """Return an exception and the chain of its causes, down to the first.
+
+    A chain may be a ring.
+    """
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)

@@ -1,4 +1,4 @@
-"""Strategies for Lightning's Trainer, under the names that configs hold."""
+"""Strategies for Lightning's Trainer, under the names that configs use."""
 
 from .distributed.deepspeed import ZeroStrategy
 from .distributed.strategies import DataParallelStrategy, OneDeviceStrategy, ShardedStrategy

@@ -1,4 +1,4 @@
-"""Adapters of one base combined to a new one: `lora-lightning combine`."""
+"""Combination of adapters of one base into a new adapter: `lora-lightning combine`."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ def combine_adapters(
     whole: str = "same",
     seed: int = 0,
 ) -> float:
-    """Writes a new adapter that combines others of the same base model.
+    """Write a new adapter that combines others of the same base model.
 
-    What else is in the first folder (tokenizer, settings of the task) is in the new one too.
+    The other files of the first folder (tokenizer, settings of the task) are copied to the new one.
 
     Args:
-        folders: adapter folders; one alone is scaled.
-        output: the new folder.
-        weights: of each; below zero to subtract. None: their mean.
-        method: see `lora.combine.combine`.
-        rank: of the new adapter where the method takes one; None: the highest of theirs.
-        density: share of entries that ties and dare keep, in (0, 1].
-        whole: modules trained whole (a classifier's head) and biases: "same", they must be equal;
-            "first", those of the first; "mean", their mean by the weights.
-        seed: of what dare drops.
+        folders: adapter folders; a single adapter is scaled.
+        output: new folder.
+        weights: weight of each adapter, negative to subtract; None: the mean of the adapters.
+        method: see `lora.arithmetic.combine`.
+        rank: rank of the new adapter, if the method takes one; None: the highest input rank.
+        density: fraction of entries that ties and dare keep, in (0, 1].
+        whole: treatment of fully trained modules (a classifier's head) and biases. "same": they
+            must be equal; "first": taken from the first adapter; "mean": weighted mean.
+        seed: seed for the entries that dare drops.
 
     Returns:
-        How far the new adapter is from the weighted sum of the updates: the Frobenius norm of the
-        difference over that of the sum, over all layers together. 0 for "cat".
+        The relative distance of the new adapter from the weighted sum of the updates. It is the
+        Frobenius norm of the difference over the norm of the sum, over all layers together. It is
+        0 for "cat".
 
     Raises:
-        UserError: an adapter or a value cannot be used; nothing is written then.
+        UserError: an adapter or a value cannot be used; nothing is written in this case.
     """
     if method not in METHODS:
         raise UserError(
@@ -67,7 +68,7 @@ def combine_adapters(
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, got {rank}.")
     stored = [Stored.read(Path(folder)) for folder in folders]
-    if weights is None:  # ties takes a mean by itself
+    if weights is None:  # ties takes a mean itself
         weights = [1.0 if "ties" in method else 1.0 / len(stored)] * len(stored)
     if len(weights) != len(stored) or not all(map(math.isfinite, weights)):
         raise UserError(f"weights: give a number for each of the {len(stored)} adapters.")
@@ -108,7 +109,7 @@ def combine_adapters(
 
 
 def _squares(update: Update) -> float:
-    """Squared Frobenius norm of B A, from Gram matrices, in float64."""
+    """Return the squared Frobenius norm of B A, from Gram matrices, in float64."""
     a, b = update.lora_A.double(), update.lora_B.double()
     return max(float(((b.t() @ b) * (a @ a.t())).sum()), 0.0) * update.scaling**2
 
@@ -123,12 +124,12 @@ def _check_shapes(module: str, own: list[tuple[Stored, float]]) -> None:
 
 
 def _check_same_base(stored: list[Stored]) -> None:
-    """Raises UserError unless the adapters belong to one base, as far as their files tell."""
+    """Raise UserError unless the adapters belong to one base, as far as their files show."""
     first = stored[0]
     for other in stored[1:]:
         one, two = (_base_of(item) for item in (first, other))
         known = [key for key in one if one[key] and two[key]]
-        for key in known[:1]:  # the fingerprint where both have it, else the name
+        for key in known[:1]:  # the fingerprint if both have it, else the name
             if one[key] != two[key]:
                 raise UserError(
                     f"{first.folder} and {other.folder} belong to different base models "
@@ -146,7 +147,7 @@ def _sidecar(stored: Stored) -> dict[str, Any]:
 
 
 def _tokens_of(stored: Stored) -> list[Any]:
-    """New tokens by name, where the folder tells, and the indices of trained rows."""
+    """Return the new tokens by name, if the folder has them, and the indices of trained rows."""
     model = _sidecar(stored).get("settings", {}).get("model", {})
     return [model.get("new_tokens") or [], stored.raw.get("trainable_token_indices")]
 
@@ -200,7 +201,7 @@ def _shape(stored: Stored, name: str) -> str:
 
 
 def _counts(one: Stored, other: Stored, name: str) -> str:
-    """What to say of whole modules that differ in the number of their outputs."""
+    """Return a message part on fully trained modules that differ in their number of outputs."""
     if name not in one.rest or name not in other.rest:
         return ""
     first, second = one.rest[name].shape, other.rest[name].shape
@@ -210,10 +211,10 @@ def _counts(one: Stored, other: Stored, name: str) -> str:
 
 
 def _config(stored: list[Stored], ranks: dict[str, int]) -> dict[str, Any]:
-    """The new adapter_config.json: alpha is the rank, so that the scaling is 1 everywhere."""
+    """Return the new adapter_config.json; alpha is the rank, so the scaling is 1 everywhere."""
     targets = [one.raw.get("target_modules") or [] for one in stored]
     keys = {name: key_of(one.config, name) for one in stored for name in one.updates}
-    # Short names mean all layers; where an adapter has some of them, each is named.
+    # Short names match all layers. If an adapter covers only some layers, each is named.
     some = ("layers_to_transform", "layers_pattern", "exclude_modules")
     lists = all(isinstance(names, list) for names in targets)
     lists &= not any(one.raw.get(key) for one in stored for key in some)

@@ -1,8 +1,8 @@
-"""Adapters for other engines: one rank and one alpha, and whether an engine takes them.
+"""Export for other engines: one rank and one alpha, and a check of what an engine takes.
 
-What an engine's rules are was read in its source: vLLM's `PEFTHelper` and `LoRAConfig`, LoRAX's
-`LoraConfig` and `LoraWeights`. Both read r, lora_alpha and use_rslora, and pass over the patterns
-of single modules without a word, which gives other outputs.
+The rules come from the engines' sources: vLLM's `PEFTHelper` and `LoRAConfig`, LoRAX's `LoraConfig`
+and `LoraWeights`. Both engines read r, lora_alpha and use_rslora. Both silently ignore the patterns
+of single modules, which changes the outputs.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .files import Stored, write_like
 from .folder import belongs_to_quantised
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank may be."""
+"""Values that --max-lora-rank accepts."""
 
 
 def write_canonical(folder: str | Path, output: str | Path) -> tuple[int, float]:
-    """Writes the same adapter with one rank and one alpha for all modules.
+    """Write the same adapter with one rank and one alpha for all modules.
 
-    Lower ranks are filled up with zeros, which is exact. Other scalings go into B: exact where
-    their ratio is a power of two, else rounded once in fp32, which B then has.
+    Lower ranks are padded with zeros, which is exact. Other scalings are folded into B. This is
+    exact if their ratio is a power of two. Otherwise B is rounded once in fp32, and stored in fp32.
 
     Args:
-        folder: an adapter folder.
-        output: the new one.
+        folder: adapter folder.
+        output: new folder.
 
     Returns:
         The rank, and the largest relative rounding error of an entry of B.
 
     Raises:
-        UserError: the adapter is none, or its update is no product of A and B (DoRA).
+        UserError: the folder holds no adapter, or its update is not a product of A and B (DoRA).
     """
     stored = Stored.read(Path(folder))
     rank = max(update.lora_A.shape[0] for update, _ in stored.updates.values())
@@ -72,10 +72,10 @@ def write_canonical(folder: str | Path, output: str | Path) -> tuple[int, float]
 
 
 def engine_problems(folder: str | Path, engine: str) -> list[str]:
-    """Why an engine would not take an adapter, or would take it for another; empty: it does.
+    """Return why an engine would refuse or misread an adapter; empty if it takes the adapter.
 
     Raises:
-        UserError: the engine is not known, or the folder is no adapter.
+        UserError: the engine is unknown, or the folder holds no adapter.
     """
     if engine not in ENGINES:
         raise UserError(
@@ -117,7 +117,10 @@ def _vllm(raw: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _lorax(raw: dict[str, Any], names: list[str]) -> list[str]:
-    """It stacks the layers of a type, and leaves out a type that some layer has no adapter for."""
+    """Return the problems with LoRAX.
+
+    LoRAX stacks the layers of a type. It leaves out a type if some layer has no adapter for it.
+    """
     found = []
     if any("lora_embedding" in name for name in names):
         found.append("an adapter on an embedding, which it does not load")

@@ -1,4 +1,4 @@
-"""Adapter folders as data, without their base model: taken apart, and written again."""
+"""Adapter folders as data, without their base model: parsed, and written again."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embeddin
 
 @dataclass
 class Stored:
-    """An adapter folder, taken apart."""
+    """A parsed adapter folder."""
 
     folder: Path
     raw: dict[str, Any]
     config: LoraConfig
     updates: dict[str, tuple[Update, tuple[str, str]]]
-    """Update and the leaves of its tensors, by module."""
+    """Update and the leaf names of its tensors, by module."""
     rest: dict[str, Tensor]
-    """Whole modules and biases."""
+    """Tensors of fully trained modules and biases."""
 
     @classmethod
     def read(cls, folder: Path) -> Stored:
-        """Reads a folder.
+        """Read a folder.
 
         Raises:
-            UserError: it is no LoRA adapter, or one whose updates are no products of A and B (DoRA,
-                experts).
+            UserError: the folder holds no LoRA adapter, or its updates are not products of A and B
+                (DoRA, experts).
         """
         raw, tensors = read_adapter(folder)
         refuse_quantised(folder)
@@ -74,12 +74,12 @@ class Stored:
                             "base (lora-lightning merge)."
                         )
                     updates[module] = Update(*pair, config.scaling_of(key)), (a, b)
-        check_files(folder)  # after what tells more
+        check_files(folder)  # last, because the checks above give better messages
         return cls(folder, raw, config, updates, rest)
 
 
 def key_of(config: LoraConfig, module: str) -> str:
-    """The name by which an adapter's patterns find a module: its own, or that of its weight."""
+    """Return the name that patterns use for a module: its own name, or the name of its weight."""
     weight = f"{module}.weight"
     named = any(f".{weight}".endswith(f".{name}") for name in config.target_parameters)
     return weight if named else module
@@ -103,14 +103,14 @@ def write_like(
     *,
     by: str,
 ) -> None:
-    """Writes an adapter folder with what else is in the first of others: tokenizer, settings.
+    """Write an adapter folder, with the other files of the first source: tokenizer, settings.
 
     Args:
-        sources: the folders that it was made from.
-        output: where.
-        tensors: of the new adapter.
-        config: its adapter_config.json.
-        by: the command.
+        sources: folders that the adapter was made from.
+        output: folder to write.
+        tensors: tensors of the new adapter.
+        config: content of its adapter_config.json.
+        by: command that writes it.
     """
     first = sources[0]
     refuse_links(first)
@@ -126,14 +126,14 @@ def write_like(
 
 
 def copy_adapter(folder: Path, output: Path) -> None:
-    """Writes the two files of PEFT, read and checked, and nothing else.
+    """Read and check the two PEFT files of a folder, and write only these.
 
     Raises:
-        UserError: the folder holds no LoRA adapter, or one that is damaged.
+        UserError: the folder holds no LoRA adapter, or a damaged one.
     """
     refuse_links(folder)
     raw, tensors = read_adapter(folder)
-    refuse_quantised(folder)  # the files alone would not tell
+    refuse_quantised(folder)  # the files alone do not record the quantization
     from_peft_config(raw)
     check_files(folder)
     refuse_run(output)

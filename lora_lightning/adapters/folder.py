@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter folder and result.json."""
+"""Output of a run: the adapter folder and result.json."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from lora_lightning.utils.output_folders import made_folder, refuse_loss, replac
 from lora_lightning.utils.terminal import command
 
 ADAPTER = "adapter"
-"""In a run's folder: the folder of what was trained."""
+"""Entry of a run's folder: the folder of the trained adapter or model."""
 RESULT = "result.json"
 HYDRA = ".hydra"
 BAD_STEP = "bad_step.json"
-"""In a run's folder: the rows of a step whose loss was not a number."""
+"""Entry of a run's folder: the rows of a step whose loss was not a number."""
 RUN_ENTRIES = (
     *(HYDRA, RESULT, BAD_STEP),
     *("checkpoints", "tensorboard", "csv", "samples.jsonl"),
 )
 OWN_ENTRIES = (*RUN_ENTRIES, PAUSE, ADAPTER)
-"""In a run's folder: what no other command may write, nor a run find there."""
+"""Entries of a run's folder that no other command may write and no new run may find there."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "hydra-core")
 
 
 class Trained(Protocol):
-    """What a folder is written from: `LoraModule`, or a module that has as much."""
+    """Module that a folder is written from: `LoraModule`, or a module with the same attributes."""
 
     model: nn.Module | None
     adapter: Adapter | None
@@ -68,17 +68,17 @@ def save_trained(
     sources: Iterable[str | Path] = (),
     later: Iterable[str] = (),
 ) -> None:
-    """Writes what a run has trained, with the tokenizer and the settings to use it again.
+    """Write the trained weights of a run, with the tokenizer and the settings to use them.
 
-    A LoRA run gives a PEFT folder; full fine-tuning gives a plain Hugging Face folder.
+    A LoRA run gives a PEFT folder. Full fine-tuning gives a plain Hugging Face folder.
 
     Args:
-        module: the trained module.
-        folder: where.
-        settings: the run's.
+        module: trained module.
+        folder: folder to write.
+        settings: settings of the run.
         base: `base_fingerprint` of the module.
-        by: the command that writes.
-        sources: what it was read from.
+        by: command that writes.
+        sources: files and folders that the module was read from.
         later: names of files that are written into the folder afterwards.
     """
     refuse_loss(folder, by=by, sources=sources)
@@ -114,10 +114,11 @@ def save_trained(
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer; its JSON without blanks, which is a third smaller.
+    """Write a tokenizer, with compact JSON, which is a third smaller.
 
-    How the last text was cut and filled up stays out: transformers says that with each text, and
-    it hangs on whether the rows were tokenised in this process or came from the cache.
+    The truncation and padding of the last text are left out, because transformers sets them with
+    each text. They also depend on whether this process tokenized the rows or read them from the
+    cache.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
@@ -130,8 +131,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def refuse_run(output: Path) -> None:
-    """Raises UserError for an output where a run has, or will have, files of its own."""
-    output = Path(os.path.realpath(output))  # which does not mind a ring of links
+    """Raise UserError if a run has, or will have, files of its own at an output path."""
+    output = Path(os.path.realpath(output))  # realpath accepts a cycle of links
     for run_dir in output.parents:
         entry = output.relative_to(run_dir).parts[0]
         is_run = (run_dir / RESULT).is_file() or (run_dir / HYDRA).is_dir()
@@ -143,7 +144,7 @@ def refuse_run(output: Path) -> None:
 
 
 def belongs_to_quantised(folder: Path) -> str | None:
-    """How the base is quantised that an adapter makes up for (LoftQ); None: it is of any kind."""
+    """Return the base quantization that an adapter compensates for (LoftQ); None: any base fits."""
     if not (folder / SIDECAR).is_file():
         return None
     settings = read_sidecar(folder)["settings"]
@@ -152,11 +153,11 @@ def belongs_to_quantised(folder: Path) -> str | None:
 
 
 def refuse_quantised(folder: Path, *, on: str | None = None) -> None:
-    """Raises UserError for an adapter that makes up for a quantisation which is not to be there.
+    """Raise UserError if an adapter compensates for a quantization that its base will not have.
 
     Args:
-        folder: the adapter.
-        on: how the base is quantised that it is to go on.
+        folder: adapter folder.
+        on: quantization of the base that the adapter is to be used on.
     """
     kind = belongs_to_quantised(folder)
     if kind != on and kind is not None:
@@ -168,12 +169,12 @@ def refuse_quantised(folder: Path, *, on: str | None = None) -> None:
 
 
 def damaged(folder: Path, error: Exception) -> UserError:
-    """What to tell where our own file in an adapter folder makes no sense."""
+    """Return the error for a damaged file of ours in an adapter folder."""
     return UserError(f"{folder / SIDECAR} is damaged: {error!r}. Copy the adapter again.")
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """Our settings file in an adapter folder.
+    """Return the content of our settings file in an adapter folder.
 
     Raises:
         UserError: the folder or the file is absent or broken.
@@ -209,17 +210,17 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
-    """Takes a run's folder, and clears it again if the block ends in a mistake of the user.
+    """Lock a run's folder, and remove its new files if the block ends in a mistake of the user.
 
-    What was there before stays, and so does a run that has come as far as a checkpoint, or to a
-    step whose rows it has kept.
+    Files that existed before stay. New files also stay if the run has reached a checkpoint, or a
+    step whose rows it has saved.
 
     Args:
-        run_dir: the run's folder; it and its parents are removed again where the block made them.
-        always: take it away however the block ends.
+        run_dir: folder of the run. It and its parents are removed again if the block made them.
+        always: remove the new files however the block ends.
 
     Raises:
-        UserError: it cannot be written, or another process works in it.
+        UserError: the folder cannot be written, or another process works in it.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     undo = always
@@ -235,20 +236,20 @@ def undone_on_mistake(run_dir: Path, *, always: bool = False) -> Iterator[None]:
                 trained = any((run_dir / "checkpoints").glob("*")) or (run_dir / BAD_STEP).exists()
                 undo = always or not trained
                 raise
-            finally:  # while the lock is held: the next one to hold it has begun nothing yet
+            finally:  # clean up under the lock, before another process begins here
                 for path in new if undo else ():
                     path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     finally:
         for folder in made:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 def writable(run_dir: Path) -> None:
-    """Makes the folder and makes sure that a checkpoint will fit.
+    """Make the folder, and check that a checkpoint will fit.
 
     Raises:
-        UserError: it cannot be written, or the disk is nearly full.
+        UserError: the folder cannot be written, or the disk is nearly full.
     """
     try:
         made_folder(run_dir)
@@ -266,9 +267,10 @@ def writable(run_dir: Path) -> None:
 
 
 def base_fingerprint(module: Trained) -> str:
-    """Tells the frozen base apart from another of the same shape, whatever rows it has grown by.
+    """Return a fingerprint that distinguishes the frozen base from others of the same shape.
 
-    It is "" where all is trained, and where the base is quantised, which changes its weights.
+    Rows that the base has grown by do not change it. It is "" if all parameters are trained, or if
+    the base is quantized, which changes its weights.
     """
     assert module.model is not None
     if module.adapter is None or module.model_config.quantization is not None:
@@ -283,7 +285,7 @@ def base_fingerprint(module: Trained) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of the software that a result depends on."""
     found = {"python": platform.python_version()}
     for package in ("lora_lightning", *PACKAGES):
         try:
@@ -294,7 +296,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory: of the GPU where training ran on one, else of the process."""
+    """Return the peak memory in MiB: of the GPU if training ran on one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
@@ -304,5 +306,5 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of the files in a folder."""
+    """Return the total size of the files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,7 +1,7 @@
-"""Adapters in the layouts of other tools: which layer of a model each of their matrices is for.
+"""Adapter layouts of other tools, and the model layer that each of their matrices belongs to.
 
-The layouts were read in the sources of kohya's sd-scripts, LitGPT 0.5.13 and torchtune 0.6.1. What
-is not certain, because a name or the order of rows could mean two things, is refused.
+The layouts come from the sources of kohya's sd-scripts, LitGPT 0.5.13 and torchtune 0.6.1. A name
+or an order of rows that could mean two things raises an error.
 """
 
 from __future__ import annotations
@@ -37,24 +37,25 @@ TORCHTUNE = {
     "mlp.w3": "mlp.up_proj",
 }
 INTERLEAVED, HALVES = ("llama", "mistral"), ("qwen2",)
-"""Model types by how torchtune orders a head's rows of q and k: pairs side by side, which
-transformers keeps half a head apart, or as transformers does."""
+"""Model types by torchtune's order of a head's rows in q and k.
+INTERLEAVED: rows of a pair are adjacent, where transformers keeps them half a head apart.
+HALVES: the order of transformers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter's tensors as another tool stored them, and the model that they are for."""
+    """Tensors of an adapter as another tool stored them, and the model that they belong to."""
 
     path: Path
     tensors: dict[str, Tensor]
     model: nn.Module
     alpha: float | None = None
-    """Where the file does not hold it."""
+    """Alpha, used if the file does not hold it."""
     parts: Sequence[str] = PARTS
-    """Which of q, k and v a fused matrix of LitGPT is for."""
+    """Parts among q, k and v that a fused matrix of LitGPT covers."""
 
     def layer(self, name: str) -> str:
-        """The one layer of the model that is called so, or ends so."""
+        """Return the only layer of the model with this name or name ending."""
         found = [own for own in adaptable(self.model) if f".{own}".endswith(f".{name}")]
         if len(found) != 1:
             raise UserError(
@@ -64,7 +65,7 @@ class Source:
         return found[0]
 
     def scaling(self, rank: int, stored: Tensor | None = None) -> float:
-        """Alpha over rank; alpha is what the file stores, or else what was given."""
+        """Return alpha over rank; alpha comes from the file, else from the caller."""
         alpha = self.alpha if stored is None else float(stored)
         if alpha is None:
             raise UserError(
@@ -74,7 +75,7 @@ class Source:
         return alpha / rank
 
     def heads(self) -> tuple[int, int, int]:
-        """Query heads, key and value heads, and the size of a head."""
+        """Return the numbers of query heads and of key and value heads, and the head size."""
         config: Any = self.model.config
         heads = int(config.num_attention_heads)
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -84,16 +85,17 @@ class Source:
 def read_layout(
     path: Path, model: nn.Module, *, alpha: float | None = None, parts: Sequence[str] = PARTS
 ) -> dict[str, Update]:
-    """The updates in a file of another tool, by the model's own names of its layers.
+    """Return the updates in a file of another tool, by the model's own layer names.
 
     Args:
-        path: a safetensors file, of kohya's layout, LitGPT's or torchtune's.
-        model: the base model.
-        alpha: where the layout does not store it.
+        path: safetensors file in the layout of kohya, LitGPT or torchtune.
+        model: base model.
+        alpha: alpha, used if the layout does not store it.
         parts: see `Source`.
 
     Raises:
-        UserError: the file is a pickle, damaged, of an unknown layout, or not for this model.
+        UserError: the file is a pickle, is damaged, has an unknown layout, or does not fit this
+            model.
     """
     source = Source(path, _read(path), model, alpha, parts)
     for sign, layout in LAYOUTS.items():
@@ -118,7 +120,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _kohya(source: Source) -> dict[str, Update]:
-    """One name for each layer, its dots written as underscores, behind a prefix: lora_te_..."""
+    """Return the updates in kohya's layout.
+
+    A layer's name is a prefix (lora_te_...) and then its path, with underscores for dots.
+    """
     written: dict[str, list[str]] = {}
     for name in adaptable(source.model):
         written.setdefault(name.replace(".", "_"), []).append(name)
@@ -144,7 +149,10 @@ def _kohya(source: Source) -> dict[str, Update]:
 
 
 def _litgpt(source: Source) -> dict[str, Update]:
-    """LitGPT's own names; q, k and v lie in one matrix B, and their matrices A above each other."""
+    """Return the updates in LitGPT's layout.
+
+    The names are LitGPT's own. q, k and v share one matrix B, and their matrices A are stacked.
+    """
     heads, groups, size = source.heads()
     rows = {"q": heads * size, "k": groups * size, "v": groups * size}
     updates = {}
@@ -162,14 +170,14 @@ def _litgpt(source: Source) -> dict[str, Update]:
             updates[source.layer(f"layers.{at[1]}.{LITGPT[at[2]]}")] = Update(a, b, scaling)
         elif key == "lm_head":
             vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-            updates[source.layer(key)] = Update(a, b[:vocabulary], scaling)  # LitGPT pads it
+            updates[source.layer(key)] = Update(a, b[:vocabulary], scaling)  # LitGPT pads the rows
         else:
             raise _unclear(source, key)
     return updates
 
 
 def _parts_of(source: Source, count: int, height: int, rows: dict[str, int]) -> list[str]:
-    """Which of q, k and v are adapted, in that order."""
+    """Return which of q, k and v are adapted, in that order."""
     parts = [part for part in PARTS if part in source.parts]
     if len(parts) != count or sum(rows[part] for part in parts) != height:
         raise UserError(
@@ -180,7 +188,10 @@ def _parts_of(source: Source, count: int, height: int, rows: dict[str, int]) -> 
 
 
 def _torchtune(source: Source) -> dict[str, Update]:
-    """The names of Meta's Llama, and its order of rows in q and k."""
+    """Return the updates in torchtune's layout.
+
+    It has the names of Meta's Llama, and its order of rows in q and k.
+    """
     kind = str(source.model.config.model_type)  # type: ignore[union-attr]
     if kind not in (*INTERLEAVED, *HALVES):
         raise UserError(
@@ -204,13 +215,19 @@ def _torchtune(source: Source) -> dict[str, Update]:
 
 
 def _pairs_apart(matrix: Tensor, head_size: int) -> Tensor:
-    """Rows x0 y0 x1 y1 ... of each head to x0 x1 ... y0 y1 ..., as transformers rotates them."""
+    """Reorder rows x0 y0 x1 y1 ... of each head to x0 x1 ... y0 y1 ...
+
+    transformers rotates them in the latter order.
+    """
     by_head = matrix.view(-1, head_size // 2, 2, matrix.shape[1])
     return by_head.transpose(1, 2).reshape(matrix.shape)
 
 
 def _pairs(source: Source, a: str, b: str, *others: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by the name before their endings; nothing else may be in the file."""
+    """Return A and B by the name before their endings.
+
+    The file may hold no other tensors.
+    """
     found = {}
     for name, tensor in source.tensors.items():
         if not name.endswith((a, b, *others)):
@@ -242,4 +259,4 @@ LAYOUTS: dict[str, Callable[[Source], dict[str, Update]]] = {
     r"^(transformer\.h\.\d+\..+|lm_head)\.lora_A$": _litgpt,
     r"\.lora_a\.weight$": _torchtune,
 }
-"""By what their names look like."""
+"""Readers of layouts, by a pattern of their tensor names."""

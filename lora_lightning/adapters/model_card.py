@@ -1,4 +1,4 @@
-"""The model card, README.md in the folder of an adapter: what it is, and how it was made."""
+"""The model card, README.md in an adapter folder: contents and training of the adapter."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def write_card(
     data: LoraDataModule,
     result: dict[str, Any],
 ) -> None:
-    """Writes the card of what a run has trained.
+    """Write the card of a trained adapter or model.
 
     Args:
-        folder: of the adapter, or of the whole model.
-        run_dir: the run's, which knows the command.
-        settings: the run's.
-        module: the trained module.
-        data: what it was trained on.
-        result: the run's numbers.
+        folder: folder of the adapter, or of the whole model.
+        run_dir: folder of the run, which holds its command.
+        settings: settings of the run.
+        module: trained module.
+        data: data that it was trained on.
+        result: numbers of the run.
     """
     parts = [
         _front_matter(settings, module),
@@ -60,7 +60,10 @@ def write_card(
 
 
 def _front_matter(settings: Settings, module: Trained) -> str:
-    """What the hub reads; a base that is no hub name is left out, which the hub would refuse."""
+    """Return the metadata that the hub reads.
+
+    A base that is not a hub name is left out, because the hub would refuse it.
+    """
     lines = ["---"]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.model.name_or_path):
         lines.append(f"base_model: {settings.model.name_or_path}")
@@ -91,7 +94,7 @@ def _use(settings: Settings, module: Trained) -> str:
         more = f", num_labels={len(labels)}" if labels else ""
         more += f', revision="{settings.model.revision}"' if settings.model.revision else ""
         classes, quantised = kind, ""
-        if settings.lora.init == "loftq":  # it makes up for what this quantisation took away
+        if settings.lora.init == "loftq":  # compensates for this quantization
             classes, more = f"{kind}, BitsAndBytesConfig", f"{more}, quantization_config=quantized"
             base_config: Any = module.model.config
             options = base_config.quantization_config.to_diff_dict()
@@ -135,7 +138,7 @@ def _data(settings: Settings, data: LoraDataModule) -> str:
 
 
 def _results(result: dict[str, Any]) -> str:
-    """A table of the final metrics, with those before training where they were measured."""
+    """Return a table of the final metrics, with the values before training if measured."""
     before = result.get("before") or {}
     names = sorted(name for name in result if name.startswith(("val/", "test/")))
     lines = ["## Results", "", "| metric | before training | after |", "|---|---|---|"]
@@ -150,7 +153,7 @@ def _results(result: dict[str, Any]) -> str:
 
 
 def _stored_as(folder: Path) -> str:
-    """The rank and alpha that a folder of PEFT tells; empty for a whole model."""
+    """Return the rank and alpha stored in a PEFT folder; empty for a whole model."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return ""
@@ -162,8 +165,8 @@ def _making(settings: Settings, result: dict[str, Any], run_dir: Path, stored: s
     share = 100 * result["trainable_parameters"] / result["total_parameters"]
     lines = ["## How it was made", ""]
     if (overrides := run_dir / ".hydra" / "overrides.yaml").is_file():
-        with suppress(UserError):  # damaged: a card without the command
-            # Unresolved: what an environment variable holds is not for a card that is shared.
+        with suppress(UserError):  # if damaged, the card omits the command
+            # Unresolved: a shared card must not show values of environment variables.
             typed = read_overrides(overrides)
             told = [x for x in typed if not x.lstrip("+").startswith(("output_dir=", "hydra"))]
             lines += [*fenced(shlex.join(["lora-lightning", "train", *told])), ""]

@@ -49,10 +49,11 @@ EXIT_BY_SIGNAL = 128
 
 
 def main() -> None:
-    """Entry point.
+    """Run the command line.
 
-    Exit status: 0, 2 for a mistake of the user, 130, 143, 138 or 129 where Ctrl-C, SIGTERM, SIGUSR1
-    or SIGHUP has stopped a run, else 1, as where one of its processes was killed.
+    The exit status is 0, or 2 for a mistake of the user. It is 130, 143, 138 or 129 if Ctrl-C,
+    SIGTERM, SIGUSR1 or SIGHUP has stopped a run. Otherwise it is 1, for example if one of the
+    processes of a run was killed.
     """
     arguments = sys.argv[1:]
     _open_absent_streams()
@@ -74,10 +75,10 @@ def main() -> None:
 
 
 def _open_absent_streams() -> None:
-    """Opens the null device for standard streams that were closed, as cron and `<&-` do.
+    """Open the null device for standard streams that were closed, as cron and `<&-` do.
 
-    Python has None for them. What is opened next would take their numbers, and get their output.
-    Those of a terminal are made safe for its end.
+    Python sets closed streams to None. The next files opened would take their numbers and receive
+    their output. Terminal streams are wrapped, so that the terminal may close during a run.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -87,9 +88,9 @@ def _open_absent_streams() -> None:
 
 
 def _set_allocator() -> None:
-    """Lets torch grow its blocks of a GPU's memory; batches of many lengths would leave holes.
+    """Let torch grow its blocks of GPU memory, because batches of many lengths would leave holes.
 
-    torch reads it when it is imported. What the user has set stays.
+    torch reads the variable at import. A value set by the user stays.
     """
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
@@ -133,9 +134,10 @@ def _dispatch(verb: str, arguments: list[str]) -> None:
 
 
 def _guarded(action: Callable[[], Any]) -> Any:
-    """Runs an action; a mistake of the user becomes one message and exit status 2.
+    """Run an action; report a mistake of the user as one message, with exit status 2.
 
-    The traceback of another error is shown escaped: its message may quote somebody else's file.
+    Tracebacks of other errors are shown escaped, because the message may quote somebody else's
+    file.
     """
     try:
         return action()
@@ -146,7 +148,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
         say(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning turns Ctrl-C into an exit of its own.
+        # Lightning turns Ctrl-C into its own SystemExit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
@@ -157,7 +159,7 @@ def _guarded(action: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BY_SIGNAL + signum)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except BaseException as error:  # a library in Rust panics by one that is no Exception
+    except BaseException as error:  # a panic of a Rust library is no Exception
         from lora_lightning.utils.atomic_write import fault_of_disk
 
         if os.environ.get(FULL_ERROR) == "1":
@@ -230,7 +232,7 @@ def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
     from lora_lightning.inference.evaluate import evaluate
     from lora_lightning.inference.output_files import refuse_other_file
 
-    writes = "output" in plain and cluster.tells()  # of several processes the first
+    writes = "output" in plain and cluster.tells()  # only the first of several processes
     output = _expanded(plain["output"], "output") if writes else None
     if output is not None:
         refuse_other_file(output, by="evaluate", sources=_data_of(config))
@@ -344,7 +346,7 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
 
 
 def _refused_by(engines: list[str], source: Path, *, canonical: bool) -> str:
-    """Which engines do not take an adapter as it would be written, after what each has to say."""
+    """Print each engine's answer on the adapter as written, and return the engines that refuse."""
     from lora_lightning.adapters.export import engine_problems, write_canonical
 
     refused = []
@@ -438,7 +440,7 @@ def _expanded(path: str, setting: str) -> Path:
 
 
 def _data_of(config: Any) -> list[Path]:
-    """The files and folders that an evaluation reads data from."""
+    """Return the files and folders that an evaluation reads data from."""
     data = config.data
     given = [getattr(data, key) for key in ("test", "train", "val", "path")]
     named = [
@@ -448,7 +450,7 @@ def _data_of(config: Any) -> list[Path]:
 
 
 def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) -> None:
-    """Refuses a place that could not be written when the work is done, or where it must not be."""
+    """Raise UserError for an output path that could not or must not be written, before any work."""
     if "output" not in plain:
         return
     output = _expanded(plain["output"], "output")
@@ -468,7 +470,7 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) 
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Takes out the arguments that are plain text, not Hydra's grammar: texts and paths."""
+    """Split off the arguments that are plain text (texts and paths), not Hydra's grammar."""
     plain: dict[str, str] = {}
     overrides = []
     for argument in arguments:
@@ -481,7 +483,7 @@ def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str],
 
 
 def _complete(arguments: list[str]) -> None:
-    """Hydra's tab completion, with the verb taken out of the line that it completes."""
+    """Run Hydra's tab completion, with the verb removed from the line to complete."""
     from .train import environment, run_hydra
 
     if not any(argument.startswith("query") for argument in arguments):

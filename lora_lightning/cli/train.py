@@ -1,4 +1,4 @@
-"""From a command line to a run or a sweep: flags, folders, and the hand-over to Hydra."""
+"""The verb `train`: flags, folders, and the hand-over of a run or a sweep to Hydra."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ HYDRA_FLAGS = (
     *("-i", "--info"),
 )
 OF_PRESETS = ("--config-dir", "--config-path", "--config-name")
-"""Flags of Hydra's that `with_presets` has taken out."""
+"""Hydra flags that `with_presets` has removed."""
 RESUMES_WITH = (
     r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b|data\.num_workers="
     r"|hydra\.searchpath="
 )
-"""Settings that a run can be gone on with: they do not change what it computes."""
+"""Settings that a resumed run accepts, because they do not change the result."""
 TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
-"""What a resumed run may need although its own config has it, because it may be of others."""
+"""Settings that a resume may have to repeat, because the saved config may be somebody else's."""
 AUTO = "resume=auto"
-"""Go on with the run in output_dir where there is one, else begin it."""
+"""Resume the run in output_dir if there is one, else begin it."""
 
 
 def start(arguments: list[str]) -> None:
-    """The verb `train`: a run, a sweep, a run that goes on, or one of Hydra's own outputs.
+    """Run the verb `train`: a run, a sweep, a resumed run, or one of Hydra's own outputs.
 
     Raises:
         UserError: the arguments are wrong.
@@ -72,7 +72,7 @@ def start(arguments: list[str]) -> None:
     goes_on = AUTO in arguments
     arguments = [argument for argument in arguments if argument != AUTO]
     resume = [argument for argument in arguments if argument.startswith("resume=")]
-    # Lightning's rank 0 starts the others with this command line and their rank.
+    # Lightning's rank 0 starts the other ranks with this command line and their rank.
     child = cluster.started_by_rank_zero()
     if child:
         cluster.end_with_starter()
@@ -116,12 +116,12 @@ def start(arguments: list[str]) -> None:
 
 
 def _hydras(overrides: list[str]) -> list[str]:
-    """Overrides of where a sweep goes, which are no part of a choice in it."""
+    """Return the overrides of a sweep's folder, which are not part of a choice in the sweep."""
     return [item for item in overrides if item.lstrip("+").startswith("hydra.sweep.dir=")]
 
 
 def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> None:
-    """Raises UserError for settings that mean nothing where they are given."""
+    """Raise UserError for settings that have no meaning where they are given."""
     if goes_on:
         named = any(item.lstrip("+").startswith("output_dir=") for item in overrides)
         if sweeps:
@@ -150,10 +150,10 @@ def _refuse_misplaced(overrides: list[str], *, sweeps: bool, goes_on: bool) -> N
 
 
 def _sweep_into_output_dir(overrides: list[str]) -> list[str]:
-    """Takes output_dir, which each job of a sweep has below its folder, for the sweep's own.
+    """Use output_dir as the sweep's folder, because each job has its own output_dir below it.
 
     Raises:
-        UserError: both are given.
+        UserError: output_dir and hydra.sweep.dir are both given.
     """
     named = [item for item in overrides if re.match(r"\+*output_dir=", item)]
     if not named:
@@ -168,7 +168,7 @@ def _sweep_into_output_dir(overrides: list[str]) -> list[str]:
 
 
 def _whole_halving(override: str) -> str:
-    """Names all settings of halving, where some are given: those of a preset are not meant."""
+    """Add defaults to partly given halving settings, so that a preset's settings do not apply."""
     key, equals, value = override.partition("=")
     if key.lstrip("+") != "hydra.launcher.halving" or not value.startswith("{"):
         return override
@@ -181,7 +181,7 @@ def _whole_halving(override: str) -> str:
 
 
 def _look_at_flags(flags: list[str], overrides: list[str]) -> bool:
-    """Whether a sweep is asked for.
+    """Return whether a sweep is requested.
 
     Raises:
         UserError: a flag is unknown, or out of place.
@@ -207,14 +207,14 @@ def _look_at_flags(flags: list[str], overrides: list[str]) -> bool:
 
 
 def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
-    """One run, in this process and those that Lightning, torchrun or srun start beside it."""
+    """Run once, in this process and those that Lightning, torchrun or srun start beside it."""
     outside = cluster.from_outside()
     if outside and not any(override.startswith("output_dir=") for override in overrides):
         config.output_dir = cluster.common_folder(lambda: str(config.output_dir))
-        goes_on = True  # what is there, this job has made before it was started again
+        goes_on = True  # existing files are from this job, before its restart
     run_dir = Path(config.output_dir)
     overrides = [*overrides, f"output_dir={_quoted(run_dir)}"]
-    if cluster.rank() > 0:  # rank 0 sees to it that a checkpoint there is this run's
+    if cluster.rank() > 0:  # rank 0 checks that a checkpoint there is this run's
         if not _is_complete(run_dir):
             run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
         return
@@ -243,7 +243,7 @@ def _known_flag(flag: str) -> None:
 
 
 def _quoted(value: object) -> str:
-    """A value in quotes of Hydra's grammar, where a backslash is one but before a quote."""
+    """Quote a value for Hydra's grammar, where a backslash is literal except before a quote."""
     doubled = re.sub(
         r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)
     )
@@ -251,11 +251,11 @@ def _quoted(value: object) -> str:
 
 
 def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
-    """Hands over to Hydra, which makes the run's folder and calls back with the config.
+    """Hand over to Hydra, which makes the run's folder and calls back with the config.
 
     Args:
         arguments: flags and overrides.
-        resume: go on with the run that the folder holds, if it holds one.
+        resume: whether to resume the run in the folder, if there is one.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -268,7 +268,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
 
     register_schemas()
     register()
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # Optuna's, which lists its plugins
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # from Optuna; it lists its plugins
     whole, base = list(sys.argv), Path.cwd()
     composed = False
     mistakes: list[UserError] = []
@@ -277,7 +277,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     def task(config: Any) -> float | None:
         nonlocal composed
         composed = True
-        sys.argv = whole  # Lightning starts its other ranks with this command line
+        sys.argv = whole  # Lightning starts the other ranks with this command line
         anchor(config, base)
         config.output_dir = os.path.abspath(HydraConfig.get().runtime.output_dir)
         sweeps = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -288,7 +288,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
                 result = _job(config) if sweeps else train(config, resume=resume)
         except UserError as error:
             if sweeps:
-                raise  # another launcher names the job, and goes on with the others first
+                raise  # another launcher runs the other jobs first, then names this one
             mistakes.append(error)
             return None
         objective = result["objective"]
@@ -297,7 +297,7 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
     sys.argv = [whole[0], *arguments]
     full_error = os.environ.get(FULL_ERROR)
     try:
-        # So that Hydra raises instead of printing and exiting.
+        # With full errors, Hydra raises instead of printing and exiting.
         with _whole_configs(base), environment(FULL_ERROR, "1"):
             task()
     except (HydraException, OmegaConfBaseException) as error:
@@ -315,12 +315,13 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
 
 @contextmanager
 def _whole_configs(base: Path) -> Iterator[None]:
-    """Has Hydra write the files of .hydra/ whole or not at all, for the time of the block.
+    """Make Hydra write the files of .hydra/ whole or not at all within the block.
 
-    Hydra 1.3 writes them in place, through links too: a kill leaves a run that cannot be resumed.
+    Hydra 1.3 writes them in place, through links too. A kill would leave a run that cannot be
+    resumed.
 
     Args:
-        base: the folder that paths of the config start from.
+        base: folder that relative paths of the config start from.
     """
     from hydra.core import utils
 
@@ -328,7 +329,7 @@ def _whole_configs(base: Path) -> Iterator[None]:
         path = output_dir / filename
         if filename == "config.yaml":
             anchor(cfg, base)
-            if path.exists():  # the first that it writes
+            if path.exists():  # config.yaml is the first file that Hydra writes
                 _refuse_foreign(path)
         try:
             made_folder(output_dir)
@@ -345,7 +346,7 @@ def _whole_configs(base: Path) -> Iterator[None]:
 
 
 def _refuse_foreign(saved: Path) -> None:
-    """Raises UserError for a saved config that is no run's."""
+    """Raise UserError for a saved config that does not belong to a run."""
     from lora_lightning.training.run_folder import holds_run
 
     if not holds_run(saved.parent.parent):
@@ -355,7 +356,7 @@ def _refuse_foreign(saved: Path) -> None:
 
 
 def _job(config: Any) -> dict[str, Any]:
-    """A job of a sweep by a launcher that is not ours; one that had been begun goes on."""
+    """Run a job of a sweep for a launcher that is not ours, and resume it if it had begun."""
     from lora_lightning.training.run import train
     from lora_lightning.training.run_folder import completed_result, refuse_other_run
 
@@ -366,7 +367,7 @@ def _job(config: Any) -> dict[str, Any]:
 
 @contextmanager
 def environment(name: str, value: str | None) -> Iterator[None]:
-    """Sets an environment variable for the time of the block; None unsets it."""
+    """Set an environment variable within the block; None unsets it."""
     before = os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value
@@ -420,7 +421,7 @@ def _resume(folder: str, others: list[str]) -> None:
         if any(other.startswith("data.num_workers=") for other in others):
             config.data.num_workers = asked.data.num_workers
         if OWN_CONFIG not in os.environ:
-            refuse_untyped(config, typed, f"resume={folder}")  # of a preset beside the run
+            refuse_untyped(config, typed, f"resume={folder}")  # from a preset beside the run
     try:
         settings_of(config)
     except Exception as error:
@@ -429,7 +430,7 @@ def _resume(folder: str, others: list[str]) -> None:
 
 
 def _saved_search(run_dir: Path) -> list[str]:
-    """Where the run had its presets from; folders that are gone, and packages, are left out."""
+    """Return the override for the run's preset folders, without missing folders and packages."""
     try:
         entries = OmegaConf.select(read_yaml(run_dir / ".hydra" / "hydra.yaml"), "hydra.searchpath")
     except UserError:
@@ -440,7 +441,7 @@ def _saved_search(run_dir: Path) -> list[str]:
 
 
 def _refuse_settings(folder: str, others: list[str]) -> None:
-    """Raises UserError for settings of a run that goes on which do not say where it trains."""
+    """Raise UserError for settings of a resumed run that do not say where it trains."""
     refused = [other for other in others if not re.match(RESUMES_WITH, other)]
     if refused:
         raise UserError(
@@ -451,7 +452,7 @@ def _refuse_settings(folder: str, others: list[str]) -> None:
 
 
 def _is_complete(run_dir: Path) -> bool:
-    """Whether the folder's run has come to its end, which is said then."""
+    """Return whether the folder's run is complete, and print that if so."""
     from lora_lightning.training.run_folder import completed_result
 
     complete = completed_result(run_dir) is not None

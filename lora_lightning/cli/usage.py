@@ -1,4 +1,4 @@
-"""What `lora-lightning --help` prints."""
+"""Help text of `lora-lightning --help`."""
 
 HELP = """\
 lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.

@@ -1,1 +1,1 @@
-"""The configuration: schemas, composition, and settings that exclude each other."""
+"""Configuration with schemas, composition, and checks of settings that exclude each other."""

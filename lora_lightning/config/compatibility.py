@@ -1,4 +1,4 @@
-"""Settings of model and adapter that do not go together, told before a model is loaded."""
+"""Checks for conflicts between model and adapter settings, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .schema import ModelConfig
 def refuse_combinations(
     model: ModelConfig, lora: LoraConfig | None, *, start_from: str | None, in_shares: bool
 ) -> None:
-    """Makes sure that a base, an adapter and where it starts from can be had together.
+    """Check that a base, an adapter and its warm start can be combined.
 
     Args:
         model: settings of the base.
-        lora: settings of the adapter; None: the whole model is trained.
-        start_from: folder of an adapter, or a checkpoint, whose values training starts with.
-        in_shares: whether each process holds but a share of the base.
+        lora: settings of the adapter. None means that the whole model is trained.
+        start_from: adapter folder, or checkpoint, whose values training starts with.
+        in_shares: whether the base is sharded over processes.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot be combined.
     """
     _refuse_quantised(model, lora, in_shares=in_shares)
     if lora is not None:

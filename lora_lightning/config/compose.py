@@ -1,6 +1,6 @@
-"""The configuration: schemas for our own groups, composition, and messages about mistakes.
+"""Composition of the configuration, with schemas for our own groups and messages about mistakes.
 
-Only this file, `cli` and `launch` know Hydra.
+Only `config`, `sweeps` and `cli` import Hydra.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from .schema import (
 
 
 def direction(config: DictConfig) -> str:
-    """Whether "max" or "min" of a run's monitored metric is the best.
+    """Return "max" or "min", whichever is best for a run's monitored metric.
 
     Raises:
-        UserError: task.mode is the contrary of what the metric means.
+        UserError: task.mode contradicts the meaning of the metric.
     """
     return direction_of(str(config.task.monitor), config.task.get("mode"))
 
 
 def with_direction(config: DictConfig) -> DictConfig:
-    """The config with `task.mode` settled, where it is left to what the metric means.
+    """Return the config with an open `task.mode` set to the meaning of the metric.
 
-    So is the mode of each callback that follows it, and has a metric of its own.
+    The mode of each callback that follows `task.mode`, but has its own metric, is set likewise.
 
     Raises:
-        UserError: as `direction`, of a callback too.
+        UserError: as in `direction`, and also for a callback.
     """
     settled, monitor, mode = config.copy(), str(config.task.monitor), direction(config)
     OmegaConf.update(settled, "task.mode", mode, force_add=True)
@@ -71,7 +71,7 @@ def with_direction(config: DictConfig) -> DictConfig:
 
 
 def settings_of(config: DictConfig) -> Settings:
-    """The typed settings of a composed config; their own checks run here.
+    """Return the typed settings of a composed config, after their own checks.
 
     Raises:
         UserError: a value is out of range, or an interpolation cannot be resolved.
@@ -103,9 +103,10 @@ def settings_of(config: DictConfig) -> Settings:
 
 
 def _refuse_unresolved(config: DictConfig, leaves: list[tuple[str, Any]]) -> None:
-    """Raises UserError for an interpolation without a value.
+    """Raise UserError for an interpolation without a value.
 
-    Hydra's own, such as `${hydra:job.num}`, are left out: they have one within a job alone.
+    Hydra's own interpolations, such as `${hydra:job.num}`, are skipped. They have a value only
+    within a job.
     """
     for key, value in leaves:
         if isinstance(value, str) and "${" in value and "${hydra:" not in value:
@@ -116,9 +117,9 @@ def _refuse_unresolved(config: DictConfig, leaves: list[tuple[str, Any]]) -> Non
 
 
 def _refuse_unknown_groups(config: DictConfig) -> None:
-    """Raises UserError for what stands beside the groups of settings and does nothing.
+    """Raise UserError for an entry next to the groups of settings that has no effect.
 
-    A value that settings take by an interpolation, ${NAME}, does something.
+    An entry that settings read by an interpolation, ${NAME}, has an effect.
     """
     known = [key.name for key in fields(Schema)]
     others = [str(key) for key in config if key not in known]
@@ -134,7 +135,7 @@ def _refuse_unknown_groups(config: DictConfig) -> None:
 
 
 def settings_saved(saved: dict[str, Any]) -> Settings:
-    """The typed settings that were saved with an adapter.
+    """Return the typed settings that were saved with an adapter.
 
     Raises:
         UserError: a value has the wrong type, or is out of range.
@@ -152,7 +153,7 @@ def settings_saved(saved: dict[str, Any]) -> Settings:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """Composes conf/train.yaml with overrides, without running anything.
+    """Compose conf/train.yaml with overrides, without running anything.
 
     Raises:
         UserError: an override names an unknown key or choice, or has the wrong type.
@@ -167,7 +168,7 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
 
 def sweep_dir_of(overrides: list[str]) -> str:
-    """The folder that a sweep with these overrides writes to.
+    """Return the folder that a sweep with these overrides writes to.
 
     Raises:
         UserError: an override is wrong.
@@ -183,7 +184,7 @@ def sweep_dir_of(overrides: list[str]) -> str:
 
 
 def sweep_choices(overrides: list[str]) -> list[list[str]]:
-    """Overrides without sweeps in which every choice of every sweep comes up at least once."""
+    """Return overrides without sweeps that cover every choice of every sweep at least once."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         choices = [
@@ -200,7 +201,7 @@ def sweep_choices(overrides: list[str]) -> list[list[str]]:
 
 
 def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
-    """A config as it was saved with an adapter, changed by this call's overrides.
+    """Return the config saved with an adapter, changed by this call's overrides.
 
     Raises:
         UserError: an override is wrong.
@@ -228,18 +229,18 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
 
 
 def saved_settings(config: DictConfig) -> dict[str, Any]:
-    """Our own groups as plain values, to be kept with an adapter."""
+    """Return our own groups as plain values, to be saved with an adapter."""
     return {group: _as_object(config[group]) for group in OWN_GROUPS}
 
 
 def config_hash(config: DictConfig) -> str:
-    """Identifies what a run computes: the config without where it writes and how it is called."""
+    """Return a hash of what a run computes, without its output folder, tags and logger."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     for key in ("output_dir", "tags", "logger"):
         plain.pop(key, None)
     text = json.dumps(plain, sort_keys=True)
-    for old, new in RENAMED.items():  # so that sweeps and runs that were stopped are found again
+    for old, new in RENAMED.items():  # so that stopped sweeps and runs are found again
         text = text.replace(new, old)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""The groups of a config, as dataclasses: what Hydra checks, and what a run is built from."""
+"""Groups of a config as dataclasses, which Hydra checks and a run is built from."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ METHODS = ("lora", "full")
 
 
 LARGEST_SEED = 2**32 - 1
-"""numpy takes no larger one."""
+"""Largest seed that numpy takes."""
 
 
 @dataclass
 class LoraSchema(LoraConfig):
-    """The group `lora`: the adapter's settings, and whether there is one at all."""
+    """Config group `lora`, with the adapter's settings and whether there is an adapter at all."""
 
     method: str = "lora"
-    """"lora", or "full": fine-tune the whole model, the baseline (lora=full)."""
+    """"lora", or "full" to fine-tune the whole model as the baseline (lora=full)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +44,9 @@ class LoraSchema(LoraConfig):
 
 @dataclass
 class Schema:
-    """Everything a run is made of. Our own groups are typed; Lightning's are free."""
+    """Complete config of a run. Our own groups are typed, and Lightning's groups are free."""
 
-    # Missing, not the class's default: `name_or_path: ???` in a file would not undo that.
+    # MISSING replaces the class default, because `name_or_path: ???` in a file does not undo it.
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name_or_path=MISSING))
     task: Any = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -56,9 +56,9 @@ class Schema:
     logger: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    """Seed of the initialisation, the order of batches and dropout."""
+    """Seed of the initialization, the batch order and dropout."""
     output_dir: str = ""
-    """The run's folder."""
+    """Folder of the run."""
     test_before: bool = True
     """Also test the model before training, to show what training gained."""
     adapter: str | None = None
@@ -79,16 +79,16 @@ class Settings:
 
 
 def register_schemas() -> None:
-    """Makes the schemas known to Hydra under the names that conf/ refers to."""
+    """Register the schemas with Hydra under the names that conf/ refers to."""
     store = ConfigStore.instance()
     store.store(name="base_schema", node=Schema)
     for name, schema in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=schema)
-    OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # of sweep=optuna
+    OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # for sweep=optuna
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """Return conf/train.yaml with overrides; errors are Hydra's."""
+    """Return conf/train.yaml with overrides. Hydra's errors pass through."""
     register_schemas()
     GlobalHydra.instance().clear()
     with primary.initialized():

@@ -1,4 +1,4 @@
-"""Objects that a config names by their class."""
+"""Instantiation of objects that a config names by their class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_lightning.errors import UserError
 
 
 def instantiate_all(nodes: DictConfig) -> list[Any]:
-    """The objects that a group such as `callbacks` names; entries set to null are skipped.
+    """Build the objects that a group such as `callbacks` names. Entries set to null are skipped.
 
     Raises:
         UserError: see `instantiate_one`.
@@ -21,10 +21,10 @@ def instantiate_all(nodes: DictConfig) -> list[Any]:
 
 
 def instantiate_one(nodes: DictConfig, name: Any) -> Any:
-    """The object that an entry of a group names.
+    """Build the object that an entry of a group names.
 
     Raises:
-        UserError: it has no `_target_`, or its arguments do not fit.
+        UserError: the entry has no `_target_`, or its arguments do not fit.
     """
     from hydra.utils import instantiate
 
@@ -43,9 +43,9 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
 
 
 def _beside(target: str) -> str:
-    """What to type where the class is in a file of this folder, where Python does not look."""
+    """Return what to type if the class is in a file of this folder, where Python does not look."""
     name = target.partition(".")[0]
-    if not name.isidentifier() or find_spec(name):  # it was found: something else is wrong
+    if not name.isidentifier() or find_spec(name):  # it was found, so something else is wrong
         return ""
     if not (os.path.isfile(f"{name}.py") or os.path.isdir(name)):
         return ""

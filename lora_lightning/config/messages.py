@@ -1,4 +1,4 @@
-"""What a mistake in a config or on a command line is told as."""
+"""Error messages for mistakes in a config or on a command line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .presets import choices
 
 
 def explain(error: Exception, chosen: list[str] | None = None) -> str:
-    """A Hydra error as one short message that names the nearest right key.
+    """Return a Hydra error as one short message that names the nearest right key.
 
     Args:
-        error: what Hydra or OmegaConf raised.
-        chosen: overrides that decide which keys and presets there are, such as task=lm.
+        error: error that Hydra or OmegaConf raised.
+        chosen: overrides that decide which keys and presets exist, such as task=lm (default: none).
     """
     chain = causes(error)
     lines = [line.strip() for item in chain for line in str(item).splitlines() if line.strip()]
     text = " ".join(dict.fromkeys(lines))
     told = next((str(item) for item in chain if isinstance(item, UserError)), None)
     told = told or _unresolved(str(error)) or _several_values(text)
-    if told is not None:  # our own, in Hydra's wrapping
+    if told is not None:  # our own error, wrapped by Hydra
         return told
     unknown = re.search(r"Could not (?:override|append to config|delete)[^']*'([^']+)'", text)
     unreadable = [item.override for item in chain if isinstance(item, OverrideParseException)]
@@ -51,7 +51,7 @@ def explain(error: Exception, chosen: list[str] | None = None) -> str:
 
 
 def _unresolved(text: str) -> str | None:
-    """What to say of an interpolation without a value."""
+    """Return the message for an interpolation without a value, or None."""
     found = re.search(
         r"(?:resolving interpolation: \"?|(?=Interpolation key))(.*?)\"?\n.*?full_key: (\S+)",
         text,
@@ -61,7 +61,7 @@ def _unresolved(text: str) -> str | None:
 
 
 def _several_values(text: str) -> str | None:
-    """What to say of KEY=A,B outside of a sweep."""
+    """Return the message for KEY=A,B outside of a sweep, or None."""
     found = re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text)
     if found is None:
         return None
@@ -73,7 +73,7 @@ def _several_values(text: str) -> str | None:
 
 
 def all_keys(chosen: list[str] | None = None) -> list[str]:
-    """Every settable key of the default config, or of one with other choices, dotted."""
+    """Return every settable key, dotted, of the default config or a config with other choices."""
     config = composed(chosen or [])
 
     def walk(node: Any, prefix: str) -> list[str]:

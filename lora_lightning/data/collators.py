@@ -1,4 +1,4 @@
-"""Rows to a padded batch, or to several of bounded size."""
+"""Collators from rows to one padded batch, or to several micro-batches of bounded size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from lora_lightning.tasks import IGNORE, Task
 
 @dataclass
 class Located:
-    """Collates rows, and adds what the task counts on the host.
+    """Collator that adds the task's counts on the host.
 
-    In a worker process it costs the training process nothing, and is pinned with the rest.
+    In a worker process, counting costs the training process nothing. The counts are pinned with
+    the rest of the batch.
 
     Args:
-        collator: makes a batch of rows, or micro-batches.
-        task: counts.
+        collator: collator that makes one batch or several micro-batches of the rows.
+        task: task whose `locate` adds the counts.
     """
 
     collator: MicroBatches | PaddingCollator | PackingCollator
@@ -36,15 +37,15 @@ class Located:
 
 @dataclass
 class MicroBatches:
-    """Collates rows to micro-batches of at most `max_tokens` tokens, padding counted.
+    """Collator to micro-batches of at most `max_tokens` tokens, including padding.
 
-    What a step needs in memory then depends on that number and no longer on the rows that happen to
-    meet in a batch. Rows of like length go together, so less is padded. A row longer than
-    `max_tokens` goes alone.
+    The memory of a step then depends on `max_tokens`, and not on the rows that happen to meet in a
+    batch. Rows of similar length are grouped, which reduces padding. A row longer than
+    `max_tokens` forms its own micro-batch.
 
     Args:
-        collator: makes a batch of rows.
-        max_tokens: rows x positions of a micro-batch.
+        collator: collator that makes a batch of rows.
+        max_tokens: largest rows x positions of a micro-batch.
     """
 
     collator: PaddingCollator | PackingCollator
@@ -64,11 +65,15 @@ class MicroBatches:
 
 
 PART_COST = 128
-"""Tokens that a micro-batch costs beside its own: what its products lack in size, and overhead."""
+"""Cost of a micro-batch in tokens, beyond its own tokens. It stands for the lower efficiency of
+smaller products and for overhead."""
 
 
 def _cuts(widths: list[int], max_tokens: int) -> list[int]:
-    """Where to cut rows, longest first, for the least to compute: 0, ..., number of rows."""
+    """Return the cuts between micro-batches that minimize computation.
+
+    Rows are sorted longest first. The cuts are indices from 0 to the number of rows.
+    """
     costs, starts = [0.0], [0]
     for stop in range(1, len(widths) + 1):
         fitting = [
@@ -88,33 +93,36 @@ def _cuts(widths: list[int], max_tokens: int) -> list[int]:
 
 
 def _width(row: dict[str, Any]) -> int:
-    """Positions of a row: of its inputs, or of its labels where an encoder-decoder has more."""
+    """Return the length of a row's inputs, or of its labels if an encoder-decoder has more."""
     labels = row.get("labels")
     return max(len(row["input_ids"]), len(labels) if isinstance(labels, list) else 0)
 
 
 LANE = 512
-"""Positions of a lane of joined rows, unless a row is longer."""
+"""Positions of a lane of packed rows, unless a row is longer."""
 
 
 @dataclass
 class PackingCollator:
-    """Joins rows to a few long ones, whose position ids tell where each begins.
+    """Collator that packs rows into a few long lanes.
 
-    transformers turns such position ids, where there is no attention mask, into block-diagonal
-    attention: no row sees another. The first token of a row is never a target. Rows are put, in
-    their order, into the first lane that has room; what stays empty at a lane's end is padded.
+    Position ids mark where each row begins. Without an attention mask, transformers turns such
+    position ids into block-diagonal attention, so no row sees another. The first token of a row is
+    never a target. Rows go, in their order, into the first lane with room. The free end of a lane
+    is padded.
 
-    `rows` and `tokens` are their numbers, without padding; a block of documents has many rows.
+    `rows` and `tokens` are the numbers of rows and tokens, without padding. A block of documents
+    counts as many rows.
 
-    Flash attention takes `bounds` instead: where each row begins, and the padding of a lane, in all
-    lanes one behind the other, and the end (int32). The longest of these stretches is `longest`.
+    Flash attention takes `bounds` (int32) instead of position ids. The lanes are concatenated, and
+    `bounds` holds the start of each row, the start of each lane's padding, and the end. `longest`
+    is the length of the longest of these segments.
 
     Args:
-        pad_token_id: id that fills the end of a lane.
-        width: length of a lane, unless a row is longer; None: one lane holds all rows. Attention
-            costs its square where the kernel masks what it has computed.
-        multiple: lanes are filled up to a multiple of it.
+        pad_token_id: id that fills the end of a lane (default: 0).
+        width: length of a lane, unless a row is longer (default: 512). None puts all rows into one
+            lane. Attention costs the square of the width if the kernel computes masked positions.
+        multiple: lane lengths are rounded up to a multiple of this number (default: 1).
     """
 
     pad_token_id: int = 0
@@ -125,7 +133,7 @@ class PackingCollator:
         return self.join(self.lanes(rows))
 
     def lanes(self, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The rows of each lane."""
+        """Return the rows of each lane."""
         if self.width is None:
             return [rows]
         room = max(self.width, *(len(row["input_ids"]) for row in rows))
@@ -142,7 +150,7 @@ class PackingCollator:
         return lanes
 
     def join(self, lanes: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        """The batch of some lanes, as long as the longest of them."""
+        """Return the batch of some lanes, padded to the longest lane."""
         width = self.rounded(max(map(_filled, lanes)))
         shape = len(lanes), width
         ids = np.full(shape, self.pad_token_id, dtype=np.int64)
@@ -156,7 +164,7 @@ class PackingCollator:
                 stop = start + len(row["input_ids"])
                 ids[number, start:stop] = row["input_ids"]
                 labels[number, start + 1 : stop] = row["labels"][1:]
-                # A row has its own where it is joined of several already.
+                # A row that already joins several documents has its own position ids.
                 places[number, start:stop] = row.get("position_ids") or np.arange(stop - start)
                 start = stop
             starts = np.flatnonzero(places[number, :start] == 0) + number * width
@@ -174,27 +182,28 @@ class PackingCollator:
         }
 
     def rounded(self, width: int) -> int:
-        """Positions of a batch whose longest lane has so many."""
+        """Return the padded length of a batch whose longest lane has `width` positions."""
         return -(-width // self.multiple) * self.multiple
 
 
 def _filled(lane: list[dict[str, Any]]) -> int:
-    """Positions of a lane's rows."""
+    """Return the number of positions that a lane's rows take."""
     return sum(len(row["input_ids"]) for row in lane)
 
 
 @dataclass
 class PaddingCollator:
-    """Pads rows to the longest of the batch; the attention mask goes by position.
+    """Collator that pads rows to the longest row of the batch.
 
-    What tells which rows text is generated for stays a list: no device has to be waited for.
+    The attention mask depends on positions, not on token ids. `generate` marks the rows to generate
+    text for. It stays a list, so that reading it waits for no device.
 
     Args:
-        pad_token_id: id that fills the end of shorter rows; a row's own tokens of that id stay
+        pad_token_id: id that fills the end of shorter rows. A row's own tokens with this id stay
             visible.
-        padding_side: "right" for training, "left" where a decoder generates.
-        multiple: rows are filled up to a multiple of it.
-        limit: longest input that the model takes, None if unlimited.
+        padding_side: "right" (default) for training, "left" if a decoder generates.
+        multiple: row lengths are rounded up to a multiple of this number (default: 1).
+        limit: longest input that the model takes. None (default) means unlimited.
     """
 
     pad_token_id: int
@@ -212,7 +221,7 @@ class PaddingCollator:
             batch["token_type_ids"] = self._pad(rows, "token_type_ids", 0, width)
         if "labels" in rows[0]:
             labels = rows[0]["labels"]
-            if isinstance(labels, list):  # of another length than the inputs in encoder-decoders
+            if isinstance(labels, list):  # length differs from inputs in encoder-decoders
                 longest = self.rounded(max(len(row["labels"]) for row in rows))
                 batch["labels"] = self._pad(rows, "labels", IGNORE, longest)
             else:
@@ -222,7 +231,7 @@ class PaddingCollator:
         return batch
 
     def rounded(self, width: int) -> int:
-        """Positions of a batch whose longest row has so many."""
+        """Return the padded length of a batch whose longest row has `width` positions."""
         rounded = -(-width // self.multiple) * self.multiple
         return rounded if self.limit is None else min(rounded, max(width, self.limit))
 

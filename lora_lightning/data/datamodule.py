@@ -1,4 +1,4 @@
-"""LoraDataModule: rows of a task, tokenised once, in length-bucketed batches."""
+"""Data module that tokenizes the rows of a task once and batches them by length."""
 
 from __future__ import annotations
 
@@ -41,28 +41,29 @@ from .tokenization import (
     in_main_thread,
 )
 
-CACHE_VERSION = 4  # raise it when the meaning of encoded rows changes
+CACHE_VERSION = 4  # increase it when the meaning of encoded rows changes
 CPU_TOKENS = 1024
-"""Tokens computed at a time on a CPU, unless told otherwise: see experiments/throughput."""
+"""Default number of tokens computed at a time on a CPU. See experiments/throughput."""
 GPU_MULTIPLE = 8
-"""Rows of a batch have a multiple of so many positions on a GPU, whose kernels go by blocks, and
-which copies a mask whose rows do not begin at such a block."""
+"""On a GPU, the padded length of a batch is a multiple of this number. GPU kernels work in blocks,
+and a mask is copied if its rows do not begin at such a block."""
 
 
 class LoraDataModule(L.LightningDataModule):
-    """The data of a task, from rows to batches.
+    """Data module of a task, from rows to batches.
 
-    Tokenised rows are cached by content: rows, tokenizer, task settings and length. Splits that
-    are absent are cut from the training rows. The batch sampler serves all ranks itself, so the
-    Trainer needs `use_distributed_sampler=False`.
+    Tokenized rows are cached by content, which covers rows, tokenizer, task settings and length.
+    Missing splits are cut from the training rows. The batch sampler serves all ranks itself, so
+    the Trainer needs `use_distributed_sampler=False`.
 
     Args:
-        task: turns rows into examples.
-        tokenizer: the base model's.
-        config: which rows, and how they are batched.
-        length_limit: the longest input that the model takes, None if unlimited.
-        rows: of the model's embeddings, beyond which no token may be; None: as the tokenizer has.
-        seed: seed of the order of the batches.
+        task: task that turns rows into examples.
+        tokenizer: tokenizer of the base model.
+        config: settings that choose the rows and their batching.
+        length_limit: longest input that the model takes. None (default) means unlimited.
+        rows: number of rows in the model's embeddings, which bounds the token ids. None (default)
+            means as many as the tokenizer has.
+        seed: seed of the batch order (default: 0).
     """
 
     def __init__(
@@ -108,12 +109,12 @@ class LoraDataModule(L.LightningDataModule):
     # Lightning's hooks -----------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Fills the cache, in one process per node."""
+        """Fill the cache, in one process per node."""
         if not self.encoded:
             self._build()
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads the encoded rows, in every process."""
+        """Load the encoded rows, in every process."""
         if not self.encoded:
             self._build()
         if stage == "fit" and not (self.has("train") and self.has("val")):
@@ -139,14 +140,14 @@ class LoraDataModule(L.LightningDataModule):
             ranks = data_ranks(trainer)
             for split in ("val", "test"):
                 rows = len(self.encoded[split]) if self.has(split) else ranks
-                if rows < ranks:  # torchmetrics cannot gather from a rank without any
+                if rows < ranks:  # torchmetrics cannot gather from a rank without rows
                     raise UserError(
                         f"there are {rows} {split} rows for {ranks} processes: give "
                         "more rows, or fewer trainer.devices."
                     )
 
     def tell_doubts(self) -> None:
-        """Says once what a user should know of a run's rows before he believes its numbers."""
+        """Report, once, the reasons in a run's rows to distrust its metrics."""
         if not self._has_told and self.has("train"):
             for line in doubts(self):
                 _tell(f"WARNING {line}")
@@ -162,7 +163,7 @@ class LoraDataModule(L.LightningDataModule):
         return self._loader("test", shuffle=False) if self.has("test") else []
 
     def has(self, split: str) -> bool:
-        """Whether there are rows in a split."""
+        """Return whether a split has rows."""
         return split in self.encoded
 
     # Rows ------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ class LoraDataModule(L.LightningDataModule):
             self.raw[split], self.encoded[split] = rows.select(encoded["row"][:]), encoded
 
     def _encode(self, rows: Any) -> Any:
-        """Encoded rows, from the cache where the same rows were encoded before."""
+        """Return encoded rows, from the cache if the same rows were encoded before."""
         key = {
             "version": CACHE_VERSION,
             "rows": rows._fingerprint,
@@ -223,7 +224,7 @@ class LoraDataModule(L.LightningDataModule):
         if backend is None:
             content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         else:
-            # Padding and truncation are state that encoding changes; they are no part of it.
+            # Encoding changes the padding and truncation state, so the signature omits both.
             state = json.loads(backend.to_str())
             content = json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -246,7 +247,7 @@ class LoraDataModule(L.LightningDataModule):
         )
 
     def rows_trained_on(self, epoch: int, batches: Iterable[int]) -> list[dict[str, Any]]:
-        """The raw rows of some batches of an epoch, over all ranks; long values cut."""
+        """Return the raw rows of some batches of an epoch, over all ranks, with long values cut."""
         sampler = self._batches("train", shuffle=True)
         sampler.set_epoch(epoch)
         order = sampler.global_batches()
@@ -259,11 +260,11 @@ class LoraDataModule(L.LightningDataModule):
         max_tokens, workers = self.max_tokens, self.num_workers
         module: Any = getattr(self.trainer, "lightning_module", None)
         if packing and uses_flash(getattr(module, "model", None)):
-            # Its kernel computes nothing that it masks, and has no mask.
+            # The flash kernel has no mask and does not compute masked positions.
             collate.width, collate.multiple = max_tokens, 1
         if max_tokens is not None:
             collate = MicroBatches(collate, max_tokens)
-        if workers:  # else tokenizers warns in each that it must not be used there; it is not
+        if workers:  # else tokenizers warns each worker against using it, and none does
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         return ResumableDataLoader(
             Examples(self.encoded[split]),
@@ -281,7 +282,7 @@ class LoraDataModule(L.LightningDataModule):
 
     @property
     def num_workers(self) -> int:
-        """Processes that prepare the batches of a split."""
+        """Number of processes that prepare the batches of a split."""
         asked = self.config.num_workers
         if asked != "auto":
             return int(asked)
@@ -291,23 +292,23 @@ class LoraDataModule(L.LightningDataModule):
 
     @property
     def packs(self) -> bool:
-        """Whether batches hold rows that only position ids tell apart."""
+        """Whether batches hold rows that only position ids separate."""
         return self.config.packing or self.task.joins_rows
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that are computed at a time, None where batches stay whole."""
+        """Number of tokens computed at a time, or None if batches stay whole."""
         strategy = self.trainer.strategy if self.trainer is not None else None
         if strategy is None or in_step(strategy):
             return self.tokens_on("other")
         return self.tokens_on(strategy.root_device.type)
 
     def tokens_on(self, device_type: str) -> int | None:
-        """Tokens that are computed at a time on such a device, as far as the config tells."""
+        """Return the number of tokens computed at a time on a device type, by the config alone."""
         return tokens_at_a_time(self.config, device_type)
 
     def collate(self, *, packing: bool = False) -> PackingCollator | PaddingCollator:
-        """Makes a batch of rows of this data."""
+        """Return a collator for rows of this data."""
         pad = self.tokenizer.pad_token_id
         multiple = GPU_MULTIPLE if self._on_gpu else 1
         if packing:
@@ -315,7 +316,10 @@ class LoraDataModule(L.LightningDataModule):
         return PaddingCollator(pad, multiple=multiple, limit=self.length_limit)
 
     def training_batches(self, device_type: str) -> Iterator[dict[str, Any]]:
-        """All training rows once, in an order of the seed: the same on all ranks, in any run."""
+        """Yield batches with each training row once.
+
+        The order depends on the seed. It is the same on all ranks and in every run.
+        """
         rows = Examples(self.encoded["train"])
         tokens = self.tokens_on(device_type)
         size = self.config.batch_size
@@ -328,7 +332,7 @@ class LoraDataModule(L.LightningDataModule):
             yield self.task.locate(collate([rows[index] for index in chosen.tolist()]))
 
     def longest_batch(self, split: str, size: int) -> dict[str, Any]:
-        """A batch of the longest rows of a split: the one that needs the most memory."""
+        """Return a batch of the longest rows of a split, which needs the most memory."""
         lengths = self.encoded[split]["length"][:]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:size]
         examples = Examples(self.encoded[split])
@@ -337,15 +341,15 @@ class LoraDataModule(L.LightningDataModule):
 
 
 def longest_input(config: DataConfig, model: int | None, tokenizer: int | None = None) -> int:
-    """The longest example in tokens.
+    """Return the length limit of an example in tokens.
 
     Args:
-        config: what is asked for.
-        model: the longest input that the model takes, None if unlimited.
-        tokenizer: likewise.
+        config: settings with the requested limit.
+        model: longest input that the model takes. None means unlimited.
+        tokenizer: longest input that the tokenizer takes. None (default) means unlimited.
 
     Raises:
-        UserError: more is asked for than the model takes.
+        UserError: the requested limit is longer than the model takes.
     """
     asked = config.max_length
     if asked is None:
@@ -356,7 +360,7 @@ def longest_input(config: DataConfig, model: int | None, tokenizer: int | None =
 
 
 def tokens_at_a_time(config: DataConfig, device_type: str) -> int | None:
-    """Tokens that are computed at a time on a device, None where batches stay whole."""
+    """Return the number of tokens computed at a time on a device, or None for whole batches."""
     if config.max_tokens != "auto":
         return config.max_tokens  # type: ignore[no-any-return]
     return CPU_TOKENS if device_type == "cpu" else None
@@ -364,12 +368,12 @@ def tokens_at_a_time(config: DataConfig, device_type: str) -> int | None:
 
 @rank_zero_only
 def _tell(message: str) -> None:
-    """Not through Lightning's logger, whose messages of that level a run keeps quiet."""
+    """Print a message to stderr, because a run silences Lightning's logger at that level."""
     say(message, file=sys.stderr)
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows by index; `FILLER` gives the shortest of the first rows without its labels."""
+    """Dataset of encoded rows by index. `FILLER` gives the first row without its labels."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -378,7 +382,7 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The rows of a batch, read at once."""
+        """Return the rows of a batch, read at once."""
         if FILLER in indices:
             return [self[index] for index in indices]
         columns = self.rows[indices]
@@ -396,7 +400,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 def _highest_ids(encoded: Any) -> list[int]:
-    """The highest token id among inputs, and among labels that are tokens."""
+    """Return the highest token id of the inputs, and of the labels if they are tokens."""
     import pyarrow.compute as pc
 
     columns = [encoded.data.column(name) for name in ("input_ids", "labels")]
@@ -406,7 +410,7 @@ def _highest_ids(encoded: Any) -> list[int]:
 
 
 def _choose(encoded: Any, count: int) -> Any:
-    """Marks rows, spread evenly, that text is generated for."""
+    """Mark evenly spaced rows to generate text for."""
     total = len(encoded)
     count = total if count == -1 else min(count, total)
     chosen = {index * total // count for index in range(count)}

@@ -1,7 +1,8 @@
-"""A summarization set made on the spot: docstrings of the standard library, body to first line.
+"""Summarization dataset built from the docstrings of the standard library.
 
-Nothing of it ships with the package: each machine reads its own Python's source files, so that the
-rows are the same wherever the Python version and its files are.
+The body of a docstring is the document, and its first line is the summary. The package ships no
+rows. Each machine reads the source files of its own Python. The rows are the same wherever the
+Python version and its source files are the same.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from lora_lightning.utils.atomic_write import atomic_write
 
 from .cache import is_whole, tell_damage, write_sums
 
-VERSION = 1  # raise it when other rows come out
+VERSION = 1  # increase it when the built rows change
 SUMMARY_WORDS = (3, 25)
 BODY_WORDS = (12, 300)
 SPAN = 13
-"""Words in a row that a validation or test row may not share with a training row."""
+"""Consecutive words that a validation or test row must not share with a training row."""
 TESTS = {"test", "tests"}
 APPLICATIONS = {"idlelib", "turtledemo"}
-"""Programs that come with the library, in some distributions of Python alone."""
+"""Programs that come with the library, but only in some distributions of Python."""
 _SIGNATURE = re.compile(r"[\w.]+\s*\(")
 _NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -36,10 +37,10 @@ Row = dict[str, str]
 
 
 def docstring_files(folder: Path) -> dict[str, Path]:
-    """JSONL files of the rows by split, built in `folder` where they are not there yet.
+    """Return the JSONL file of each split, and build missing files in `folder`.
 
     Args:
-        folder: a cache; the files of different Python versions lie side by side.
+        folder: cache folder. Files of different Python versions coexist in it.
 
     Raises:
         UserError: this Python comes without the source of its standard library.
@@ -54,7 +55,7 @@ def docstring_files(folder: Path) -> dict[str, Path]:
         splits = build_docstrings(Path(sysconfig.get_path("stdlib")))
         target.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
-            # Whole at once: another process may build the same file.
+            # Write atomically, because another process may build the same file.
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             atomic_write(paths[split], "".join(lines))
         write_sums(paths.values(), sums)
@@ -62,11 +63,13 @@ def docstring_files(folder: Path) -> dict[str, Path]:
 
 
 def build_docstrings(library: Path) -> dict[str, list[Row]]:
-    """Rows `module`, `document`, `summary` by split; a top-level module is in one split alone.
+    """Build rows with `module`, `document` and `summary` by split.
 
-    The summary is a docstring's first line, the document what follows after a blank line. Left out
-    are rows whose summary is a signature, stands in the document, or occurs twice; and rows of
-    validation and test that share 13 words in a row with the training rows.
+    Each top-level module belongs to one split only. The summary is the first line of a docstring.
+    The document is the text after the blank line.
+
+    A row is dropped if its summary is a signature, is part of the document, or occurs twice. A
+    validation or test row is dropped if it shares 13 consecutive words with the training rows.
 
     Raises:
         UserError: `library` holds no source files.
@@ -101,7 +104,7 @@ def build_docstrings(library: Path) -> dict[str, list[Row]]:
 
 
 def _row(module: str, text: str) -> Row | None:
-    """The row of a docstring; None where it is not a summary and a body."""
+    """Return the row of a docstring, or None if it is not a summary and a body."""
     first, _, rest = text.partition("\n")
     blank, _, rest = rest.partition("\n")
     summary, document = first.strip(), rest.strip()
@@ -116,17 +119,20 @@ def _row(module: str, text: str) -> Row | None:
 
 
 def _split_of(module: str) -> str:
-    """One module in eight tests, one validates; `_pyio` goes where `io` goes."""
+    """Return the split of a module.
+
+    One module in eight is for test and one for validation. `_pyio` is in the same split as `io`.
+    """
     name = module.removeprefix("_py").removeprefix("_")
     number = hashlib.sha256(name.encode()).digest()[0] % 8
     return {0: "test", 1: "val"}.get(number, "train")
 
 
 def docstrings(source: bytes) -> Iterator[str]:
-    """Docstrings of a file's module, classes and functions, without their indentation."""
+    """Yield the docstrings of a file's module, classes and functions, without indentation."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings
+            warnings.simplefilter("ignore")  # for old escapes in strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -138,7 +144,7 @@ def docstrings(source: bytes) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """The words of a text, without case and punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 

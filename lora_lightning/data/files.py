@@ -1,4 +1,4 @@
-"""Data files: found, and read with each text as it is written."""
+"""Lookup and reading of data files, with each text kept as written."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ _ADVICE = {
 
 
 STATE, SPLITS_OF_SAVED = "state.json", "dataset_dict.json"
-"""What `save_to_disk` writes beside the rows of a data set, and beside several splits."""
+"""Files that `save_to_disk` writes next to the rows of a dataset, and next to several splits."""
 
 
 SPLITS_OF_FILES = ("train", "val|valid|validation|dev", "test")
-"""Words in a file's name that say which split it is."""
+"""Words in a file name that identify its split."""
 
 
 ABOUT = ("readme", "license", "licence", "copying", "notice", "changelog", "changes", "citation")
-"""Texts in a folder that are about its data."""
+"""Names of texts that describe the data of their folder."""
 
 
 HIDDEN = (".", "__MACOSX")
-"""What the names of files begin with that a system has put there."""
+"""Name prefixes of files that an operating system has added."""
 
 
 def load_rows(option: str, path: Path) -> Any:
-    """The rows of one file or folder; `option` is what messages call it."""
+    """Return the rows of one file or folder. Messages name it by `option`."""
     return load_files(option, path, cache_folder(None))
 
 
 def load_files(option: str, value: Any, cache: Path) -> Any:
-    """Return the rows of one or several files, folders or patterns of `data.train` and its like."""
+    """Return the rows of the files, folders or patterns of a setting such as `data.train`."""
     from datasets import concatenate_datasets
 
     items = [expanded(str(item), option) for item in (value if _is_list(value) else [value])]
@@ -82,9 +82,9 @@ def load_files(option: str, value: Any, cache: Path) -> Any:
 
 
 def _refuse_twins(option: str, rows: Any) -> None:
-    """Raises UserError for a mapping with two parts of one name, which no Python object can hold.
+    """Raise UserError for a mapping with two parts of one name, which no Python object can hold.
 
-    Arrow cuts names at a zero character, so that those of JSON may become alike.
+    Arrow cuts names at a zero character, so different names in JSON may become equal.
     """
 
     def has_twins(kind: Any) -> bool:
@@ -102,7 +102,7 @@ def _refuse_twins(option: str, rows: Any) -> None:
 
 
 def _matching(option: str, path: Path) -> list[Path]:
-    """The path itself, or the files that it is a pattern for.
+    """Return the path itself, or the files that match it as a pattern.
 
     Raises:
         UserError: no file matches.
@@ -137,7 +137,7 @@ def _read(option: str, path: Path, cache: Path) -> Any:
 
 
 def _read_plain(option: str, path: Path, file: Path, cache: Path) -> Any:
-    """The rows of a file without compression; messages call it `path`."""
+    """Return the rows of an uncompressed file. Messages name it by `path`."""
     from datasets import Dataset
 
     kind = file.suffix
@@ -164,7 +164,7 @@ def _read_plain(option: str, path: Path, file: Path, cache: Path) -> Any:
 
 
 def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
-    """A .json file: a list of objects, an object of columns, or one object a line."""
+    """Read a .json file with a list of objects, an object of columns, or one object per line."""
     from datasets import Dataset
 
     try:
@@ -184,7 +184,7 @@ def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
 
 
 def _table(content: Any) -> Any:
-    """A list of objects, also where it is the one value of an object; else the content itself."""
+    """Return the list of objects that is an object's only value, or else the content itself."""
     if isinstance(content, dict) and len(content) == 1:
         (value,) = content.values()
         if isinstance(value, list) and all(isinstance(row, dict) for row in value):
@@ -193,7 +193,7 @@ def _table(content: Any) -> Any:
 
 
 def _keep_numbers(content: Any, raw: Any) -> None:
-    """Puts texts, as they are written, into columns with numbers that Python writes otherwise."""
+    """Convert columns to text as written, in place, if Python writes their numbers differently."""
     if isinstance(content, dict):
         for name, values in raw.items():
             if isinstance(values, list) and any(map(is_odd, values)):
@@ -216,9 +216,10 @@ def _read_as_lines(option: str, path: Path, file: Path, cache: Path) -> Any:
 
 
 def _load_folder(option: str, path: Path, cache: Path) -> Any:
-    """A folder of tables, or of text files, one example each; sub-folders name the label.
+    """Read a folder of tables, or of text files with one example each.
 
-    Hidden files, what a run has written, and texts about the data are none of it.
+    Sub-folders name the label. Hidden files, files that a run has written, and texts about the
+    data are ignored.
     """
     from datasets import Dataset
 
@@ -241,7 +242,7 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
         for file in path.iterdir()
         if is_known(file) and kind_of(file)[0] != ".txt" and not file.name.startswith(HIDDEN)
     )
-    if files:  # beside texts an object of JSON may be about anything
+    if files:  # next to texts, a JSON object may be about anything
         tables = [file for file in tables if kind_of(file)[0] != ".json"]
     if tables and files:
         raise UserError(
@@ -272,10 +273,10 @@ def _load_folder(option: str, path: Path, cache: Path) -> Any:
 
 
 def load_saved(option: str, path: Path) -> Any:
-    """The rows of a folder that `Dataset.save_to_disk` has written.
+    """Return the rows of a folder that `Dataset.save_to_disk` has written.
 
     Raises:
-        UserError: it is damaged, or names files that are not in it.
+        UserError: the folder is damaged, or names files outside itself.
     """
     from datasets import Dataset
 
@@ -300,7 +301,7 @@ def load_saved(option: str, path: Path) -> Any:
 
 
 def _refuse_splits(option: str, path: Path, tables: list[Path]) -> None:
-    """Raises UserError where the tables of a folder are its splits: one would be learned."""
+    """Raise UserError if the tables of a folder are splits, which would be used as one."""
     named = {file: kind for file in tables for kind in SPLITS_OF_FILES if _names(file, kind)}
     if len(set(named.values())) > 1:
         raise UserError(
@@ -314,12 +315,15 @@ def _names(file: Path, kind: str) -> bool:
 
 
 def _is_run_or_sweep(folder: Path) -> bool:
-    """Whether a folder among data is one of a run or a sweep, whose logs are no data."""
+    """Return whether a folder in the data belongs to a run or sweep, whose logs are not data."""
     return any((folder / name).exists() for name in (".hydra", "sweep.json"))
 
 
 def _refuse_links(option: str, folder: Path, files: list[Path]) -> None:
-    """Raises UserError for a link out of a folder: who sent it may not choose what is read."""
+    """Raise UserError for a link out of a folder.
+
+    The sender of a folder must not choose which other files are read.
+    """
     for file in files:
         real = lies_elsewhere(file, folder)
         if real is not None:

@@ -1,4 +1,4 @@
-"""Data sets of the hub, and folders that datasets itself reads."""
+"""Hub datasets, and folders that `datasets` itself reads."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from .readers import (
 from .rows_cache import is_kept, keep, kept_rows, stored, unwritable_cache
 
 REMOTE = ("hf://", "https://", "http://")
-"""Where the files of a data set of the hub lie."""
+"""URL prefixes of the files of a hub dataset."""
 
 
 DESCRIPTIONS = ("README.md", "dataset_infos.json", ".huggingface.yaml")
-"""Files beside a data set that say which of its files make which split, and of which types."""
+"""Files next to a dataset that assign its files to splits and give their types."""
 
 
 def load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
-    """Return the rows of `data.path` by split: a data set of the hub, or a folder of one."""
+    """Return the rows of `data.path`, a hub dataset or the folder of one, by split."""
     path = expanded(str(config.path), "data.path")
     try:
         if (path / SPLITS_OF_SAVED).is_file():
@@ -73,12 +73,12 @@ def _splits_of_saved(config: DataConfig, path: Path) -> dict[str, Any]:
 
 
 def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
-    """The splits of a data set of the hub, whose cache is checked and made again if damaged."""
+    """Load the splits of a hub dataset. Its cache is checked, and rebuilt if damaged."""
     from datasets import load_dataset_builder
 
     def fetch(**how: Any) -> Any:
         builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
-        # Of a chain (zip://a.csv::hf://...) the last part is where the file lies.
+        # The last part of a chain (zip://a.csv::hf://...) locates the file.
         _refuse_elsewhere(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
         guesses = builder.name == "csv" and _is_plain_set(builder)
         builder.download_and_prepare(**how)
@@ -114,7 +114,7 @@ def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
 
 
 def _tell_numbers(config: DataConfig, found: Any) -> None:
-    """Says which columns of a table of the hub `datasets` has taken for numbers and the like."""
+    """Report the columns of a hub table that `datasets` reads as numbers or the like."""
     kinds = next(iter(found.values())).features
     texts = ("string", "large_string")
     guessed = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") not in texts]
@@ -128,7 +128,7 @@ def _tell_numbers(config: DataConfig, found: Any) -> None:
 
 
 def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:
-    """The splits of a folder that is laid out like a data set of the hub, kept by content."""
+    """Return the splits of a folder that is laid out like a hub dataset, cached by content."""
     from datasets import __version__, load_dataset_builder
 
     inside = path.resolve()
@@ -164,9 +164,9 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
 
 
 def _is_plain_set(builder: Any) -> bool:
-    """Whether a folder's files are tables of text that nothing describes: our readers take them.
+    """Return whether a folder's files are text tables without a description.
 
-    Those of `datasets` guess the types of their cells.
+    Our readers read such files, because the readers of `datasets` guess the types of the cells.
     """
     config = builder.config
     if builder.name not in ("csv", "json") or builder.info.features is not None:
@@ -182,10 +182,12 @@ def _is_plain_set(builder: Any) -> bool:
 def _refuse_elsewhere(
     config: DataConfig, builder: Any, belongs: Callable[[str], bool]
 ) -> list[str]:
-    """The files of a data set, of which its description may name any on the user's machine.
+    """Return the files of a dataset, and refuse files that do not belong to it.
+
+    The description of a dataset may name any file on the user's machine.
 
     Raises:
-        UserError: one does not belong to it.
+        UserError: a file does not belong to the dataset.
     """
     splits = (builder.config.data_files or {}).values()
     files = [str(file) for split in splits for file in split]

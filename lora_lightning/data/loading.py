@@ -1,4 +1,4 @@
-"""Where rows come from: text that ships with the package, local files, or a hub dataset."""
+"""Loading of rows from text that ships with the package, local files, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EMBEDDED = Path(__file__).parent / "embedded"
 
 
 MADE = {"docstrings": docstring_files}
-"""Embedded data that is made on the user's machine: writes its files to a folder."""
+"""Builders of embedded data by name. Each writes its files to a folder on the user's machine."""
 
 
 def load_splits(config: DataConfig) -> dict[str, Any]:
-    """Raw rows as `datasets.Dataset`, by split; only the splits that exist.
+    """Return raw rows as `datasets.Dataset` for each split that exists.
 
     Raises:
-        UserError: a file is missing, empty or malformed, or the hub dataset cannot be had.
+        UserError: a file is missing, empty or malformed, or the hub dataset cannot be loaded.
     """
     files = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
     if files and config.path:

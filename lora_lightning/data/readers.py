@@ -1,4 +1,4 @@
-"""Readers of single files whose texts stay as they are written, whatever they look like."""
+"""Readers of single files that keep texts as written, whatever they look like."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from lora_lightning.errors import UserError, causes
 
-# Only an empty cell is missing: "null", "None" and "NA" are words that a text may hold.
+# Only an empty cell is missing. A text may hold the words "null", "None" and "NA".
 CSV = {"keep_default_na": False, "na_values": [""]}
 BUILDERS = {
     ".csv": ("csv", CSV),
@@ -25,20 +25,20 @@ BUILDERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {}),
 }
-"""Endings of files, with the kind of reader and its arguments."""
+"""File endings with the type of reader and its arguments."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-"""Endings that may stand behind those of `BUILDERS`, with pyarrow's name of the format."""
+"""Endings that may follow an ending of `BUILDERS`, with pyarrow's name of the format."""
 PART, FREE = 2**23, 2**30
-"""Bytes that are decompressed at a time, and those that are left free on a large disk."""
+"""Bytes to decompress at a time, and bytes to leave free on a large disk."""
 LARGEST = 2**63
-"""Whole numbers from here on, and below its negative, have no exact type in a column."""
+"""Integers from this value up, and below its negative, have no exact column type."""
 _MAY_LOSE = re.compile(rb"-?(?:\d+\.\d|\d+[eE]|(?<=-)0)")
-"""What a line of JSON holds where Python may write a number in another way."""
+"""Pattern in a line of JSON with a number that Python may write differently."""
 _LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The ending of a file that says its format, and that of its compression, in lower case."""
+    """Return a file's format ending and its compression ending, in lower case."""
     last = path.suffix.lower()
     if last in COMPRESSED and Path(path.stem).suffix.lower() != ".parquet":
         return Path(path.stem).suffix.lower(), last
@@ -46,18 +46,18 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 def is_known(path: Path) -> bool:
-    """Whether a file's ending is one that can be read."""
+    """Return whether a file has an ending that can be read."""
     return kind_of(path)[0] in BUILDERS
 
 
 @contextmanager
 def plain_file(option: str, path: Path) -> Iterator[Path]:
-    """A file without compression and under a name of ours, for the time of the block.
+    """Provide a file without compression, and under a name of ours, within the block.
 
-    `datasets` 5 takes brackets, stars and :: in a path for patterns and chains.
+    `datasets` 5 treats brackets, stars and :: in a path as patterns and chains.
 
     Raises:
-        UserError: it cannot be decompressed.
+        UserError: the file cannot be decompressed.
     """
     kind, packed = kind_of(path)
     with TemporaryDirectory(prefix="lora_lightning-") as folder:
@@ -87,10 +87,10 @@ def plain_file(option: str, path: Path) -> Iterator[Path]:
 
 
 def _unpack(source: Any, target: IO[bytes], option: str, path: Path) -> None:
-    """Decompress a file, as long as that leaves some of the disk free.
+    """Decompress a file while some of the disk stays free.
 
     Raises:
-        UserError: it does not.
+        UserError: the disk has no room for more.
     """
     while part := source.read(PART):
         target.write(part)
@@ -105,12 +105,14 @@ def _unpack(source: Any, target: IO[bytes], option: str, path: Path) -> None:
 
 
 def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:
-    """The rows of a table whose cells are texts: 007 stays 007, 0.10 stays 0.10.
+    """Return the rows of a table with all cells as text.
+
+    For example, 007 stays 007, and 0.10 stays 0.10.
 
     Args:
-        path: the file.
-        cache_dir: where `datasets` puts the rows.
-        how: arguments of pandas.
+        path: file to read.
+        cache_dir: folder where `datasets` puts the rows.
+        how: further arguments of pandas.
 
     Raises:
         UserError: rows have more cells than the header.
@@ -119,7 +121,7 @@ def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:
     from datasets import Dataset, Features, Value
 
     head = pd.read_csv(path, nrows=1, dtype=str, **how)
-    if not isinstance(head.index, pd.RangeIndex):  # pandas takes the first cells for row names
+    if not isinstance(head.index, pd.RangeIndex):  # pandas takes the first cells as row names
         raise UserError(
             f"its rows have more cells than the header, which has {len(head.columns)}. "
             "A text that holds the separator must stand in double quotes."
@@ -129,14 +131,15 @@ def csv_as_written(path: str, cache_dir: str, **how: Any) -> Any:
 
 
 def json_as_written(path: str, cache_dir: str) -> Any:
-    """The rows of JSON lines whose strings are texts: pyarrow makes times of what looks so.
+    """Return the rows of JSON lines with all strings as text.
 
-    Its types are found with a letter in front of such strings. Then the file is read with these.
-    So it is where a column holds numbers that would not stay as they are written: they are texts.
+    pyarrow turns strings that look like times into times. To avoid this, the types are inferred
+    from a copy with a letter in front of such strings. The file is then read with these types. A
+    column becomes text if it holds numbers that would not stay as written.
 
     Args:
-        path: the file.
-        cache_dir: where `datasets` puts the rows.
+        path: file to read.
+        cache_dir: folder where `datasets` puts the rows.
     """
     from datasets import Dataset, Value
 
@@ -151,7 +154,7 @@ def json_as_written(path: str, cache_dir: str) -> Any:
         copy.writelines(_LIKE_A_TIME.sub(b'"x', line) for line in lines)
     features = Dataset.from_json(str(lettered), cache_dir=str(lettered.parent)).features
     features.update({name: Value("string") for name in odd})
-    # A list among the arguments would be taken for shards.
+    # `datasets` would take a list among the arguments for shards.
     how = {"path": path, "columns": tuple(features), "odd": tuple(odd)}
     return Dataset.from_generator(_objects, features=features, gen_kwargs=how, cache_dir=cache_dir)
 
@@ -169,21 +172,21 @@ def _text(number: int, line: bytes) -> str:
 
 
 class Number(str):
-    """A number of JSON, as it is written."""
+    """JSON number as written."""
 
 
 def with_numbers(text: str) -> Any:
-    """JSON whose numbers are `Number`."""
+    """Parse JSON with each number as a `Number`."""
     return json.loads(text, parse_float=Number, parse_int=Number)
 
 
 def is_odd(value: Any) -> bool:
-    """Whether a value of `with_numbers` is a number that Python writes in another way."""
+    """Return whether a value of `with_numbers` is a number that Python writes differently."""
     return isinstance(value, Number) and str(json.loads(value)) != value
 
 
 def odd_numbers(line: str) -> list[str]:
-    """Columns of an object whose number Python writes in another way: 0.10, 1e5."""
+    """Return the columns of an object whose number Python writes differently (0.10, 1e5)."""
     if not _MAY_LOSE.search(line.encode()):
         return []
     row = with_numbers(line)
@@ -191,7 +194,7 @@ def odd_numbers(line: str) -> list[str]:
 
 
 def written_numbers(line: str, odd: Iterable[str]) -> dict[str, Any]:
-    """An object of JSON; what stands in some of its columns is a text, as it is written."""
+    """Parse a JSON object, and keep the values of the `odd` columns as text, as written."""
     row: dict[str, Any] = json.loads(line)
     if odd:
         raw = with_numbers(line)
@@ -200,25 +203,27 @@ def written_numbers(line: str, odd: Iterable[str]) -> dict[str, Any]:
 
 
 def as_written(value: Any) -> str | None:
-    """A value of `with_numbers` as a text."""
+    """Return a value of `with_numbers` as text."""
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value)
 
 
 def read_text(option: str, path: Path, file: Path) -> str:
-    """The content of a text file, in which a line ends at a line feed, after CR or not."""
+    """Return the content of a text file. Lines end at a line feed, with or without a CR."""
     check_text(option, path, file)
     return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def check_text(option: str, path: Path, file: Path) -> None:
-    """Raises UserError, with the line, for what is not UTF-8, broken JSONL, or without rows.
+    """Raise UserError for a file that is not UTF-8, is broken JSONL, or has no rows.
+
+    The message names the line where there is one.
 
     Args:
-        option: what messages call the setting.
-        path: what they call the file.
-        file: what is read: the same, decompressed.
+        option: name of the setting in messages.
+        path: name of the file in messages.
+        file: file to read, which is `path` decompressed.
     """
     kind = file.suffix.lower()
     header = kind in (".csv", ".tsv")
@@ -266,7 +271,7 @@ def _check_object(option: str, path: Path, number: int, line: str) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of the error that lies at the bottom of a chain."""
+    """Return the first line of the root cause of an error."""
     error = causes(error)[-1]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300].rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""What the rows of a run can tell, and what they are too few or too uneven for."""
+"""Warnings about rows of a run that are too few or too uneven."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ if TYPE_CHECKING:
     from .datamodule import LoraDataModule
 
 FEW_ROWS = 8
-"""Training rows of a class from which it can hardly be learned."""
+"""Minimum training rows per class. A class with fewer rows can hardly be learned."""
 FEW_JUDGES = 50
-"""Rows of validation or test from which one makes too much of what is measured."""
+"""Minimum validation or test rows. With fewer, one row weighs too much in the metrics."""
 UNEVEN = 3
-"""Ratio of the rows of two classes from which they are called uneven."""
+"""Minimum ratio of the rows of two classes at which they count as uneven."""
 
 
 def class_counts(data: LoraDataModule) -> dict[str, int]:
-    """Training rows of each class; empty where the task has no classes."""
+    """Return the number of training rows per class, or an empty dict if there are no classes."""
     counts = getattr(data.task, "class_counts", None)
     return {} if counts is None else dict(counts(data.raw["train"]))
 
 
 def doubts(data: LoraDataModule) -> list[str]:
-    """What a user should know of the rows before he believes a number: a sentence each."""
+    """Return reasons to distrust metrics on these rows, one sentence each."""
     found = [
         f"only {len(rows)} {split} rows: each makes {100 / len(rows):.0f} % of what is measured"
         for split, rows in data.encoded.items()

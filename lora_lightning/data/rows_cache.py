@@ -1,4 +1,4 @@
-"""Rows of data files in a cache, by their content."""
+"""Cache for the rows of data files, keyed by content."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SUMS = "sums.json"
 
 
 READERS = 2
-"""Counts changes of what our readers make of the same file."""
+"""Version of our readers. It increases when they return different rows for the same file."""
 
 
 PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
-"""Kinds of columns of `datasets` whose values stand in the rows; others may name files and URLs."""
+"""Column types of `datasets` with values stored in the rows. Others may name files and URLs."""
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Where data is kept that was made or tokenised here."""
+    """Return the folder for data that was built or tokenized on this machine."""
     if cache_dir is not None:
         return expanded(cache_dir, "data.cache_dir")
     import datasets
@@ -38,7 +38,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def unwritable_cache(folder: Path, error: OSError) -> UserError:
-    """The message where nothing can be kept."""
+    """Return the error for a cache that cannot be written."""
     return UserError(
         f"cannot write the cache of prepared data in {folder}: {error}. "
         "Choose another folder: data.cache_dir=DIR."
@@ -46,18 +46,18 @@ def unwritable_cache(folder: Path, error: OSError) -> UserError:
 
 
 def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: Any) -> Any:
-    """The rows of a file, kept in a cache by what it holds.
+    """Return the rows of a file, cached by the file's content.
 
-    The reader's own cache goes by path and time of change, which copies and archives keep.
+    The reader's own cache depends on path and modification time, which copies and archives keep.
 
     Args:
-        reader: of `datasets`.
-        path: the file.
-        cache: the folder.
-        kwargs: of the reader.
+        reader: function that reads a file into a dataset of `datasets`.
+        path: file to read.
+        cache: cache folder.
+        kwargs: further arguments of the reader.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the cache cannot be written.
     """
     from datasets import __version__
 
@@ -74,7 +74,7 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
                 keep(rows, Path(work) / "kept", folder)
     except Exception as error:
         cause = causes(error)[-1]
-        # pyarrow tells of a damaged file by an OSError too, without a number of the system's.
+        # pyarrow also raises an OSError for a damaged file, but without a system error number.
         if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
             raise unwritable_cache(cache, cause) from None
         raise
@@ -82,7 +82,7 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
 
 
 def is_kept(folder: Path) -> bool:
-    """Whether rows are in a folder and whole; damage is told."""
+    """Return whether a folder holds intact rows, and report damage."""
     whole = is_whole(folder.glob("*.arrow"), folder / SUMS)
     if not whole and (folder / SUMS).exists():
         tell_damage(folder)
@@ -90,11 +90,11 @@ def is_kept(folder: Path) -> bool:
 
 
 def kept_rows(folder: Path, key: str) -> Any:
-    """The rows that `keep` has put into a folder; `key` tells them apart from others."""
+    """Return the rows that `keep` stored in a folder, with `key` as their fingerprint."""
     from datasets import DatasetInfo, Features
     from datasets.table import MemoryMappedTable, concat_tables
 
-    # A Dataset made from another describes all its columns again, and there may be thousands.
+    # A Dataset made from another one describes all columns again. There may be thousands.
     table = concat_tables(
         [MemoryMappedTable.from_file(str(p)) for p in sorted(folder.glob("*.arrow"))]
     )
@@ -103,10 +103,10 @@ def kept_rows(folder: Path, key: str) -> Any:
 
 
 def stored(table: Any, info: Any, split: Any, fingerprint: str) -> Any:
-    """Rows whose values are those that the table holds.
+    """Return a dataset whose values are the values stored in the table.
 
-    A table can declare a column as pictures or sound that lie elsewhere. Whoever reads the rows
-    would open these files, or fetch them from the network.
+    A table can declare a column as images or audio in other files. Reading its rows would open
+    these files or fetch them from the network.
     """
     from datasets import Dataset, Features
 
@@ -120,15 +120,15 @@ def stored(table: Any, info: Any, split: Any, fingerprint: str) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a column's values stand in the rows themselves."""
+    """Return whether the values of a column are stored in the rows themselves."""
     if isinstance(kind, dict):
         return all(map(_is_plain, kind.values()))
-    inner = getattr(kind, "feature", None)  # of a list
+    inner = getattr(kind, "feature", None)  # element type of a list
     return type(kind).__name__ in PLAIN if inner is None else _is_plain(inner)
 
 
 def keep(rows: Any, made: Path, folder: Path) -> None:
-    """Moves the files of a dataset to a folder, with their checksums, in one step."""
+    """Move the files of a dataset to a folder, with their checksums, in one step."""
     made.mkdir()
     files = [made / f"{i:05}.arrow" for i in range(len(rows.cache_files))]
     for file, entry in zip(files, rows.cache_files, strict=True):
@@ -137,5 +137,5 @@ def keep(rows: Any, made: Path, folder: Path) -> None:
     try:
         made.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process was faster, with the same rows
+        if not folder.exists():  # otherwise another process stored the same rows first
             raise

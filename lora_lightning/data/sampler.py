@@ -1,4 +1,4 @@
-"""Batches of like length, the same on every run and in every process."""
+"""Batches of rows of similar length, the same in every run and in every process."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch.utils.data import DataLoader, Sampler
 from lora_lightning.errors import UserError
 
 FILLER = -1
-"""Stands in a batch for "no row": it keeps the ranks in step where rows run out."""
+"""Index that means "no row" in a batch. It keeps the ranks in step when rows run out."""
 
 
 class LengthBucketBatchSampler(Sampler[list[int]]):
-    """Batches of rows of similar length, split over the ranks.
+    """Sampler of batches with rows of similar length, split over the ranks.
 
-    Each epoch is a new shuffle, a function of `seed` and epoch alone. Rows are shuffled, cut into
-    chunks of 50 global batches, sorted by length within a chunk (ties stay shuffled) and the
-    batches shuffled again; so padding is small and batches are still random. Each row occurs once
-    per epoch over all ranks. All ranks get equally many batches: where rows run out a rank gets
-    `FILLER` instead, which the collator turns into a row without a label.
+    The shuffle of an epoch depends only on `seed` and the epoch. Rows are shuffled and cut into
+    chunks of 50 global batches. Each chunk is sorted by length, and ties stay shuffled. Then the
+    batches are shuffled again. Padding is therefore small, and batches are still random.
+
+    Each row occurs once per epoch over all ranks. All ranks get the same number of batches. A rank
+    without rows for a batch gets `FILLER`, which `Examples` turns into a row without a label.
 
     Args:
         lengths: length of each row.
         batch_size: rows per batch on one rank.
-        shuffle: whether to shuffle; else rows come longest first, for evaluation.
-        seed: seed of the shuffle, the same on all ranks.
-        num_replicas: number of ranks.
-        rank: this rank.
+        shuffle: whether to shuffle. If not, rows come longest first, for evaluation.
+        seed: seed of the shuffle, the same on all ranks (default: 0).
+        num_replicas: number of ranks (default: 1).
+        rank: this rank (default: 0).
     """
 
     def __init__(
@@ -51,15 +52,15 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.epoch = 0
         self.skip = 0
-        """Batches that an iteration leaves out at its beginning."""
+        """Number of batches that an iteration skips at its start."""
 
     @property
     def sampler(self) -> LengthBucketBatchSampler:
-        """This object: Lightning looks for `set_epoch` on a batch sampler's sampler."""
+        """This object, because Lightning looks for `set_epoch` on a batch sampler's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration gives."""
+        """Set the epoch whose order the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
         return iter([rows[self.rank :: self.num_replicas] or [FILLER] for rows in batches])
 
     def global_batches(self) -> list[list[int]]:
-        """The epoch's batches of all ranks together."""
+        """Return the epoch's batches of all ranks together."""
         size = self.batch_size * self.num_replicas
         count = len(self.lengths)
         if not self.shuffle:
@@ -88,19 +89,23 @@ class LengthBucketBatchSampler(Sampler[list[int]]):
 
 
 class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
-    """A DataLoader that can go on in mid-epoch: Lightning stores and restores its `state_dict`.
+    """DataLoader that can resume in the middle of an epoch.
 
-    The batches already trained on are skipped without being loaded.
+    Lightning saves and restores its `state_dict`. The batches already trained on are skipped
+    without being loaded.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given = 0
-        """Batches of this epoch that were given so far."""
+        """Number of batches of this epoch yielded so far."""
         self._resume: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, the number of its batches given so far, and of ranks that share its rows."""
+        """Return the epoch, the number of batches yielded so far, and the number of ranks.
+
+        These ranks share the rows of the epoch.
+        """
         sampler = self._batches()
         return {
             "epoch": sampler.epoch,
@@ -109,11 +114,11 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration, if it is of the same epoch, start after those batches.
+        """Make the next iteration start after the saved batches if its epoch is the same.
 
         Raises:
-            UserError: there were more ranks or fewer, so that the batches were others; or it is no
-                such state.
+            UserError: the number of ranks differs, so the batches would differ, or the state is
+                invalid.
         """
         for name in ("epoch", "batches", "ranks"):
             count = state.get(name, 0) if isinstance(state, dict) else None

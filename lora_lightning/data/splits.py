@@ -1,4 +1,4 @@
-"""Validation and test rows cut from those to train on, where there are none."""
+"""Missing validation and test splits, cut from the training rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from .loading import SPLITS
 def make_splits(
     raw: dict[str, Any], config: DataConfig, *, strata: Any = lambda rows: None
 ) -> dict[str, Any]:
-    """Adds the validation and test splits that are absent, cut from the training rows.
+    """Return the datasets with missing validation and test splits cut from the training rows.
 
     Equal rows never end up on both sides of a cut.
 
     Args:
         raw: datasets by split.
         config: fractions and seed.
-        strata: gives each row's group, of which each split gets its share.
+        strata: function that returns the group of each row, or None (default). Each split gets its
+            share of each group.
 
     Raises:
-        UserError: too few rows to cut.
+        UserError: there are too few rows to cut.
     """
     if "train" not in raw:
         return raw
@@ -51,10 +52,10 @@ def make_splits(
 def _cut(
     rows: Any, strata: list[Any] | None, fractions: dict[str, float], seed: int
 ) -> dict[str, list[int]]:
-    """Row indices by split. Each stratum is dealt in a random order, equal rows together."""
+    """Return row indices by split. Each stratum is dealt in random order, equal rows together."""
     twins: dict[str, list[int]] = {}
     names = sorted(name for name in rows.column_names if name.lower() not in ("id", "idx"))
-    columns = rows[:]  # at once: each column by itself copies the description of all
+    columns = rows[:]  # at once, because reading one column copies the description of all
     for index, row in enumerate(zip(*(columns[name] for name in names), strict=True)):
         content = json.dumps(dict(zip(names, row, strict=True)), sort_keys=True, default=str)
         twins.setdefault(content, []).append(index)

@@ -1,4 +1,4 @@
-"""Raw rows to token ids: once for each set of rows, by several processes where there are many."""
+"""Tokenization of raw rows, once per set of rows, with several processes for many rows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lora_lightning.tasks import Task
 from .cache import is_whole, tell_damage, write_sums
 
 BATCH = 1000
-"""Rows that a task encodes together; blocks of documents end with them."""
+"""Rows that a task encodes together. Blocks of documents end with these rows."""
 ROWS_ALONE = 10_000
-"""Rows up to which one process encodes them."""
+"""Largest number of rows that one process encodes alone."""
 MOST_PROCESSES = 16
 FEW_CORES = 3
-"""Cores up to which several processes gain nothing over one, whose tokenizer has threads."""
+"""Cores up to which several processes gain nothing over one with a threaded tokenizer."""
 
 
 @dataclass
 class Encoding:
-    """Encodes a batch of raw rows, given by column, as examples with their length and row.
+    """Encoder from a batch of raw rows, given by column, to examples with their length and row.
 
     Args:
-        task: encodes.
-        tokenizer: of the base model.
+        task: task that encodes the rows.
+        tokenizer: tokenizer of the base model.
         max_length: longest example in tokens.
     """
 
@@ -47,7 +47,7 @@ class Encoding:
 
 @dataclass
 class _Slices:
-    """Encodes the rows that begin at a number, in a process that has this object to itself."""
+    """Encoder of the rows from a start index, in a process with its own copy of this object."""
 
     encoding: Encoding
     rows: Any
@@ -60,14 +60,14 @@ class _Slices:
 
 
 def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
-    """Encoded rows as a dataset, which is read from a file or written to it.
+    """Return encoded rows as a dataset, which is read from a file or written to it.
 
-    A file that is not what its checksum says is written again.
+    A file that does not match its checksum is written again.
 
     Args:
-        rows: a dataset of raw rows.
-        encoding: how.
-        file: named after all that the result depends on.
+        rows: dataset of raw rows.
+        encoding: encoder of the rows.
+        file: cache file, named after everything that the result depends on.
 
     Raises:
         OSError: the file cannot be written.
@@ -96,31 +96,34 @@ def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    """Return the number of CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # missing on some systems
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def in_main_thread() -> bool:
-    """Whether this process can be forked: a pack's runs are threads beside others."""
+    """Return whether this process can be forked.
+
+    The runs of a pack cannot be forked, because they are threads next to other threads.
+    """
     return threading.current_thread() is threading.main_thread()
 
 
 def _processes(rows: Any, encoding: Encoding) -> int:
-    """Processes to encode rows with."""
-    # Rows that are in memory, and in no file, would be copied to each.
+    """Return the number of processes to encode rows with."""
+    # Rows that are only in memory, not in a file, would be copied to each process.
     apart = len(rows) > ROWS_ALONE and rows.cache_files and in_main_thread()
     if not apart or cores() <= FEW_CORES:
         return 1
     try:
-        ForkingPickler.dumps(encoding)  # as a process is given it
-    except Exception:  # a task of a user's own may hold anything
+        ForkingPickler.dumps(encoding)  # as a process receives it
+    except Exception:  # a user's own task may hold anything
         return 1
     return min(cores(), MOST_PROCESSES, -(-len(rows) // BATCH))
 
 
 def _write_by_processes(rows: Any, encoding: Encoding, file: Path, processes: int) -> None:
-    """Writes the file that one process would write: the same batches, in the same order."""
+    """Write the file that one process would write, with the same batches in the same order."""
     from datasets import Dataset
 
     environment = os.environ
@@ -141,8 +144,8 @@ def _write_by_processes(rows: Any, encoding: Encoding, file: Path, processes: in
                 desc="tokenising",
             )
         finally:
-            # datasets turns parallel tokenizers off for its processes, and leaves it so here.
-            os.environ = environment  # noqa: B003, it puts a copy there
+            # datasets disables parallel tokenizers for its processes, and does not undo it here.
+            os.environ = environment  # noqa: B003, datasets puts a copy there
             environment.pop("TOKENIZERS_PARALLELISM", None)
             if tokenizers is not None:
                 environment["TOKENIZERS_PARALLELISM"] = tokenizers

@@ -1,1 +1,1 @@
-"""Several processes: what they share, and what each of them holds."""
+"""Distributed training: shared state and the state of each rank."""

@@ -1,10 +1,14 @@
-"""The adapter on a base in shares: which process holds what of it, and what it computes with that.
+"""Placement of an adapter on a sharded base: what each rank holds and computes.
 
-An adapter is small. Each process has all of it in plain fp32 tensors, whose gradients are averaged
-once a step, but for what tensor parallelism cuts: of a layer whose outputs are shared out A is
-whole and B in shares, of one whose inputs are B is whole and A in shares (Shoeybi et al. 2019,
-arXiv:1909.08053, of the base layers). A share lives where it is used, and so does the optimizer's
-state of it. Checkpoints and exports hold whole matrices, whoever writes them.
+An adapter is small. Each rank holds all of it in plain fp32 tensors, except matrices that tensor
+parallelism shards. Gradients are averaged once per step.
+
+Tensor parallelism shards B, with A whole, in a layer whose outputs are sharded. It shards A, with
+B whole, in a layer whose inputs are sharded. Shoeybi et al. 2019, arXiv:1909.08053, describe this
+sharding for the base layers.
+
+A shard and its optimizer state stay on the rank that uses them. Checkpoints and exports hold whole
+matrices, whichever rank writes them.
 """
 
 from __future__ import annotations
@@ -28,37 +32,37 @@ from lora_lightning.lora.layers.linear import LoraLayer
 from .sharded_loading import Shards, local, with_wildcards
 
 _SHARED: dict[str | None, str] = {"colwise": "lora_B", "rowwise": "lora_A"}
-"""By the style of a base layer: the matrix of which each process has a share."""
+"""The matrix that is sharded over the ranks, by the style of the base layer."""
 _WHOLE = {None, "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep"}
 _WHOLE |= {"embedding_rowwise", "embedding_colwise", "replicate"}
-"""Styles of layers whose inputs and outputs are whole in every process."""
+"""Styles of layers whose inputs and outputs are whole on every rank."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A matrix in contiguous shares, one for each process of a tensor group.
+    """Split of a matrix into contiguous shards, one per rank of a tensor group.
 
     Args:
-        dim: what is shared out, rows (0) or columns (1).
-        bounds: where each share begins, and the end of the last.
+        dim: Sharded dimension, rows (0) or columns (1).
+        bounds: Start of each shard, followed by the end of the last one.
     """
 
     dim: int
     bounds: tuple[int, ...]
 
     def shape(self, share: Tensor) -> torch.Size:
-        """The whole matrix's, from one of its shares."""
+        """Return the shape of the whole matrix, given one of its shards."""
         shape = list(share.shape)
         shape[self.dim] = self.bounds[-1]
         return torch.Size(shape)
 
     def take(self, whole: Tensor, rank: int) -> Tensor:
-        """A process's share, in memory of its own."""
+        """Return a copy of a rank's shard."""
         start, stop = self.bounds[rank : rank + 2]
         return whole.detach().narrow(self.dim, start, stop - start).clone()
 
     def gather(self, share: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """The whole matrix; every process of the group has to ask."""
+        """Return the whole matrix; every rank of the group must call this."""
         sizes = [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
         rows = share.detach().movedim(self.dim, 0)
         padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows))).contiguous()
@@ -69,20 +73,21 @@ class Cut:
 
 
 def even_bounds(size: int, count: int) -> tuple[int, ...]:
-    """Where shares begin and the last ends, by the cut of torch.chunk: the last may be short."""
+    """Return shard bounds as torch.chunk splits, where the last shard may be shorter."""
     each = -(-size // count)
     return tuple(min(each * place, size) for place in range(count + 1))
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """A layer of which this process has a share of one matrix.
+    """A layer with one sharded matrix.
 
     Args:
-        layer: the layer.
-        name: of the matrix.
-        cut: how it is shared out.
-        parts: of a layer in parts those of the whole, and of this process's outputs.
+        layer: The layer.
+        name: Name of the sharded matrix.
+        cut: Split of the matrix.
+        parts: For a layer with parts, the parts of the whole layer and the parts of this rank's
+            outputs. Defaults to None.
     """
 
     layer: LoraLayer
@@ -92,17 +97,17 @@ class _Shared:
 
     @property
     def matrix(self) -> nn.Parameter:
-        """What the layer holds at the moment."""
+        """The matrix that the layer currently holds, whole or sharded."""
         return getattr(self.layer, self.name)  # type: ignore[no-any-return]
 
     @property
     def other(self) -> nn.Parameter:
-        """The matrix that every process has all of."""
+        """The matrix that is whole on every rank."""
         name = "lora_A" if self.name == "lora_B" else "lora_B"
         return getattr(self.layer, name)  # type: ignore[no-any-return]
 
     def put(self, matrix: nn.Parameter, *, whole: bool) -> None:
-        """Has the layer hold the whole matrix, or this process's share."""
+        """Set the layer's matrix to the whole one or to this rank's shard."""
         setattr(self.layer, self.name, matrix)
         if self.parts is not None:
             assert isinstance(self.layer, SplitLayer)
@@ -110,15 +115,16 @@ class _Shared:
 
 
 class ShareOfDropout(nn.Dropout):
-    """Dropout of this process's columns of an input that is shared out.
+    """Dropout of this rank's columns of a sharded input.
 
-    It draws for all columns, as one process does, and takes its own: processes of a tensor group
-    have the same generator, and would drop the same places of each share.
+    It draws a mask for all columns, as a single process does, and uses its own columns.
+    Ranks of a tensor group have identical generators. Separate draws drop the same positions in
+    each shard.
 
     Args:
-        p: probability of dropping an element.
-        cut: how the columns are shared out.
-        rank: of this process in the tensor group.
+        p: Probability of dropping an element.
+        cut: Split of the columns.
+        rank: This process's rank in the tensor group.
     """
 
     def __init__(self, p: float, cut: Cut, rank: int) -> None:
@@ -126,7 +132,7 @@ class ShareOfDropout(nn.Dropout):
         self.start, self.stop, self.width = *cut.bounds[rank : rank + 2], cut.bounds[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Like torch's; x is (..., columns of this process)."""
+        """Apply dropout as torch does; x has shape (..., columns of this rank)."""
         if not self.training or self.p == 0.0:
             return x
         drawn = F.dropout(x.new_ones(*x.shape[:-1], self.width), self.p)
@@ -134,11 +140,11 @@ class ShareOfDropout(nn.Dropout):
 
 
 class Placement:
-    """Which process holds what of an adapter.
+    """Placement of an adapter's matrices on the ranks.
 
     Args:
-        shards: the processes.
-        shared: the layers of which each process has a share, which are cut here.
+        shards: The ranks of the run.
+        shared: Layers with a sharded matrix. The constructor shards them.
     """
 
     def __init__(self, shards: Shards, shared: list[_Shared]) -> None:
@@ -149,15 +155,15 @@ class Placement:
             share = one.cut.take(one.matrix, shards.tensor_rank)
             one.put(nn.Parameter(share, requires_grad=one.matrix.requires_grad), whole=False)
         self.cuts = {one.matrix: one.cut for one in shared}
-        """Of those parameters of which this process has a share."""
+        """Split of each sharded parameter."""
         self._parted = {one.other for one in shared}
-        """Parameters that are whole, and get a part of their gradients in each process."""
+        """Whole parameters that receive a partial gradient on each rank."""
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Has the layers hold whole matrices for the time of the block; all processes have to.
+        """Let the layers hold whole matrices within the block; all ranks must enter it.
 
-        Each then keeps its share of what these are at the end.
+        On exit, each rank keeps its shard of the current values.
         """
         if self._are_whole:
             yield
@@ -177,13 +183,13 @@ class Placement:
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Makes each gradient the mean over the processes that see different rows.
+        """Average each gradient over the ranks that see different rows.
 
-        Those of whole matrices are averaged over all processes, and so the same in all of them to
-        the last bit. Parts of one are summed over the processes that see the same rows.
+        Gradients of whole matrices are averaged over all ranks, so they are bitwise identical
+        everywhere. Partial gradients are summed over the ranks that see the same rows.
 
         Args:
-            parameters: all that is trained, in the same order everywhere.
+            parameters: All trainable parameters, in the same order on every rank.
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         if parts := [p.grad for p in trained if p in self._parted]:
@@ -194,11 +200,11 @@ class Placement:
 
     @torch.no_grad()
     def clip_by_norm(self, parameters: Iterable[nn.Parameter], most: float) -> None:
-        """Scales gradients down until the norm of all of them, over whole matrices, is `most`.
+        """Clip the gradients to a total norm of `most`, computed over whole matrices.
 
         Args:
-            parameters: all that is trained.
-            most: the highest 2-norm of the gradients as one vector.
+            parameters: All trainable parameters.
+            most: Maximum 2-norm of all gradients as one vector.
         """
         trained = [parameter for parameter in parameters if parameter.grad is not None]
         if not trained:
@@ -212,14 +218,14 @@ class Placement:
         dist.all_reduce(of_shares, group=self.shards.tensor_group)
         nn.utils.clip_grads_with_norm_(trained, most, (of_whole + of_shares).sqrt())
 
-    # What an optimizer keeps of a share it keeps in the share's shape.
+    # An optimizer's per-parameter state of a shard has the shape of the shard.
 
     def whole_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Any:
-        """An optimizer's state with whole matrices; every process has to ask.
+        """Return an optimizer's state with whole matrices; every rank must call this.
 
         Args:
-            optimizer: of this process.
-            state: its state.
+            optimizer: Optimizer of this rank.
+            state: State of the optimizer.
         """
 
         def gather(value: Tensor, parameter: nn.Parameter, cut: Cut) -> Tensor:
@@ -230,7 +236,7 @@ class Placement:
         return self._with(optimizer, state, gather)
 
     def share_of_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Any:
-        """The reverse of `whole_state`."""
+        """Return this rank's shards of a whole state, the inverse of `whole_state`."""
 
         def take(value: Tensor, parameter: nn.Parameter, cut: Cut) -> Tensor:
             if value.shape != cut.shape(parameter):
@@ -254,7 +260,7 @@ class Placement:
 
 
 def _average(gradients: list[Any], group: dist.ProcessGroup | None) -> None:
-    """Makes each tensor the mean over the processes of a group; None: all."""
+    """Average each tensor in place over the ranks of a group, or over all ranks for None."""
     if not gradients:
         return
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -267,18 +273,18 @@ def _average(gradients: list[Any], group: dist.ProcessGroup | None) -> None:
 
 
 def place_adapter(adapter: Adapter, shards: Shards) -> Placement:
-    """Has the adapter's layers hold and compute what the base's plan demands.
+    """Shard the adapter's layers to match the base's tensor-parallel plan.
 
-    Column by column: every process makes all of A x, and with its rows of B its own share of the
-    outputs. Row by row: every process has a share of the inputs and those columns of A, and what
-    it makes of them with B is a part of the sum that all outputs are.
+    In a columnwise layer, every rank computes all of A x. Its rows of B give its shard of the
+    outputs. In a rowwise layer, every rank holds a shard of the inputs and the matching columns of
+    A. Its product with B is one summand of the outputs.
 
-    So the matrix that is whole gets a part of its gradient in each process. The parts are summed
-    once a step, and nothing is exchanged for the adapter but what the base exchanges (Shoeybi et
-    al. 2019, arXiv:1909.08053, section 3).
+    The whole matrix therefore receives a partial gradient on each rank. The partial gradients are
+    summed once per step. The adapter adds no other communication to the base's own (Shoeybi et al.
+    2019, arXiv:1909.08053, section 3).
 
     Raises:
-        UserError: a layer is cut in a way that an adapter cannot follow.
+        UserError: If a layer is sharded in a way that an adapter does not support.
     """
     if shards.tensor == 1:
         return Placement(shards, [])
@@ -308,7 +314,7 @@ def _shared_out(layer: LoraLayer, matrix: str, shards: Shards) -> _Shared:
     bounds = even_bounds(fan_out, shards.tensor)
     if not isinstance(layer, SplitLayer):
         return _Shared(layer, matrix, Cut(0, bounds))
-    # B has the rows of adapted parts alone.
+    # B has rows only for adapted parts.
     rows = [
         sum(part.size or 0 for part in within(layer.parts, 0, bound) if part.adapted)
         for bound in bounds
@@ -319,16 +325,17 @@ def _shared_out(layer: LoraLayer, matrix: str, shards: Shards) -> _Shared:
 
 
 def _join_collectives(layer: LoraLayer, matrix: str, group: dist.ProcessGroup) -> None:
-    """Has the base layer and the branch of A and B exchange with other processes together.
+    """Let the base layer and the branch of A and B share one collective.
 
-    transformers has the base layer do it alone. Here the base layer computes with this process's
-    share of its weight, as the branch does, and what is summed is the sum of both: the outputs, or
-    the gradients of the input, once for all layers that have that input in common.
+    In transformers, the base layer runs its own collective. Here the base layer computes only with
+    this rank's shard of its weight, as the branch does. The collective then sums the outputs or
+    the input gradients of both. Input gradients are summed once for all layers with the same
+    input.
 
     Args:
-        layer: whose base layer is cut.
-        matrix: the one that is cut, "lora_A" or "lora_B".
-        group: the processes that have the others.
+        layer: Layer whose base layer is sharded.
+        matrix: Name of the sharded matrix, "lora_A" or "lora_B".
+        group: Ranks that hold the other shards.
     """
     base = layer.base_layer
     assert type(base) is nn.Linear, type(base)
@@ -353,11 +360,11 @@ def _join_collectives(layer: LoraLayer, matrix: str, group: dist.ProcessGroup) -
 
 
 _SUMMED = "_lora_summed"
-"""Attribute of an input: its version, and the tensor through which layers read it."""
+"""Attribute of an input that holds its version and the tensor that layers read instead."""
 
 
 def _with_summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Returns x for several layers; the sum of their gradients of it is summed over a group."""
+    """Return x for several layers, with their total gradient of it summed over a group."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     if torch.compiler.is_compiling():
@@ -370,7 +377,7 @@ def _with_summed_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _SummedForward(torch.autograd.Function):
-    """The sum over the processes of a group; its gradient is the same in all of them."""
+    """Sum over the ranks of a group; the gradient is the same on all of them."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -384,7 +391,7 @@ class _SummedForward(torch.autograd.Function):
 
 
 class _SummedBackward(torch.autograd.Function):
-    """The tensor itself; its gradient is the sum of those of the processes of a group."""
+    """Identity whose gradient is summed over the ranks of a group."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

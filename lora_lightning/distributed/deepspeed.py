@@ -1,4 +1,4 @@
-"""Lightning's strategy for gradients and optimizer states in shares, by DeepSpeed."""
+"""Lightning strategy that shards gradients and optimizer states with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from lora_lightning.lora import UserError
 from .strategies import DataParallelStrategy
 
 SUPPORTED = ("Adam", "AdamW", "SGD")
-"""Optimizers that are tried on shares of what is trained."""
+"""Optimizers that are tested on shards of the trainable parameters."""
 BUCKET = 50_000_000
-"""Numbers that are averaged over the processes at a time."""
+"""Gradient elements that are averaged over the ranks at a time."""
 
 
 class ZeroStrategy(DataParallelStrategy):
-    """Several processes, each with all of the model and a share of its optimizer (ZeRO-2).
+    """Strategy whose ranks hold the whole model and a shard of its optimizer (ZeRO-2).
 
-    A process keeps the averaged gradients and the optimizer's state of its share of what is trained
-    (Rajbhandari et al. 2020, arXiv:1910.02054). DeepSpeed is handed what is trained and the loss,
-    and nothing else: the frozen base, precision and checkpoints are those of `trainer=ddp`.
+    Each rank keeps the averaged gradients and the optimizer state of its shard of the trainable
+    parameters (Rajbhandari et al. 2020, arXiv:1910.02054). DeepSpeed receives only the trainable
+    parameters and the loss. The frozen base, precision and checkpoints work as in `trainer=ddp`.
 
     Args:
-        process_group_backend: of torch.distributed; None: the one that suits the device.
-        timeout: of a collective.
+        process_group_backend: Backend of torch.distributed. Defaults to None, the backend that
+            suits the device.
+        timeout: Timeout of a collective. Defaults to torch's default.
     """
 
     def __init__(
@@ -46,18 +47,18 @@ class ZeroStrategy(DataParallelStrategy):
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self._engine: Any = None
         self._trained: list[list[nn.Parameter]] = []
-        """Of each of the optimizer's groups."""
+        """Trainable parameters of each optimizer group."""
 
     @staticmethod
     def check(optimizer: str, precision: str) -> None:
-        """Makes sure that a run can be done by DeepSpeed as by any other strategy.
+        """Check that DeepSpeed gives the same result as any other strategy.
 
         Args:
-            optimizer: name of its class.
-            precision: Lightning's name of it.
+            optimizer: Class name of the optimizer.
+            precision: Lightning's name of the precision.
 
         Raises:
-            UserError: DeepSpeed is absent, or the settings would give another result with it.
+            UserError: If DeepSpeed is not installed, or gives another result with these settings.
         """
         if optimizer not in SUPPORTED:
             raise UserError(
@@ -76,7 +77,7 @@ class ZeroStrategy(DataParallelStrategy):
             )
 
     def configure_ddp(self) -> None:
-        """Nothing: DeepSpeed averages the gradients."""
+        """Do nothing, because DeepSpeed averages the gradients."""
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -97,7 +98,7 @@ class ZeroStrategy(DataParallelStrategy):
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        # A kernel for inference on a CPU, which would be compiled first.
+        # Disable a CPU inference kernel, which DeepSpeed otherwise compiles first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             self._process_group_backend, auto_mpi_discovery=False, verbose=False
@@ -109,8 +110,8 @@ class ZeroStrategy(DataParallelStrategy):
             model_parameters=trained,
             optimizer=optimizer,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # it has to be given, and is used to log alone
-                "managed_gradient_accumulation": False,  # a step is made when it is asked for
+                "train_micro_batch_size_per_gpu": 1,  # required, but used only for logging
+                "managed_gradient_accumulation": False,  # each call of step() makes a step
                 "zero_optimization": {"stage": 2, "reduce_bucket_size": min(size, BUCKET)},
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": clip,
@@ -124,8 +125,8 @@ class ZeroStrategy(DataParallelStrategy):
         return closure_loss
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Has the coming step multiply its gradients by a factor, before they are clipped."""
-        # What the loss was multiplied by, DeepSpeed says; it divides by that.
+        """Multiply the gradients of the next step by a factor, before they are clipped."""
+        # DeepSpeed divides the gradients by its loss scale.
         self._engine.optimizer.loss_scale = 1 / factor
 
     def optimizer_step(
@@ -144,10 +145,10 @@ class ZeroStrategy(DataParallelStrategy):
             self._engine.destroy()
             self._engine = None
 
-    # Checkpoints hold torch's own state of the optimizer, whole: any strategy goes on from them.
+    # Checkpoints hold torch's own optimizer state, whole, so any strategy can resume from them.
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """State of the optimizer without DeepSpeed; every process has to ask."""
+        """Return the optimizer state without DeepSpeed; every rank must call this."""
         shared = self._engine.optimizer.optimizer
         state: dict[int, dict[str, Any]] = {}
         groups = []
@@ -181,7 +182,7 @@ class ZeroStrategy(DataParallelStrategy):
 
 
 class _Trained(nn.Module):
-    """What DeepSpeed sees of a model: the parameters that are trained, and the loss."""
+    """DeepSpeed's view of a model, with only its trainable parameters and its loss."""
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
         super().__init__()
@@ -191,19 +192,19 @@ class _Trained(nn.Module):
         return loss
 
 
-# A group's parameters are one vector after the other, padded at the end and cut evenly.
+# DeepSpeed flattens a group's parameters into one vector, pads its end and shards it evenly.
 
 
 def _whole(value: Any, share: Tensor, trained: list[nn.Parameter]) -> list[Any]:
-    """For each parameter of a group a value of the optimizer's, from the shares of all processes.
+    """Gather an optimizer value from the shards of all ranks, one value per parameter of a group.
 
     Args:
-        value: this process's share, or what holds for the whole group: the count of steps.
-        share: this process's share of the parameters.
-        trained: the parameters.
+        value: This rank's shard of the value, or a value for the whole group (the step count).
+        share: This rank's shard of the parameters.
+        trained: Parameters of the group.
     """
     if not isinstance(value, Tensor) or value.shape != share.shape:
-        # Each its own: a count that all shared would be raised by each of them.
+        # Copy, because each parameter's step would increment a shared count.
         return [copy.deepcopy(value) for _ in trained]
     shares = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, value)
@@ -213,7 +214,7 @@ def _whole(value: Any, share: Tensor, trained: list[nn.Parameter]) -> list[Any]:
 
 
 def _share(values: list[Any], share: Tensor) -> Any:
-    """The reverse of `_whole`."""
+    """Return this rank's shard of a value, the inverse of `_whole`."""
     if not isinstance(values[0], Tensor) or values[0].dim() == 0:
         return values[0]
     size = share.numel()

@@ -1,7 +1,7 @@
-"""Processes that torchrun or srun have started: which folder is theirs, and whether they go on.
+"""Output folder and restarts of processes that torchrun or srun starts.
 
-Lightning starts the processes of one machine itself and tells them their folder. Those that come
-from outside begin alone, each with the same command line.
+Lightning starts the processes of one machine itself and passes them their folder. Processes that
+an external launcher starts begin alone, each with the same command line.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from datetime import timedelta
 from lora_lightning.errors import UserError
 
 WARNING = getattr(signal, "SIGUSR1", None)
-"""With which SLURM, asked by --signal=SIGUSR1@90, warns of its time limit."""
+"""Signal with which SLURM warns of its time limit, given --signal=SIGUSR1@90."""
 PATIENCE = 10.0
-"""Seconds by which processes of one machine may be apart."""
+"""Seconds that processes of one machine may be apart."""
 
 
 def torchrun() -> bool:
-    """Whether this process is one of several that torchrun has started."""
+    """Return whether this process is one of several that torchrun started."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def slurm() -> bool:
-    """Whether this process is a task of a SLURM job; Lightning sees it the same way."""
+    """Return whether this process is a task of a SLURM job, by Lightning's own criterion."""
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ and not interactive
 
 
 def from_outside() -> bool:
-    """Whether this run's processes are started by others than Lightning."""
+    """Return whether an external launcher, not Lightning, starts this run's processes."""
     return torchrun() or slurm()
 
 
 def one_of_many() -> bool:
-    """Whether the same command runs in other processes beside this one."""
-    if "SLURM_STEP_ID" in os.environ:  # srun has started it
+    """Return whether the same command also runs in other processes."""
+    if "SLURM_STEP_ID" in os.environ:  # srun started this process
         return int(os.environ.get("SLURM_NTASKS", "1")) > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def check_nodes(count: int) -> None:
-    """Makes sure that other machines can join, for which this one would wait half an hour.
+    """Check that other machines can join; without the check, this one waits half an hour for them.
 
     Args:
-        count: trainer.num_nodes.
+        count: `trainer.num_nodes`.
 
     Raises:
-        UserError: there are to be several, and nothing says where they meet.
+        UserError: If there are several nodes, and no setting says where they meet.
     """
     told = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
     if count > 1 and not from_outside() and not any(name in os.environ for name in told):
@@ -67,32 +67,32 @@ def check_nodes(count: int) -> None:
 
 
 def rank() -> int:
-    """This process's number among those of its run; 0 where there is no other."""
+    """Return this process's rank in its run, 0 if it is the only process."""
     return int(os.environ.get("SLURM_PROCID" if slurm() else "RANK", "0"))
 
 
 def started_again() -> bool:
-    """Whether these processes take the place of others that were stopped."""
+    """Return whether the launcher restarted these processes after a stop."""
     again = os.environ.get("SLURM_RESTART_COUNT" if slurm() else "TORCHELASTIC_RESTART_COUNT", "0")
     return int(again) > 0
 
 
 def started_by_rank_zero() -> bool:
-    """Whether Lightning's rank 0 has started this process beside itself."""
+    """Return whether Lightning's rank 0 started this process."""
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not from_outside()
 
 
 def let_rank_zero_tell() -> None:
-    """Gives rank 0 the time to meet the same mistake, tell it and end, and this process with it.
+    """Give rank 0 time to hit the same error, report it and end, which ends this process too.
 
-    Comes back where the mistake is this process's alone.
+    The function returns if only this process has the error.
     """
     if not tells():
         time.sleep(PATIENCE)
 
 
 def tells() -> bool:
-    """Whether this process is the one of its run whose messages a user sees first."""
+    """Return whether this is the process whose messages a user sees first."""
     return not started_by_rank_zero() and not (from_outside() and rank() > 0)
 
 
@@ -102,14 +102,14 @@ LOST = re.compile(
 
 
 def has_lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process of the run has ended: what gloo and NCCL say."""
+    """Return whether a gloo or NCCL error reports that another process of the run ended."""
     return isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def leave() -> None:
-    """Leaves the other processes of a run that has ended, if there are any.
+    """Destroy the process group of a run that has ended, if there is one.
 
-    Lightning does so for NCCL alone; a process that ends amid those of gloo may be aborted by it.
+    Lightning does so only for NCCL. gloo may abort a process that exits without leaving its group.
     """
     import torch.distributed as dist
 
@@ -118,19 +118,19 @@ def leave() -> None:
 
 
 def end_with_starter() -> None:
-    """Within a process that Lightning's rank 0 has started: ends it when that one is gone."""
+    """End this process, which Lightning's rank 0 started, when rank 0 is gone."""
     starter = os.getppid()
 
     def watch() -> None:
         while os.getppid() == starter:
             time.sleep(1.0)
-        os._exit(1)  # it may hang in a collective, which no exception would reach
+        os._exit(1)  # no exception reaches a process that hangs in a collective
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def requeue_if_warned(signum: int) -> None:
-    """Where SLURM has warned of its time limit, asks it to start this job again."""
+    """Ask SLURM to requeue this job if `signum` is its time limit warning."""
     if not slurm() or rank() > 0 or signum != WARNING:
         return
     job = _slurm_job()
@@ -146,23 +146,23 @@ def requeue_if_warned(signum: int) -> None:
 
 
 def _slurm_job() -> str:
-    """The job's number, of an array with the task's."""
+    """Return the job ID, with the task ID for a job array."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
 def common_folder(make: Callable[[], str]) -> str:
-    """One folder for all processes of this job, where the user named none.
+    """Return one output folder for all processes of this job, for users who set none.
 
-    It goes by the job's number, or torchrun's --rdzv-id, which stay when the job is started again.
-    Where torchrun has no id, rank 0 makes up a folder.
+    Its name contains the job ID or torchrun's --rdzv-id, which stay the same after a restart.
+    If torchrun has no ID, rank 0 chooses a folder.
 
     Args:
-        make: makes up a folder.
+        make: Function that returns a new folder.
 
     Raises:
-        UserError: the processes have no way to agree.
+        UserError: If the processes have no way to agree on a folder.
     """
     if slurm():
         return f"outputs/slurm-{_slurm_job()}"

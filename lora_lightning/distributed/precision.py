@@ -1,4 +1,4 @@
-"""Which number format a run computes in: trainer.precision and model.dtype, settled together."""
+"""Precision of a run, resolved from trainer.precision and model.dtype together."""
 
 from __future__ import annotations
 
@@ -26,33 +26,38 @@ TO_LOAD = {"32-true": "float32", "tf32": "float32", "bf16-true": "bfloat16"}
 
 @dataclass(frozen=True)
 class Precision:
-    """How a run computes. What is trained is fp32 in every case.
+    """Precision that a run computes in.
 
-    32-true: all in fp32. tf32: the same, with fp32 products in TF32 on a GPU. bf16-true: frozen
-    weights and activations in bf16. bf16-mixed, 16-mixed: frozen weights as `dtype` says, products
-    in 16 bits by autocast. With 16 bits, what fp32 products remain use TF32 too.
+    Trainable parameters are always fp32. The precisions are:
+
+    * 32-true: everything in fp32.
+    * tf32: like 32-true, but fp32 matmuls use TF32 on a GPU.
+    * bf16-true: frozen weights and activations in bf16.
+    * bf16-mixed, 16-mixed: frozen weights in `dtype`, matmuls in 16 bits by autocast.
+
+    In the 16-bit precisions, the remaining fp32 matmuls use TF32 too.
     """
 
     name: str
-    """One of `PRECISIONS`, but for auto."""
+    """One of `PRECISIONS`, except auto."""
     dtype: str
-    """Type of the frozen weights: `model.dtype`."""
+    """Dtype of the frozen weights, `model.dtype`."""
 
 
 def for_lightning(name: str) -> str:
-    """What Lightning's Trainer is given: its own bf16-true would cast the adapter too."""
+    """Return the precision for Lightning's Trainer, whose own bf16-true also casts the adapter."""
     return "32-true" if name in ("bf16-true", "tf32") else name
 
 
 @contextmanager
 def fast_products(precision: str, accelerator: str) -> Iterator[None]:
-    """Lets fp32 products of a GPU use TF32 within the block, unless the precision is 32-true.
+    """Let fp32 matmuls on a GPU use TF32 within the block, unless the precision is 32-true.
 
-    The setting is the process's, and threads of a packed sweep enter and leave at times of their
-    own: it holds until the last has left.
+    The setting is global to the process. Threads of a packed sweep enter and leave the block at
+    different times, so TF32 stays on until the last one leaves.
 
     Args:
-        precision: one of `PRECISIONS`, settled.
+        precision: A resolved precision, one of `PRECISIONS`.
         accelerator: `trainer.accelerator`.
     """
     if precision == "32-true" or not _on_gpu(accelerator):
@@ -66,7 +71,7 @@ def fast_products(precision: str, accelerator: str) -> Iterator[None]:
 
 
 class _Tf32:
-    """TF32 as long as there is a block that wants it."""
+    """Reference count of the blocks that need TF32, which is on while the count is positive."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,17 +103,17 @@ def settle_precision(
     accelerator: str = "auto",
     sharded: bool = False,
 ) -> Precision:
-    """The precision of a run. "auto" takes 16 bits where the hardware is fast at them.
+    """Resolve the precision of a run; "auto" uses 16 bits if the hardware is fast at them.
 
     Args:
         asked: `trainer.precision`.
-        dtype: `model.dtype`; "auto": what suits the precision.
-        full: whether the whole model is trained, whose weights then have to be fp32.
-        accelerator: `trainer.accelerator`.
-        sharded: whether processes hold shares of the base or of the optimizer's state.
+        dtype: `model.dtype`. "auto" uses the dtype that suits the precision.
+        full: Whether the whole model is trained, which requires fp32 weights.
+        accelerator: `trainer.accelerator`. Defaults to "auto".
+        sharded: Whether the base or the optimizer state is sharded. Defaults to False.
 
     Raises:
-        UserError: no such precision, or one in which training would silently go wrong.
+        UserError: If the precision does not exist, or training in it silently goes wrong.
     """
     name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "None": "32-true"}.get(
         str(asked), str(asked)
@@ -163,10 +168,10 @@ def settle_precision(
 
 
 def refuse_scaled_loss(precision: str) -> None:
-    """Raises UserError for a precision that skips steps, where processes hold shares.
+    """Raise UserError for a precision that skips steps, which sharded training does not support.
 
     Args:
-        precision: Lightning's name of it.
+        precision: Lightning's name of the precision.
     """
     if precision == "16-mixed":
         raise UserError(
@@ -176,7 +181,7 @@ def refuse_scaled_loss(precision: str) -> None:
 
 
 def _fastest(accelerator: str, *, full: bool, sharded: bool) -> str:
-    """The precision that the hardware is fastest at."""
+    """Return the precision that is fastest on this hardware."""
     if bf16_is_fast(accelerator):
         return "bf16-mixed" if full else "bf16-true"
     return "16-mixed" if not sharded and fp16_is_fast(accelerator) else "32-true"
@@ -185,22 +190,22 @@ def _fastest(accelerator: str, *, full: bool, sharded: bool) -> str:
 def with_precision(
     config: DictConfig, recorded: str | None = None, *, trains: bool = True
 ) -> DictConfig:
-    """The config with `trainer.precision` and `model.dtype` settled, where they are left to us.
+    """Return a copy of the config with `trainer.precision` and `model.dtype` resolved.
 
     Args:
-        config: a composed config.
-        recorded: the precision that the run, now gone on with, began with.
-        trains: whether there is training ahead, and not evaluation alone.
+        config: A composed config.
+        recorded: Original precision of the run to resume. Defaults to None, a new run.
+        trains: Whether the run trains, not only evaluates. Defaults to True.
 
     Raises:
-        UserError: as `settle_precision`.
+        UserError: If `settle_precision` raises it.
     """
     asked = config.trainer.get("precision", "auto")
     accelerator = str(config.trainer.get("accelerator", "auto"))
     strategy = str(config.trainer.get("strategy", ""))
     dtype = config.model.dtype
     if not trains and dtype == "float16" and not _on_gpu(accelerator):
-        dtype = "float32"  # an adapter trained on a GPU without bf16
+        dtype = "float32"  # the adapter was trained on a GPU without bf16
     precision = settle_precision(
         recorded if recorded is not None and asked == "auto" else asked,
         dtype,
@@ -215,7 +220,7 @@ def with_precision(
 
 
 def chosen_for_the_user(config: DictConfig, settled: DictConfig) -> str | None:
-    """What to tell of a precision that nobody asked for; None where there is nothing to tell."""
+    """Return a message on an automatically chosen precision, or None if no message is needed."""
     asked = config.trainer.get("precision", "auto") != "auto" or config.model.dtype != "auto"
     if asked:
         return None
@@ -236,7 +241,7 @@ def chosen_for_the_user(config: DictConfig, settled: DictConfig) -> str | None:
 
 
 def bf16_is_fast(accelerator: str = "auto") -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware, and a CPU faster than fp32."""
+    """Return whether bf16 matmuls run in hardware and, on a CPU, faster than in fp32."""
     if _on_gpu(accelerator):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     times = cpu_times() if is_on_cpu(accelerator) else None
@@ -245,19 +250,19 @@ def bf16_is_fast(accelerator: str = "auto") -> bool:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a product of matrices on this CPU."""
+    """Seconds of a matmul on this CPU, by dtype."""
 
     float32: float
     bfloat16: float
 
 
 def cpu_times() -> Times | None:
-    """How long a CPU takes in fp32 and in bf16; None where it has no bf16 in hardware.
+    """Return this CPU's times in fp32 and bf16, or None if it has no bf16 in hardware.
 
-    Instructions alone do not tell: on Xeons with avx512_bf16 and without AMX fp32 is faster. It is
-    timed once a machine and kept in the cache, where all processes find the same answer.
+    The instruction set is not enough. On Xeons with avx512_bf16 but without AMX, fp32 is faster.
+    The times are measured once per machine and cached, so that all processes use the same values.
     """
-    # torch has no public question for these.
+    # torch has no public functions for these checks.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     if not any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
         return None
@@ -267,18 +272,18 @@ def cpu_times() -> Times | None:
     times = Times(_seconds(torch.float32), _seconds(torch.bfloat16))
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # damaged: another takes its place
+        with suppress(OSError):  # replace a damaged file
             kept.unlink()
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".times-") as folder:
             written = Path(folder) / kept.name
             written.write_text(json.dumps(asdict(times)), encoding="utf-8")
-            with suppress(FileExistsError):  # of several processes the first decides
+            with suppress(FileExistsError):  # the first of several processes wins
                 os.link(written, kept)
     return _read_times(kept) or times
 
 
 def _kept_times() -> Path:
-    """The file of this machine: its processor, its threads and torch decide what is faster."""
+    """Return this machine's cache file, named by what decides speed: CPU, threads and torch."""
     import datasets
 
     processor = platform.processor()
@@ -301,7 +306,7 @@ def _read_times(path: Path) -> Times | None:
 
 @torch.inference_mode()
 def _seconds(dtype: torch.dtype) -> float:
-    """The least time of a few products of the size of a small layer's, after one to warm up."""
+    """Return the shortest time of a few matmuls of a small layer's size, after one warm-up."""
     rows, weight = (torch.ones(size, 768, dtype=dtype, device="cpu") for size in (64, 768))
     least = float("inf")
     for turn in range(3):
@@ -313,14 +318,14 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def is_on_cpu(accelerator: str) -> bool:
-    """Whether a run computes on the CPU."""
+    """Return whether a run computes on the CPU."""
     if accelerator == "auto":
         return not torch.cuda.is_available() and not torch.backends.mps.is_available()
     return accelerator == "cpu"
 
 
 def fp16_is_fast(accelerator: str = "auto") -> bool:
-    """Whether this machine's GPU multiplies fp16 matrices by tensor cores (Volta, Turing)."""
+    """Return whether this machine's GPU has fp16 tensor cores (Volta, Turing)."""
     return _on_gpu(accelerator) and torch.cuda.get_device_capability() >= (7, 0)
 
 

@@ -1,11 +1,15 @@
-"""A frozen base in shares, one to each process.
+"""Loading of a frozen base that is sharded over the ranks.
 
-transformers shards the base while it reads the file, so that no process ever holds all of it: by
-layers that are gathered when their turn comes (FSDP2, Zhao et al. 2023, arXiv:2304.11277), by rows
-and columns of their matrices (tensor parallelism, Shoeybi et al. 2019, arXiv:1909.08053), or both.
-Where the adapter lies then, `placement` says.
+transformers shards the base while it reads the file, so no rank ever holds all of it. Two methods
+can be combined:
 
-This file alone knows of DTensor.
+* FSDP2 gathers each layer when its turn comes (Zhao et al. 2023, arXiv:2304.11277).
+* Tensor parallelism shards the rows and columns of the layers' matrices (Shoeybi et al. 2019,
+  arXiv:1909.08053).
+
+`adapter_sharding` describes where the adapter is then stored.
+
+Only this file uses DTensor.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from lora_lightning.lora import UserError
 DATA, TENSOR = "data_parallel", "tensor_parallel"
 """Lightning's names of the dimensions of its device mesh."""
 
-# Of encoders that transformers has no plan for; names within the backbone, its own styles.
+# Plan for encoders that transformers has no plan for. Names are relative to the backbone, and the
+# styles are transformers' own.
 _BERT = {
     "encoder.layer.*.attention.self.query": "colwise",
     "encoder.layer.*.attention.self.key": "colwise",
@@ -40,12 +45,12 @@ _BERT = {
     "encoder.layer.*.output.dense": "rowwise",
 }
 TENSOR_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT)
-"""By model_type: how each layer's matrices are cut."""
+"""Tensor-parallel style of each layer's matrices, by model_type."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes of a run, as data x tensor: a batch for each row of them.
+    """Ranks of a run as a data x tensor mesh, with one batch per row of the mesh.
 
     Args:
         mesh: Lightning's device mesh, with the dimensions `DATA` and `TENSOR`.
@@ -55,42 +60,42 @@ class Shards:
 
     @functools.cached_property
     def data(self) -> int:
-        """Processes that see different rows; the base's layers are spread over them."""
+        """Number of ranks that see different rows; the base's layers are sharded over them."""
         return self.mesh[DATA].size()
 
     @functools.cached_property
     def tensor(self) -> int:
-        """Processes that share the matrices of a layer, and see the same rows."""
+        """Number of ranks that shard the matrices of a layer and see the same rows."""
         return self.mesh[TENSOR].size()
 
     @functools.cached_property
     def data_rank(self) -> int:
-        """This process's place among those that see different rows."""
+        """This process's rank among the ranks that see different rows."""
         return self.mesh[DATA].get_local_rank()
 
     @functools.cached_property
     def data_group(self) -> dist.ProcessGroup:
-        """The processes that hold what this one does, and see other rows."""
+        """Group of the ranks that hold the same shards as this one and see different rows."""
         return self.mesh[DATA].get_group()
 
     @functools.cached_property
     def tensor_group(self) -> dist.ProcessGroup:
-        """The processes that share this one's matrices."""
+        """Group of the ranks that shard the same matrices as this one."""
         return self.mesh[TENSOR].get_group()
 
     @functools.cached_property
     def tensor_rank(self) -> int:
-        """This process's place among them."""
+        """This process's rank in `tensor_group`."""
         return self.mesh[TENSOR].get_local_rank()
 
 
 def loading_options(
     auto_class: Any, model_config: Any, shards: Shards | None, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Arguments of from_pretrained with which a base is sharded while it loads.
+    """Return the from_pretrained arguments that shard a base while it loads.
 
     Raises:
-        UserError: this transformers cannot, or it has no plan for the model.
+        UserError: If this transformers cannot shard, or has no plan for the model.
     """
     if shards is None or shards.data * shards.tensor == 1:
         return {}
@@ -123,7 +128,7 @@ def loading_options(
 
 
 def check_accelerator(device_type: str) -> None:
-    """Raises UserError for processes on another kind of device than transformers shards on."""
+    """Raise UserError if ranks run on another device type than transformers shards on."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type != device_type:
         raise UserError(
@@ -135,9 +140,9 @@ def check_accelerator(device_type: str) -> None:
 
 @contextmanager
 def local_rank_in_environment(local_rank: int) -> Iterator[None]:
-    """Sets LOCAL_RANK, from which transformers takes its device while it shards a model.
+    """Set LOCAL_RANK, from which transformers takes its device while it shards a model.
 
-    srun sets SLURM_LOCALID alone, and each task of a node would take the first GPU.
+    srun sets only SLURM_LOCALID. Without LOCAL_RANK, every task of a node uses the first GPU.
     """
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(local_rank)
@@ -151,7 +156,7 @@ def local_rank_in_environment(local_rank: int) -> Iterator[None]:
 
 
 def check_heads(model_config: Any, tensor: int) -> None:
-    """Raises UserError for heads of attention that cannot be cut evenly."""
+    """Raise UserError if the attention heads cannot be sharded evenly."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
     for key in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(text or model_config, key, None)
@@ -164,7 +169,7 @@ def check_heads(model_config: Any, tensor: int) -> None:
 
 
 def _repeated_layers(model: nn.Module) -> list[str]:
-    """Names of the layers that follow each other, with * for their numbers."""
+    """Return the names of the repeated layers, with * in place of their numbers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     named = model.named_modules()
@@ -173,21 +178,21 @@ def _repeated_layers(model: nn.Module) -> list[str]:
 
 
 def with_wildcards(name: str) -> str:
-    """A name in which each number is a *, as plans have it."""
+    """Return a name with each number replaced by *, as in sharding plans."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def take_whole(model: nn.Module, name: str, *, draw_again: bool) -> None:
-    """Replaces a module by one with plain tensors on the CPU, the same in every process.
+    """Replace a module with a copy in plain CPU tensors, the same on every rank.
 
     Args:
-        model: sharded, or on a GPU.
-        name: the module's.
-        draw_again: whether its first values are drawn again: by the CPU's generator, so that they
-            are the same on any device and in any number of processes.
+        model: Model that is sharded or on a GPU.
+        name: Name of the module.
+        draw_again: Whether to draw its initial values again. The CPU's generator draws them, so
+            they are the same on any device and with any number of ranks.
 
     Raises:
-        UserError: it is a unit of its own of FSDP2, as the head of a language model is.
+        UserError: If the module is a separate FSDP2 unit, like the head of a language model.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -222,12 +227,12 @@ def _same_kind(original: Tensor, plain: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its values; of a sharded one every process has to ask."""
+    """Return the unsharded tensor; every rank must call this for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor that tensor parallelism cuts, or has whole everywhere."""
+    """Return this rank's part of a tensor that tensor parallelism shards or replicates."""
     if not isinstance(tensor, DTensor):
         return tensor
     assert tensor.device_mesh.ndim == 1, "a layer that FSDP2 has not gathered"
@@ -236,17 +241,17 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Gives every process rank 0's values: those drawn on different GPUs may differ."""
+    """Copy rank 0's values to all ranks, because values drawn on different GPUs may differ."""
     for tensor in tensors:
         dist.broadcast(tensor, src=0)
 
 
 def same_everywhere(number: int, device: torch.device) -> bool:
-    """Whether all processes of a run give the same number; all have to ask.
+    """Return whether all ranks pass the same number; every rank must call this.
 
     Args:
-        number: less than 2^63.
-        device: this process's.
+        number: Number less than 2^63.
+        device: Device of this rank.
     """
     ends = torch.tensor([number, -number], device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
@@ -254,18 +259,18 @@ def same_everywhere(number: int, device: torch.device) -> bool:
 
 
 def gathers_layers(model: nn.Module) -> bool:
-    """Whether a pass through the model gathers its layers from processes that see other rows."""
+    """Return whether a pass through the model gathers layers from ranks that see other rows."""
     return bool(getattr(model, "_is_fsdp_managed_module", False))
 
 
 @contextmanager
 def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Holds a part of a model whole, to be called apart from the model's own forward pass.
+    """Gather a part of a model, to call it outside the model's own forward pass.
 
-    Of a base whose layers are gathered from other processes (FSDP2) all processes have to enter.
-    The part's weights are gathered once, and dropped at the end where they were in shares before.
-    FSDP2's hooks are off meanwhile: they would drop the weights after each call, and count it as a
-    pass of the model.
+    If other ranks hold shards of the layers (FSDP2), all ranks must enter the block.
+    The part's weights are gathered once. On exit, weights that were sharded before are resharded.
+    FSDP2's hooks are disabled within the block. Otherwise they drop the weights after each call
+    and count the call as a pass of the model.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -296,7 +301,7 @@ def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
 
 
 def most(model: nn.Module, number: int) -> int:
-    """The largest number of any of the processes that go through the model together."""
+    """Return the largest number over the ranks that run the model together."""
     if not gathers_layers(model):
         return number
     largest = torch.tensor(number, device=next(model.parameters()).device)

@@ -1,4 +1,4 @@
-"""Lightning's strategies as this package needs them: on one device, in copies, and sharded."""
+"""Lightning strategies for one device, for data parallelism and for a sharded base."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ BY_ELEMENT = (
     *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 )
-"""Optimizers that treat each number by itself, so that they can treat shares of a matrix."""
+"""Elementwise optimizers, which can update shards of a matrix."""
 
 
 class _Resident(Strategy):
-    """Leaves the module on its device when a loop of the Trainer ends.
+    """Strategy that leaves the module on its device when a Trainer loop ends.
 
-    Lightning moves it to the host's memory after every fit, validation and test: a copy of the
-    frozen base from each process, four times a run.
+    Lightning moves the module to host memory after every fit, validation and test. Each rank then
+    copies the frozen base four times per run.
     """
 
     def teardown(self) -> None:
@@ -50,17 +50,17 @@ class _Resident(Strategy):
 
 
 class OneDeviceStrategy(SingleDeviceStrategy, _Resident):
-    """One device."""
+    """Strategy for one device."""
 
 
 class DataParallelStrategy(DDPStrategy, _Resident):
-    """Several processes, each with the whole model and rows of its own (DDP).
+    """Strategy whose ranks hold the whole model and see different rows (DDP).
 
-    Frozen tensors are not broadcast: every process reads them from the same files. Buffers are
-    constants here, and gradients are stored once.
+    Frozen tensors are not broadcast, because every rank reads them from the same files. Buffers
+    are constant here, and gradients are stored once.
 
     Args:
-        kwargs: as Lightning's DDPStrategy.
+        kwargs: Arguments of Lightning's DDPStrategy.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -75,17 +75,17 @@ class DataParallelStrategy(DDPStrategy, _Resident):
 
 
 def ignore_frozen(model: nn.Module) -> None:
-    """Keeps DDP, and Lightning's tests and validations, from broadcasting frozen tensors."""
+    """Keep DDP and Lightning's validation and test loops from broadcasting frozen tensors."""
     frozen = [name for name, tensor in model.named_parameters() if not tensor.requires_grad]
     frozen += [name for name, _ in model.named_buffers() if not is_statistic(name)]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
 
 
 def resident(chosen: Strategy | str) -> Strategy | str:
-    """Lightning's strategy as one of ours, where we have one.
+    """Replace a Lightning strategy with this package's counterpart, if there is one.
 
     Args:
-        chosen: what Lightning takes, or has chosen.
+        chosen: Strategy that Lightning accepts or has chosen.
     """
     if type(chosen) is SingleDeviceStrategy:
         return OneDeviceStrategy(chosen.root_device)
@@ -97,13 +97,17 @@ def resident(chosen: Strategy | str) -> Strategy | str:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Several processes, each with a share of the frozen base: see `parallel` and `placement`.
+    """Strategy whose ranks each hold a shard of the frozen base.
+
+    See `sharded_loading` and `adapter_sharding`.
 
     Args:
-        tensor_parallel_size: processes that share the matrices of a layer; None: all of a machine.
-            The base's layers are spread over the others (FSDP2), which see different rows.
-        process_group_backend: of torch.distributed; None: the one that suits the device.
-        timeout: of a collective.
+        tensor_parallel_size: Number of ranks that shard the matrices of a layer. None means all
+            ranks of a machine. Defaults to 1. The base's layers are sharded over the other ranks
+            (FSDP2), which see different rows.
+        process_group_backend: Backend of torch.distributed. Defaults to None, the backend that
+            suits the device.
+        timeout: Timeout of a collective. Defaults to torch's default.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def tensor_size(self) -> int:
-        """Processes that are to share the matrices of a layer."""
+        """Number of ranks that shard the matrices of a layer."""
         return self.num_processes if self.asked is None else self.asked
 
     def setup_environment(self) -> None:
@@ -136,7 +140,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @staticmethod
     def check(optimizer: str) -> None:
-        """Raises UserError for an optimizer that would not do the same on shares of a matrix."""
+        """Raise UserError for an optimizer whose updates differ on shards of a matrix."""
         if optimizer not in BY_ELEMENT:
             raise UserError(
                 f"optim.name={optimizer} looks at whole matrices, and in tensor parallelism each "
@@ -150,7 +154,7 @@ class ShardedStrategy(ModelParallelStrategy):
             for optimizer in self.optimizers:
                 self.check(type(optimizer).__name__)
 
-    # A checkpoint holds what is trained whole: it is that of any other strategy.
+    # A checkpoint holds unsharded trainable parameters, as with any other strategy.
     lightning_restore_optimizer: Any = True
     lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
     load_model_state_dict: Any = Strategy.load_model_state_dict
@@ -158,7 +162,7 @@ class ShardedStrategy(ModelParallelStrategy):
     load_checkpoint: Any = Strategy.load_checkpoint
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of the optimizer with whole matrices; every process has to ask."""
+        """Return the optimizer state with whole matrices; every rank must call this."""
         state = Strategy.optimizer_state(self, optimizer)
         return self._placement.whole_state(optimizer, state)  # type: ignore[no-any-return]
 
@@ -173,14 +177,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def refuse_strategy(name: str) -> None:
-    """Refuses strategies under which a run would train something else than it says.
+    """Raise UserError for strategies under which a run trains something else than configured.
 
     Args:
-        name: of the strategy, or of its class.
+        name: Name of the strategy or of its class.
 
     Raises:
-        UserError: Lightning's for DeepSpeed takes precision and checkpoints out of our hands; FSDP
-            in its first version gathers frozen weights to checkpoints and cannot clip by norm.
+        UserError: If the strategy is Lightning's DeepSpeed strategy or the first version of FSDP.
+            The former takes control of precision and checkpoints. The latter gathers frozen weights
+            into checkpoints and cannot clip by norm.
     """
     kind = name.lower()
     if kind.startswith("deepspeed"):
@@ -195,7 +200,7 @@ def refuse_strategy(name: str) -> None:
 
 
 def refuse_full(strategy: object, *, full: bool) -> None:
-    """Raises UserError where the base itself is to be trained and is in shares."""
+    """Raise UserError for full fine-tuning of a sharded base."""
     if full and isinstance(strategy, ShardedStrategy):
         raise UserError(
             "lora=full trains the base itself, which is in shares here: use trainer=ddp."
@@ -203,7 +208,7 @@ def refuse_full(strategy: object, *, full: bool) -> None:
 
 
 def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) -> None:
-    """Multiplies the gradients of the coming step of the optimizer by a factor, a scalar."""
+    """Multiply the gradients of the optimizer's next step by a scalar factor."""
     if hasattr(strategy, "scale_gradients"):
         strategy.scale_gradients(factor)
         return
@@ -214,9 +219,10 @@ def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) ->
 
 
 def sum_over_ranks(strategy: Strategy, tensor: Tensor) -> Tensor:
-    """Sums a tensor over all processes, in place.
+    """Sum a tensor over all ranks, in place.
 
-    Unlike `Strategy.reduce` it sets no barrier first, for which NCCL stops the host.
+    Unlike `Strategy.reduce`, this function sets no barrier first. A barrier of NCCL blocks the
+    host.
     """
     if getattr(strategy, "world_size", 1) > 1:
         dist.all_reduce(tensor)
@@ -224,7 +230,7 @@ def sum_over_ranks(strategy: Strategy, tensor: Tensor) -> Tensor:
 
 
 def data_ranks(trainer: Trainer) -> int:
-    """Processes that see different rows; in tensor parallelism fewer than all."""
+    """Return the number of ranks that see different rows, fewer than all in tensor parallelism."""
     strategy = trainer.strategy
     if isinstance(strategy, ShardedStrategy):
         return Shards(strategy.device_mesh).data
@@ -232,5 +238,5 @@ def data_ranks(trainer: Trainer) -> int:
 
 
 def in_step(strategy: Strategy) -> bool:
-    """Whether processes that see different rows have to make equally many forward passes."""
+    """Return whether ranks that see different rows must run equally many forward passes."""
     return isinstance(strategy, ShardedStrategy) and Shards(strategy.device_mesh).data > 1

@@ -1,1 +1,1 @@
-"""Trained adapters in use: predict, evaluate, chat, merge."""
+"""Use of trained adapters: predict, evaluate, chat, merge."""

@@ -1,4 +1,4 @@
-"""Talking with a trained model in a terminal."""
+"""Chat with a trained model in a terminal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ HELP = "Type a message; an empty line or Ctrl-D ends, /reset starts over."
 
 
 def answer(predictor: Predictor, text: str) -> str:
-    """Prints the answer to one text as it comes, and returns it."""
+    """Print the answer to one text as it is generated, and return it."""
     return _reply(predictor, row_of(predictor, text))
 
 
 def chat(predictor: Predictor) -> None:
-    """Reads lines and answers them, until an empty line or the end of input.
+    """Read lines and answer them, until an empty line or the end of input.
 
-    A model of the task `instruct` is told the whole conversation; any other each line alone.
+    A model of the task `instruct` sees the whole conversation; any other sees each line alone.
 
     Raises:
         UserError: the task does not generate text.

@@ -1,4 +1,4 @@
-"""Adapters from elsewhere made adapters of ours: `lora-lightning import`."""
+"""Conversion of other adapters to adapter folders of ours: `lora-lightning import`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from lora_lightning.utils.output_folders import refuse_loss
 from lora_lightning.utils.quiet import quiet_libraries
 
 TASKS = {"SEQ_CLS": "sentiment", "SEQ_2_SEQ_LM": "summarization"}
-"""Tasks by PEFT's types of them, where there is but one."""
+"""Tasks by PEFT task type, if the type has only one task."""
 
 
 def import_adapter(
@@ -55,17 +55,17 @@ def import_adapter(
     alpha: float | None = None,
     parts: Sequence[str] = PARTS,
 ) -> LoraModule:
-    """Writes an adapter folder of ours from a checkpoint of ours, a PEFT folder, or another tool's.
+    """Write an adapter folder of ours from a checkpoint of ours, a PEFT folder, or another tool.
 
     Args:
-        source: a .ckpt of a run, a PEFT folder, or a safetensors file (see `layouts`).
-        output: the new folder.
+        source: .ckpt file of a run, PEFT folder, or safetensors file (see `adapters.formats`).
+        output: new folder.
         overrides: settings of the base model and the task, as for training.
-        alpha: of a layout that does not store it.
-        parts: of a layout that does not say which of q, k and v are adapted.
+        alpha: alpha of a layout that does not store it.
+        parts: adapted parts, for a layout that does not store which of q, k and v are adapted.
 
     Returns:
-        The module with what was imported.
+        The module with the imported adapter or model.
 
     Raises:
         UserError: the source cannot be used, or does not fit the base model or the task.
@@ -103,12 +103,12 @@ def import_adapter(
 
 
 def _chosen(overrides: list[str]) -> set[str]:
-    """The keys that overrides give."""
+    """Return the keys that overrides set."""
     return {override.lstrip("+").partition("=")[0] for override in overrides}
 
 
 def _need_base_and_task(source: Path, overrides: list[str]) -> None:
-    """Raises UserError where the defaults would stand in for what the file cannot tell."""
+    """Raise UserError if defaults would replace settings that the file does not hold."""
     chosen = _chosen(overrides)
     lacking = [] if chosen & {"model", "model.name_or_path"} else ["model.name_or_path=..."]
     lacking += [] if "task" in chosen else ["task=NAME"]
@@ -119,7 +119,7 @@ def _need_base_and_task(source: Path, overrides: list[str]) -> None:
 
 
 def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
-    """What a run had learned at a checkpoint, with the settings that it holds."""
+    """Return the module of a checkpoint, with the settings stored in it."""
     content = read_checkpoint(path)
     own = content.get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     if not {"task", "model", "lora", "optim", "seed", "task_state"} <= own.keys():
@@ -143,7 +143,7 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
 
 
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
-    """The settings of the data of a checkpoint's run, where that run's config is there."""
+    """Return the data settings of a checkpoint's run, or the defaults if its config is absent."""
     path = checkpoint.parent.parent / ".hydra" / "config.yaml"
     if not path.is_file():
         return asdict(DataConfig())
@@ -153,7 +153,7 @@ def _data_of_run(checkpoint: Path) -> dict[str, Any]:
 
 
 def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
-    """A PEFT adapter, on the base that its config names where the call names none."""
+    """Return a PEFT adapter on its base, which its config names unless an override does."""
     checkpoints = sorted(folder.glob("*.ckpt"))
     if checkpoints and not (folder / CONFIG_NAME).is_file():
         raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
@@ -178,12 +178,12 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
 def _bare(
     config: DictConfig, *, kind: str | None = None, tokenizer: str | None = None
 ) -> tuple[LoraModule, list[str]]:
-    """The base model of a config, ready for its task, and the modules that are trained whole.
+    """Return the base model of a config, ready for its task, and its fully trained modules.
 
     Args:
-        config: composed.
-        kind: PEFT's type of the task that the adapter was trained for, if that is known.
-        tokenizer: folder of one that is not the base's.
+        config: composed config.
+        kind: PEFT task type that the adapter was trained for, if known.
+        tokenizer: folder of a tokenizer other than the base's.
     """
     settings = settings_of(config)
     task = build_task(settings.task)
@@ -225,7 +225,7 @@ def _put_on(
 
 
 def _as_peft(updates: dict[str, Update]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Updates as the settings and tensors of a plain adapter."""
+    """Return updates as the settings and tensors of a plain adapter."""
     ranks = {name: update.lora_A.shape[0] for name, update in updates.items()}
     alphas = {name: update.scaling * ranks[name] for name, update in updates.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))

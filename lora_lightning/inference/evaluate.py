@@ -1,4 +1,4 @@
-"""Measuring a trained adapter, with the settings it was saved with and this call's changes."""
+"""Evaluation of a trained adapter, with its saved settings and the changes of this call."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from .predictor import Predictor, load_trained
 
 
 def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
-    """Metrics of an adapter on the test split of the config's data.
+    """Return the metrics of an adapter on the test split of the config's data.
 
-    A file to test on is all that is read then: whoever was given an adapter has no training data.
+    If a test file is given, no other data is read, because an adapter's user may lack the training
+    data.
 
     Raises:
         UserError: the adapter or the data is wrong, or there is no test data.
@@ -33,14 +34,14 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     quiet_libraries()
     config = with_precision(config, trains=False)
     settings = settings_of(config)
-    # On all devices only where that is typed: all would test a share of the rows each.
+    # Use several devices only on request, because each would test only some of the rows.
     free = config.trainer.devices == "auto" and config.trainer.strategy == "auto"
     trainer = build_trainer(
         config,
         logger=False,
         callbacks=[],
         enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),  # else the bar would mix with the metrics' JSON
+        enable_progress_bar=sys.stdout.isatty(),  # in a file the bar would mix with the JSON
         **({"devices": 1} if free else {}),
     )
     device = trainer.strategy.root_device
@@ -68,7 +69,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
 
 
 def predictor_for(folder: Path, overrides: list[str]) -> Predictor:
-    """A predictor with an adapter's own settings, changed by overrides."""
+    """Return a predictor with an adapter's saved settings, changed by overrides."""
     config = over_saved(read_sidecar(folder)["settings"], overrides)
     quiet_libraries()
     settings = settings_of(config)
@@ -79,7 +80,7 @@ def predictor_for(folder: Path, overrides: list[str]) -> Predictor:
 
 
 def model_changes(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """The base model's settings, as saved with an adapter and changed by overrides."""
+    """Return the base model's settings, as saved with an adapter and changed by overrides."""
     return _as_model_settings(over_saved(read_sidecar(folder)["settings"], overrides))
 
 

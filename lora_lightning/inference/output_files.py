@@ -1,4 +1,4 @@
-"""Files that predict and evaluate write: never over what something else has written."""
+"""Checks on the output files of predict and evaluate, which never overwrite other files."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lora_lightning.adapters.folder import refuse_run
 from lora_lightning.lora import UserError
 
 _SHOWN = 5
-"""Names that a message tells at most."""
+"""Maximum number of names in a message."""
 _LONGEST = 2**26
-"""Bytes of a file that are looked at."""
+"""Maximum number of bytes read from a file."""
 
 
 def refuse_other_file(output: Path, *, by: str, sources: Iterable[Path] = ()) -> None:
-    """Refuse a place for a file where another's would be lost.
+    """Raise UserError if writing a file would overwrite the file of another program.
 
-    What the command itself has written there may be replaced.
+    A file that the command itself has written may be replaced.
 
     Args:
-        output: the file.
+        output: file to write.
         by: predict or evaluate.
-        sources: what the command reads.
+        sources: files and folders that the command reads.
 
     Raises:
-        UserError: it is what the command reads, lies among a run's own files, or was written by
-            something else.
+        UserError: the file is an input of the command, is among a run's own files, or was written
+            by another program.
     """
     refuse_run(output)
     for source in sources:
@@ -50,7 +50,7 @@ def refuse_other_file(output: Path, *, by: str, sources: Iterable[Path] = ()) ->
 
 
 def _first_value(path: Path, *, lines: bool) -> Any:
-    """The JSON of a file, or of its first line; None where it is none."""
+    """Return the JSON of a file, or of its first line; None if it is not JSON."""
     with path.open("rb") as handle:
         content = handle.readline(_LONGEST) if lines else handle.read(_LONGEST)
     try:
@@ -60,7 +60,7 @@ def _first_value(path: Path, *, lines: bool) -> Any:
 
 
 def _is_own(found: Any, by: str) -> bool:
-    """Whether a JSON value is such as a command writes."""
+    """Return whether a JSON value has the form that a command writes."""
     if not isinstance(found, dict):
         return False
     if by == "predict":

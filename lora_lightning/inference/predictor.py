@@ -1,4 +1,4 @@
-"""Using a trained adapter: load it, predict with it, evaluate it, merge it."""
+"""Use of a trained adapter: load, predict, evaluate, merge."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def load_trained(
     model: dict[str, Any] | None = None,
     device: str | torch.device | None = None,
 ) -> LoraModule:
-    """A LoraModule with the adapter that a run left in `folder`, in eval mode.
+    """Return a LoraModule in eval mode, with the adapter of a run in `folder`.
 
     Args:
-        folder: the adapter folder of a run.
-        model: changes to how the base model is loaded, such as {"dtype": "bfloat16"} or
-            {"name_or_path": "..."} where the base model has moved.
-        device: where to put it; None: a GPU if there is one.
+        folder: adapter folder of a run.
+        model: changes to how the base model is loaded, such as {"dtype": "bfloat16"}, or
+            {"name_or_path": "..."} if the base model has moved.
+        device: target device; None: a GPU if there is one.
 
     Raises:
-        UserError: the folder is damaged, or the base model is not the one it was trained on.
+        UserError: the folder is damaged, or the base model differs from the one used in training.
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
@@ -76,17 +76,17 @@ def load_trained(
         raise damaged(folder, error) from None
     model_settings = {**asdict(settings.model), **(model or {})}
     if settings.lora is None:
-        check_files(folder)  # those of an adapter are checked where it is loaded
+        check_files(folder)  # an adapter's files are checked when it is loaded
         model_settings["name_or_path"] = str(folder)
     config = ModelConfig(**model_settings)
     refuse_quantised(folder, on=config.quantization)
     if config.new_tokens != settings.model.new_tokens:
         raise UserError(f"adapter {folder} has its own model.new_tokens: leave that setting out.")
-    own = {"tokenizer": str(folder), "new_tokens": []}  # which that one has
+    own = {"tokenizer": str(folder), "new_tokens": []}  # the saved tokenizer has the new tokens
     tokenizer = load_tokenizer(ModelConfig(**{**asdict(config), **own}))
     module = LoraModule(task, config, settings.lora, tokenizer=tokenizer)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with device:  # read from the file to where it is used
+    with device:  # load weights directly to the device
         base, _ = task.build_model(config, tokenizer)
     module.adopt(base, None if settings.lora is None else load_adapter(base, folder))
     _check_base(module, sidecar.get("base_fingerprint", ""), folder)
@@ -107,12 +107,12 @@ def _check_base(module: LoraModule, recorded: str, folder: Path) -> None:
 
 
 class Predictor:
-    """Predicts with a trained module, in batches of rows of like length.
+    """Predictor with a trained module, in batches of rows of similar length.
 
     Args:
-        module: from `load_trained`.
+        module: module from `load_trained`.
         batch_size: rows per batch.
-        max_length: longest input in tokens; None: as in training, or what the model allows.
+        max_length: longest input in tokens; None: 512, or less if the model's limit is lower.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Predictor:
         self.collate = PaddingCollator(module.tokenizer.pad_token_id)
 
     def __call__(self, rows: list[dict[str, Any]], *, first: int = 1) -> list[dict[str, Any]]:
-        """Predictions for raw rows, in the order of the rows; messages count from `first`."""
+        """Return predictions for raw rows in their order; messages count rows from `first`."""
         task, tokenizer = self.module.task, self.module.tokenizer
         columns = {name: [row.get(name) for row in rows] for name in task.input_columns()}
         encoded = task.encode(columns, tokenizer, self.max_length, targets=False)
@@ -148,7 +148,7 @@ class Predictor:
         return found
 
     def refuse_unknown(self, ids: list[int], *, where: str) -> None:
-        """Raises UserError for a text with a token that the model has no embedding for."""
+        """Raise UserError for a text with a token that has no embedding in the model."""
         assert self.module.model is not None
         rows = vocabulary_rows(self.module.model)
         refuse_unknown(ids, rows, self.module.tokenizer, where=where)
@@ -160,15 +160,15 @@ class Predictor:
 
 
 def predict_text(predictor: Predictor, text: str) -> dict[str, Any]:
-    """The prediction for one text."""
+    """Return the prediction for one text."""
     return {"text": text, **predictor([row_of(predictor, text)])[0]}
 
 
 def row_of(predictor: Predictor, text: str) -> dict[str, Any]:
-    """A text as a row of the predictor's task.
+    """Return a text as a row of the predictor's task.
 
     Raises:
-        UserError: there is no text.
+        UserError: the text is empty.
     """
     if not text.strip():
         raise UserError('text is empty: give text="...".')
@@ -176,16 +176,16 @@ def row_of(predictor: Predictor, text: str) -> dict[str, Any]:
 
 
 def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int:
-    """Predicts for the rows of a file; writes JSONL, one line a row, to `output` or stdout.
+    """Predict for the rows of a file, and write JSONL, one line per row, to `output` or stdout.
 
-    Rows are written as they are done, to a file beside `output` that takes its name in the end.
-    After an interruption the same call goes on with it.
+    Rows are written when they are done, to a partial file beside `output` that is renamed at the
+    end. After an interruption, the same call resumes from the partial file.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: a row has no text, or the output cannot be written, or is of something else.
+        UserError: a row has no text, the output cannot be written, or it is another program's file.
     """
     if output is not None:
         refuse_other_file(output, by="predict", sources=[source])
@@ -209,7 +209,7 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None) -> int
 
 
 def _write_whole(predictor: Predictor, rows: Any, output: Path, *, size: int) -> int:
-    """Writes predictions beside `output`, from where an earlier call has come to, then there.
+    """Write predictions to a partial file, resuming an earlier call, then rename it to `output`.
 
     Raises:
         UserError: the output cannot be written, or another process has written to the file.
@@ -243,7 +243,7 @@ def _write_whole(predictor: Predictor, rows: Any, output: Path, *, size: int) ->
 
 
 def _identity(predictor: Predictor, rows: Any) -> str:
-    """Tells apart what predictions depend on: rows, adapter, settings."""
+    """Return a hash of the inputs that predictions depend on: rows, adapter, settings."""
     module = predictor.module
     digest = hashlib.sha256(fingerprint(module.trainable_tensors().items()).encode())
     settings = {**asdict(module.task.config), "max_length": predictor.max_length}
@@ -254,7 +254,7 @@ def _identity(predictor: Predictor, rows: Any) -> str:
 
 
 def _keep_lines(handle: IO[bytes], size: int) -> int:
-    """Whole lines in a file, which is cut to full groups of `size` rows and stands at its end."""
+    """Cut a file to full groups of `size` lines, seek to its end, and return its line count."""
     lines = handle.readlines()
     kept = sum(line.endswith(b"\n") for line in lines) // size * size
     handle.seek(handle.truncate(sum(map(len, lines[:kept]))))
@@ -280,11 +280,11 @@ def _write_predictions(
 
 
 def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | None = None) -> float:
-    """Merges an adapter into its base model and writes a plain Hugging Face folder.
+    """Merge an adapter into its base model and write a plain Hugging Face folder.
 
     Returns:
-        The largest difference of a logit between the adapter model and the merged model as it
-        stands on disk, over a few texts.
+        The largest logit difference between the adapter model and the merged model, over a few
+        texts. The merged model is read back from disk for this.
     """
     refuse_links(Path(folder))
     refuse_run(Path(output))
@@ -308,8 +308,9 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
 
 
 def quantisation_gap(folder: Path, merged: Path, *, model: dict[str, Any]) -> float:
-    """The largest difference of a logit between an adapter on its quantised base and the model
-    that it was merged to, over a few texts.
+    """Return the largest logit difference between an adapter and its merged model.
+
+    The adapter runs on its quantized base. The maximum is over a few texts.
     """
     module = load_trained(folder, model=model, device="cpu")
     before = _probe(module)
@@ -320,8 +321,10 @@ def quantisation_gap(folder: Path, merged: Path, *, model: dict[str, Any]) -> fl
 
 
 def _unquantised(folder: Path, model: dict[str, Any]) -> LoraModule:
-    """An adapter on its base in floating point, to merge into: as the base was before it was
-    quantised; or, for an adapter that makes up for that, with the values that are left.
+    """Return an adapter on its floating-point base, ready to merge.
+
+    The base has its values from before quantization. An adapter that compensates for the
+    quantization instead gets the values that remain after it.
     """
     if not belongs_to_quantised(folder):
         return load_trained(folder, model={**model, "quantization": None}, device="cpu")

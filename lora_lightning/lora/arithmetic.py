@@ -1,7 +1,7 @@
-"""Arithmetic of updates: several low-rank updates of one weight as a new one.
+"""Arithmetic that combines several low-rank updates of one weight into a new update.
 
 An update is s B A, a task vector of the weight (Ilharco et al. 2023, arXiv:2212.04089). Sums of
-them are exact where the ranks may add up ("cat"); all else approximates, at a rank that is given.
+updates are exact if the ranks may add up ("cat"). All other methods approximate at a given rank.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from .initialization.svd import principal
 
 METHODS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 SMALL = 1024
-"""Up to this inner dimension a matrix is decomposed whole; beyond it by subspace iteration."""
+"""Largest inner dimension of a matrix for a full decomposition.
+
+Beyond it, subspace iteration decomposes the matrix.
+"""
 
 
 @dataclass(frozen=True)
 class Update:
-    """One low-rank update: A, (r, in), B, (out, r), and the scaling s."""
+    """One low-rank update with A, (r, in), B, (out, r), and the scaling s."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
 
     def dense(self) -> Tensor:
-        """S B A as (out, in), in fp32."""
+        """Return s B A as (out, in), in fp32."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
 
@@ -43,30 +46,32 @@ def combine(
     density: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> Update:
-    """A new update from several of one weight; its scaling is 1.
+    """Return a new update from several updates of one weight, with scaling 1.
 
-    "cat": the sum of w_i s_i B_i A_i, exactly, of all ranks together. "svd": the nearest to that
-    sum of the rank that is given (Eckart and Young). "linear": A and B summed each for itself, each
-    with sqrt(w_i s_i), as PEFT does it: cheap, and no sum of updates. "ties", "dare_linear" and
-    "dare_ties": see `ties` and `dare`, on the updates themselves, and the nearest of that rank.
+    * "cat" is the exact sum of w_i s_i B_i A_i. The ranks add up.
+    * "svd" is the nearest update to that sum at the given rank (Eckart and Young).
+    * "linear" sums A and B separately, each times sqrt(w_i s_i), as in PEFT. It is cheap but not
+      a sum of updates.
+    * "ties", "dare_linear" and "dare_ties" act on the dense updates, see `ties` and `dare`. The
+      result is the nearest update at the given rank.
 
     Args:
-        updates: of one weight; "linear" wants equal ranks.
-        weights: w_i, as many; below zero to subtract.
+        updates: updates of one weight. "linear" needs equal ranks.
+        weights: w_i, one per update. A negative weight subtracts.
         method: one of METHODS.
-        rank: of the new update; "cat" and "linear" have their own.
-        density: share of the entries that ties and dare keep.
-        generator: for what dare drops.
+        rank: rank of the new update. "cat" and "linear" ignore it.
+        density: share of the entries that ties and dare keep. 0.5 by default.
+        generator: random generator for the entries that dare drops. None by default.
 
     Raises:
-        UserError: there is no such method, or a number is out of range.
+        UserError: the method is unknown, or a number is out of range.
     """
     if method not in METHODS:
         raise UserError(
             f"method must be one of {', '.join(METHODS)}, got {method!r}."
             f"{did_you_mean(method, METHODS)}"
         )
-    if rank < 1 and method not in ("cat", "linear"):  # which have their own
+    if rank < 1 and method not in ("cat", "linear"):  # these set the rank themselves
         raise UserError(f"rank must be at least 1, got {rank}.")
     if not 0 < density <= 1:
         raise UserError(f"density must be in (0, 1], got {density}.")
@@ -98,12 +103,15 @@ def combine(
     rank = min(rank, *merged.shape)
     steps = None if min(merged.shape) <= SMALL else 4
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the iteration begins with a random matrix
+        torch.manual_seed(0)  # the iteration starts from a random matrix
         return Update(*principal(merged, rank, scaling=1.0, steps=steps), 1.0)
 
 
 def reduced(update: Update, rank: int) -> Update:
-    """The nearest update of a lower rank, from the small factors alone: no (out, in) matrix."""
+    """Return the nearest update of a lower rank.
+
+    Only the small factors are used, without an (out, in) matrix.
+    """
     qb, rb = torch.linalg.qr(update.scaling * update.lora_B.float())
     qa, ra = torch.linalg.qr(update.lora_A.float().t())
     u, s, vt = torch.linalg.svd(rb @ ra.t())
@@ -113,7 +121,10 @@ def reduced(update: Update, rank: int) -> Update:
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """The share `density` of a matrix's entries that are largest by magnitude, else zeros."""
+    """Return a matrix with only its largest entries by magnitude, and zeros elsewhere.
+
+    `density` is the share of entries kept.
+    """
     kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
     result = torch.zeros_like(delta).flatten()
     result[kept] = delta.flatten()[kept]
@@ -121,10 +132,10 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """TIES (Yadav et al. 2023, arXiv:2306.01708) of trimmed matrices: elect signs, merge the rest.
+    """Merge trimmed matrices with elected signs by TIES (Yadav et al. 2023, arXiv:2306.01708).
 
-    The sign of an entry is that of the sum of all; its value the mean of those, times their
-    weights, that have the sign.
+    The sign of the sum over all matrices is the elected sign of an entry. The merged value is the
+    mean of the weighted entries with that sign.
     """
     stacked = torch.stack(list(deltas))
     elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
@@ -134,6 +145,6 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def dare(delta: Tensor, density: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """DARE (Yu et al. 2024, arXiv:2311.03099): drop entries at random and rescale the rest."""
+    """Drop entries at random and rescale the rest by DARE (Yu et al. 2024, arXiv:2311.03099)."""
     kept = torch.bernoulli(torch.full_like(delta, density), generator=generator)
     return delta * kept / density

@@ -1,8 +1,9 @@
-"""Adapters side by side on one frozen model: a batch of which each adapter has a share of the rows.
+"""Several adapters side by side on one frozen model, each with its own rows of a shared batch.
 
-The rows of a stacked batch belong to slots, in their order; equally many to each, or as is said. A
-frozen layer is computed once for all of them; what belongs to a slot, its A and B above all, sees
-the rows of that slot alone, through the same products as if it were by itself.
+The rows of a stacked batch belong to slots, in the order of the slots. Each slot has equally many
+rows unless counts are given. A frozen layer is computed once for all slots. The layers of a slot,
+above all A and B, see only the rows of that slot. They compute the same products as the slot
+would on its own.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from .running_statistics import keeps_statistics
 
 @dataclass
 class Stack:
-    """The slots whose rows a batch holds at the moment."""
+    """The slots whose rows the current batch holds."""
 
     slots: list[int] = field(default_factory=list)
-    """Numbers of the slots, in the order of their rows."""
+    """Slot numbers, in the order of their rows."""
     counts: list[int] = field(default_factory=list)
-    """Rows of each; empty: equally many."""
+    """Rows of each slot. If empty, all slots have equally many."""
     randomness: Callable[[int], AbstractContextManager[Any]] = lambda slot: nullcontext()
-    """Enters a slot's own random state; what is drawn within is the slot's."""
+    """Enters the random state of a slot, so that draws inside belong to the slot."""
 
     @contextmanager
     def of(self, slots: list[int], counts: list[int] | None = None) -> Iterator[None]:
-        """Says whose rows the batch of the block holds."""
+        """Set the slots whose rows the batch holds, within the block."""
         self.slots, self.counts = slots, counts or []
         try:
             yield
@@ -54,10 +55,13 @@ class Stack:
             self.slots, self.counts = [], []
 
     def parts(self, rows: int, *, inner: int = 1) -> Iterator[tuple[int, slice]]:
-        """Each slot, and its share of so many rows, of which each counts `inner` times.
+        """Yield each slot with the slice of its rows.
+
+        Each of the `rows` counts `inner` times in the slice, once by default.
 
         Raises:
-            UserError: the rows cannot be shared out: the model has changed their order or number.
+            UserError: the rows do not divide among the slots, because the model has changed their
+                order or number.
         """
         if len(self.slots) == 1:
             yield self.slots[0], slice(0, rows * inner)
@@ -78,19 +82,19 @@ class Stack:
 
 
 class StackedLayer(nn.Module):
-    """A layer of which each slot has its own: an adapted one, or one that is trained whole.
+    """One layer per slot, either adapted or trained whole.
 
-    Where all are LoRA layers on one plain weight, h = W0 x is computed once for all rows, and each
-    slot's s B A x is added to its own. Otherwise each slot's layer is called with its rows.
+    If all are LoRA layers on one plain weight, h = W0 x is computed once for all rows. Each slot's
+    s B A x is then added to its own rows. Otherwise each slot's layer is called with its rows.
 
     Args:
         layers: the slots' layers, by slot.
-        stack: whose rows a batch holds.
+        stack: the slots whose rows the batch holds.
     """
 
     def __init__(self, layers: dict[int, nn.Module], stack: Stack) -> None:
         super().__init__()
-        self._layers = layers  # not registered: they belong to the slots' models
+        self._layers = layers  # not registered, since they belong to the slots' models
         self._stack = stack
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,7 +110,7 @@ class StackedLayer(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         bias: Tensor | None = layers[0].base_layer.bias  # type: ignore[assignment, union-attr]
         rows = x.to(dtype).reshape(-1, x.shape[-1])
-        # By the first dimension: what has one row for all, such as positions, belongs to no slot.
+        # By the first dimension. A tensor with one row for all (positions) has no slot.
         inner = rows.shape[0] // max(x.shape[0], 1)
         parts = list(self._stack.parts(x.shape[0], inner=inner))
         matrices = [matrix for layer in layers for matrix in layer.matrices()]  # type: ignore[operator]
@@ -127,12 +131,12 @@ class StackedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Model code reads `weight`, `in_features` and the like of a layer.
+            # Model code reads attributes of a layer such as `weight` and `in_features`.
             return getattr(next(iter(self.__dict__["_layers"].values())), name)
 
 
 def _common_weight(layers: list[nn.Module]) -> Tensor | None:
-    """The plain frozen weight on which all layers are adapters; None if they are not."""
+    """Return the plain frozen weight that all layers adapt, or None if there is none."""
     first = layers[0]
     if type(first) not in (LoraLinear, LoraConv1D):  # DoRA does more than add
         return None
@@ -149,7 +153,7 @@ def _common_weight(layers: list[nn.Module]) -> Tensor | None:
 
 
 class _StackedLinear(torch.autograd.Function):
-    """`fused_linear` for rows of several slots. N: the rows of x, M those of a slot."""
+    """`fused_linear` for rows of several slots. x has N rows, and a slot has M of them."""
 
     @staticmethod
     def forward(
@@ -209,9 +213,10 @@ class _StackedLinear(torch.autograd.Function):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """`_StackedLinear` with one batched product for all slots, ranks padded with zeros to the most.
+    """`_StackedLinear` with one batched product for all slots, padded to the highest rank.
 
-    K slots, M rows of each, R the highest rank. The sums are the same; the last bits may not be.
+    There are K slots with M rows each, and R is the highest rank. The padding is zeros. The sums
+    are the same, but the last bits may differ.
     """
 
     @staticmethod
@@ -257,7 +262,7 @@ class _GroupedLinear(torch.autograd.Function):
                 wide.baddbmm_(up, a)
             else:
                 wide.addcmul_(torch.bmm(up, a), keep)
-        grad_a, grad_b = grad_a.to(ctx.types[0]), grad_b.to(ctx.types[1])  # those of all slots
+        grad_a, grad_b = grad_a.to(ctx.types[0]), grad_b.to(ctx.types[1])  # one cast for all slots
         grads: list[Tensor] = []
         for index, rank in enumerate(ctx.ranks):
             grads += [grad_a[index, :rank], grad_b[index, :, :rank]]
@@ -269,7 +274,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices (r, width) as one (K, R, width), with rows of zeros below."""
+    """Return matrices (r, width) as one tensor (K, R, width), padded with rows of zeros."""
     first = matrices[0]
     ranks = [matrix.shape[0] for matrix in matrices]
     shape = (len(matrices), max(ranks), first.shape[1])
@@ -281,8 +286,12 @@ def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as (K, 1, 1); kept, since each copy to a GPU waits for it."""
-    with torch.inference_mode(False):  # evaluation may ask first, training saves it for backward
+    """Return numbers as a tensor (K, 1, 1).
+
+    The result is cached because each copy to a GPU forces a wait.
+    """
+    # Evaluation may call first, and training saves the tensor for backward.
+    with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
 
@@ -292,7 +301,7 @@ def _keep(
     parts: list[tuple[int, slice]],
     randomness: Callable[[int], AbstractContextManager[Any]],
 ) -> Tensor | None:
-    """What dropout multiplies the inputs by, each slot's drawn from its own generator."""
+    """Return the dropout factors of the inputs, drawn from each slot's own generator."""
     if not any(dropout > 0.0 for _, dropout in settings):
         return None
     keep = torch.ones_like(x)
@@ -304,12 +313,12 @@ def _keep(
 
 
 def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
-    """A model for stacked batches, of which all that is frozen is the first slot's own.
+    """Return a model for stacked batches that shares the frozen tensors of the first slot.
 
     Args:
-        models: the slots' models by slot: of one shape, with the same frozen tensors, each with an
-            adapter of its own.
-        stack: whose rows a batch holds.
+        models: the slots' models by slot. All have one shape, the same frozen tensors and an
+            adapter of their own.
+        stack: the slots whose rows the batch holds.
 
     Raises:
         UserError: an adapter is on parameters, whose modules may mix rows.
@@ -333,7 +342,11 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
 
 
 def own_layers(model: nn.Module) -> list[str]:
-    """Modules that a slot cannot share: LoRA layers, others with trained parameters, statistics."""
+    """Return the names of modules that a slot cannot share.
+
+    These are LoRA layers, other modules with trainable parameters, and modules with running
+    statistics.
+    """
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.startswith(f"{other}.") for other in found):

@@ -1,7 +1,7 @@
-"""Copies of an adapter's matrices in the type of a 16-bit base, all made at once.
+"""Copies of an adapter's matrices in the dtype of a 16-bit base, all made at once.
 
-Who keeps what autograd saves elsewhere can tell copies of parameters from activations, by
-`source_of` and `is_kept`.
+Code that stores autograd's saved tensors elsewhere can use `source_of` and `is_kept`. These
+distinguish copies of parameters from activations.
 """
 
 from __future__ import annotations
@@ -14,54 +14,55 @@ from torch._utils import _unflatten_dense_tensors
 
 _Matrices = tuple[Tensor, ...]
 _Key = tuple[torch.dtype, tuple[int, ...]]
-"""A type, and the identities of matrices."""
+"""A dtype and the identities of matrices."""
 _SOURCE, _KEPT = "_lora_source", "_lora_kept"
-"""Attributes of tensors."""
+"""Names of tensor attributes."""
 
 
 class Casts:
-    """Copies that serve one forward pass and its backward pass, made when it first asks for one.
+    """Copies for one forward pass and its backward pass, made at the first request.
 
-    A new pass takes the values as they are, so that no change between passes is missed: not even
-    one by a fused optimizer or through `Parameter.data`, which leave a tensor's version as it is.
-    Outside of a pass a matrix is cast when it is asked for, except in a backward pass: there
-    gradient checkpointing repeats the forward pass, of the same values.
+    Each new pass reads the current values, so it misses no change between passes. This includes
+    changes that leave a tensor's version as it is, by a fused optimizer or `Parameter.data`.
+
+    Outside of a pass each request casts the matrix. A backward pass is the exception, because
+    gradient checkpointing then repeats the forward pass with the same values.
     """
 
     def __init__(self) -> None:
         self._copies: dict[_Key, tuple[int, Tensor]] | None = None
-        """Those of the last pass, with the versions of what they were made from."""
+        """Copies of the last pass, with the versions of their sources."""
         self._open = False
-        """Whether that pass is not over."""
+        """Whether that pass is still open."""
         self._batches: list[_Batch] = []
-        """What passes ask for."""
+        """Matrices that passes request, in batches."""
         self._made = False
-        """Whether this pass has copied that."""
+        """Whether this pass has copied the batches."""
         self._asked: dict[_Key, _Matrices] = {}
-        """What else this pass has asked for."""
+        """Other matrices that this pass has requested."""
 
     def begin(self) -> None:
-        """Begins a pass."""
+        """Begin a pass."""
         if self._asked:
-            # Batches that lack something may have too much: all is asked for once more then.
+            # Incomplete batches may also hold too much, so all requests are collected again.
             self._batches = [] if self._batches else _batches(self._asked)
             self._asked = {}
         self._copies, self._open, self._made = {}, True, False
 
     def end(self, *, failed: bool) -> None:
-        """Ends a pass."""
+        """End a pass."""
         self._open = False
         if failed or not torch.is_grad_enabled():
             self._copies = None  # there is no backward pass
 
     def cast(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        """A matrix in a type, without a gradient."""
+        """Return a matrix in a dtype, without a gradient."""
         if matrix.dtype == dtype or not self._serves() or matrix.is_inference():
             return matrix.detach().to(dtype)
         return self._find((matrix,), matrix._version, (dtype, (id(matrix),)))
 
     def join(self, matrices: _Matrices, dtype: torch.dtype) -> Tensor:
-        """Matrices of equal width one below the other, in a type and without a gradient."""
+        """Return matrices of equal width stacked vertically, in a dtype and without a gradient."""
         if not self._serves() or any(matrix.is_inference() for matrix in matrices):
             return _joined(matrices, dtype)
         return self._find(matrices, _version(matrices), (dtype, tuple(map(id, matrices))))
@@ -69,12 +70,12 @@ class Casts:
     def _serves(self) -> bool:
         if self._open:
             return True
-        # The number of a backward pass, if there is one: torch.utils.checkpoint asks so too.
+        # The id of the current backward pass, or -1. torch.utils.checkpoint uses the same call.
         return self._copies is not None and torch._C._current_graph_task_id() != -1
 
     def _find(self, matrices: _Matrices, version: int, key: _Key) -> Tensor:
         assert self._copies is not None
-        # Not in inference mode: what that makes cannot be saved for a backward pass.
+        # Inference mode is off because its tensors cannot be saved for a backward pass.
         if not self._made:
             self._made = True
             with torch.inference_mode(False), torch.no_grad():
@@ -94,7 +95,7 @@ class Casts:
 
 
 def cast_frozen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A frozen tensor in a type; a copy knows its source."""
+    """Return a frozen tensor in a dtype. A copy refers to its source."""
     copy = tensor.to(dtype)
     if not torch.compiler.is_compiling() and copy is not tensor:
         setattr(copy, _SOURCE, tensor)
@@ -102,17 +103,17 @@ def cast_frozen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def source_of(tensor: Tensor) -> Tensor | None:
-    """What a tensor is a copy of in another type, if `cast_frozen` made it."""
+    """Return the source of a copy that `cast_frozen` made in another dtype, else None."""
     return getattr(tensor, _SOURCE, None)
 
 
 def is_kept(tensor: Tensor) -> bool:
-    """Whether a tensor is one of the copies of a pass, which exist as long as that."""
+    """Return whether a tensor is a copy of a pass, which exists as long as the pass."""
     return hasattr(tensor, _KEPT)
 
 
 def _version(matrices: _Matrices) -> int:
-    """What grows with each change that torch takes notice of."""
+    """Return a number that grows with each change that torch tracks."""
     return sum(matrix._version for matrix in matrices)
 
 
@@ -123,7 +124,7 @@ def _joined(matrices: _Matrices, dtype: torch.dtype) -> Tensor:
 
 
 class _Batch:
-    """Matrices on one device that are copied to one type by one kernel.
+    """Matrices on one device that one kernel copies to one dtype.
 
     Args:
         asked: the matrices by the keys of their copies.
@@ -136,7 +137,7 @@ class _Batch:
         self._dtype = next(iter(asked))[0]
 
     def copies(self) -> dict[_Key, tuple[int, Tensor]]:
-        """Copies with the versions of what they were made from; none if a matrix has moved."""
+        """Return copies with the versions of their sources, or none if a matrix has moved."""
         if any(matrix.device != self._device for matrix in self._matrices):
             return {}
         size = sum(matrix.numel() for matrix in self._matrices)

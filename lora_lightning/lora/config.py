@@ -1,4 +1,4 @@
-"""What to adapt and how: the settings of a LoRA adapter."""
+"""Settings of a LoRA adapter, which define what to adapt and how."""
 
 from __future__ import annotations
 
@@ -22,66 +22,91 @@ INITS = ("kaiming", "gaussian", "pissa", "olora", "eva", "loftq")
 class LoraConfig:
     """Settings of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
-    Names and matching rules are PEFT's, so that an adapter written here means the same there.
+    Names and matching rules are PEFT's, so that an adapter saved here means the same in PEFT.
 
     Raises:
-        UserError: a value is out of range; the message names the field.
+        UserError: a value is out of range. The message names the field.
     """
 
     rank: int = 8
-    """r, the inner width of the update B A."""
+    """Rank r, the inner width of the update B A."""
     alpha: float | None = None
-    """Numerator of the scaling. None: `alpha_ratio * rank`, also for ranks in `rank_pattern`."""
+    """Numerator of the scaling.
+
+    None means `alpha_ratio * rank`, also for ranks in `rank_pattern`.
+    """
     alpha_ratio: float = 2.0
-    """alpha / rank where alpha is not given."""
+    """Ratio alpha / rank if alpha is not given."""
     scale: float | None = None
-    """The scaling itself, in the place of alpha: alpha is then scale * rank, or with rsLoRA
-    scale * sqrt(rank), so that no rank and no rule changes the size of the update."""
+    """The scaling itself, as an alternative to alpha.
+
+    Alpha is then scale * rank, or scale * sqrt(rank) with rsLoRA. No rank and no scaling rule
+    then changes the size of the update.
+    """
     dropout: float = 0.0
     """Probability of dropping an input of A during training."""
     targets: Any = ALL_LINEAR
     """"all-linear" (heads excluded), a list of name suffixes, or one regex for the whole name."""
     exclude: Any = field(default_factory=list)
-    """Modules to leave out: a list of name suffixes, or one regex for the whole name."""
+    """Modules to leave out, as a list of name suffixes or one regex for the whole name."""
     target_parameters: list[str] = field(default_factory=list)
-    """Parameters to adapt too, by name suffix: the weights of all experts in one tensor
-    (mlp.experts.gate_up_proj), or a router's (mlp.gate.weight). As in PEFT, `exclude` and `layers`
-    do not act on them."""
+    """Further parameters to adapt, by name suffix.
+
+    Examples are the weights of all experts in one tensor (mlp.experts.gate_up_proj) and the weight
+    of a router (mlp.gate.weight). As in PEFT, `exclude` and `layers` do not apply to them.
+    """
     parts: dict[str, Any] = field(default_factory=dict)
-    """Fused layers, by name suffix or regex, whose parts are adapted each for itself: their names
-    in the order of the rows, [q, -k, v] with a minus before those that are left as they are, or
-    names and sizes, {q: 64, k: 32, v: 32}. Parts are contiguous rows of the weight (out, in)."""
+    """Fused layers, by name suffix or regex, whose parts are adapted separately.
+
+    A value lists the part names in row order, for example [q, -k, v]. A minus leaves a part as it
+    is. A value may also map names to sizes, {q: 64, k: 32, v: 32}. Parts are contiguous rows of
+    the weight (out, in).
+    """
     layers: list[int] | None = None
-    """Only these layer indices (the first number in a module's name). None: all."""
+    """Layer indices to adapt, or None for all.
+
+    The index is the first number in a module's name.
+    """
     layers_pattern: Any = None
-    """Name or names of the module list that `layers` counts in, e.g. "layers". None: any."""
+    """Name or names of the module list that `layers` indexes, e.g. "layers", or None for any."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank by name suffix or regex, over `rank`."""
+    """Rank by name suffix or regex, which overrides `rank`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alpha by name suffix or regex, over `alpha`."""
+    """Alpha by name suffix or regex, which overrides `alpha`."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732) instead of alpha / r."""
     bias: str = "none"
-    """Train no bias ("none"), every bias ("all"), or those of adapted modules ("lora_only")."""
+    """Train no bias ("none"), every bias ("all"), or biases of adapted modules ("lora_only")."""
     modules_to_save: list[str] = field(default_factory=list)
     """Further modules, by name suffix, trained whole and stored with the adapter."""
     trainable_token_indices: Any = None
-    """Tokens whose rows are trained, as PEFT takes them: a list of ids for the input embedding and
-    what is tied to it, or lists by name: {embed_tokens: [7], lm_head: [7]}. For new tokens see
-    `model.new_tokens`."""
+    """Tokens whose rows are trained, in PEFT's format.
+
+    A list of ids applies to the input embedding and the layers tied to it. Lists by name are
+    possible too, {embed_tokens: [7], lm_head: [7]}. For new tokens see `model.new_tokens`.
+    """
     init: str = "kaiming"
-    """First values of A: "kaiming" (uniform) or "gaussian" (std 1/r), and B starts at zero. Or both
-    from the weight: "pissa" ("pissa_niter_4" is faster) or "olora", see `svd.py`; such an adapter
-    is stored as plain LoRA of twice the rank. Or A, and each layer's rank, from the training data:
-    "eva", see `eva.py`. Or both from what quantisation has taken away: "loftq", see `loftq.py`."""
+    """Initial values of A and B.
+
+    * "kaiming" (uniform) and "gaussian" (std 1/r) draw A, and B starts at zero.
+    * "pissa" ("pissa_niter_4" is faster) and "olora" take both from the weight, see `svd.py`. Such
+      an adapter is stored as plain LoRA of twice the rank.
+    * "eva" takes A and each layer's rank from the training data, see `eva.py`.
+    * "loftq" takes both from the quantization error, see `loftq.py`.
+    """
     eva_rho: float = 2.0
-    """With init="eva": no layer gets more than eva_rho * rank, of as many ranks in all. 1: each
-    layer keeps its rank."""
+    """Upper limit of a layer's rank with init="eva", as a multiple of `rank`.
+
+    The total of all ranks stays the same. With 1 each layer keeps its rank.
+    """
     use_dora: bool = False
     """Train the weights' magnitudes too (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
     freeze_A: bool = False
-    """Train B alone (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303): A stays as it was drawn, and no
-    layer has to keep its input. In an embedding, where B is drawn, A is trained instead."""
+    """Train only B (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+
+    A keeps its random initial values, and no layer has to save its input. In an embedding B is
+    random, so A is trained instead.
+    """
 
     def __post_init__(self) -> None:
         _positive_int("lora.rank", self.rank)
@@ -130,7 +155,7 @@ class LoraConfig:
             _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
 
     def _check_plain(self) -> None:
-        """Raises UserError for what parameters and parts of layers cannot have."""
+        """Raise UserError for settings that target_parameters or parts do not support."""
         variant = "use_dora=true" if self.use_dora else ""
         if self.init not in ("kaiming", "gaussian"):
             variant = f"init={self.init}"
@@ -158,20 +183,20 @@ class LoraConfig:
             )
 
     def parts_of(self, name: str) -> tuple[Part, ...] | None:
-        """The parts of the fused layer called `name`; None: it is adapted as a whole."""
+        """Return the parts of the fused layer `name`, or None if it is adapted as a whole."""
         key = pattern_for(self.parts, name)
         return None if key is None else parse_parts(f"lora.parts[{key!r}]", self.parts[key])
 
     @property
     def starts_from_weight(self) -> bool:
-        """Whether A and B begin as parts of the base weight."""
+        """Whether A and B start from parts of the base weight."""
         return self.init not in ("kaiming", "gaussian", "eva", "loftq")
 
     def exported(self) -> LoraConfig:
-        """The settings of the plain LoRA adapter that such a one is stored as."""
+        """Return the settings under which the adapter is stored as plain LoRA."""
         if not self.starts_from_weight:
             return self
-        factor = math.sqrt(2) if self.use_rslora else 2.0  # of alpha: the scaling stays
+        factor = math.sqrt(2) if self.use_rslora else 2.0  # factor of alpha that keeps the scaling
         return replace(
             self,
             init="kaiming",
@@ -206,46 +231,46 @@ class LoraConfig:
             _positive(f"lora.alpha_pattern[{name!r}]", alpha)
 
     def rank_of(self, name: str) -> int:
-        """Rank of the module called `name`."""
+        """Return the rank of the module `name`."""
         key = pattern_for(self.rank_pattern, name)
         return self.rank if key is None else self.rank_pattern[key]
 
     def alpha_of(self, name: str) -> float:
-        """Alpha of the module called `name`."""
+        """Return alpha of the module `name`."""
         key = pattern_for(self.alpha_pattern, name)
         if key is not None:
             return float(self.alpha_pattern[key])
         return self.default_alpha(self.rank_of(name))
 
     def default_alpha(self, rank: int) -> float:
-        """Alpha of modules of that rank for which `alpha_pattern` has none."""
+        """Return alpha of modules of this rank that `alpha_pattern` does not match."""
         if self.scale is not None:
             return float(self.scale * self.divisor(rank))
         return float(self.alpha_ratio * rank if self.alpha is None else self.alpha)
 
     def scaling_of(self, name: str) -> float:
-        """The factor s in W + s B A: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """Return s in W + s B A, which is alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.alpha_of(name) / self.divisor(self.rank_of(name))
 
     def divisor(self, rank: int) -> float:
-        """What alpha is divided by for the scaling: r, or its root with rsLoRA."""
+        """Return the divisor of alpha in the scaling, which is r, or sqrt(r) with rsLoRA."""
         return math.sqrt(rank) if self.use_rslora else rank
 
 
 def pattern_for(patterns: dict[str, Any], name: str) -> str | None:
-    """The first key that matches the end of `name`, as PEFT's rank_pattern does."""
+    """Return the first key that matches the end of `name`, as in PEFT's rank_pattern."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def exact_pattern(pattern: str, name: str, others: Iterable[str]) -> str:
-    """A key of `rank_pattern` that matches `name` and none of `others`.
+    """Return a key for `rank_pattern` that matches `name` and none of `others`.
 
     Args:
-        pattern: the end of `name`; it is taken where it does not match any of the others.
-        name: of a module. It may be the end of another's name, from which ^ tells it.
+        pattern: the end of `name`. It is the key if it does not match any of the others.
+        name: name of a module. It may be the end of another name, and ^ then distinguishes them.
         others: names of modules.
     """
-    if not pattern_for({pattern: 0}, name):  # it has signs that mean something in a regex
+    if not pattern_for({pattern: 0}, name):  # it contains regex metacharacters
         pattern = re.escape(pattern)
     if any(pattern_for({pattern: 0}, other) for other in others):
         return f"^{re.escape(name)}"
@@ -253,16 +278,19 @@ def exact_pattern(pattern: str, name: str, others: Iterable[str]) -> str:
 
 
 def exact_targets(names: Iterable[str]) -> str:
-    """Targets that are these modules alone, whatever other names end in theirs: one regex."""
+    """Return targets that match only these modules, as one regex.
+
+    Other names that end in one of these names do not match.
+    """
     return f"^({'|'.join(re.escape(name) for name in sorted(names))})$"
 
 
 def _patterns(where: str, value: Any) -> str | list[str]:
-    """A list of suffixes, or a string that is "all-linear" or a regex."""
+    """Return a list of suffixes, or a string that is "all-linear" or a regex."""
     if value is None:
         return []
     if isinstance(value, str):
-        # A plain name or a comma-separated list of them, as one types it on a command line.
+        # A name or comma-separated names, as typed on a command line.
         if value.lower() == ALL_LINEAR:
             return ALL_LINEAR
         if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value) and ".*" not in value:
@@ -275,7 +303,7 @@ def _patterns(where: str, value: Any) -> str | list[str]:
 
 
 def _names(value: Any) -> Any:
-    """Names as a list: one name, or several with commas between, as typed on a command line."""
+    """Return names as a list, from one name or comma-separated names of a command line."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [] if value is None else value
@@ -293,7 +321,7 @@ def _list_of(where: str, value: Any, kind: type) -> None:
 
 
 def _token_indices(value: Any) -> None:
-    """Raises UserError unless it is None, a list of different ids, or such lists by name."""
+    """Raise UserError unless `value` is None, a list of distinct ids, or such lists by name."""
     if value is None:
         return
     for ids in value.values() if isinstance(value, dict) and value else [value]:

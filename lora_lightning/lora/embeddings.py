@@ -1,4 +1,4 @@
-"""Embeddings and output layer of a model of transformers, made to hold more tokens."""
+"""Growth of the embeddings and output layer of a transformers model for more tokens."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from .layers.trainable_tokens import MATRIX
 from .rng import fork_rng
 
 MOST_NEW = 2**16
-"""Rows by which a file may let a vocabulary grow: it may name any index, and memory is finite."""
+"""Maximum number of rows by which a file may grow a vocabulary.
+
+A file may name any index, and memory is finite.
+"""
 
 
 def vocabulary_rows(model: nn.Module) -> int:
-    """Rows of the input embedding; often more than there are tokens."""
+    """Return the number of rows of the input embedding, often more than there are tokens."""
     return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 @torch.no_grad()
 def grow(model: nn.Module, rows: int) -> None:
-    """Gives embeddings and output layer at least so many rows; they never lose any.
+    """Grow embeddings and output layer to at least `rows` rows, without removing any.
 
-    New rows (of the output layer's bias too) are the mean of those there were, to which
-    transformers adds noise of 1e-9 of their covariance: here the same base always grows to the
-    same. `rows_before_growth` of the model says how many rows it had.
+    New rows are the mean of the existing rows, also in the output layer's bias. transformers adds
+    noise of 1e-9 of their covariance. This function adds none, so the same base always grows to
+    the same values. The model's `rows_before_growth` holds the original number of rows.
 
     Raises:
-        UserError: it is no model of transformers, or one whose vocabulary cannot grow.
+        UserError: it is not a transformers model, or its vocabulary cannot grow.
     """
     resize: Any = getattr(model, "resize_token_embeddings", None)
     if resize is None:
@@ -57,7 +60,7 @@ def grow(model: nn.Module, rows: int) -> None:
 def make_room(
     model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str | Path
 ) -> None:
-    """Lets the model's vocabulary grow to the rows that the adapter's tokens need."""
+    """Grow the model's vocabulary to the rows that the adapter's tokens need."""
     rows = rows_needed(config, tensors)
     if not rows or not hasattr(model, "resize_token_embeddings"):
         return
@@ -70,7 +73,7 @@ def make_room(
 
 
 def rows_needed(config: LoraConfig, tensors: dict[str, Tensor]) -> int:
-    """Rows of the vocabulary that an adapter's trained rows need; 0 where it has none."""
+    """Return how many vocabulary rows an adapter's trained rows need, or 0 if it has none."""
     asked = config.trainable_token_indices or {}
     lists = asked.values() if isinstance(asked, dict) else [asked]
     copies = [len(tensor) for name, tensor in tensors.items() if name.endswith(f".{MATRIX}")]
@@ -78,7 +81,7 @@ def rows_needed(config: LoraConfig, tensors: dict[str, Tensor]) -> int:
 
 
 def before_growth(model: nn.Module) -> dict[Tensor, Tensor]:
-    """For each parameter that `grow` has made longer, the part of it that was there before."""
+    """Return the original part of each parameter that `grow` has extended."""
     before = getattr(model, "rows_before_growth", None)
     if before is None:
         return {}
@@ -86,6 +89,6 @@ def before_growth(model: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _matrices(model: Any) -> list[nn.Parameter]:
-    """Parameters of the embeddings and the output layer, each once."""
+    """Return the parameters of the embeddings and the output layer, each once."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return list(dict.fromkeys(p for end in ends if end is not None for p in end.parameters()))

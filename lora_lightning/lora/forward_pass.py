@@ -1,4 +1,4 @@
-"""What the layers of an adapter share during a forward pass of their model."""
+"""State that the layers of an adapter share during a forward pass of their model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _Group = tuple["weakref.ref[LoraLayer]", ...]
 
 
 class Flight:
-    """Something that a graph holds until its backward pass, or until the graph is dropped."""
+    """A marker that a graph holds until its backward pass, or until the graph is dropped."""
 
 
 class _Input(NamedTuple):
-    """An input of layers, and what else their outputs depend on."""
+    """An input of layers, with other state that their outputs depend on."""
 
     tensor: weakref.ref[Tensor]
     state: tuple[Any, ...]
@@ -40,7 +40,7 @@ class _Input(NamedTuple):
 
 
 class _Rest(NamedTuple):
-    """Outputs of a group that have been computed and not yet been asked for."""
+    """Outputs of a group that are computed but not yet requested."""
 
     first: weakref.ref[LoraLayer]
     input: _Input
@@ -49,54 +49,57 @@ class _Rest(NamedTuple):
 
 
 class ForwardPass:
-    """Copies of A and B, and products of layers that have their input in common.
+    """Copies of A and B, and joint products of layers with a common input.
 
-    Layers that follow each other with the very same input, as query, key and value do, are found
-    in one pass and make a group in later ones. The first of them computes the outputs of all. Each
-    of the others hands out its own, once it has made sure that its input is that of the first.
-    Otherwise it computes what it is asked for, and the group is given up.
+    One pass detects successive layers with the identical input, such as query, key and value.
+    These layers form a group in later passes. The first layer computes the outputs of all. Each
+    other layer returns its own output if its input is identical to the first layer's. If not, the
+    layer computes its output itself and the group is given up.
 
-    Groups stay as they are while a graph is in flight: gradient checkpointing has to repeat what
-    the forward pass did.
+    Groups do not change while a graph is in flight, because gradient checkpointing must repeat
+    the forward pass.
 
-    A pass is a call of the module that `watch` has chosen.
+    A pass is one call of the module that `watch` selects.
 
     Attributes:
-        casts: the copies.
+        casts: the copies of A and B.
     """
 
     def __init__(self) -> None:
         self.casts = Casts()
         self._groups: dict[int, _Group] = {}
-        """By the identity of the first layer; one that was given up has no other."""
+        """Groups by the identity of their first layer.
+
+        After a group is given up, it holds only its first layer.
+        """
         self._found: dict[weakref.ref[LoraLayer], _Group] = {}
         self._given_up: _Group = ()
-        """First layers."""
+        """First layers of the groups to give up."""
         self._rest: _Rest | None = None
         self._run: _Group = ()
-        """Layers of no group that have followed each other with one input so far."""
+        """Ungrouped layers called in succession with the same input so far."""
         self._input: _Input | None = None
-        """That of the run."""
+        """Input of `_run`."""
         self._flight: weakref.ref[Flight] | None = None
 
     def __reduce__(self) -> tuple[type[ForwardPass], tuple[()]]:
-        return ForwardPass, ()  # the copy of a model has passes of its own
+        return ForwardPass, ()  # a copied model has its own passes
 
     def watch(self, model: nn.Module, names: Iterable[str]) -> list[Any]:
-        """Takes calls of the smallest module around some others for passes.
+        """Treat each call of the smallest module around the named modules as a pass.
 
         Args:
-            model: the whole.
-            names: of the modules in it.
+            model: the whole model.
+            names: names of modules in it.
 
         Returns:
-            Handles of hooks.
+            Hook handles.
         """
         parents = [name.split(".")[:-1] for name in names]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
         path = [parts[0] for parts in shared]
         while path and type(model.get_submodule(".".join(path))).forward is nn.Module.forward:
-            path.pop()  # a list of modules is never called
+            path.pop()  # a module list is never called
         module = model.get_submodule(".".join(path))
         return [
             module.register_forward_pre_hook(self._begin),
@@ -138,7 +141,7 @@ class ForwardPass:
         self._found, self._given_up = {}, ()
 
     def flight(self) -> Flight:
-        """What graphs have to hold until their backward pass."""
+        """Return the marker that graphs must hold until their backward pass."""
         flight = None if self._flight is None else self._flight()
         if flight is None:
             flight = Flight()
@@ -146,9 +149,9 @@ class ForwardPass:
         return flight
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor | None:
-        """The layer's output for x, if it is computed together with others; otherwise None."""
+        """Return the layer's output for x if it is computed together with others, else None."""
         rest, self._rest = self._rest, None
-        if x.is_inference():  # then x may have changed without a trace
+        if x.is_inference():  # changes of x are then not tracked
             return None
         given = _Input.of(x)
         if rest is not None:
@@ -171,7 +174,7 @@ class ForwardPass:
         return None
 
     def _compute(self, layers: list[LoraLayer | None], x: Tensor) -> list[Tensor] | None:
-        """Outputs of layers with the same input; None: they cannot be computed together."""
+        """Return outputs of layers with the same input, or None if they must be separate."""
         steps: list[Linear] = []
         for layer in layers:
             frozen = layer.frozen(x) if layer is not None and layer.only_adds() else None

@@ -1,7 +1,7 @@
-"""The arithmetic of LoRA: the one place that adds a low-rank product to a base output.
+"""LoRA arithmetic, the only place that adds a low-rank product to a base output.
 
-`fused_linear` is the fast path, for a frozen linear layer whose weight is at hand; `add_low_rank`
-the general one, for any layer that can be called. Both compute the same.
+`fused_linear` is the fast path for a frozen linear layer with an accessible weight.
+`add_low_rank` is the general path for any callable layer. Both compute the same result.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPED_ON = ("cuda",)
-"""Types of devices on which starting a product costs more than its size."""
+"""Device types on which the launch of a product costs more than its size."""
 
 
 def joins_products(device: torch.device) -> bool:
-    """Whether one large product is faster than several small ones."""
+    """Return whether one large product is faster than several small ones."""
     return device.type in GROUPED_ON
 
 
 def add_low_rank(
     base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
-    """Returns base_output + scaling * x A^T B^T.
+    """Return base_output + scaling * x A^T B^T.
 
     The scaling is applied between the two products, where the tensor is narrowest. A and B are
-    cast to the dtype of x, so that fp32 adapters ride on a bf16 base.
+    cast to the dtype of x, so that fp32 adapters work on a bf16 base.
 
     Args:
         base_output: (..., out), the frozen layer's output for x.
         x: (..., in), after dropout.
         lora_A: (r, in).
         lora_B: (out, r).
-        scaling: alpha / r or its like.
+        scaling: alpha / r or another factor.
     """
     x = x.to(base_output.dtype) if not x.is_floating_point() else x
     down = F.linear(x, lora_A.to(x.dtype)) * scaling
@@ -55,28 +55,33 @@ def fused_linear(
     copies: tuple[Tensor, Tensor] | None = None,
     flight: object = None,
 ) -> Tensor:
-    """Returns x W^T + bias + scaling * dropout(x) A^T B^T as one step of autograd.
+    """Return x W^T + bias + scaling * dropout(x) A^T B^T as one autograd step.
 
-    The same mathematics as calling the layer and `add_low_rank`, in fewer passes over memory: the
-    low-rank product is accumulated into the base product in place, forward and backward; x is kept
-    once, and not at all where A is frozen; A and B are cast to the type of x once; the gradient of
-    x is left out where nobody needs it. The narrow products come first, so that no (out, in) matrix
-    is ever formed. Gradients are those of x, A and B; W and bias are frozen. Where gradients are to
-    be differentiated (create_graph), they are made by plain operations instead.
+    The mathematics equals a call of the layer followed by `add_low_rank`, with fewer passes over
+    memory:
+
+    * The low-rank product is accumulated in place into the base product, forward and backward.
+    * x is saved once, and not at all where A is frozen.
+    * A and B are cast to the dtype of x once.
+    * The gradient of x is skipped where nothing needs it.
+
+    The narrow products come first, so no (out, in) matrix is ever formed. x, A and B get
+    gradients, while W and bias are frozen. If the gradients are differentiated (create_graph),
+    plain operations compute them instead.
 
     Args:
-        x: (..., in), of the type of weight.
+        x: (..., in), in the dtype of weight.
         weight: (out, in).
         bias: (out), or None.
-        lora_A: (r, in), of any floating-point type.
-        lora_B: (out, r), of any floating-point type.
-        scaling: alpha / r or its like.
-        dropout: probability of dropping an input of A; 0 outside of training.
-        copies: A and B in the type of x, where they have been cast already.
-        flight: something that the graph refers to until its backward pass.
+        lora_A: (r, in), of any floating-point dtype.
+        lora_B: (out, r), of any floating-point dtype.
+        scaling: alpha / r or another factor.
+        dropout: probability of dropping an input of A. 0, the default, outside of training.
+        copies: A and B in the dtype of x if they are already cast. None by default.
+        flight: an object that the graph refers to until its backward pass. None by default.
     """
-    # Reshaped out here: models may change the output in place, which autograd refuses for a view
-    # that a Function returns.
+    # The reshape stays outside the Function. Models may change the output in place, which
+    # autograd refuses for a view that a Function returns.
     rows = x.reshape(-1, x.shape[-1])
     frozen = weight, bias, copies, scaling, dropout, flight
     output: Tensor = _FusedLinear.apply(rows, lora_A, lora_B, frozen)
@@ -84,7 +89,7 @@ def fused_linear(
 
 
 class _FusedLinear(torch.autograd.Function):
-    """See `fused_linear`. N: the rows of x, all its leading dimensions together."""
+    """See `fused_linear`. N is the number of rows of x over all its leading dimensions."""
 
     @staticmethod
     def forward(
@@ -133,31 +138,31 @@ class _FusedLinear(torch.autograd.Function):
 
 
 class Linear(NamedTuple):
-    """A frozen linear layer with its adapter, as `fused_linear` takes them."""
+    """A frozen linear layer with its adapter, in the form that `fused_linear` takes."""
 
     weight: Tensor
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     b: Tensor
-    """B in the type of the input."""
+    """B in the dtype of the input."""
     scaling: float
 
 
 def fused_group(
     x: Tensor, layers: Sequence[Linear], a: Tensor, *, flight: object = None
 ) -> list[Tensor]:
-    """Returns what `fused_linear` makes of x with each of several layers, as one step of autograd.
+    """Return the `fused_linear` outputs of several layers for the same x as one autograd step.
 
-    What depends on x alone is one product for all: x A^T forward, the gradients of the matrices A
-    and the share in the gradient of x that comes through them backward. The gradient of x is summed
-    up in place.
+    One product serves all layers where it depends on x alone. Forward this is x A^T. Backward
+    these are the gradients of the matrices A and their contribution to the gradient of x. The
+    gradient of x is summed in place.
 
     Args:
-        x: (..., in), of the type of the weights.
-        layers: with one scaling, and A of one type.
-        a: the matrices A one below the other, in the type of x.
-        flight: something that the graph refers to until its backward pass.
+        x: (..., in), in the dtype of the weights.
+        layers: layers with equal scaling and equal dtype of A.
+        a: the matrices A, stacked vertically, in the dtype of x.
+        flight: an object that the graph refers to until its backward pass. None by default.
     """
     rows = x.reshape(-1, x.shape[-1])
     matrices = [*(layer.lora_A for layer in layers), *(layer.lora_B for layer in layers)]
@@ -166,7 +171,7 @@ def fused_group(
 
 
 class _FusedGroup(torch.autograd.Function):
-    """See `fused_group`. N: the rows of x; R: the ranks of all layers together."""
+    """See `fused_group`. N is the number of rows of x, R the sum of the layers' ranks."""
 
     @staticmethod
     def forward(
@@ -205,7 +210,7 @@ class _FusedGroup(torch.autograd.Function):
         of_a: list[Tensor | None] = [None] * count
         of_b: list[Tensor | None] = [None] * count
         grad_x = None
-        # An output that nobody has used has no gradient, and its part of `up` is zero.
+        # An unused output has no gradient, and its part of `up` is zero.
         unused = any(grad is None for grad in grads)
         up = torch.zeros_like(down) if unused else torch.empty_like(down)
         parts = zip(down.split(ctx.ranks, dim=1), up.split(ctx.ranks, dim=1), strict=True)
@@ -239,15 +244,16 @@ def _recorded(
     wants: Sequence[bool],
     keep: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of x, of each A and of each B that autograd can go through once more.
+    """Return differentiable gradients of x, of each A and of each B.
 
     Args:
         rows: x, (N, in).
         layers: W, A and B of each layer.
-        grads: of their outputs.
+        grads: gradients of the layers' outputs.
         scaling: s.
-        wants: which gradients are asked for.
-        keep: what dropout has multiplied the inputs of A by.
+        wants: which gradients to compute.
+        keep: factors by which dropout multiplied the inputs of A. None, the default, for no
+            dropout.
     """
     if rows is None:
         raise RuntimeError(
@@ -271,18 +277,21 @@ def _recorded(
 
 
 def _is_recorded() -> bool:
-    """Whether a backward pass is one that is to be differentiated; a compiled one never is."""
+    """Return whether autograd records the backward pass.
+
+    It never records a compiled one.
+    """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def refuse_second_derivatives(what: str, instead: str) -> None:
-    """Raises RuntimeError in a backward pass that is to be differentiated (create_graph)."""
+    """Raise RuntimeError in a backward pass that is itself differentiated (create_graph)."""
     if _is_recorded():
         raise RuntimeError(f"{what} cannot be differentiated twice: {instead}.")
 
 
 def _down(rows: Tensor, a: Tensor, scaling: float, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """Scaling * dropout(x) A^T as (N, r), and the mask of what was kept."""
+    """Return scaling * dropout(x) A^T as (N, r), and the mask of kept inputs."""
     mask = None
     if dropout > 0.0:
         rows, mask = torch.native_dropout(rows, dropout, True)
@@ -303,7 +312,10 @@ def _low_rank_backward(
     wants: tuple[bool, bool],
     types: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B in their types, each if wanted; that of x is added to `add_to`."""
+    """Return the wanted gradients of A and B in their dtypes.
+
+    The low-rank contribution to the gradient of x is added to `add_to`.
+    """
     grad_a = grad_b = None
     wants_a, wants_b = wants
     type_a, type_b = types
@@ -323,17 +335,17 @@ def _low_rank_backward(
 
 
 def _grad_of_b(grad_rows: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of B, (out, r)."""
+    """Return the gradient of B, (out, r)."""
     if joins_products(grad_rows.device):
-        return _product(grad_rows.t(), down, dtype)  # as B is in memory: autograd makes no copy
-    # As (r, out): on a CPU a product whose long side is the inner one is slow with out first.
+        return _product(grad_rows.t(), down, dtype)  # in the layout of B, so autograd makes no copy
+    # As (r, out). On a CPU this product, with a long inner side, is slow with out first.
     return _product(down.t(), grad_rows, dtype).t()
 
 
 def _narrow(x: Tensor, matrix: Tensor, factor: float) -> Tensor:
-    """Returns factor * x matrix, for a matrix of r columns.
+    """Return factor * x matrix, for a matrix of r columns.
 
-    MKL is slow at 5 to 8 of them, not at as many rows.
+    MKL is slow with 5 to 8 columns but not with 5 to 8 rows.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and 5 <= matrix.shape[1] <= 8:
         return _scaled(matrix.t(), x.t(), factor).t()
@@ -341,22 +353,25 @@ def _narrow(x: Tensor, matrix: Tensor, factor: float) -> Tensor:
 
 
 def _scaled(left: Tensor, right: Tensor, factor: float, *, out: Tensor | None = None) -> Tensor:
-    """Returns factor * left right."""
+    """Return factor * left right."""
     if not joins_products(left.device):
         return torch.mm(left, right, out=out).mul_(factor)
-    # Without a pass for the factor. Where beta is 0, the first argument is not read.
+    # Saves a separate pass for the factor. With beta=0 the first argument is not read.
     return torch.addmm(right.select(0, 0), left, right, beta=0, alpha=factor, out=out)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product of two matrices in a type that may be wider than theirs."""
+    """Return the product of two matrices in a dtype that may be wider than their own."""
     if dtype == torch.float32 and _writes_float32(left.device.type, left.dtype):
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)
 
 
 def _writes_float32(device: str, dtype: torch.dtype) -> bool:
-    """Whether products of this type can be written in fp32: on CUDA, from torch 2.8 on."""
+    """Return whether products of this dtype can be written in fp32.
+
+    That needs CUDA and torch 2.8 or later.
+    """
     if dtype == torch.float32 or torch.compiler.is_compiling():
         return False
     return device in GROUPED_ON and _try_float32(device, dtype)
@@ -367,7 +382,7 @@ def _try_float32(device: str, dtype: torch.dtype) -> bool:
     matrix = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.mm(matrix, matrix, out_dtype=torch.float32)
-    except (TypeError, RuntimeError):  # an older torch, a device without such products
+    except (TypeError, RuntimeError):  # older torch, or a device without such products
         return False
     return True
 
@@ -379,23 +394,24 @@ def _dropped(tensor: Tensor, mask: Tensor, probability: float) -> Tensor:
 def add_low_rank_embedding(
     base_output: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
 ) -> Tensor:
-    """Returns base_output + scaling * A[:, ids]^T B^T.
+    """Return base_output + scaling * A[:, ids]^T B^T.
 
     Args:
         base_output: (..., dim), the frozen embedding of ids.
         ids: (...), token ids.
         lora_A: (r, vocabulary).
         lora_B: (dim, r).
-        scaling: alpha / r, times the embedding's own scale where it has one.
+        scaling: alpha / r, times the embedding's own scale if it has one.
     """
     down = F.embedding(ids, lora_A.t())
     return base_output + (F.linear(down, lora_B) * scaling).to(base_output.dtype)
 
 
 def low_rank_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Frobenius norm of scaling * B A, from r x r Gram matrices, without forming the product.
+    """Return the Frobenius norm of scaling * B A from r x r Gram matrices.
 
-    Of several matrices, (E, r, in) and (E, out, r), it is the norm of all of them together.
+    The product itself is not formed. For several matrices, (E, r, in) and (E, out, r), the result
+    is the norm of all of them together.
     """
     a, b = lora_A.detach().float(), lora_B.detach().float()
     squared = torch.sum((b.mT @ b) * (a @ a.mT))

@@ -1,4 +1,4 @@
-"""A LoRA adapter on a model: putting it on, switching it off, merging it, taking it away."""
+"""A LoRA adapter on a model, with operations to attach, disable, merge and remove it."""
 
 from __future__ import annotations
 
@@ -46,20 +46,23 @@ LINEAR = (LoraLinear, LoraConv1D)
 
 
 class Adapter:
-    """A LoRA adapter in place on `model`: the handle for all that one does with it.
+    """A LoRA adapter in place on `model`, and the handle for every operation on it.
 
-    Constructing it freezes the model, wraps the matched modules and leaves trainable exactly what
-    belongs to the adapter: A and B of every wrapped module, the modules in
-    `config.modules_to_save`, the biases that `config.bias` names, and the rows of the tokens in
-    `config.trainable_token_indices`.
+    The constructor freezes the model and wraps the matched modules. It leaves exactly these
+    parameters trainable:
+
+    * A and B of every wrapped module
+    * the modules in `config.modules_to_save`
+    * the biases that `config.bias` selects
+    * the rows of the tokens in `config.trainable_token_indices`
 
     Args:
-        model: any torch model; changed in place.
+        model: any torch model, changed in place.
         config: what to adapt and how.
-        strict: whether a pattern that matches nothing is an error.
+        strict: whether a pattern that matches nothing is an error. True by default.
 
     Raises:
-        UserError: see `match_targets`; or the model carries an adapter already.
+        UserError: `match_targets` raises it, or the model already carries an adapter.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, *, strict: bool = True) -> None:
@@ -70,10 +73,10 @@ class Adapter:
         self.config = config
         self.saved_modules = modules_to_save(model, config.modules_to_save)
         self.removed = False
-        """Whether it was taken off the model."""
+        """Whether the adapter was removed from the model."""
         self.layers: dict[str, LoraLayer] = {}
         self.token_rows: dict[str, TokenRows] = {}
-        """Layers with trained rows of a vocabulary, by name, tied ones too."""
+        """Layers with trainable vocabulary rows by name, including tied layers."""
         self.rows = match_rows(model, config)
         self._aliases = {match.name: match.aliases for match in matches}
         self.alphas = {match.name: match.alpha for match in matches}
@@ -82,7 +85,7 @@ class Adapter:
         self._required_grad = {name: p.requires_grad for name, p in every}
         self._tied = tied_pairs(model)
         self.passed_over = left_out(model, config)
-        """Layers that all-linear leaves out, with the reason."""
+        """Layers that `all-linear` leaves out, with the reason."""
         self._check_bias_precision(matches)
         refuse_what_peft_mistakes(model, config, [match.name for match in matches])
         if strict:
@@ -110,7 +113,7 @@ class Adapter:
         }
         layer: LoraLayer
         if match.parameter is not None:
-            around = self.model.get_submodule(match.aliases[0])  # or what is on it already
+            around = self.model.get_submodule(match.aliases[0])  # or the wrapper already on it
             layer = LoraParameter(around, match.rank, parameter=match.parameter, **settings)
         elif match.parts is not None:
             split = SplitConv1D if lora_class_for(match.module) is LoraConv1D else SplitLinear
@@ -124,7 +127,7 @@ class Adapter:
         self._replace(match.name, layer)
 
     def _share_passes(self) -> list[Any]:
-        """Lets linear layers share what can be done once in a forward pass of the model."""
+        """Let linear layers share the work that one forward pass of the model needs only once."""
         linear = {n: one for n, one in self.layers.items() if isinstance(one, LINEAR)}
         forward_pass = ForwardPass()
         for layer in linear.values():
@@ -181,7 +184,7 @@ class Adapter:
             setattr(self.model.get_submodule(parent), leaf, module)
 
     def _train_extras(self) -> None:
-        """Makes whole modules and biases trainable, in fp32, and keeps what they were."""
+        """Make whole modules and biases trainable in fp32 and keep their initial values."""
         for name in self.saved_modules:
             module = self.model.get_submodule(name)
             self._untie(name, module)
@@ -203,9 +206,9 @@ class Adapter:
                 parameter.requires_grad_(True)
 
     def _untie(self, name: str, module: nn.Module) -> None:
-        """Gives `module` parameters of its own where the rest of the model shares them.
+        """Give `module` its own parameters where the rest of the model shares them.
 
-        A head tied to the embeddings is trained alone, as in PEFT: the embeddings stay frozen.
+        A head tied to the embeddings is trained alone, as in PEFT. The embeddings stay frozen.
         """
         inside = set(module.modules())
         shared = {
@@ -222,14 +225,17 @@ class Adapter:
     # What belongs to the adapter -------------------------------------------------------------
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors by the name that PEFT gives them in its file (less the prefix).
+        """Return the adapter's tensors by their names in a PEFT file, without the prefix.
 
-        This is the one place that says what an adapter consists of; the tensors are live.
+        This is the only place that defines the contents of an adapter. The tensors are live.
         """
         return self._tensors_of({n: layer.named_tensors() for n, layer in self.layers.items()})
 
     def exported_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a file: an adapter that started from the weights as plain LoRA."""
+        """Return the tensors of a file.
+
+        An adapter that started from the weights is stored as plain LoRA.
+        """
         return self._tensors_of({n: layer.exported_tensors() for n, layer in self.layers.items()})
 
     def _tensors_of(self, layers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -241,15 +247,16 @@ class Adapter:
         return {**own, **self._extras()}
 
     def from_zero(self) -> list[nn.Parameter]:
-        """Of each layer's two matrices the one that starts at zero: B, in an embedding A."""
+        """Return the matrix of each layer that starts at zero, B or (in an embedding) A."""
         return [
             layer.lora_A if layer.random_matrix == "lora_B" else layer.lora_B
             for layer in self.layers.values()
         ]
 
     def _extras(self) -> dict[str, Tensor]:
-        """What training changes besides the layers' matrices: whole modules, biases, rows, running
-        statistics.
+        """Return the tensors that training changes besides the layers' matrices.
+
+        These are whole modules, biases, rows and running statistics.
         """
         tensors: dict[str, Tensor] = {
             f"{rows.name}.{ROWS}": self.token_rows[rows.name].rows for rows in self.rows
@@ -265,19 +272,21 @@ class Adapter:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def check_gradients(self) -> list[str]:
-        """Makes sure that a backward pass has reached what is trained; call it after the first one.
+        """Check that a backward pass has reached the trainable tensors.
+
+        Call it after the first backward pass.
 
         Returns:
-            Names of tensors that it did not reach and another may, such as those of some experts.
+            Names of tensors that this pass missed but another may reach, such as some experts.
 
         Raises:
-            UserError: it has not reached tensors that no other will: the model does not call their
-                layers, or reads the weights without calling them.
+            UserError: the pass missed tensors that no other pass can reach. The model does not
+                call their layers, or reads the weights without calling them.
         """
         return refuse_unreached({n: t for n, t in self.named_tensors().items() if t.requires_grad})
 
     def check_frozen(self) -> None:
-        """Makes sure that no weight is trained which is not stored with the adapter.
+        """Check that every trainable parameter is stored with the adapter.
 
         Raises:
             UserError: something has unfrozen a layer of the base.
@@ -293,14 +302,14 @@ class Adapter:
                 )
 
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
-        """Copies `tensors` (those of a file) into the live adapter.
+        """Copy `tensors` from a file into the live adapter.
 
         Raises:
-            UserError: a tensor is missing, unexpected, of the wrong shape, or not finite; nothing
-                has been changed then.
+            UserError: a tensor is missing, unexpected, of the wrong shape, or not finite. The
+                adapter is then unchanged.
         """
         own = self.named_tensors()
-        tensors = {**running_statistics(self.model), **tensors}  # PEFT stores none
+        tensors = {**running_statistics(self.model), **tensors}  # PEFT stores no statistics
         for name, layer in self.layers.items():
             key = f"{self._paths[name]}.lora_B.weight"
             if key in tensors:
@@ -316,7 +325,7 @@ class Adapter:
                 tensor.copy_(tensors[name])
 
     def start_at(self, matrices: dict[str, Tensor]) -> None:
-        """Gives some layers another first A, (r, in); the layers still equal their bases."""
+        """Replace the initial A, (r, in), of some layers, which still equal their bases."""
         with torch.no_grad():
             for name, a in matrices.items():
                 self.layers[name].lora_A.copy_(a)
@@ -324,9 +333,9 @@ class Adapter:
     # Switching -------------------------------------------------------------------------------
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches low-rank updates and trained rows on or off; all else that is trained stays.
+        """Enable or disable low-rank updates and trained rows.
 
-        Switching off unmerges: the updates are no longer part of the weights.
+        Other trained tensors stay in place. Disabling also removes merged updates from the weights.
         """
         if not enabled:
             self.unmerge()
@@ -334,17 +343,18 @@ class Adapter:
             layer.enabled = enabled
 
     def set_fused(self, fused: bool) -> None:
-        """Has linear layers take one fused step with their bases, as at first, or plain operations.
+        """Set whether linear layers use one fused step with their bases or plain operations.
 
-        Plain ones call each base layer as a module and are what transforms of `torch.func` need,
-        as for the gradients of each sample. They give the same, in more time and memory.
+        The fused step is the default. Plain operations call each base layer as a module.
+        Transforms of `torch.func`, such as per-sample gradients, need plain operations. The
+        results are the same, but plain operations take more time and memory.
         """
         for layer in self.layers.values():
             layer.fused = fused
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model exactly as it was before the adapter, for the time of the block."""
+        """Run the block with the base model exactly as it was before the adapter."""
         was = {name: layer.enabled for name, layer in self._wrappers.items()}
         merged = any(layer.merged for layer in self._wrappers.values())
         self.set_enabled(False)
@@ -359,7 +369,7 @@ class Adapter:
                 self.merge()
 
     def _swap_extras(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Writes `values` into whole modules, biases and statistics; returns what stood there."""
+        """Write `values` into whole modules, biases and statistics and return the old values."""
         live = self._live()
         before = {name: live[name].detach().clone() for name in values}
         with torch.no_grad():
@@ -368,12 +378,12 @@ class Adapter:
         return before
 
     def merge(self) -> None:
-        """Puts W + s B A in the place of every adapted weight, and trained rows among the others.
+        """Replace every adapted weight with W + s B A and insert trained rows into their matrix.
 
-        All layers or, on error, none.
+        On error no layer is merged.
 
         Raises:
-            UserError: a base weight is quantised, or a merged weight is not finite.
+            UserError: a base weight is quantized, or a merged weight is not finite.
         """
         try:
             for name, layer in self._wrappers.items():
@@ -386,14 +396,14 @@ class Adapter:
             raise
 
     def unmerge(self) -> None:
-        """Puts the pristine weights back, exactly."""
+        """Restore the original weights exactly."""
         for layer in self._wrappers.values():
             layer.unmerge()
 
     def remove(self) -> nn.Module:
-        """Takes the adapter away; returns the model as it was before, bit for bit.
+        """Remove the adapter and return the model bit for bit as it was before.
 
-        Whole modules, biases and running statistics get their first values back.
+        Whole modules, biases and running statistics get their initial values back.
         """
         self.unmerge()
         self._swap_extras(self._pristine)
@@ -403,13 +413,14 @@ class Adapter:
         return model
 
     def merge_and_unload(self) -> nn.Module:
-        """Merges for good and takes the wrappers away; returns a model of plain layers.
+        """Merge permanently, remove the wrappers and return a model of plain layers.
 
-        Whole modules, biases and statistics keep their trained values. A weight that was tied to an
-        adapted one keeps its own value, so the model's config is told that they are no longer tied.
+        Whole modules, biases and statistics keep their trained values. A weight tied to an adapted
+        weight keeps its own value, so the model's config no longer declares tied weights.
 
         Raises:
-            UserError: see `merge`; or the architecture cannot be stored with untied weights (T5).
+            UserError: `merge` raises it, or the architecture cannot be stored with untied weights
+                (T5).
         """
         self.merge()
         config = getattr(self.model, "config", None)
@@ -443,10 +454,10 @@ class Adapter:
         self.removed = True
         return self.model
 
-    # Telling ---------------------------------------------------------------------------------
+    # Reporting -------------------------------------------------------------------------------
 
     def summary(self) -> Summary:
-        """What it covers, as data and as a table."""
+        """Return what the adapter covers, as data and as a table."""
         return summarise(self)
 
 
@@ -460,7 +471,10 @@ def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> Non
 
 
 def _widen(module: nn.Module) -> None:
-    """Has a module be fp32, with new parameters: `Module.to` cannot change those without values."""
+    """Convert a module to fp32 with new parameters.
+
+    `Module.to` cannot convert parameters without values.
+    """
     wide: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -474,7 +488,7 @@ def _widen(module: nn.Module) -> None:
 
 
 def _cast_around(module: nn.Module, outside: torch.dtype) -> list[Any]:
-    """Lets an fp32 module live in a 16-bit model: casts inputs up and outputs back."""
+    """Cast inputs of an fp32 module in a 16-bit model up, and its outputs back."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()

@@ -1,4 +1,4 @@
-"""Experts in one tensor, as transformers 5 holds them, and what PEFT takes for experts."""
+"""Experts in one tensor, as in transformers 5, and layers that PEFT mistakes for experts."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ MISTAKEN_IN = frozenset(
         "solar_open",
     ]
 )
-"""Model types of which PEFT 0.21 takes layers for experts by their names: those whose checkpoints
-transformers 5.23 converts as Qwen2-MoE's, but not that itself."""
+"""Model types in which PEFT 0.21 mistakes layers for experts by their names.
+
+transformers 5.23 converts checkpoints of these types like Qwen2-MoE checkpoints. Qwen2-MoE itself
+is not included.
+"""
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of several experts in one tensor, (E, ., .), by their names in the bare model."""
+    """Return weights of several experts in one tensor, (E, ., .), by name in the bare model."""
     return {
         f"{path}.{leaf}".replace(".base_layer", ""): parameter
         for path, module in model.named_modules()
@@ -58,9 +61,9 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_like_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Dense and shared layers with the names that experts have had, in a model with experts.
+    """Return dense and shared layers with former expert names, in a model with experts.
 
-    PEFT may take them for those; named by their weights it finds them in any case.
+    PEFT may mistake these layers for experts. It always finds them by the names of their weights.
     """
     old = ("gate_proj", "up_proj", "down_proj")
     found = [name for name in names if name.rpartition(".")[2] in old]
@@ -68,12 +71,12 @@ def named_like_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def refuse_what_peft_mistakes(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
-    """Raises UserError for settings that PEFT does not have on the layers it takes for experts.
+    """Raise UserError for settings that PEFT lacks on the layers that it mistakes for experts.
 
     Args:
         model: the bare model.
-        config: the adapter's.
-        names: of the layers that it adapts.
+        config: the adapter's settings.
+        names: names of the layers that the adapter wraps.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     setting = f"bias={config.bias}" if config.bias != "none" else ""

@@ -1,4 +1,4 @@
-"""Several adapters on one frozen base, chosen by name: for a whole batch or for each row."""
+"""Several adapters on one frozen base, selected by name for a whole batch or for each row."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from .serialization.peft_folder import (
 
 
 class AdapterSet:
-    """Adapters that share the weights of one base model, which stays as it is.
+    """Adapters that share the weights of one unchanged base model.
 
-    Each has a model of its own in which all that is frozen is the base's: an adapter more costs its
-    own matrices. Adding, replacing and removing one leaves the others alone.
+    Each adapter has its own model, which shares all frozen tensors with the base. An additional
+    adapter costs only its own matrices. Adding, replacing or removing an adapter does not affect
+    the others.
 
     Args:
-        model: the base; frozen, and put in evaluation mode.
+        model: the base. It is frozen and put in evaluation mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,10 +44,10 @@ class AdapterSet:
         self._stacked: nn.Module | None = None
 
     def add(self, name: str, folder: str | Path) -> nn.Module:
-        """Loads an adapter, in the place of one that has the name; returns its model.
+        """Load an adapter, replace any adapter of the same name and return the new model.
 
         Raises:
-            UserError: see `load_adapter`; what was there before is still there then.
+            UserError: see `load_adapter`. The previous adapter then stays in place.
         """
         raw, tensors = read_adapter(folder)
         config = from_peft_config(raw)
@@ -66,29 +67,29 @@ class AdapterSet:
             if not is_statistic(leaf)
         }
         model = copy.deepcopy(self.base, shared)
-        model.rows_before_growth = None  # type: ignore[assignment]  # what is shared stays as it is
+        model.rows_before_growth = None  # type: ignore[assignment]  # shared tensors do not change
         self.adapters[name] = adapter_from(
             model, config, tensors, folder, together=is_together(raw)
         )
-        model.eval()  # what is trained keeps its mark: by it `stacked_model` finds a slot's own
+        model.eval()  # requires_grad stays, since `stacked_model` finds a slot's layers by it
         self._stacked = None
         return model
 
     def remove(self, name: str) -> None:
-        """Takes an adapter away.
+        """Remove an adapter.
 
         Raises:
-            UserError: there is none of the name.
+            UserError: no adapter has the name.
         """
         self[name]
         del self.adapters[name]
         self._stacked = None
 
     def __getitem__(self, name: str | None) -> nn.Module:
-        """The base with the adapter of the name; None: the base alone.
+        """Return the base with the named adapter, or the base alone for None.
 
         Raises:
-            UserError: there is none of the name.
+            UserError: no adapter has the name.
         """
         if name is None:
             return self.base
@@ -101,16 +102,16 @@ class AdapterSet:
         return self.adapters[name].model
 
     def forward(self, names: Sequence[str | None], **inputs: Any) -> Any:
-        """The base's output for a batch of which each row has the adapter of its name.
+        """Return the base's output for a batch with a named adapter for each row.
 
-        One pass: the frozen layers see all rows together.
+        In this single pass the frozen layers process all rows together.
 
         Args:
-            names: an adapter's name for each row; None: none.
-            inputs: the model's arguments; tensors with as many rows are taken by row.
+            names: an adapter name for each row, or None for no adapter.
+            inputs: the model's arguments. Tensors with as many rows as names are handled by row.
 
         Raises:
-            UserError: a name is not known; the names are not as many as the rows; or a layer of the
+            UserError: a name is unknown, the numbers of names and rows differ, or a layer of the
                 model mixes rows.
         """
         return self._by_rows(names, inputs, lambda model, given: model(**given, use_cache=False))
@@ -118,10 +119,11 @@ class AdapterSet:
     __call__ = forward
 
     def generate(self, names: Sequence[str | None], **inputs: Any) -> Tensor:
-        """`generate` of the base for a batch of which each row has the adapter of its name.
+        """Call the base's `generate` for a batch with a named adapter for each row.
 
         Returns:
-            Token ids, (rows, length); with num_return_sequences those of a row together.
+            Token ids, (rows, length). With num_return_sequences the sequences of a row are
+            adjacent.
         """
         output: Tensor = self._by_rows(names, inputs, lambda model, given: model.generate(**given))
         return output
@@ -150,7 +152,10 @@ class AdapterSet:
 
 
 def _taken(values: Any, order: Tensor, rows: int) -> Any:
-    """Tensors of `rows` rows, or some for each, in another order; all else as it is."""
+    """Return tensors with their rows in another order, and other values unchanged.
+
+    A tensor may have `rows` rows or a multiple.
+    """
     if isinstance(values, Tensor) and values.dim() > 0 and values.shape[0] % rows == 0:
         each = values.shape[0] // rows
         index = (order[:, None] * each + torch.arange(each)).flatten()

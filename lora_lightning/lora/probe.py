@@ -1,7 +1,7 @@
-"""What a layer does with its weight, found by calling it with a few inputs.
+"""Probes that call a layer with a few inputs to find how it uses its weight.
 
-Classes of torch's own and transformers' Conv1D are known. Any other that has `in_features`,
-`out_features` and `weight` may hold the weight as (in, out), scale it, or do more.
+torch's own classes and transformers' Conv1D are known. Any other class with `in_features`,
+`out_features` and `weight` may store the weight as (in, out), scale it, or do more.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _ROWS = 3
 
 
 def layout_of(layer: nn.Module) -> str | None:
-    """How a linear layer's weight W lies: "(out, in)" or "(in, out)"; None: it does not give W x.
+    """Return the layout of a linear layer's weight W, "(out, in)" or "(in, out)".
 
-    A weight that is quantised, sharded or without values is taken to be (out, in).
+    None means that the layer does not compute W x. A weight that is quantized, sharded or without
+    values is assumed to be (out, in).
     """
     weight: Any = getattr(layer, "weight", None)
     if type(layer).forward is nn.Linear.forward or not _is_dense(weight):
@@ -37,7 +38,10 @@ def layout_of(layer: nn.Module) -> str | None:
 
 
 def gives_rows(layer: nn.Embedding) -> bool:
-    """Whether an embedding gives the rows of its weight, times its `embed_scale` if it has one."""
+    """Return whether an embedding gives the rows of its weight.
+
+    If it has an `embed_scale`, the rows are multiplied by that factor.
+    """
     if type(layer).forward is nn.Embedding.forward or not _is_dense(layer.weight):
         return True
     ids = torch.arange(min(_ROWS, len(layer.weight)), device=layer.weight.device)
@@ -46,13 +50,15 @@ def gives_rows(layer: nn.Embedding) -> bool:
 
 
 def same_output(layer: nn.Module, other: Callable[..., Tensor], like: Tensor, width: int) -> bool:
-    """Whether two calls give the same for a few inputs; True where there are no values.
+    """Return whether two calls give the same output for a few inputs.
+
+    Without values in memory the result is True.
 
     Args:
-        layer: the one, which is also put in evaluation mode for the time.
-        other: the other, called with the same input.
-        like: tells the type and the device of inputs.
-        width: of inputs; 0: they are token ids.
+        layer: the first callable, which is in evaluation mode for both calls.
+        other: the second callable, with the same input.
+        like: tensor with the dtype and device of the inputs.
+        width: width of the inputs, or 0 for token ids.
     """
     if not _is_dense(like):
         return True
@@ -64,7 +70,7 @@ def same_output(layer: nn.Module, other: Callable[..., Tensor], like: Tensor, wi
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is known to do no more than its class of torch's own, or Conv1D."""
+    """Return whether a layer is known to do no more than a torch class or Conv1D does."""
     known: tuple[Any, ...] = (nn.Linear.forward, nn.Embedding.forward)
     named = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
@@ -72,25 +78,25 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _is_dense(weight: Any) -> bool:
-    """Whether a weight is numbers in memory that stand for themselves."""
+    """Return whether a weight holds plain, unquantized values in memory."""
     plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and not weight.is_meta
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _numbers(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Values that no other use of random numbers notices."""
+    """Return random values without a change of any other random state."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(like)
 
 
 @torch.no_grad()
 def _called(layer: nn.Module, call: Callable[[], Any]) -> Tensor | None:
-    """The result of a call in evaluation mode; None: it fails, or is no tensor."""
+    """Return the result of a call in evaluation mode, or None if it fails or is no tensor."""
     training = {module: module.training for module in layer.modules()}
     layer.eval()
     try:
         found = call()
-    except Exception:  # whatever code of others raises for an input it does not expect
+    except Exception:  # third-party code may raise anything for an unexpected input
         return None
     finally:
         for module, was in training.items():

@@ -1,4 +1,4 @@
-"""What of a model an adapter can act on, and whether training has reached all of it."""
+"""Checks that an adapter can act on its layers and that training reaches its tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lora_lightning.errors import UserError
 from .layers.base import Wrapper
 
 MIXERS = frozenset(["falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"])
-"""Model types of which PEFT 0.21 takes no adapter on a mixer's `out_proj`."""
+"""Model types for which PEFT 0.21 accepts no adapter on a mixer's `out_proj`."""
 _PROJECTIONS = ("x_proj", "dt_proj", "out_proj")
-"""Linear layers of state space mixers whose weights a kernel may take."""
+"""Linear layers of state space mixers whose weights a kernel may read."""
 BEHIND = "nn.MultiheadAttention reads its weight without calling it"
 KERNELS = "kernels of state space models read their weights without calling them"
 OTHERS = "text does not reach them, only images or sound do (lora.targets can name them)"
 
 
 def read_behind(model: nn.Module) -> set[str]:
-    """Names of layers whose weight their parent reads without calling them, always.
+    """Return names of layers whose parent always reads their weight without calling them.
 
-    A wrapper around one would do nothing.
+    A wrapper around such a layer has no effect.
     """
     return {
         f"{path}.{leaf}".removeprefix(".")
@@ -37,10 +37,12 @@ def read_behind(model: nn.Module) -> set[str]:
 
 
 def passed_over(model: nn.Module, heads: list[str]) -> dict[str, str]:
-    """Names of modules that `all-linear` leaves out, with the reason: they might not be trained.
+    """Return the names of modules that `all-linear` leaves out, with the reason.
 
-    They are layers of a state space mixer (Mamba and its kin) whose weights its class hands to a
-    kernel, and of a language model that also takes images or sound all but the language model.
+    Training might not reach them. They are of two kinds:
+
+    * layers of a state space mixer (Mamba and similar) whose class passes their weights to a kernel
+    * everything outside the language model, in a model that also takes images or sound
 
     Args:
         model: the bare model.
@@ -67,7 +69,7 @@ def _handed_over(mixer: nn.Module) -> list[str]:
 
 
 def _language_model(model: nn.Module) -> nn.Module | None:
-    """The part that text goes through, of a model of transformers that takes other input too."""
+    """Return the part for text in a transformers model that also takes other input."""
     config: Any = getattr(model, "config", None)
     get_text, get_decoder = (
         getattr(config, "get_text_config", None),
@@ -82,11 +84,11 @@ def _language_model(model: nn.Module) -> nn.Module | None:
 
 
 def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
-    """Raises UserError for layers on which PEFT loads no adapter.
+    """Raise UserError for layers on which PEFT loads no adapter.
 
     Args:
         model: the bare model.
-        names: of the layers that are to be adapted.
+        names: names of the layers to adapt.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     refused = [name for name in names if name.rpartition(".")[2] == "out_proj"]
@@ -99,16 +101,16 @@ def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
 
 
 def keep_off_fast_paths(model: nn.Module) -> list[Any]:
-    """Has torch's encoder layers call their linear layers, in evaluation too.
+    """Make torch's encoder layers call their linear layers in evaluation too.
 
-    Without gradients nn.TransformerEncoderLayer hands all its weights to one kernel, which knows
-    of no adapter, unless there are hooks; nn.TransformerEncoder packs padded rows for it.
+    Without gradients and hooks, nn.TransformerEncoderLayer passes all its weights to one kernel.
+    That kernel ignores adapters. nn.TransformerEncoder packs padded rows for the kernel.
 
     Args:
-        model: with the adapter in place.
+        model: the model with the adapter in place.
 
     Returns:
-        Handles, whose `remove` restores the model.
+        Handles whose `remove` restores the model.
     """
     handles: list[Any] = []
     for module in model.modules():
@@ -124,11 +126,11 @@ def keep_off_fast_paths(model: nn.Module) -> list[Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """A hook whose presence is what counts."""
+    """Do nothing. Only the presence of this hook matters."""
 
 
 class _Packing:
-    """Padded rows stay padded in an nn.TransformerEncoder until this is removed."""
+    """A handle that keeps padded rows padded in an nn.TransformerEncoder until it is removed."""
 
     def __init__(self, encoder: nn.TransformerEncoder) -> None:
         self.encoder = encoder
@@ -139,15 +141,17 @@ class _Packing:
 
 
 def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Names of trained tensors that no backward pass since the last step has reached.
+    """Return names of trainable tensors that no backward pass since the last step has reached.
+
+    Tensors are of one kind if their names differ only in the last number. Examples are several
+    experts, or layers that training drops at random.
 
     Args:
-        trained: by name, after a backward pass.
+        trained: tensors by name, after a backward pass.
 
     Returns:
-        Those without a reached tensor of their kind, so that the model uses none of them; and
-        those with one: a tensor of the same name but for its last number, as one of
-        several experts, or a layer that training drops at random.
+        Names in two lists. The first holds tensors without a reached tensor of their kind, so the
+        model uses none of that kind. The second holds tensors with a reached one.
     """
     missing = [n for n, t in trained.items() if t.requires_grad and t.grad is None]
     reached = {_kind(n) for n, t in trained.items() if t.requires_grad and t.grad is not None}
@@ -156,23 +160,24 @@ def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str
 
 
 def _kind(name: str) -> str:
-    """A name without its last number."""
+    """Return a name without its last number."""
     parts = name.split(".")
     last = max((place for place, part in enumerate(parts) if part.isdigit()), default=None)
     return ".".join("*" if place == last else part for place, part in enumerate(parts))
 
 
 def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
-    """Makes sure that a backward pass has reached all of an adapter that could be reached.
+    """Check that a backward pass has reached every reachable tensor of an adapter.
 
     Args:
         trained: the adapter's tensors by name, with gradients.
 
     Returns:
-        Names of those that this batch alone may not have reached.
+        Names of tensors that perhaps this batch alone has missed.
 
     Raises:
-        UserError: the model does not use some, or reads the weights behind the adapted layers.
+        UserError: the model does not use some tensors, or reads weights without calling the
+            adapted layers.
     """
     never, some = without_gradient(trained)
     if never:
@@ -185,7 +190,7 @@ def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
 
 
 def _exclusion(never: list[str], others: list[str]) -> str:
-    """A setting that leaves out the modules of some tensors and of no others."""
+    """Return a setting that excludes the modules of the `never` tensors and no others."""
     modules = [re.split(_OF_ADAPTER, name)[0] for name in never]
     kept = [re.split(_OF_ADAPTER, name)[0] for name in others]
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
@@ -199,4 +204,4 @@ def _exclusion(never: list[str], others: list[str]) -> str:
 
 
 _OF_ADAPTER = r"\.(?:lora_|token_adapter\.|base_layer\.|weight$|bias$)"
-"""Where the name of a module ends in that of its tensor."""
+"""Pattern for the point in a tensor's name where its module's name ends."""

@@ -1,4 +1,4 @@
-"""Random numbers that leave no trace, and those that are the same on every device."""
+"""Random numbers that leave no trace, or are the same on every device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Restores torch's generators at the end of the block: the CPU's, and that of a GPU.
+    """Return a context that restores torch's CPU generator and one GPU's generator on exit.
 
     Args:
-        device: where numbers are drawn. `torch.random.fork_rng` alone would fork all GPUs.
+        device: the device of the draws. `torch.random.fork_rng` by default forks all GPUs.
     """
     devices = [device] if device.type == "cuda" else []
     return torch.random.fork_rng(devices=devices)
@@ -22,12 +22,12 @@ def fork_rng(device: torch.device) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def fill_by_cpu(matrix: Tensor, fill: Callable[..., Any], **settings: Any) -> None:
-    """Gives a matrix the values that the CPU's generator draws, whatever device it is on.
+    """Fill a matrix on any device with values from the CPU's generator.
 
     Args:
-        matrix: to be filled; one without values (on "meta") takes no draws.
-        fill: one of `torch.nn.init`.
-        settings: further arguments of it.
+        matrix: the matrix to fill. A matrix without values (on "meta") takes no draws.
+        fill: a function of `torch.nn.init`.
+        settings: further arguments of `fill`.
     """
     if matrix.device.type == "meta":
         return

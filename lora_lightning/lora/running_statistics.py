@@ -1,4 +1,4 @@
-"""What training moves without a gradient: the running statistics of normalisation layers."""
+"""Running statistics of normalization layers, which training changes without a gradient."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor, nn
 from lora_lightning.errors import UserError
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers of nn.BatchNorm1d and its kin, which each forward pass of training changes."""
+"""Buffers of nn.BatchNorm1d and similar layers, changed by each forward pass of training."""
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a buffer of that name is one."""
+    """Return whether a buffer of that name is a running statistic."""
     return name.rpartition(".")[2] in STATISTICS
 
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The running statistics of a model by name; they belong to an adapter that is trained on it.
+    """Return the running statistics of a model by name, part of an adapter trained on it.
 
-    Whoever loads the adapter needs them: the base's own belong to other outputs of the layers
-    before. PEFT stores none, and reads them by these names.
+    A loaded adapter needs them, because the base's statistics belong to other outputs of the
+    preceding layers. PEFT stores no statistics, but reads them by these names.
     """
     return {name: buffer for name, buffer in model.named_buffers() if is_statistic(name)}
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a layer has some of its own."""
+    """Return whether a layer has running statistics of its own."""
     return any(module._buffers.get(name) is not None for name in STATISTICS)
 
 
 def checksums(model: nn.Module, but: Iterable[Tensor]) -> dict[str, float]:
-    """By the names of a model's stored buffers of real numbers, what changes when they do.
+    """Return checksums of a model's stored floating-point buffers (fp32 and fp64) by name.
 
     Args:
-        model: the whole.
-        but: buffers that are passed over.
+        model: the whole model.
+        but: buffers to skip.
     """
     known = {id(tensor) for tensor in but}
     return {
@@ -51,7 +51,7 @@ def checksums(model: nn.Module, but: Iterable[Tensor]) -> dict[str, float]:
 
 
 def refuse_moved(before: dict[str, float], now: dict[str, float]) -> None:
-    """Raises UserError where a buffer of the frozen base has changed, which nothing would store."""
+    """Raise UserError if a buffer of the frozen base has changed, since no adapter stores it."""
     moved = [name for name, value in before.items() if now.get(name, value) != value]
     if moved:
         module = moved[0].rpartition(".")[0]

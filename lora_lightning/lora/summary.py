@@ -1,4 +1,4 @@
-"""What an adapter covers, as data and as a table."""
+"""Summary of what an adapter covers, as data and as a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
-    """How many numbers parameters stand for; 4-bit weights hold two in a byte."""
+    """Return how many values the parameters represent.
+
+    A byte of a 4-bit weight holds two values.
+    """
     shapes = (getattr(p, "quant_state", p).shape for p in parameters)
     return sum(shape.numel() for shape in shapes)
 
@@ -38,23 +41,23 @@ class SummaryRow:
     scaling: float
     parameters: int
     experts: int = 1
-    """Matrices in the weight."""
+    """Number of matrices in the weight."""
     parts: tuple[str, ...] = ()
-    """Of a fused layer those that are adapted each for itself."""
+    """Names of the separately adapted parts of a fused layer."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an adapter covers; `str()` gives a table with like modules on one line."""
+    """What an adapter covers. `str()` gives a table with similar modules on one line."""
 
     rows: list[SummaryRow]
     whole_modules: dict[str, int]
     token_rows: dict[str, tuple[int, int]]
-    """(rows, dim) of the trained rows of a vocabulary, by module."""
+    """(rows, dim) of the trained vocabulary rows, by module."""
     trainable: int
     total: int
     left_out: dict[str, int] = field(default_factory=dict)
-    """Parameters of experts that are not adapted, and how large they are."""
+    """Sizes of expert parameters that are not adapted, by name."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` leaves out, with the reason."""
 
@@ -101,7 +104,7 @@ class Summary:
 
 
 def summarise(adapter: Adapter) -> Summary:
-    """The summary of an adapter in place."""
+    """Return the summary of an adapter in place."""
     model = adapter.model
     return Summary(
         rows=[_row(name, layer, adapter.alphas[name]) for name, layer in adapter.layers.items()],

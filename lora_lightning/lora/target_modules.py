@@ -1,4 +1,7 @@
-"""Which modules of a model an adapter goes on: PEFT's rules, but no pattern may match nothing."""
+"""Selection of the modules that an adapter wraps.
+
+The rules are PEFT's, except that every pattern must match something.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ from .reachability import BEHIND, passed_over, read_behind
 
 @dataclass(frozen=True)
 class Match:
-    """A weight to adapt, in a module of one name or, where it is shared, several."""
+    """A weight to adapt. Its module has one name, or several where it is shared."""
 
     name: str
-    """The module's first name, or the parameter's."""
+    """First name of the module, or name of the parameter."""
     aliases: tuple[str, ...]
     """All names of the module."""
     module: nn.Module
@@ -37,23 +40,24 @@ class Match:
     alpha: float
     scaling: float
     parts: tuple[Part, ...] | None = None
-    """Of a fused layer, with their sizes."""
+    """Parts of a fused layer, with their sizes."""
     parameter: str | None = None
-    """The parameter's name in the module, where it is adapted itself."""
+    """Name of the parameter in the module, if the parameter itself is adapted."""
 
 
 def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> list[Match]:
-    """The modules that `config` names, in the model's order.
+    """Return the modules that `config` selects, in the model's order.
 
     Args:
-        model: where to look.
-        config: what to look for.
-        strict: whether every single pattern must match. A loader, which checks each tensor of its
-            file instead, does without.
+        model: the model to search.
+        config: the settings that select modules.
+        strict: whether every single pattern must match. True by default. A loader passes False
+            because it checks each tensor of its file instead.
 
     Raises:
-        UserError: a target, exclusion, layer index or rank/alpha pattern matches nothing, or all
-            together leave nothing. The message gives the nearest names and what could be matched.
+        UserError: a target, exclusion, layer index or rank/alpha pattern matches nothing, or
+            their combination leaves no module. The message gives the nearest names and the
+            modules that could be matched.
     """
     candidates = adaptable(model)
     saved = modules_to_save(model, config.modules_to_save)
@@ -89,7 +93,7 @@ def match_targets(model: nn.Module, config: LoraConfig, *, strict: bool = True) 
 
 
 def _check_patterns(where: str, patterns: dict[str, Any], names: Collection[str]) -> None:
-    """Raises UserError unless each pattern is the first that matches some name, so that it acts."""
+    """Raise UserError unless each pattern is the first match of some name and so takes effect."""
     acting = {pattern_for(patterns, name) for name in names}
     for pattern in patterns:
         if pattern in acting:
@@ -113,7 +117,7 @@ def _match(
     name: str | None = None,
     parameter: str | None = None,
 ) -> Match:
-    """A match whose settings are those of `key`, its name unless another is given."""
+    """Return a match with the settings of `key`, which is also its name by default."""
     return Match(
         name or key,
         aliases,
@@ -128,7 +132,7 @@ def _match(
 def _split(
     model: nn.Module, config: LoraConfig, matches: dict[str, Match], *, strict: bool
 ) -> list[Match]:
-    """The matches, fused layers with their parts."""
+    """Return the matches and add the parts of fused layers."""
     if strict:
         _check_patterns("lora.parts", config.parts, matches)
     found = []
@@ -148,15 +152,15 @@ def _split(
 def _match_parameters(
     model: nn.Module, config: LoraConfig, outside: set[str], chosen: set[str]
 ) -> dict[str, Match]:
-    """What `config.target_parameters` names, by the parameter's name, in PEFT's order.
+    """Return matches for `config.target_parameters` by parameter name, in PEFT's order.
 
-    The weight of a linear layer is adapted as the layer, which is the same.
+    The weight of a linear layer is adapted as the layer, which is equivalent.
 
     Args:
-        model: where to look.
-        config: what to look for.
-        outside: modules that are trained whole.
-        chosen: modules that are adapted already.
+        model: the model to search.
+        config: the settings that select parameters.
+        outside: names of modules that are trained whole.
+        chosen: names of modules that are already adapted.
     """
     if not config.target_parameters:
         return {}
@@ -207,7 +211,7 @@ def _match_parameters(
 
 
 def within_layer(name: str) -> str:
-    """A name without the layer that it is in: attention.output.dense."""
+    """Return a name without the path of its layer, for example attention.output.dense."""
     *parents, leaf = name.split(".")
     parents = ["*" if part.isdigit() else part for part in parents]
     start = parents.index("*") + 1 if "*" in parents else -1
@@ -215,7 +219,7 @@ def within_layer(name: str) -> str:
 
 
 def adaptable(model: nn.Module) -> dict[str, list[str]]:
-    """Name and all aliases of each layer that LoRA can wrap, in the model's order."""
+    """Return the name and all aliases of each layer that LoRA can wrap, in the model's order."""
     aliases: dict[int, list[str]] = {}
     behind = read_behind(model)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -225,9 +229,9 @@ def adaptable(model: nn.Module) -> dict[str, list[str]]:
 
 
 def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
-    """Linear layers of the bare model that `all-linear` leaves out beside heads, with the reason.
+    """Return linear layers of the bare model that `all-linear` leaves out, with the reason.
 
-    Empty where `config` names its targets.
+    Task heads are not included. The result is empty where `config` names its targets.
     """
     if config.targets != ALL_LINEAR:
         return {}
@@ -245,7 +249,7 @@ def left_out(model: nn.Module, config: LoraConfig) -> dict[str, str]:
 
 
 def _others(model: nn.Module) -> str:
-    """What to say of layers that cannot be wrapped, and what can be had instead."""
+    """Return a message about layers that cannot be wrapped, and the alternative."""
     names = sorted(read_behind(model))
     if not names:
         kinds = {type(m).__name__ for m in model.modules() if "weight" in m._parameters}
@@ -257,10 +261,10 @@ def _others(model: nn.Module) -> str:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of a Hugging Face model's task-head modules, the ones around the bare base model.
+    """Return the names of a Hugging Face model's task-head modules, outside the bare base model.
 
-    That is the output embedding (lm_head) and, where the base model sits in an attribute of its
-    own (`bert`, `model`, `transformer`), every module beside it.
+    The output embedding (lm_head) is a head. If the base model has its own attribute (`bert`,
+    `model`, `transformer`), every module beside it is a head too.
     """
     heads: list[str] = []
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
@@ -278,10 +282,10 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """The modules, by name, that `patterns` (exact names or suffixes) ask to train whole.
+    """Return the names of modules to train whole, from `patterns` (exact names or suffixes).
 
     Raises:
-        UserError: a pattern matches nothing, or PEFT would take another module for one of them.
+        UserError: a pattern matches nothing, or PEFT would confuse another module with a match.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
@@ -308,7 +312,10 @@ def modules_to_save(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def shortest_suffix(name: str, others: Iterable[str], *, minimum: int = 1) -> str:
-    """The shortest dotted suffix of `name` that no name in `others` ends with, else `name`."""
+    """Return the shortest dotted suffix of `name` that no name in `others` ends with.
+
+    If there is none, return `name`.
+    """
     parts = name.split(".")
     others = list(others)
     for length in range(minimum, len(parts)):
@@ -347,14 +354,14 @@ def _without_excluded(config: LoraConfig, chosen: dict[str, list[str]]) -> dict[
 
 
 def _matches(name: str, patterns: str | list[str]) -> bool:
-    """Whether one regex fits the whole of `name`, or one suffix in a list its end."""
+    """Return whether a regex matches all of `name`, or a suffix in a list matches its end."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(ends_with(name, pattern) for pattern in patterns)
 
 
 def _check_names(model: nn.Module, config: LoraConfig, candidates: dict[str, list[str]]) -> None:
-    """Raises UserError unless each pattern in targets and exclude matches something."""
+    """Raise UserError unless each pattern in targets and exclude matches something."""
     known = [alias for aliases in candidates.values() for alias in aliases]
     for option, patterns in (("targets", config.targets), ("exclude", config.exclude)):
         if option == "targets" and patterns == ALL_LINEAR:
@@ -410,13 +417,13 @@ def _in_layers(
 
 
 def _subtree(model: nn.Module, name: str) -> list[str]:
-    """All names, aliases too, of the modules in and under `name`."""
+    """Return all names of `name` and the modules below it, including aliases."""
     inside = {id(module) for module in model.get_submodule(name).modules()}
     return [n for n, m in model.named_modules(remove_duplicate=False) if id(m) in inside]
 
 
 def ends_with(name: str, suffix: str) -> bool:
-    """Whether `name` is `suffix`, or ends with it after a dot."""
+    """Return whether `name` is `suffix`, or ends with it after a dot."""
     return name == suffix or name.endswith(f".{suffix}")
 
 
@@ -430,7 +437,7 @@ def _suffixes(names: Iterable[str]) -> set[str]:
 
 def _could_be(candidates: Iterable[str]) -> str:
     counts = Counter(name.rsplit(".", 1)[-1] for name in candidates)
-    # Of numbered modules, as in nn.Sequential, there is no last name but the number.
+    # The last name of a numbered module, as in nn.Sequential, is its number.
     listed = ", ".join(f"{leaf} (x{count})" for leaf, count in [*counts.items()][:30])
     return f"Modules that could be matched, by last name: {listed or 'none'}."
 

@@ -1,4 +1,4 @@
-"""Sets of targets to choose among, found in a model by what its modules are called."""
+"""Preset target sets, found in a model by the names of its modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .config import ALL_LINEAR, LoraConfig
 from .target_modules import adaptable, match_targets, shortest_suffix
 
 _ATTENTION = re.compile(r"(^|\.)[^.]*(attention|attn)[^.]*\.", re.IGNORECASE)
-"""A module within one that models call attention or attn, self_attn, encoder_attn ..."""
+"""Pattern for modules inside one named attention, attn, self_attn, encoder_attn or similar."""
 _QUERY_VALUE = re.compile(r"\b(q|v|query|value)(_|\b)|qkv|query_key_value|c_attn", re.IGNORECASE)
-"""Last name of a projection to queries or values, or to all three at once."""
+"""Pattern for the last name of query, value and fused query-key-value projections."""
 
 
 def target_sets(model: nn.Module) -> dict[str, str | list[str]]:
-    """What one adapts by habit, as `LoraConfig.targets` takes it, by name; the narrowest first.
+    """Return common values of `LoraConfig.targets` by name, the narrowest first.
 
-    Queries and values are the choice of Hu et al. 2021 (section 4.2), all linear layers that of
-    Dettmers et al. 2023. A set that the model does not have, or that is another one, is left out.
+    Hu et al. 2021 (section 4.2) adapt queries and values. Dettmers et al. 2023 adapt all linear
+    layers. Sets that the model lacks, and duplicates of another set, are left out.
     """
     linear = [match.name for match in match_targets(model, LoraConfig())]
     attention = [name for name in linear if _ATTENTION.search(name)]
@@ -35,6 +35,6 @@ def target_sets(model: nn.Module) -> dict[str, str | list[str]]:
 
 
 def _suffixes(model: nn.Module, chosen: Collection[str]) -> list[str]:
-    """The shortest ends of names that mean these modules and no others."""
+    """Return the shortest name suffixes that match these modules and no others."""
     others = [name for name in adaptable(model) if name not in chosen]
     return list(dict.fromkeys(shortest_suffix(name, others) for name in chosen))

@@ -1,4 +1,4 @@
-"""Parameters that several layers of a model share, as embeddings and output layer often do."""
+"""Tied weights, which several layers share, often the embeddings and the output layer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from torch import nn
 
 
 def tied_layers(model: nn.Module, name: str) -> list[str]:
-    """Names of all layers whose weight is the very one of the layer called `name`, it included."""
+    """Return names of all layers that share the weight of the layer `name`, including itself."""
     weight = model.get_submodule(name).weight
     return [n for n, m in model.named_modules() if m._parameters.get("weight") is weight]
 
 
 def untie_all(model: nn.Module) -> None:
-    """Gives every module its own copy: a file said to be untied must hold a tensor for each."""
+    """Give every module its own copy of tied weights.
+
+    A file declared as untied must hold a tensor for each module.
+    """
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -24,12 +27,15 @@ def untie_all(model: nn.Module) -> None:
 
 
 def can_untie(config: Any) -> bool:
-    """Whether a stored config keeps `tie_word_embeddings=False`; T5's sets it back to True."""
+    """Return whether a stored config keeps `tie_word_embeddings=False`.
+
+    The config of T5 sets it back to True.
+    """
     stored = {**config.to_dict(), "tie_word_embeddings": False}
     return not type(config).from_dict(stored).tie_word_embeddings
 
 
 def tied_pairs(model: nn.Module) -> int:
-    """How many parameter names are second names of another parameter."""
+    """Return how many parameter names are second names of another parameter."""
     every = sum(1 for _ in model.named_parameters(remove_duplicate=False))
     return every - sum(1 for _ in model.named_parameters())

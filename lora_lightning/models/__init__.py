@@ -1,1 +1,1 @@
-"""Base models and tokenizers: loaded, quantized, compiled."""
+"""Loading, quantization and compilation of base models and tokenizers."""

@@ -1,4 +1,4 @@
-"""Training on a CPU: the same mathematics as torch's, where torch has a slow way of doing it."""
+"""CPU kernels for training that compute the same as torch where torch's own kernel is slow."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 ATTENTION = "sdpa_cpu"
 """Name of `attend` among transformers' attention implementations."""
 PRIMITIVES = "256"
-"""Compiled products that oneDNN keeps; its own 1,024, one for each length of a batch that comes by,
-took 240 MiB of a MiniLM's 1,580 in bf16, and no time less. A pack of eight ranks uses some 70."""
+"""Compiled matmuls that oneDNN caches.
+
+oneDNN's default of 1,024, one per batch length, took 240 MiB of a MiniLM's 1,580 MiB in bf16. It
+saved no time. A pack of eight ranks uses some 70.
+"""
 
 
 CROWDED = 0.25
-"""Share of a machine's cores that others keep busy, from which on a run is told."""
+"""Minimum load of other processes that triggers a warning, as a share of the machine's cores."""
 
 
 def crowded(threads: int) -> str | None:
-    """What to tell of others that compute on this machine; None where threads have their cores.
+    """Return a warning if other processes occupy cores that this run's threads need, else None.
 
-    Threads of a product of matrices wait for the last of them, which may have to wait for others.
+    Threads of a matmul wait for the slowest one, which may wait for a core.
 
     Args:
-        threads: of this run.
+        threads: Number of threads of this run.
     """
     cores = os.cpu_count() or 1
     others = _load_of_others()
-    if others >= CROWDED * cores:  # what ended a moment ago is still in the load
+    if others >= CROWDED * cores:  # the load still includes processes that ended a moment ago
         others = min(others, _busy_cores(cores))
     if others < CROWDED * cores or threads <= 1 or threads <= cores - others:
         return None
@@ -49,7 +52,7 @@ def crowded(threads: int) -> str | None:
 
 
 def _load_of_others() -> float:
-    """The mean load of the last minute, without this process."""
+    """Return the mean load of the last minute, without this process."""
     try:
         return os.getloadavg()[0] - min(1.0, time.process_time() / 60)
     except (OSError, AttributeError):
@@ -57,7 +60,7 @@ def _load_of_others() -> float:
 
 
 def _busy_cores(cores: int) -> float:
-    """How many cores are busy while this process sleeps; all where the system does not tell."""
+    """Return the number of busy cores while this process sleeps, all cores if unknown."""
     before = _ticks()
     time.sleep(SLEEP)
     after = _ticks()
@@ -69,9 +72,9 @@ def _busy_cores(cores: int) -> float:
 
 
 SLEEP = 0.2
-"""Seconds."""
+"""Seconds over which busy cores are measured."""
 IDLE = slice(3, 5)
-"""Of the numbers in /proc/stat: idle, and waiting for a disk."""
+"""Columns of /proc/stat for idle time and time waiting for a disk."""
 
 
 def _ticks() -> list[int]:
@@ -85,40 +88,40 @@ STAT = Path("/proc/stat")
 
 
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
-    """Has a model's dropout and attention go the faster way, and less memory be kept.
+    """Switch a model to faster dropout and attention, and keep less memory.
 
     Args:
-        model: a model of transformers.
-        checkpoints: whether its layers are computed again in the backward pass.
+        model: A transformers model.
+        checkpoints: Whether the model uses gradient checkpointing.
     """
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
     _take_attention(model)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at its first use
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read on first use
     if checkpoints:
         _give_memory_back()
 
 
 class FastDropout(nn.Dropout):
-    """Dropout by `dropout` below."""
+    """Dropout layer that uses `dropout`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Like torch's; any shape."""
+        """Apply `dropout` to an input of any shape."""
         return dropout(input, self.p, self.training)
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
-    """Torch's dropout, five times as fast on a CPU where torch has no library to draw with.
+    """Apply dropout, five times as fast as torch on a CPU where torch has no library to draw with.
 
-    torch draws 64 random bits an element there, one by one, and turns them into a uniform number.
-    16 are enough: p is rounded to 1/65,536, and what is kept is scaled by the share that is really
-    kept, so that the expectation is exact.
+    On such a CPU, torch draws 64 random bits per element, one by one, for a uniform number.
+    16 bits are enough. p is rounded to 1/65,536, and kept elements are scaled by the actual
+    probability of keeping, so the expectation is exact.
 
     Args:
-        input: any shape.
-        p: probability of dropping an element.
-        training: whether to drop at all.
+        input: Tensor of any shape.
+        p: Probability of dropping an element. Defaults to 0.5.
+        training: Whether to drop elements at all. Defaults to True.
     """
     plain = input.device.type != "cpu" or torch.compiler.is_compiling()
     if not training or plain or not 0 < round(p * 2**16) < 2**16:
@@ -127,10 +130,10 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 
 def kept(input: Tensor, p: float) -> Tensor:
-    """What dropout multiplies an input by: 0 where it drops, else 1 / (1 - p).
+    """Return dropout's multiplier, 0 for dropped elements and 1 / (1 - p) for the others.
 
-    A mode of torch sees this call like one of torch's own functions, so that the rows of several
-    runs can each be drawn for by generators of their own.
+    A torch mode can intercept this call like one of torch's own functions. Rows of several runs
+    can then draw from separate generators.
     """
     if has_torch_function_unary(input):
         return handle_torch_function(kept, (input,), input, p)
@@ -142,7 +145,7 @@ def kept(input: Tensor, p: float) -> Tensor:
 
 
 def _take_attention(model: nn.Module) -> None:
-    """Set a model's attention to `attend`, where it is transformers' "sdpa"."""
+    """Set a model's attention to `attend` if it is transformers' "sdpa"."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
@@ -166,10 +169,10 @@ def attend(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute transformers' sdpa attention, and training steps in another way.
+    """Compute transformers' sdpa attention, with a faster path for training steps.
 
-    The CPU's kernel takes twice as long in bf16 as in fp32, forward and backward. It has no
-    dropout, for which torch computes attention in single steps, with its slow dropout.
+    The CPU kernel takes twice as long in bf16 as in fp32, forward and backward. It does not
+    support dropout. With dropout, torch computes attention in single steps with its slow dropout.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -198,7 +201,7 @@ def _is_plain(
     mask: Tensor | None,
     options: dict[str, Any],
 ) -> bool:
-    """Whether attention is that of an encoder: all to all, but for what the mask hides."""
+    """Return whether attention is encoder attention, all to all except masked positions."""
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     others = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
@@ -208,19 +211,19 @@ def _is_plain(
 def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, scaling: float
 ) -> Tensor:
-    """Attention with dropout of its weights.
+    """Compute attention with dropout of the attention weights.
 
     Args:
         query: (rows, heads, positions, width).
-        key: likewise.
-        value: likewise.
-        mask: broadcastable to (rows, heads, positions, positions); boolean: true where a position
-            is seen; else added to the scores.
-        p: probability of dropping a weight.
-        scaling: of the scores.
+        key: (rows, heads, positions, width).
+        value: (rows, heads, positions, width).
+        mask: Broadcastable to (rows, heads, positions, positions). A boolean mask is true at
+            visible positions. Any other mask is added to the scores.
+        p: Probability of dropping a weight.
+        scaling: Factor of the scores.
 
     Returns:
-        (rows, positions, heads, width).
+        Attention output, (rows, positions, heads, width).
     """
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if mask is not None and mask.dtype == torch.bool:
@@ -232,11 +235,11 @@ def _with_dropout(
 
 
 def _give_memory_back() -> None:
-    """Has glibc return large blocks to the system when they are freed.
+    """Let glibc return large blocks to the system when they are freed.
 
-    It would keep them, and what a checkpointed layer frees would lie in holes that the next one
-    does not fit: at 3,216 tokens of a model of 135 M parameters that was 2 GB of 3.4.
+    By default, glibc keeps them. A checkpointed layer then leaves holes that the next layer does
+    not fit. At 3,216 tokens of a model with 135 M parameters, the holes took 2 GB of 3.4 GB.
     """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library has no such setting
+        with suppress(OSError, AttributeError):  # other C libraries lack this setting
             ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD

@@ -1,4 +1,4 @@
-"""Models of shapes alone: whole architectures that hold no weights, to rehearse a step with."""
+"""Models on fake tensors: whole architectures without weights, for dry runs of a step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora.target_modules import head_modules
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
-"""Weights that share a scale in NF4, and scales that share one of their own."""
+"""Weights per scale in NF4, and scales per second-level scale."""
 _ACTIVE: ContextVar[bool] = ContextVar("skeletons", default=False)
 
 
 @contextmanager
 def skeletons(device: torch.device) -> Iterator[None]:
-    """Under it models are built from their configs, on a device, and no tensor has values.
+    """Build models from their configs within the block, with tensors that have no values.
 
-    On "meta" they have shapes to be counted; on another device steps can be gone through.
+    On the "meta" device, models only have shapes to count. Other devices use fake tensors, which
+    allow dry runs of steps.
     """
     token = _ACTIVE.set(True)
     fake = nullcontext() if device.type == "meta" else FakeTensorMode()
@@ -39,9 +40,9 @@ def skeletons(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _experts_alike() -> Iterator[None]:
-    """Sends all rows through the first expert: whose they are, values would tell.
+    """Route all rows through the first expert, because routing depends on values.
 
-    What a product holds is the same, whichever experts take part in it.
+    A matmul holds the same memory, whichever experts take part in it.
     """
     from transformers.integrations import moe
 
@@ -54,15 +55,15 @@ def _experts_alike() -> Iterator[None]:
 
 
 def wants_skeletons() -> bool:
-    """Whether `skeletons` is in force: there are no weights to read then."""
+    """Return whether `skeletons` is active, so that there are no weights to read."""
     return _ACTIVE.get()
 
 
 @contextmanager
 def rows_alone() -> Iterator[None]:
-    """Has transformers take each row for one sequence, and need no mask to keep several apart.
+    """Let transformers treat each row as one sequence, without a mask for packed sequences.
 
-    It looks at the position ids to find that out, and at ids without values it cannot.
+    transformers reads the position ids to detect packing, which fails for ids without values.
     """
     from transformers import masking_utils
 
@@ -77,13 +78,13 @@ def rows_alone() -> Iterator[None]:
 def build_skeleton(
     auto_class: Any, model_config: Any, config: ModelConfig, id2label: dict[int, str] | None = None
 ) -> nn.Module:
-    """The model that a config of transformers describes, to be called under `skeletons`.
+    """Build the model that a transformers config describes; call this under `skeletons`.
 
     Args:
-        auto_class: the class of transformers that would load it.
-        model_config: its config.
-        config: our settings of it.
-        id2label: names of a classifier's classes; None: as the config says.
+        auto_class: The transformers class that loads the real model.
+        model_config: The model's transformers config.
+        config: This package's model settings.
+        id2label: Class names of a classifier. Defaults to None, the names of the config.
     """
     dtype = getattr(torch, config.dtype, None) or model_config.dtype or torch.float32
     if id2label is not None:
@@ -101,7 +102,7 @@ def build_skeleton(
 
 
 def _quantise(model: nn.Module, compute_dtype: torch.dtype, *, but: list[str]) -> None:
-    """Puts `Nf4Skeleton` in the place of the layers that bitsandbytes would quantise."""
+    """Replace the layers that bitsandbytes would quantize with `Nf4Skeleton`."""
     for name, module in list(model.named_modules()):
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if linear and not any(name == other or name.startswith(f"{other}.") for other in but):
@@ -110,15 +111,16 @@ def _quantise(model: nn.Module, compute_dtype: torch.dtype, *, but: list[str]) -
 
 
 class Nf4Skeleton(nn.Module):
-    """A linear layer in 4 bits as bitsandbytes keeps it, without values.
+    """A 4-bit linear layer in the storage format of bitsandbytes, without values.
 
-    Two weights in a byte; a scale of one byte for each 64, and one of four for each 256 of those
-    (section 3 of Dettmers et al. 2023, arXiv:2305.14314); two tables. Each product takes the whole
-    weight apart, forward and backward, and keeps neither it nor its input.
+    A byte stores two weights. Each 64 weights have a scale of one byte, and each 256 scales have a
+    scale of four bytes (section 3 of Dettmers et al. 2023, arXiv:2305.14314). There are two tables.
+    Each matmul dequantizes the whole weight, forward and backward. It keeps neither the dequantized
+    weight nor its input.
 
     Args:
-        layer: nn.Linear or Conv1D, a skeleton too.
-        compute_dtype: of the product.
+        layer: nn.Linear or Conv1D, also without values.
+        compute_dtype: Dtype of the matmul.
     """
 
     def __init__(self, layer: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -136,7 +138,7 @@ class Nf4Skeleton(nn.Module):
         self.register_buffer("tables", torch.empty(16 + 256 + 1))
 
     def dequantized(self) -> Tensor:
-        """(out, in), in the type that the weights were loaded in."""
+        """Return the weight, (out, in), in the dtype that the weights were loaded in."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

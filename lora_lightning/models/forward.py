@@ -1,4 +1,4 @@
-"""How a loaded model is run: compiled, on joined rows, to logits."""
+"""Forward passes of a loaded model: compilation, packed rows and logits."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lora_lightning.errors import UserError
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
+    """Return whether the model's forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
 
 
 def uses_flash(model: nn.Module | None) -> bool:
-    """Whether the model's attention is one of the flash kernels beside torch's own."""
+    """Return whether the model's attention is a flash kernel other than torch's own."""
     config = getattr(model, "config", None)
     return "flash" in str(getattr(config, "_attn_implementation", None))
 
 
 def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """What a causal model reads of a batch.
+    """Return the inputs of a causal model from a batch.
 
-    It needs no attention mask: padding is on the right, where no token looks, and attention kernels
-    are at their fastest without one.
+    There is no attention mask. Padding is on the right, where no token attends, and attention
+    kernels are fastest without a mask.
 
-    transformers has a flash kernel keep joined rows apart in a batch of one row alone, and there
-    looks for their bounds on the device, in every layer. So the kernel gets all lanes as one row,
-    and the bounds with them.
+    With a flash kernel, transformers separates packed rows only in a batch of one row. It then
+    searches for their bounds on the device, in every layer. The kernel therefore gets all lanes as
+    one row, together with the bounds.
     """
     names = ("input_ids", "position_ids")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
@@ -48,17 +48,17 @@ def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         return inputs
     longest = batch.get("longest", ids.shape[1])
     bounds = batch.get("bounds")
-    if bounds is None:  # a row that is alone
+    if bounds is None:  # a single row
         bounds = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=ids.device)
     inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     return inputs | {"max_length_q": longest, "max_length_k": longest}
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compiles each of the model's repeated layers; the same code then serves them all.
+    """Compile each of the model's repeated layers, which then share the same code.
 
     Raises:
-        UserError: the model has no layers that transformers marks as such.
+        UserError: If the model has no layers that transformers marks as repeated.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -79,7 +79,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Runs compiled layers as they are: a cache that grows would have them compiled again."""
+    """Run compiled layers in eager mode, because a growing cache makes them recompile."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
@@ -87,12 +87,13 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def masks_without_waiting(device: torch.device) -> Iterator[None]:
-    """Has transformers make every mask, where it would ask a GPU whether one is needed.
+    """Let transformers build every mask without asking a GPU whether the mask is needed.
 
-    The answer is in the GPU's memory, so that the host would wait, in each forward pass, for all
-    that it has launched. transformers does not ask while a graph is traced (checked with
-    transformers 5.23), so within the block it takes every tensor for a traced one. A CPU has the
-    answer at once, and is faster without a mask.
+    The answer is in GPU memory. To read it, the host waits for all launched kernels in each forward
+    pass. transformers does not ask while it traces a graph (checked with transformers 5.23).
+    Within the block, transformers therefore treats every tensor as traced.
+
+    A CPU has the answer at once and is faster without a mask.
     """
     if device.type == "cpu":
         yield
@@ -108,11 +109,11 @@ def masks_without_waiting(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def run_once(model: nn.Module, *, encoder_decoder: bool) -> None:
-    """Runs a model on one short row, for what it finds out in its first pass.
+    """Run a model on one short row, for the setup that it does in its first pass.
 
     Args:
-        model: a model of transformers that reads token ids.
-        encoder_decoder: whether its decoder reads ids of its own.
+        model: A transformers model that reads token ids.
+        encoder_decoder: Whether its decoder reads separate ids.
     """
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     model(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
@@ -120,12 +121,12 @@ def run_once(model: nn.Module, *, encoder_decoder: bool) -> None:
 
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
-    """Makes sure that rows joined to one, told apart by position ids, do not see each other.
+    """Check that packed rows, separated by position ids, do not attend to each other.
 
-    To be called in the context that training steps run in, which may change types.
+    Call this in the context of training steps, which may change dtypes.
 
     Raises:
-        UserError: they do, in this model with this attention.
+        UserError: If packed rows attend to each other in this model with this attention.
     """
     device = next(model.parameters()).device
     first, second = [3, 4, 5, 6, 7, 8, 9], [8, 7, 6, 5, 4]
@@ -168,11 +169,11 @@ def check_packing(model: nn.Module) -> None:
 
 
 def classification_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Class logits, (rows, classes).
+    """Compute class logits, (rows, classes).
 
     A decoder is pooled at the last position that the attention mask admits. transformers pools at
-    the last token that is not the padding id, which goes wrong where the padding id is EOS and
-    the text ends with one.
+    the last token that is not the padding id. This is wrong if the padding id is EOS and the text
+    ends with EOS.
     """
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     score = getattr(model, "score", None)

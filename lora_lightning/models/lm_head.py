@@ -1,4 +1,4 @@
-"""The head of a language model, at chosen positions alone and never with all its logits at once."""
+"""Language model head at selected positions, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from lora_lightning.distributed.sharded_loading import gathered, gathers_layers,
 from lora_lightning.lora.functional import refuse_second_derivatives
 
 CHUNK = 2**25
-"""Logits that exist at a time: rows x vocabulary; on a GPU of `LARGE_GPU` bytes four times that.
+"""Logits in memory at a time, rows x vocabulary.
 
-A large vocabulary's head is read once for each chunk, and few rows do not keep a GPU busy.
+A GPU with at least `LARGE_GPU` bytes uses four times as many. Each chunk reads the whole head,
+which is large for a large vocabulary. Few rows do not keep a GPU busy.
 """
 LARGE_GPU = 40 * 10**9
 Inputs = dict[str, Any]
 
 
 def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
-    """Logits of chosen positions alone, (count, vocabulary), in the order of `places`.
+    """Return the logits of selected positions, (count, vocabulary), in the order of `places`.
 
-    The head sees the hidden states of those positions and no others: of a prompt it would cost more
-    than a small model's layers do. What the model does to its logits afterwards (soft caps,
-    scales, biases) is the model's own code.
+    The head sees only the hidden states of those positions. On a whole prompt, it costs more than
+    the layers of a small model. The model's own code applies soft caps, scales and biases to the
+    logits.
 
     Args:
-        model: a language model of transformers, causal or encoder-decoder.
-        inputs: arguments of its forward.
-        places: (count), at least one: the positions wanted, counted through all rows. As numbers
-            and not as a mask, whose size a device would have to be waited for.
+        model: A transformers language model, causal or encoder-decoder.
+        inputs: Arguments of its forward.
+        places: (count), at least one position, numbered through all rows. These are indices and
+            not a mask, because the host must wait for the device to learn a mask's count.
     """
     head = _head_of(model)
     if head is None:
@@ -46,26 +47,28 @@ def logits_at(model: nn.Module, inputs: Inputs, places: Tensor) -> Tensor:
 def loss_at(
     model: nn.Module, inputs: Inputs, places: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy summed over chosen positions, and how many of them are predicted rightly.
+    """Return the cross-entropy summed over selected positions, and the count of correct ones.
 
-    Where there are many, their logits are made, and their gradients with them, some at a time: the
-    rest of the backward pass needs the gradient of the hidden states alone. It is the same
-    mathematics; that a model's logits are what `_finish` makes of its head's output is compared
-    with the model's own once, and where it is not so all logits are made at once.
+    Many positions are computed in chunks, each with its logits and their gradients. The rest of
+    the backward pass needs only the gradient of the hidden states. The result is mathematically
+    the same.
+
+    Chunks require that `_finish` turns the head's output into the model's logits. One comparison
+    with the model's own logits checks this. If they differ, all logits are computed at once.
 
     Args:
-        model: as for `logits_at`.
-        inputs: likewise.
-        places: likewise.
-        targets: (count), token ids, of which -100 counts for nothing.
+        model: A transformers language model, causal or encoder-decoder.
+        inputs: Arguments of its forward.
+        places: (count), positions as in `logits_at`.
+        targets: (count), token ids. Positions with -100 are ignored.
 
     Returns:
-        Two scalars: the sum, in fp32, and the count; None while the model is training, where
-        nobody asks for it.
+        Two scalars, the sum in fp32 and the count. The count is None while the model is training,
+        because nothing uses it there.
     """
     head = _head_of(model)
     rows = max(1, _chunk(places.device) // _vocabulary(model))
-    in_shares = gathers_layers(model)  # where all processes have to go the same way
+    in_shares = gathers_layers(model)  # then all ranks must take the same path
     whole = len(targets) <= rows and not in_shares
     if head is None or whole or not _REPLAYED.get(model, True):
         logits = logits_at(model, inputs, places)
@@ -75,7 +78,7 @@ def loss_at(
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden.flatten(0, 1)[places])
-        return found[0][:1].unsqueeze(0)  # the model goes on with one row, as cheap as can be
+        return found[0][:1].unsqueeze(0)  # one row keeps the rest of the forward pass cheap
 
     with _before(head, keep):
         own = model(**inputs, use_cache=False).logits.squeeze(0)
@@ -86,7 +89,7 @@ def loss_at(
             right.append(_right(logits, wanted))
         return _cross_entropy(logits, wanted)
 
-    learns = torch.is_grad_enabled()  # within a Function it never is
+    learns = torch.is_grad_enabled()  # always False within a Function
     with gathered(model, head) if in_shares else nullcontext():
         if model not in _REPLAYED:
             with torch.no_grad():
@@ -96,24 +99,24 @@ def loss_at(
             trained = [p for p in head.parameters() if learns and p.requires_grad]
             total = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
             if in_shares:
-                # FSDP2 readies the last layers' weights for the backward pass when that reaches
-                # what the model has returned.
+                # FSDP2 prepares the last layers' weights when the backward pass reaches the
+                # model's output.
                 total = total + 0 * own.sum()
             return total, torch.stack(right).sum() if right else None
     return loss_at(model, inputs, places, targets)
 
 
 _REPLAYED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Models for which it is known whether `_finish` does to logits what they do."""
+"""Whether `_finish` reproduces a model's logits, for the models already compared."""
 
 
 def trust_head(model: nn.Module) -> None:
-    """Spares a model the comparison with `_finish`: a skeleton has no logits to compare."""
+    """Skip a model's comparison with `_finish`, because fake tensors have no logits to compare."""
     _REPLAYED[model] = True
 
 
 def _finish(model: nn.Module, logits: Tensor) -> Tensor:
-    """What models do to the output of their heads, by the names that their configs have for it."""
+    """Apply to the head's output the scales and caps that the model's config names."""
     settings: Any = model.config
     settings = settings.get_text_config()
     scale = getattr(settings, "logit_scale", None)  # Cohere
@@ -129,7 +132,7 @@ def _finish(model: nn.Module, logits: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A sum over rows whose gradients are made along with it, so that no chunk's graph is kept."""
+    """Sum over rows that computes its gradients in the forward pass and keeps no chunk's graph."""
 
     @staticmethod
     def forward(
@@ -171,17 +174,17 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss in fp32."""
+    """Return the summed loss in fp32."""
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _right(logits: Tensor, targets: Tensor) -> Tensor:
-    """The number of targets that have the highest logit."""
+    """Return the number of targets that have the highest logit."""
     return (logits.detach().argmax(-1) == targets).sum()
 
 
 def _chunk(device: torch.device) -> int:
-    """Logits that exist at a time on a device."""
+    """Return the number of logits in memory at a time on a device."""
     if device.type == "cuda":
         large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
         return 4 * CHUNK if large else CHUNK
@@ -204,7 +207,7 @@ def _close(ours: Tensor, own: Tensor) -> bool:
 
 @contextmanager
 def _before(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Lets a function change what reaches the head."""
+    """Apply a function to the head's input within the block."""
     hook = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     try:
         yield

@@ -1,4 +1,4 @@
-"""The transformers boundary: base models and tokenizers, loaded ready for training."""
+"""Loading of base models and tokenizers from transformers, ready for training."""
 
 from __future__ import annotations
 
@@ -52,15 +52,16 @@ def resolve(
     option: str = "model.name_or_path",
     markers: tuple[str, ...] = ("config.json",),
 ) -> str:
-    """A hub name as it is, or the absolute path of a local folder.
+    """Return a hub name unchanged, or the absolute path of a local folder.
 
     Args:
-        name_or_path: hub name, folder, or pkg://PACKAGE/FOLDER.
-        option: what messages call it.
-        markers: files of which one at least shows a local folder to be of the right kind.
+        name_or_path: Hub name, folder, or pkg://PACKAGE/FOLDER.
+        option: Name of the setting in messages. Defaults to "model.name_or_path".
+        markers: Files that identify a valid local folder, which needs at least one of them.
+            Defaults to config.json.
 
     Raises:
-        UserError: the folder or the package does not exist.
+        UserError: If the folder or the package does not exist.
     """
     in_package = name_or_path.startswith(PACKAGE_SCHEME)
     path = _in_package(name_or_path, option) if in_package else expanded(name_or_path, option)
@@ -83,7 +84,7 @@ def resolve(
 
 
 def _in_package(address: str, option: str) -> Path:
-    """The place that pkg://PACKAGE/FOLDER names."""
+    """Return the path that pkg://PACKAGE/FOLDER names."""
     package, _, inside = address.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -96,10 +97,10 @@ def _in_package(address: str, option: str) -> Path:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token, and with `config.new_tokens`.
+    """Load the model's tokenizer with a padding token and with `config.new_tokens`.
 
-    Where the tokenizer has none, EOS serves: padding is masked by position in this package, never
-    by token id, so an EOS that belongs to the text keeps its meaning.
+    A tokenizer without a padding token uses EOS. This package masks padding by position, never by
+    token id, so an EOS in the text keeps its meaning.
     """
     from transformers import AutoTokenizer
 
@@ -131,18 +132,19 @@ def load_classifier(
     *,
     new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
-    """A base model with a classification head of one output per label.
+    """Load a base model with a classification head of one output per label.
 
     Args:
-        config: the base model.
-        tokenizer: its tokenizer, whose padding token the model's config is told.
-        labels: class names, in the order of their ids.
-        shards: processes over which the base is spread.
-        new_head: whether a head of the checkpoint, which is of other classes, is drawn anew.
+        config: Settings of the base model.
+        tokenizer: Its tokenizer, whose padding token is set in the model's config.
+        labels: Class names, in the order of their ids.
+        shards: Ranks over which the base is sharded. Defaults to None, an unsharded base.
+        new_head: Whether to reinitialize a checkpoint's head, which has other classes. Defaults to
+            False.
 
     Returns:
-        The model in train mode, and the names of the modules to train whole: the head and
-        whatever else the checkpoint had no weights for.
+        The model in train mode, and the names of the modules to train whole. These are the head
+        and all modules that the checkpoint had no weights for.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -167,8 +169,8 @@ def load_classifier(
     if new_head:
         new += [name for name in heads if name not in new]
     if new_head or shards is not None or any(p.is_cuda for p in model.parameters()):
-        # A head's first values are the same on all devices: drawn as transformers does on a CPU,
-        # in the model's order.
+        # A head's initial values must be the same on all devices. Draw them in the model's order,
+        # as transformers does on a CPU.
         torch.set_rng_state(random)
         for name in [name for name, _ in model.named_modules() if name in trained]:
             take_whole(model, name, draw_again=name in new)
@@ -176,13 +178,14 @@ def load_classifier(
 
 
 def class_names(model_config: Any) -> list[str] | None:
-    """Class names of a base that is a classifier already, in the order of its head's rows.
+    """Return the class names of a base that is already a classifier, in the order of head rows.
 
     Args:
-        model_config: its transformers config.
+        model_config: Transformers config of the base.
 
     Returns:
-        None where the base has no such head. LABEL_0, LABEL_1 ... where nobody has named them.
+        The class names, which are LABEL_0, LABEL_1 ... if unnamed. None if the base has no
+        classification head.
     """
     kinds = getattr(model_config, "architectures", None) or []
     names = getattr(model_config, "id2label", None)
@@ -192,10 +195,10 @@ def class_names(model_config: Any) -> list[str] | None:
 
 
 def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = None) -> nn.Module:
-    """A causal or encoder-decoder language model, in train mode.
+    """Load a causal or encoder-decoder language model in train mode.
 
     Raises:
-        UserError: the checkpoint is no language model.
+        UserError: If the checkpoint is not a language model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -215,12 +218,12 @@ def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = 
 
 
 def max_positions(model_config: Any) -> int | None:
-    """The longest input that the model's position embeddings allow, None where unlimited."""
+    """Return the longest input that the position embeddings allow, or None if unlimited."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else None
     value = getattr(text or model_config, "max_position_embeddings", None)
     if not isinstance(value, int) or value <= 0:
         return None
-    # RoBERTa and its kin count positions from pad_token_id + 1.
+    # RoBERTa and related models count positions from pad_token_id + 1.
     offset = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
     if getattr(model_config, "model_type", "") in offset:
         return value - (getattr(model_config, "pad_token_id", 1) or 1) - 1
@@ -228,12 +231,12 @@ def max_positions(model_config: Any) -> int | None:
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The base model's transformers config, without its weights."""
+    """Load the base model's transformers config, without its weights."""
     return _config_and_kernels(config)[0]
 
 
 def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
-    """The config, and whether kernels that its file names were taken out of it."""
+    """Load the config, and report whether kernels that its file names were removed from it."""
     from transformers import AutoConfig
 
     with _loading(config.name_or_path, "config"):
@@ -252,7 +255,7 @@ def _config_and_kernels(config: ModelConfig) -> tuple[Any, bool]:
 
 
 def _refuse_adapter(place: str, revision: str | None) -> None:
-    """Raises UserError for a base with an adapter beside it, which transformers would put on it."""
+    """Raise UserError for a base folder with an adapter, which transformers loads onto the base."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if find_adapter_config_file(place, revision=revision) is not None:
@@ -264,7 +267,7 @@ def _refuse_adapter(place: str, revision: str | None) -> None:
 
 
 def _has_kernels_of_others(model_config: Any) -> bool:
-    """Whether a base's config names attention or experts that transformers would fetch as code."""
+    """Return whether the config names attention or experts that transformers fetches as code."""
     attention = getattr(model_config, "_attn_implementation", None)
     if attention is not None and not is_installed_attention(attention):
         return True
@@ -275,9 +278,9 @@ def _has_kernels_of_others(model_config: Any) -> bool:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash that tells base models apart, from names, shapes and a few values of each.
+    """Return a short hash of a base model, from names, shapes and a few values of each tensor.
 
-    Values are compared in bfloat16, so a base stored in fp32 and loaded in bf16 is the same base.
+    Values are hashed in bfloat16, so a base stored in fp32 and loaded in bf16 has the same hash.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
@@ -293,7 +296,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _from_pretrained(
     auto_class: Any, config: ModelConfig, tokenizer: Any, shards: Shards | None, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
-    """The model in train mode, and the names of the parameters its checkpoint did not have."""
+    """Load the model in train mode, with the names of the parameters its checkpoint lacks."""
     with _loading(config.name_or_path, "model"):
         options = {"attn_implementation": config.attn_implementation}
         model_config, without_kernels = _config_and_kernels(config)
@@ -310,7 +313,8 @@ def _from_pretrained(
             trust_remote_code=config.trust_remote_code,
         )
         if without_kernels:
-            # The file's choice would win over an argument; with a config labels are no arguments.
+            # The file's choice overrides an argument, so pass the config itself. Label arguments
+            # then belong in the config.
             for key in ("num_labels", "id2label", "label2id"):
                 if key in kwargs:
                     setattr(model_config, key, kwargs.pop(key))
@@ -346,12 +350,12 @@ def _ready_to_train(model: Any, config: ModelConfig) -> nn.Module:
         prepare_for_cpu(model, checkpoints=config.gradient_checkpointing)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # from_pretrained leaves eval mode, where dropout would silently be off
+    model.train()  # from_pretrained returns eval mode, which silently disables dropout
     return model  # type: ignore[no-any-return]
 
 
 def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:
-    """The largest modules all of whose parameters the checkpoint lacked."""
+    """Return the largest modules with all parameters missing in the checkpoint."""
     lacking = set(missing)
     found: list[str] = []
     for name, module in model.named_modules():
@@ -365,9 +369,9 @@ def _new_modules(model: nn.Module, missing: list[str]) -> list[str]:
 
 @contextmanager
 def _loading(name: str, what: str) -> Iterator[None]:
-    """Turns what transformers raises for a bad name, folder or file into a UserError.
+    """Turn transformers' errors for a bad name, folder or file into a UserError.
 
-    Its report on weights that a checkpoint lacks stays out of the way: a new head is meant.
+    The transformers report on missing weights is silenced, because a new head is intended.
     """
     from transformers.utils import logging
 
@@ -379,7 +383,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # OSError: absent or offline. ValueError, KeyError: unknown architecture or options.
-        # What else a damaged file makes of it: anything but a lack of memory.
+        # A damaged file can raise any error, so convert all except a lack of memory.
         if lack_of_memory(error) is not None:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]

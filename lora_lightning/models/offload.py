@@ -1,4 +1,4 @@
-"""Activations in the CPU's memory between the forward pass and the backward pass."""
+"""Offload of activations to CPU memory between the forward pass and the backward pass."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from lora_lightning.lora.casts import is_kept, source_of
 
 SMALLEST = 1024
-"""Elements of the smallest tensor that is moved: for less a copy costs more than it frees."""
+"""Minimum elements of an offloaded tensor; a copy of a smaller one costs more than it frees."""
 ON_THE_WAY = 5
-"""Tensors that may wait for their copies at a time, each way."""
+"""Maximum number of tensors with pending copies, in each direction."""
 _STREAMS: dict[str, Any] = {"cuda": torch.cuda}
-"""By type of device: what has its streams. Others copy at once."""
+"""Module with the stream functions, by device type. Other device types copy synchronously."""
 
 
 class _Moved(NamedTuple):
-    """A tensor that has been copied to the CPU."""
+    """A tensor that was copied to the CPU."""
 
     device: torch.device
     copy: Tensor
 
 
 class _Cast(NamedTuple):
-    """A frozen weight in another type, to be made again."""
+    """A cast of a frozen weight, to recompute from its source."""
 
     source: Tensor
     dtype: torch.dtype
@@ -37,17 +37,17 @@ class _Cast(NamedTuple):
 
 @contextmanager
 def offloaded_activations(model: nn.Module) -> Iterator[None]:
-    """Keeps in the CPU's memory what autograd saves under it.
+    """Keep tensors that autograd saves within the block in CPU memory.
 
-    Parameters stay where they are, and so do small tensors and casts of A and B, which exist in any
-    case. Casts of frozen weights are made again when they are needed, or stay.
+    Parameters and small tensors stay on their device. Casts of A and B also stay, because they
+    exist anyway. Casts of frozen weights are recomputed when needed, or stay.
 
-    On a GPU copies have a stream of their own, so that they overlap with computing. The idea is
-    torchtune's (`OffloadActivations`): what is copied out is held until the copy is made, and what
-    is copied back is fetched no more than a few tensors ahead.
+    On a GPU, copies run in a separate stream, so they overlap with computation. The idea comes from
+    torchtune (`OffloadActivations`). A tensor that is copied out is held until its copy is
+    complete. Tensors are copied back at most a few tensors ahead.
 
     Args:
-        model: whose activations they are.
+        model: Model whose activations are offloaded.
     """
     moving = _Moving(model)
     try:
@@ -62,17 +62,17 @@ class _Moving:
 
     def __init__(self, model: nn.Module) -> None:
         frozen = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad]
-        # Asked here, since within an operation autocast is off.
+        # Check autocast here, because it is off within an operation.
         cast = {p.shape for p in frozen if torch.is_autocast_enabled(p.device.type)}
         self._weights = cast | {shape[::-1] for shape in cast}
-        """Shapes of casts of frozen weights, as products take them."""
+        """Shapes of casts of frozen weights as used in matmuls, so also transposed."""
         self._leaving: deque[tuple[Tensor, Any]] = deque()
-        """What is copied out, with the events of its copies."""
+        """Tensors that are being copied out, with the events of their copies."""
         self._returning: deque[Any] = deque()
-        """Events of what was computed before each of the last that was copied back."""
+        """Events recorded before each of the latest copies back."""
 
     def pack(self, tensor: Tensor) -> Tensor | _Moved | _Cast:
-        """What is kept of a tensor."""
+        """Return what autograd saves in place of a tensor."""
         if (source := source_of(tensor)) is not None:
             return _Cast(source, tensor.dtype)
         if self._stays(tensor):
@@ -81,19 +81,19 @@ class _Moving:
         streams = _STREAMS.get(tensor.device.type)
         if streams is None:
             return _Moved(tensor.device, copy.copy_(tensor))
-        # That which is current now: a model may compute in several.
+        # Look up the current stream each time, because a model may compute in several.
         current, stream = streams.current_stream(tensor.device), _stream(tensor.device)
         stream.wait_stream(current)
         with streams.stream(stream):
             copy.copy_(tensor, non_blocking=True)
-        # Held until what is computed later waits for its copy: then the memory may be used again.
+        # Hold the tensor until later computation waits for its copy. Its memory can then be reused.
         self._leaving.append((tensor.detach(), stream.record_event()))
         if len(self._leaving) > ON_THE_WAY:
             current.wait_event(self._leaving.popleft()[1])
         return _Moved(tensor.device, copy)
 
     def unpack(self, packed: Tensor | _Moved | _Cast) -> Tensor:
-        """The tensor again."""
+        """Restore a packed tensor."""
         if isinstance(packed, Tensor):
             return packed
         if isinstance(packed, _Cast):
@@ -103,17 +103,17 @@ class _Moving:
         if streams is None:
             return copy.to(device)
         current, stream = streams.current_stream(device), _stream(device)
-        if len(self._returning) == ON_THE_WAY:  # or all would come back at once
+        if len(self._returning) == ON_THE_WAY:  # otherwise all tensors come back at once
             self._returning.popleft().synchronize()
         self._returning.append(current.record_event())
         with streams.stream(stream):
             tensor = copy.to(device, non_blocking=True)
         current.wait_stream(stream)
-        tensor.record_stream(current)  # its memory is the other stream's
+        tensor.record_stream(current)  # its memory belongs to the copy stream
         return tensor
 
     def finish(self) -> None:
-        """Lets go of all that has been copied out."""
+        """Release all tensors that were copied out."""
         while self._leaving:
             tensor, event = self._leaving.popleft()
             _STREAMS[tensor.device.type].current_stream(tensor.device).wait_event(event)
@@ -123,11 +123,11 @@ class _Moving:
             return True
         if tensor.numel() < SMALLEST or is_kept(tensor):
             return True
-        # What autocast makes of the weight of a layer without an adapter tells nothing of itself.
+        # Autocast's cast of a weight without an adapter carries no mark, so compare shapes.
         return tensor.shape in self._weights and not tensor.requires_grad
 
 
 @functools.cache
 def _stream(device: torch.device) -> Any:
-    """The stream of a device that copies are made in."""
+    """Return a device's stream for copies."""
     return _STREAMS[device.type].Stream(device)

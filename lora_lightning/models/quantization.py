@@ -1,7 +1,7 @@
-"""Quantised bases: frozen weights in 4 or 8 bits, through transformers and bitsandbytes.
+"""Quantized bases: frozen weights in 4 or 8 bits, through transformers and bitsandbytes.
 
-QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the base's linear layers hold NF4 or int8, are taken
-apart for each product, and get no gradient; the adapter on them is LoRA as ever.
+This is QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The base's linear layers hold NF4 or int8,
+are dequantized for each matmul, and get no gradient. Their adapter is ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from lora_lightning.lora.target_modules import head_modules
 
 KEY = "quantization_config"
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
-"""Types of tensors that a base holds which is not quantised."""
+"""Dtypes of tensors in an unquantized base."""
 
 
 def quantization_options(
     auto_class: Any, model_config: Any, config: ModelConfig, **settings: Any
 ) -> dict[str, Any]:
-    """Arguments of from_pretrained that load a quantised base; none where it is not to be.
+    """Return the from_pretrained arguments for a quantized base, empty without quantization.
 
-    The heads stay as they are: they are trained whole, or give the logits.
+    The heads are not quantized, because they are trained whole or compute the logits.
 
     Args:
-        auto_class: the class of transformers that loads.
-        model_config: the base's config.
-        config: our settings of it.
-        settings: further settings of the model's config, such as num_labels.
+        auto_class: The transformers class that loads the model.
+        model_config: Config of the base.
+        config: This package's model settings.
+        settings: Further settings of the model's config, such as num_labels.
 
     Raises:
-        UserError: bitsandbytes is not installed.
+        UserError: If bitsandbytes is not installed.
     """
     if config.quantization is None:
         return {}
@@ -66,17 +66,17 @@ def quantization_options(
 
 
 def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) -> None:
-    """Refuse a base whose config asks for quantised layers while its weights are plain numbers.
+    """Raise UserError for a base with unquantized weights whose config asks for quantized layers.
 
-    transformers would quantise it without a word. One that was saved quantised is what it says.
+    transformers quantizes such a base silently. A base that was saved quantized passes.
 
     Args:
-        name: hub name or folder.
-        model_config: its config.
-        revision: of the hub.
+        name: Hub name or folder.
+        model_config: Config of the base.
+        revision: Revision on the hub.
 
     Raises:
-        UserError: it is such a base.
+        UserError: If the config asks for quantized layers but the weights are not quantized.
     """
     text = model_config.get_text_config(decoder=True)
     asked = getattr(model_config, KEY, None) or getattr(text, KEY, None)
@@ -90,7 +90,7 @@ def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) 
 
 
 def _weight_files(name: str, revision: str | None) -> list[str]:
-    """The files of safetensors of a base, from the hub where they are not here."""
+    """Return a base's safetensors files, downloaded from the hub if they are not local."""
     from transformers.utils.hub import cached_file
 
     def find(file: str) -> str | None:
@@ -113,9 +113,9 @@ def _is_quantised(path: str) -> bool:
 
 
 def experts_left(model: nn.Module) -> str:
-    """What a user is told of experts' weights, which bitsandbytes leaves as they are; "" of none.
+    """Return a note on expert weights that bitsandbytes leaves unquantized, or "" without experts.
 
-    It takes linear layers in hand, and transformers keeps the experts of a layer in one tensor.
+    bitsandbytes quantizes linear layers, but transformers keeps a layer's experts in one tensor.
     """
     kinds = {
         str(parameter.dtype).removeprefix("torch.")
@@ -133,10 +133,10 @@ def experts_left(model: nn.Module) -> str:
 
 
 def train_in_one_format(model: nn.Module) -> None:
-    """Keeps 4-bit layers from repacking their weights in evaluation.
+    """Keep 4-bit layers from repacking their weights in evaluation.
 
-    Where a CPU multiplies bf16, bitsandbytes packs weights at the first pass without gradients to a
-    format of which it knows no backward pass; a validation would break the training after it.
+    On CPUs with bf16 matmuls, bitsandbytes repacks the weights in the first pass without gradients.
+    It has no backward pass for the new format, so a validation breaks later training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""New tokens: added to a tokenizer, with room for them in its model, and told from unknown ones."""
+"""New tokens in a tokenizer, their embedding rows in the model, and a check for unknown tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lora_lightning.lora.embeddings import grow
 
 
 def add_tokens(tokenizer: Any, tokens: list[str]) -> None:
-    """Adds tokens to a tokenizer, in their order.
+    """Add tokens to a tokenizer, in their order.
 
-    They are found in a text as they are written, whatever the tokenizer does to other text, and
-    they are no special tokens: text that a model writes keeps them.
+    The tokenizer matches them verbatim, without normalization. They are not special tokens, so
+    generated text keeps them.
 
     Raises:
-        UserError: the tokenizer has one of them already.
+        UserError: If the tokenizer already has one of them.
     """
     known = tokenizer.get_vocab()
     there = [token for token in tokens if token in known]
@@ -35,29 +35,29 @@ def add_tokens(tokenizer: Any, tokens: list[str]) -> None:
 
 
 def token_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Ids of tokens that were added, in their order."""
+    """Return the ids of added tokens, in their order."""
     return [int(number) for number in tokenizer.convert_tokens_to_ids(tokens)]
 
 
 def make_room(model: nn.Module, tokenizer: Any) -> None:
-    """Lets a model's embeddings and output layer grow until every token has a row."""
+    """Grow a model's embeddings and output layer until every token has a row."""
     grow(model, 1 + max(tokenizer.get_vocab().values()))
 
 
 def rows_in(model_config: Any) -> int | None:
-    """Rows of the embeddings that a model's transformers config tells of; None: it does not."""
+    """Return the number of embedding rows in a model's transformers config, or None if absent."""
     rows = getattr(model_config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
 def refuse_unknown(ids: Iterable[int], rows: int, tokenizer: Any, *, where: str) -> None:
-    """Makes sure that every token of a text has a row in the embeddings.
+    """Check that every token of a text has a row in the embeddings.
 
-    A tokenizer may know more tokens than its model, as that of Gemma 3 does, as long as no text
-    has them.
+    A tokenizer may know more tokens than its model, like the tokenizer of Gemma 3. This is allowed
+    as long as no text contains such tokens.
 
     Raises:
-        UserError: one has none.
+        UserError: If a token has no row.
     """
     highest = max(ids, default=0)
     if highest < rows:

@@ -1,10 +1,13 @@
-"""How the jobs of a sweep are run. Imports hydra and the standard library; rich to show it."""
+"""Execution of the jobs of a sweep.
+
+The package imports hydra and the standard library, and rich for display.
+"""
 
 
 def register() -> None:
-    """Makes the launchers known to Hydra.
+    """Register the launchers with Hydra.
 
-    It finds plugins by itself only where this package is not installed editable.
+    Hydra finds plugins by itself only if this package is not installed in editable mode.
     """
     from hydra.core.plugins import Plugins
 

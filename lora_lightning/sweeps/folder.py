@@ -1,4 +1,4 @@
-"""Which folder a sweep goes to: one of its own, or that of the same sweep, where it was stopped."""
+"""Choice of a sweep's folder: a new one, or the folder of the same sweep if it was stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path("multirun")
 
 
 def sweep_folder(overrides: list[str]) -> list[str]:
-    """Further overrides: the folder of the same sweep, if the last time it did not end well."""
+    """Return an override for the folder of the same sweep, if its last run did not end well."""
     if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
         return []
     for path in sorted(ROOT.glob(f"*/*/{SWEEP}"), reverse=True):
@@ -31,12 +31,15 @@ def sweep_folder(overrides: list[str]) -> list[str]:
 
 
 def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
-    """Writes down what sweep a folder holds, and how it stands."""
+    """Record which sweep a folder holds, and its status."""
     write_json(sweep_dir / SWEEP, {"overrides": plain(overrides), "status": status})
 
 
 def plain(overrides: list[str]) -> list[str]:
-    """Overrides less those that say where and how, not what: two sweeps with the same are one."""
+    """Return the overrides without those on where and how the sweep runs.
+
+    Two sweeps with the same remaining overrides are the same sweep.
+    """
     how = ("hydra.sweep.", "hydra.launcher.", "hydra/launcher=", "hydra.mode=")
     keys = {item: item.lstrip("+") for item in overrides}
     return sorted(

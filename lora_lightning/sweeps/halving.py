@@ -1,9 +1,10 @@
 """Successive halving: all jobs train a little, the better ones more, the best to the end.
 
-Jamieson and Talwalkar 2016 (arXiv:1502.07943); where several jobs run at a time, asynchronous as in
-Li et al. 2020 (arXiv:1810.05934): a free place takes the best of those that have come so far. A job
-pauses at a rung with a checkpoint and goes on from it exactly, so that nothing is trained twice.
-Pruners of hyperparameter libraries can stop a trial, but not pause it until others have come.
+The method is from Jamieson and Talwalkar 2016 (arXiv:1502.07943). If several jobs run at a time, it
+is asynchronous as in Li et al. 2020 (arXiv:1810.05934): a free place takes the best job among those
+that have reached a rung. A job pauses at a rung with a checkpoint and resumes from it exactly, so
+nothing is trained twice. Pruners of hyperparameter libraries can stop a trial, but cannot pause it
+until others have reached the same rung.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ DEFAULTS: dict[str, Any] = {"eta": 2, "rungs": 3, "min_resource": None}
 
 @dataclass(frozen=True)
 class Halving:
-    """Who goes on from where.
+    """Rule for which jobs continue beyond which rung.
 
     Args:
-        eta: of the jobs that reach a rung, one in eta goes on.
+        eta: one in eta of the jobs that reach a rung continues.
         rungs: number of rungs.
-        sign: 1 where more of the metric is better, else -1.
-        min_resource: share of all steps at which the first rung is, the next at eta times that,
-            and so on; None: eta ** -rungs, so that the steps after the last rung are eta times
-            those before it.
+        sign: 1 if a higher metric is better, else -1.
+        min_resource: fraction of all steps at the first rung. Each further rung is at eta times the
+            fraction before it. None: eta ** -rungs, so the whole training takes eta times the
+            steps up to the last rung.
     """
 
     eta: int
@@ -42,10 +43,10 @@ class Halving:
 
     @classmethod
     def of(cls, settings: Any, mode: str) -> Halving | None:
-        """From the launcher's settings; None where there are none.
+        """Create the rule from the launcher's settings; return None if there are none.
 
         Raises:
-            UserError: they make no sense.
+            UserError: the settings are invalid.
         """
         if settings is None:
             return None
@@ -68,7 +69,7 @@ class Halving:
                     f"{values[name]!r}."
                 )
         eta, rungs, first = values["eta"], values["rungs"], values["min_resource"]
-        most = float(eta) ** (1 - rungs)  # the last rung is before the end
+        most = float(eta) ** (1 - rungs)  # the last rung must be before the end
         if first is not None and not (isinstance(first, (int, float)) and 0 < first < most):
             raise UserError(
                 f"launcher.halving.min_resource is the share of all steps at which the first rung "
@@ -77,10 +78,10 @@ class Halving:
         return cls(eta, rungs, -1 if mode == "min" else 1, first)
 
     def check(self, jobs: list[Job]) -> None:
-        """Makes sure that jobs which have paused did so where these settings say.
+        """Check that paused jobs have paused where these settings place the rungs.
 
         Raises:
-            UserError: they were begun with other settings.
+            UserError: the jobs were begun with other settings.
         """
         for job in jobs:
             for rung, found in enumerate(job.rungs()):
@@ -92,21 +93,21 @@ class Halving:
                     )
 
     def pause_at(self, job: Job) -> float | None:
-        """Share of all steps at which the job is to pause next; None: it goes to its end."""
+        """Return the fraction of steps at which the job pauses next; None: it trains to its end."""
         rung = len(job.rungs())
         return self.share(rung) if rung < self.rungs else None
 
     def share(self, rung: int) -> float:
-        """Share of all steps at which a rung is."""
+        """Return the fraction of all steps at which a rung is."""
         first = self.eta**-self.rungs if self.min_resource is None else self.min_resource
         return float(first * self.eta**rung)
 
     def choose(self, jobs: list[Job], *, idle: bool) -> list[Job]:
-        """Jobs to train on now: those that have not begun, else the best of the highest rung.
+        """Return the jobs to train now: those not begun, else the best of the highest rung.
 
         Args:
             jobs: all jobs.
-            idle: whether none is running, so that nothing more is to be waited for.
+            idle: whether no job is running, so that there is nothing to wait for.
         """
         waiting = [job for job in jobs if job.state == "waiting"]
         if waiting:
@@ -123,7 +124,7 @@ class Halving:
         return []
 
     def order(self, jobs: list[Job], rung: int) -> list[Job]:
-        """Jobs that have reached a rung, the best first; of equals that of the lower loss."""
+        """Return the jobs that have reached a rung, the best first; the lower loss breaks ties."""
         reached = [job for job in jobs if len(job.rungs()) > rung]
         return sorted(
             reached,
@@ -142,7 +143,7 @@ class Halving:
         return len(job.rungs()) == rung + 1
 
     def prepare(self, job: Job) -> None:
-        """Tells a job where to pause."""
+        """Write to a job's folder where the job pauses."""
         at = self.pause_at(job)
         path = job.folder / PAUSE
         if at is None:
@@ -151,7 +152,7 @@ class Halving:
             write_json(path, {"at": at, "rungs": [self.share(rung) for rung in range(self.rungs)]})
 
     def stop(self, jobs: list[Job]) -> None:
-        """Marks the jobs that are left behind, with when and why."""
+        """Mark the jobs left behind as stopped, with step and reason."""
         for job in jobs:
             if job.state != "paused":
                 continue

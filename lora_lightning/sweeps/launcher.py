@@ -1,7 +1,8 @@
-"""The default launcher of sweeps: each job is a fresh process with a config of its own.
+"""The default launcher of sweeps, which runs each job as a fresh process with its own config.
 
-Under DDP, Lightning starts its other ranks with the command line of the first. In a job that is
-`train resume=<job folder>`, so all ranks read one saved config, and none begins a sweep of its own.
+Under DDP, Lightning starts the other ranks with the command line of rank 0. For a job, that
+command is `train resume=<job folder>`. All ranks thus read one saved config, and none starts its
+own sweep.
 """
 
 from __future__ import annotations
@@ -42,26 +43,27 @@ from .queue import (
 from .report import report
 
 EVENTS, CURVES = "lora_lightning.callbacks.EventsLogger", "tensorboard"
-"""Our logger for TensorBoard, and what its folder is called in a run that is no job."""
+"""Our TensorBoard logger, and its folder name in a run that is not a job."""
 
 
 class SweepError(Exception):
-    """Jobs of a sweep failed, and not by a mistake of the user."""
+    """Failure of sweep jobs that is not a mistake of the user."""
 
 
 class ProcessLauncher(Launcher):
-    """Runs the jobs of a sweep as processes, in a queue over the GPUs or, on a CPU, some at a time.
+    """Launcher that runs the jobs of a sweep as processes, from a queue.
 
-    A sweep that is run again into its folder keeps what is complete and goes on with the rest, each
-    job from its last checkpoint.
+    On GPUs, the queue spreads over the devices. On a CPU, it runs a set number of jobs at a time.
+    A sweep that is run again into its folder keeps the complete jobs. It resumes the others from
+    their last checkpoints.
 
     Args:
-        jobs: how many run at a time; "auto": one for each set of GPUs, and one on a CPU.
-        gpus_per_job: GPUs of a job; "auto": as many as trainer.devices says, else one.
-        fail_fast: whether the first failure stops the sweep; else the others go on.
+        jobs: number of jobs at a time; "auto": one for each set of GPUs, one on a CPU.
+        gpus_per_job: GPUs per job; "auto": trainer.devices if that is a number, else one.
+        fail_fast: whether the first failure stops the sweep; otherwise the other jobs continue.
         halving: eta and rungs of successive halving; None: all jobs train to their end.
-        retries: how often a job that fails is started again, from its last checkpoint; a mistake
-            of the user's is not.
+        retries: how often a failed job is restarted from its last checkpoint. A mistake of the user
+            is not retried.
     """
 
     __module__ = "hydra_plugins.lora_lightning"  # where Hydra looks for it, see plugin/
@@ -86,7 +88,7 @@ class ProcessLauncher(Launcher):
         self.jobs = jobs
         self.gpus_per_job = gpus_per_job
         self.fail_fast = fail_fast
-        Halving.of(halving, "max")  # a mistake is told before anything is written
+        Halving.of(halving, "max")  # report a mistake before anything is written
         self.halving = halving
 
     def setup(
@@ -97,7 +99,7 @@ class ProcessLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs jobs to their end; one that fails gives a JobReturn that raises.
+        """Run jobs to their end; a failed job gives a JobReturn that raises.
 
         Raises:
             UserError: the folder holds another sweep, or is in use.
@@ -148,12 +150,12 @@ class ProcessLauncher(Launcher):
     def _next(
         self, planned: list[tuple[Job, DictConfig]], halving: Halving | None, *, idle: bool
     ) -> list[Work]:
-        """What is to be run now: all that waits, or what halving lets go on."""
+        """Return the work to start now: all waiting jobs, or those that halving selects."""
         jobs = [job for job, _ in planned]
         if halving is None:
             chosen = [job for job in jobs if job.state == "waiting"]
             for job in chosen:
-                (job.folder / PAUSE).unlink(missing_ok=True)  # of a sweep that had halving
+                (job.folder / PAUSE).unlink(missing_ok=True)  # left by a sweep with halving
         else:
             chosen = halving.choose(jobs, idle=idle)
             for job in chosen:
@@ -161,7 +163,7 @@ class ProcessLauncher(Launcher):
         return self.divide([pair for pair in planned if pair[0] in chosen])
 
     def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
-        """What the processes are to do: a job each."""
+        """Return the work of each process: one job."""
         return [Work([job]) for job, _ in planned]
 
     def _overrides(self) -> list[str]:
@@ -169,7 +171,7 @@ class ProcessLauncher(Launcher):
         return [*given.task, *given.hydra]
 
     def _plan(self, sweep_dir: Path, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
-        """The job with its config, and whether it is there already."""
+        """Return a job with its config, and set its state if an earlier sweep has run it."""
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = str(number)
@@ -207,7 +209,7 @@ class ProcessLauncher(Launcher):
         return job, config
 
     def _varied(self, overrides: list[str]) -> dict[str, str]:
-        """A job's values of what its sweep varies, by key."""
+        """Return a job's values of the varied settings, by key."""
         parser = OverridesParser.create()
         typed = parser.parse_overrides(list(self.config.hydra.overrides.task))
         fixed = {item.get_key_element() for item in typed if not item.is_sweep_override()}
@@ -218,7 +220,7 @@ class ProcessLauncher(Launcher):
         }
 
     def _places(self, config: DictConfig) -> list[tuple[str, ...] | None]:
-        """What runs at a time: the GPUs of each, or None for each on a CPU."""
+        """Return one entry per concurrent process: its GPUs, or None on a CPU."""
         accelerator = str(config.trainer.get("accelerator", "auto"))
         gpus = [] if accelerator == "cpu" else visible_gpus()
         if not gpus:
@@ -239,7 +241,7 @@ class ProcessLauncher(Launcher):
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs visible to this process, as named in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
@@ -249,15 +251,15 @@ def visible_gpus() -> list[str]:
 
 
 SHORT = {"lora.rank": "r", "lora.alpha": "a", "seed": "s"}
-"""What a curve's name has in place of a setting's."""
+"""Abbreviations of settings in the name of a curve."""
 LONGEST = 120
-"""Letters of a curve's name, which is that of a folder."""
+"""Maximum length of a curve's name, which is also a folder name."""
 
 
 def curves_name(varied: dict[str, str]) -> str:
-    """What TensorBoard calls the curves of a job, after its number: `r16 a32 lr=0.001 s1`.
+    """Return the TensorBoard name of a job's curves, after its number: `r16 a32 lr=0.001 s1`.
 
-    It is a valid name of a folder.
+    It is a valid folder name.
     """
     last = {"seed": 2, "lora.rank": -2, "lora.alpha": -1}
     keys = sorted(varied, key=lambda key: last.get(key, 0))
@@ -269,9 +271,9 @@ def curves_name(varied: dict[str, str]) -> str:
 
 
 def name_curves(config: DictConfig, folder: Path, varied: dict[str, str]) -> None:
-    """Has a job write its curves under a name that tells it from the others of its sweep.
+    """Make a job write its curves under a name that distinguishes it within its sweep.
 
-    One that has begun, by an earlier version too, keeps the folder that it has.
+    A job that has already begun keeps its folder, even if an earlier version began it.
     """
     logger = config.logger.get("tensorboard")
     name = curves_name(varied)
@@ -284,14 +286,14 @@ def name_curves(config: DictConfig, folder: Path, varied: dict[str, str]) -> Non
 
 
 def _name(jobs: list[Job]) -> None:
-    """Names each job by the overrides that not all of them have."""
+    """Name each job by the overrides that not all jobs have."""
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     for job in jobs:
         job.name = " ".join(item for item in job.overrides if item not in common)
 
 
 def _own(config: DictConfig) -> DictConfig:
-    """A job's config without Hydra's part."""
+    """Return a job's config without Hydra's part."""
     own = config.copy()
     with open_dict(own):
         own.pop("hydra", None)
@@ -299,13 +301,13 @@ def _own(config: DictConfig) -> DictConfig:
 
 
 def _held(job: Job) -> str | None:
-    """The hash of the config that a job's folder holds; None: it holds no job that has begun.
+    """Return the hash of the config in a job's folder; None if no job has begun there.
 
-    Where a power cut has damaged config.yaml, result.json tells; a config of the same hash may take
-    its place.
+    If a power cut has damaged config.yaml, the hash comes from result.json. A config with the same
+    hash may then replace the damaged one.
 
     Raises:
-        UserError: neither tells, and the job has trained.
+        UserError: neither file gives the hash, and the job has trained.
     """
     try:
         return config_hash(read_config(job.folder / ".hydra" / "config.yaml"))
@@ -320,7 +322,7 @@ def _held(job: Job) -> str | None:
 
 
 def _is_saved(job: Job) -> bool:
-    """Whether the files that `_save` writes can be read, by a report too."""
+    """Return whether the files that `_save` writes can be read, as a report needs."""
     try:
         read_config(job.folder / ".hydra" / "config.yaml")
         read_overrides(job.folder / ".hydra" / "overrides.yaml")
@@ -330,7 +332,7 @@ def _is_saved(job: Job) -> bool:
 
 
 def _save(config: DictConfig, job: Job) -> None:
-    """Writes .hydra/, from which the job's process and a later sweep read what it is."""
+    """Write .hydra/, from which the job's process and a later sweep read the job's settings."""
     folder = job.folder / ".hydra"
     try:
         made_folder(folder)
@@ -346,7 +348,7 @@ def _save(config: DictConfig, job: Job) -> None:
 
 
 def _failure(jobs: list[Job]) -> Exception | None:
-    """What is told of jobs that did not end well; None where all did."""
+    """Return the error that reports the failed jobs; None if no job failed."""
     failed = [job for job in jobs if job.state == "failed"]
     left = [job for job in jobs if job.state in ("waiting", "interrupted")]
     if not failed:
@@ -366,7 +368,7 @@ def _failure(jobs: list[Job]) -> Exception | None:
 
 
 def _by_error(failed: list[Job]) -> dict[str, list[Job]]:
-    """Jobs by why they failed: what is wrong with a setting of the sweep is wrong in each."""
+    """Group jobs by error, because a wrong setting of the sweep fails in each of its jobs."""
     found: dict[str, list[Job]] = {}
     for job in failed:
         found.setdefault(job.error(), []).append(job)

@@ -1,4 +1,4 @@
-"""The jobs of a running sweep: a live table in a terminal, else a line for each change."""
+"""Display of a running sweep's jobs: a live table in a terminal, else a line for each change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.utils.terminal import printable
 from .queue import Job
 
 SHOWN = 20
-"""Rows of the table: running jobs first, then the last to end, then what is paused."""
+"""Maximum number of table rows: running jobs first, then the last to end, then paused jobs."""
 COLOURS = {
     "running": "cyan",
     "completed": "green",
@@ -27,12 +27,12 @@ COLOURS = {
 
 
 class JobTable:
-    """Shows jobs while it is entered.
+    """Context manager that shows jobs.
 
     Args:
-        sweep_dir: the sweep's folder.
+        sweep_dir: folder of the sweep.
         jobs: all jobs.
-        monitor: name of the metric that is compared.
+        monitor: name of the compared metric.
     """
 
     def __init__(self, sweep_dir: Path, jobs: list[Job], monitor: str) -> None:
@@ -59,7 +59,7 @@ class JobTable:
         self.live.stop()
 
     def show(self) -> None:
-        """Shows how things stand."""
+        """Show the state of the jobs."""
         if self.console.is_terminal:
             self.live.update(self._table(self.jobs), refresh=True)
             return
@@ -94,7 +94,7 @@ class JobTable:
         return table
 
     def _progress(self, job: Job) -> tuple[str, str]:
-        """How far a job is: its step, and what is compared or, before that, its loss."""
+        """Return the step of a job, and its monitored metric or, before that exists, its loss."""
         result = job.result()
         if result.get("objective") is not None:
             monitor = result.get("monitor", self.monitor)

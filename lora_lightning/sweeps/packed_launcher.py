@@ -1,4 +1,4 @@
-"""The launcher that trains jobs together which differ in their adapter and its training alone."""
+"""Launcher that trains jobs together if they differ only in their adapter and its training."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ OWN = ("lora", "optim", "tags", "output_dir", "test_before", "logger", "hydra")
 
 
 class PackedLauncher(ProcessLauncher):
-    """Runs the jobs of a sweep in packs: a process for each, in which all share one frozen base.
+    """Launcher that runs the jobs of a sweep in packs.
 
-    In a pack are jobs with the same model, task, data, trainer and seed, which see the same
-    batches; they may differ in all of `lora` and `optim`. What fits into no pack is a process of
-    its own, as with the process launcher.
+    A pack is one process whose jobs share one frozen base. Its jobs have the same model, task,
+    data, trainer and seed, so they see the same batches. They may differ in all of `lora` and
+    `optim`. A job that fits into no pack gets its own process, as with the process launcher.
 
     Args:
-        max_slots: jobs in a pack, at most.
-        memory: GiB that a pack may take: of its jobs, as many train at a time as have room by an
-            estimate. "auto": 90 % of a GPU; on a CPU without limit.
-        settings: those of the process launcher; `jobs` counts packs here.
+        max_slots: maximum number of jobs in a pack.
+        memory: GiB that a pack may take. An estimate decides how many of its jobs train at a time.
+            "auto": 90 % of a GPU, no limit on a CPU.
+        settings: settings of the process launcher; `jobs` counts packs here.
     """
 
     __module__ = "hydra_plugins.lora_lightning"
@@ -48,7 +48,7 @@ class PackedLauncher(ProcessLauncher):
         self.options = () if memory == "auto" else ("--memory", str(memory))
 
     def divide(self, planned: list[tuple[Job, DictConfig]]) -> list[Work]:
-        """Packs of jobs that can share a base, and says which cannot."""
+        """Group jobs that can share a base into packs, and print which cannot."""
         groups: dict[str, list[Job]] = {}
         reasons: dict[str, list[int]] = {}
         for job, config in planned:
@@ -72,7 +72,7 @@ class PackedLauncher(ProcessLauncher):
 
 
 def cannot_share(config: DictConfig) -> str | None:
-    """Why a job cannot train with others on one frozen base; None if it can."""
+    """Return why a job cannot train with others on one frozen base; None if it can."""
     if config.lora.method != "lora":
         return f"lora.method={config.lora.method}, which trains the base itself"
     alone = {
@@ -94,7 +94,7 @@ def cannot_share(config: DictConfig) -> str | None:
 
 
 def _shared_part(config: DictConfig) -> str:
-    """Identifies what all jobs of a pack have in common: model, task, data, trainer, seed."""
+    """Return a hash of the common config of a pack: model, task, data, trainer, seed."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     for key in OWN:

@@ -1,4 +1,4 @@
-"""Job processes: started as devices come free, watched, ended."""
+"""Job processes: started as devices become free, watched, and stopped."""
 
 from __future__ import annotations
 
@@ -20,69 +20,69 @@ from lora_lightning.utils.logs import read_result
 from lora_lightning.utils.terminal import say
 
 LIFELINE = "LORA_LIGHTNING_LIFELINE"
-"""Set for a job: it ends when its standard input does, that is, when the sweep is killed."""
+"""Set for a job: it ends when its standard input closes, as when the sweep is killed."""
 OWN_CONFIG = "LORA_LIGHTNING_OWN_CONFIG"
-"""Set for a job: its folder's config is what this sweep's command line says, classes included."""
+"""Set for a job: its folder's config comes from this sweep's command line, classes included."""
 RANK_VARIABLES = re.compile(
     r"(LOCAL_|GLOBAL_|GROUP_|NODE_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|ROLE_NAME"
     r"|(TORCHELASTIC|PMI|PMIX|OMPI|MPI|PL)_.*|SLURM_(NTASKS|PROCID|LOCALID|NODEID|STEP).*"
 )
-"""What tells Lightning that a process is one of several; a job must not believe it."""
+"""Variables that mark a process as one of several for Lightning; a job must not see them."""
 EXIT_USER_ERROR = 2
 ENDS = ("completed", "interrupted", "paused")
 PATIENCE = 30.0
-"""Seconds that a job has to save its state when it is told to stop."""
+"""Seconds that a job has to save its state after it is asked to stop."""
 
 
 @dataclass
 class Job:
-    """A job of a sweep, and what is known of it."""
+    """A job of a sweep and its state."""
 
     number: int
     overrides: list[str]
     folder: Path
     name: str = ""
-    """What tells it from the others: the overrides that not all have."""
+    """Overrides that distinguish the job, because not all jobs have them."""
     state: str = "waiting"
-    """waiting, running, completed, failed, interrupted, kept (completed by an earlier sweep); with
-    successive halving also paused, and stopped for good."""
+    """waiting, running, completed, failed, interrupted, or kept (completed by an earlier sweep).
+    Successive halving adds paused, and stopped for good."""
     status: int | None = None
     """Exit status of its process."""
     seconds: float = 0.0
     retried: int = 0
-    """How often it was started again after it had failed."""
+    """How often the job was restarted after a failure."""
     before: int = 0
-    """When its result.json was last written before its process began."""
+    """Time of the last write to its result.json before its process began, in ns."""
 
     def result(self) -> dict[str, Any]:
-        """Its result.json, as far as it has come."""
+        """Return its result.json as written so far."""
         return read_result(self.folder / "result.json")
 
     def news(self) -> dict[str, Any]:
-        """Its result.json where its process has written it, not one before."""
+        """Return its result.json if its current process wrote it, else an empty dict."""
         return self.result() if self.written() != self.before else {}
 
     def written(self) -> int:
-        """When its result.json was written, in ns; 0: not yet."""
+        """Return when its result.json was written, in ns; 0 if it does not exist."""
         try:
             return (self.folder / "result.json").stat().st_mtime_ns
         except OSError:
             return 0
 
     def rungs(self) -> list[dict[str, Any]]:
-        """Where it has paused so far: step, planned steps, and the metric there."""
+        """Return the rungs at which it has paused: step, planned steps, and the metric there."""
         return list(self.result().get("rungs", ()))
 
     def error(self) -> str:
-        """Why it failed, on one line."""
+        """Return the reason for its failure, on one line."""
         told = str(self.news().get("error", "")).removeprefix("UserError: ")
         if not told:
             log = self.folder / LOG
             text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
-            lines = text.replace("\0", "").split("\n")  # zero bytes: of a power cut
+            lines = text.replace("\0", "").split("\n")  # a power cut leaves zero bytes
             told = next((line for line in reversed(lines) if line.strip()), "")
         if self.status is not None and self.status < 0:
-            killed = self.status == -signal.SIGKILL  # nobody else tells: the system leaves no word
+            killed = self.status == -signal.SIGKILL  # the system logs no reason for this
             why = "killed (out of memory?)" if killed else "ended"
             told = f"{why} by {signal.Signals(-self.status).name}. {told}"
         if self.retried:
@@ -93,12 +93,12 @@ class Job:
 def environment_of_job(
     outside: Mapping[str, str], devices: tuple[str, ...] | None, *, threads: int | None
 ) -> dict[str, str]:
-    """The environment of a job: no variables of ranks, its own GPUs, its share of the cores.
+    """Return the environment of a job: no rank variables, its own GPUs, its part of the cores.
 
     Args:
-        outside: the sweep's own environment.
-        devices: entries of CUDA_VISIBLE_DEVICES; None: as it is.
-        threads: threads for its arithmetic where the user has not said; None: as it is.
+        outside: environment of the sweep.
+        devices: entries of CUDA_VISIBLE_DEVICES; None: unchanged.
+        threads: number of compute threads unless the user has set it; None: unchanged.
     """
     found = {name: value for name, value in outside.items() if not RANK_VARIABLES.fullmatch(name)}
     if devices is not None:
@@ -106,39 +106,39 @@ def environment_of_job(
     if threads is not None:
         found.setdefault("OMP_NUM_THREADS", str(threads))
     found.pop(FULL_ERROR, None)  # set by the command line while Hydra runs the sweep
-    found["PYTHONUNBUFFERED"] = "1"  # its log ends with its last words, however it ends
-    found["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # no locale makes a print fail
+    found["PYTHONUNBUFFERED"] = "1"  # keeps the log complete, however the job ends
+    found["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # print works in any locale
     found[LIFELINE] = found[OWN_CONFIG] = "1"
     return found
 
 
 def end_with_parent() -> None:
-    """Within a job: ends it, and the ranks it has started, when the sweep's process is gone."""
+    """End this job, and the ranks it has started, when the sweep's process is gone."""
     if os.environ.pop(LIFELINE, None) is None:
         return
 
     def watch() -> None:
         while os.read(0, 1):
             pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # the job leads a group of its own
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # the job leads its own process group
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass
 class Work:
-    """What a process does: one job, or several that train together."""
+    """The work of a process: one job, or several that train together."""
 
     jobs: list[Job]
     options: tuple[str, ...] = ()
-    """Of the command that trains several."""
+    """Options of the command that trains several jobs."""
     process: subprocess.Popen[bytes] | None = None
     devices: tuple[str, ...] | None = None
     started: float = 0.0
 
     @property
     def command(self) -> list[str]:
-        """The command line."""
+        """Command line of the process."""
         folders = [str(job.folder) for job in self.jobs]
         if len(folders) == 1:
             return [sys.executable, "-m", "lora_lightning", "train", f"resume={folders[0]}"]
@@ -147,7 +147,7 @@ class Work:
     def start(
         self, devices: tuple[str, ...] | None, *, threads: int | None, inherit: tuple[int, ...]
     ) -> None:
-        """Starts the process; what it prints goes to the first job's log."""
+        """Start the process; its output goes to the first job's log."""
         for job in self.jobs:
             job.before = job.written()
         with (self.jobs[0].folder / LOG).open("ab") as log:
@@ -157,7 +157,7 @@ class Work:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
+                start_new_session=True,  # only the sweep receives Ctrl-C, and passes it on
                 pass_fds=inherit,
             )
         self.devices, self.started = devices, time.monotonic()
@@ -165,7 +165,7 @@ class Work:
             job.state = "running"
 
     def look(self) -> bool:
-        """Takes note of how far the jobs are; whether the process has ended."""
+        """Update the state of the jobs, and return whether the process has ended."""
         assert self.process is not None
         assert self.process.stdin is not None
         status = self.process.poll()
@@ -184,12 +184,12 @@ class Work:
         return status is not None
 
     def ask_to_stop(self) -> None:
-        """Asks the process to save its state and end."""
+        """Ask the process to save its state and end."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
 
     def stop(self, patience: float) -> None:
-        """Waits for it to end, and kills it when it takes too long."""
+        """Wait for the process to end, and kill it after `patience` seconds."""
         assert self.process is not None
         try:
             self.process.wait(patience)
@@ -200,7 +200,7 @@ class Work:
         self.look()
         for job in self.jobs:
             if job.number in before and job.news().get("status", "running") == "running":
-                job.state = "interrupted"  # it had not come far enough to say so itself
+                job.state = "interrupted"  # it ended before it could record this itself
 
 
 def _is_mistake(job: Job) -> bool:
@@ -208,16 +208,16 @@ def _is_mistake(job: Job) -> bool:
 
 
 class JobQueue:
-    """Runs work, each in a process of its own, as much at a time as there are places.
+    """Queue that runs each piece of work in its own process, one process per place at a time.
 
     Args:
         jobs: all jobs of the sweep.
-        more: gives what is to be run next, asked whenever a place is free; its argument tells
-            whether nothing is running.
+        more: function that returns the next work, called whenever a place is free. Its argument
+            says whether nothing is running.
         places: GPUs of each place (entries of CUDA_VISIBLE_DEVICES), or None on a CPU.
-        fail_fast: whether a failure stops the others.
-        retries: how often a job that fails is started again, unless by a mistake of the user.
-        show: called when something has happened, and every half second.
+        fail_fast: whether a failure stops the other jobs.
+        retries: how often a failed job is restarted, unless the user made a mistake.
+        show: function called after each change, and every half second.
         inherit: file descriptors that the processes keep open.
     """
 
@@ -244,7 +244,10 @@ class JobQueue:
         self.threads = max(1, (os.cpu_count() or 1) // len(places)) if shared else None
 
     def run(self) -> None:
-        """Until all has ended. What interrupts it has the running jobs save first."""
+        """Run until all work has ended.
+
+        If an exception interrupts it, the running jobs save their state first.
+        """
         try:
             while self._advance():
                 self._show()
@@ -254,10 +257,13 @@ class JobQueue:
             self._show()
 
     def _show(self) -> None:
-        """Shows how things stand; what goes wrong with it is told once, and ends no job."""
+        """Show the state of the jobs.
+
+        An error of the display is reported once, and ends no job.
+        """
         try:
             self.show()
-        except BrokenPipeError:  # nobody reads it any more
+        except BrokenPipeError:  # nobody reads the output anymore
             raise
         except Exception as error:
             if not self._told:
@@ -265,7 +271,7 @@ class JobQueue:
             self._told = True
 
     def _advance(self) -> bool:
-        """Takes note of what has ended, starts more; whether there is more to do."""
+        """Collect ended work and start more; return whether there is more to do."""
         for item in list(self.running):
             if item.look():
                 self.running.remove(item)
@@ -283,9 +289,9 @@ class JobQueue:
         return bool(self.running)
 
     def _retry(self, item: Work) -> None:
-        """Has the jobs of a process that failed wait again, each as often as is allowed."""
+        """Set the failed jobs of a process to waiting again, each as often as allowed."""
         for job in item.jobs:
-            # A full disk, or a killed worker, ends with the status of a mistake too.
+            # A full disk or a killed worker also ends with the exit status of a user's mistake.
             mistake = _is_mistake(job) or (job.status == EXIT_USER_ERROR and not job.news())
             if job.state == "failed" and not mistake and job.retried < self.retries:
                 job.state, job.retried = "waiting", job.retried + 1

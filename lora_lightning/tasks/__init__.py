@@ -1,4 +1,4 @@
-"""What is learned. `TASKS` names them all."""
+"""Tasks that can be learned. `TASKS` names them all."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def build_task(settings: dict[str, Any]) -> Task:
-    """The task that `settings["name"]` names.
+    """Return the task that `settings["name"]` names.
 
     Raises:
         UserError: there is no such task, or a setting is unknown to it.

@@ -1,4 +1,4 @@
-"""Conversations: what the assistant says is learned."""
+"""Task that learns the assistant's turns of conversations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class InstructTask(GenerativeTask):
-    """Conversations in the tokenizer's own chat template; the assistant's turns alone are learned.
+    """Task on conversations in the tokenizer's own chat template.
 
-    Rows are lists of messages ({role, content}, or {from, value}), pairs of prompt and completion
-    (text, or lists of messages), or Alpaca's instruction, input and output. Each assistant turn is
-    learned from its first token to the one that ends it. Too long a conversation loses its
-    earliest exchanges, never an answer's end; the system message stays.
+    Rows are lists of messages ({role, content}, or {from, value}), or pairs of prompt and
+    completion (text, or lists of messages). They may also be Alpaca's instruction, input and
+    output.
+
+    Only the assistant's turns are learned, each from its first token to the token that ends it. A
+    conversation that is too long loses its earliest exchanges, never the end of an answer. The
+    system message stays.
     """
 
     name = "instruct"
@@ -84,7 +87,7 @@ class InstructTask(GenerativeTask):
         return [self.columns[0], *self.columns[2:]]
 
     def conversation(self, row: dict[str, Any], *, where: str = "row") -> list[dict[str, str]]:
-        """A row as a list of {role, content}.
+        """Return a row as a list of {role, content}.
 
         Raises:
             UserError: a role or content is missing or of the wrong type.
@@ -132,7 +135,7 @@ class InstructTask(GenerativeTask):
                     break
                 example = {"input_ids": ids, "truncated": truncated}
                 return {**example, "labels": labels} if targets else example
-            # Without its earliest exchange: up to the next turn of the user.
+            # Drop the earliest exchange, up to the next turn of the user.
             later = (i for i, m in enumerate(body[1:], 1) if m["role"] == "user")
             body, truncated = body[next(later, len(body)) :], True
         return self.nothing(targets=targets)
@@ -140,7 +143,9 @@ class InstructTask(GenerativeTask):
     def render(
         self, messages: list[dict[str, str]], *, targets: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation, and labels: the ids of the assistant's turns, else IGNORE.
+        """Return the token ids and the labels of a conversation.
+
+        Labels are the ids of the assistant's turns, and IGNORE elsewhere.
 
         Raises:
             UserError: there is no chat template, or it refuses the conversation.
@@ -191,7 +196,7 @@ class InstructTask(GenerativeTask):
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except Exception as error:  # jinja2 errors, which templates raise as they like
+        except Exception as error:  # templates raise jinja2 errors of any kind
             raise UserError(
                 f"the chat template refuses a conversation of {[m['role'] for m in messages]}: "
                 f"{' '.join(str(error).split())[:200]}"
@@ -211,7 +216,7 @@ class InstructTask(GenerativeTask):
 
 
 def _messages(value: Any, where: str, *, role: str | None = None) -> list[dict[str, str]]:
-    """Messages in one spelling; a text becomes one message of `role`."""
+    """Return messages in one spelling. A text becomes one message of `role`."""
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
@@ -244,6 +249,6 @@ def _messages(value: Any, where: str, *, role: str | None = None) -> list[dict[s
 
 
 def _with_end(ids: list[int], labels: list[int], eos: int) -> tuple[list[int], list[int]]:
-    """Cuts what follows the last learned token, and ends with EOS, learned."""
+    """Cut everything after the last learned token, and append EOS as a learned token."""
     stop = max(i for i, label in enumerate(labels) if label != IGNORE) + 1
     return [*ids[:stop], eos], [*labels[:stop], eos]

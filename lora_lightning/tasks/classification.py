@@ -1,4 +1,4 @@
-"""Text classification: sentiment, and any other task that gives a text one of N labels."""
+"""Text classification, for sentiment and any other task that gives a text one of N labels."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ LABEL_COLUMNS = (
 
 
 class SentimentTask(Task):
-    """Any classification of texts, on encoders, decoders and encoder-decoders alike.
+    """Task for any text classification, on encoders, decoders and encoder-decoders alike.
 
-    Labels may be names or numbers, of any number of classes. The class names go into the model's
-    config (`id2label`).
+    Labels may be names or numbers, of any number of classes. The class names are stored in the
+    model's config (`id2label`).
     """
 
     name = "sentiment"
@@ -65,7 +65,7 @@ class SentimentTask(Task):
         self._begins_with = ""
         self._new_head = False
         self._numbered: dict[Any, int] = {}
-        """Places of the numbers that a data set gives its classes."""
+        """Class ids by the numbers that a dataset gives its classes."""
 
     def prepare(self, model_config: Any) -> None:
         self._head = class_names(model_config)
@@ -154,10 +154,10 @@ class SentimentTask(Task):
             )
 
     def _settle_head(self) -> None:
-        """Gives the classes the places that they have in a head which is there already.
+        """Give the classes the places that they have in an existing head.
 
         Raises:
-            UserError: the head's classes are others, or the user has typed another order.
+            UserError: the head has other classes, or the user has typed another order.
         """
         head, typed = self._head, self.config.labels is not None
         if head is None or len(head) != len(self.labels):
@@ -193,7 +193,7 @@ class SentimentTask(Task):
         ]
 
     def _check_names(self, split: str, names: list[str] | None) -> None:
-        """Takes numbers that a data set gives its classes for places in its list of names."""
+        """Map the numbers that a dataset gives its classes to the ids of their names."""
         same = names is not None and set(names) == set(self.labels)
         if names is None or (self.config.labels and not same):
             return
@@ -235,14 +235,15 @@ class SentimentTask(Task):
                 )
 
     def label_id(self, value: Any) -> int | None:
-        """Id of a label as it is written in a file; None if there is no such label.
+        """Return the id of a label as written in a file, or None if there is no such label.
 
-        A number that is no name is a place in `task.labels`, unless these are numbers themselves.
+        A number that is not a name is a place in `task.labels`, unless these are numbers
+        themselves.
         """
         if isinstance(value, int) and not isinstance(value, bool) and value in self._ids:
             return self._ids[value]
         name = _written(value)
-        # Of a truth value, which has no spelling of its own, both usual ones are its name.
+        # A truth value has no spelling of its own, so both usual spellings are its name.
         for spelling in (name, str(value)) if isinstance(value, bool) else (name,):
             if spelling in self.labels:
                 return self.labels.index(spelling)
@@ -300,7 +301,7 @@ class SentimentTask(Task):
         }
         if classes == 2:
             metrics["auroc"] = BinaryAUROC()
-        # Compute groups would let metrics that are fed differently share their states.
+        # With compute groups, metrics with different inputs would share their states.
         return MetricCollection(metrics, compute_groups=False)
 
     def metric_names(self) -> list[str]:
@@ -329,7 +330,7 @@ class SentimentTask(Task):
         return self.predictions(self.logits(model, batch))
 
     def predictions(self, logits: Tensor) -> list[dict[str, Any]]:
-        """Label and scores for each row of logits."""
+        """Return the label and the scores for each row of logits."""
         rows = []
         for probabilities in logits.softmax(-1).tolist():
             best = max(range(len(probabilities)), key=probabilities.__getitem__)
@@ -363,13 +364,13 @@ class SentimentTask(Task):
         return {"input": text, "target": "" if number is None else self.labels[number]}
 
     def baseline(self, raws: list[dict[str, Any]]) -> tuple[str, dict[str, float]] | None:
-        """What the answer reaches that is right most often, given to every row."""
+        """Return the metrics of the most frequent class as the answer to every row."""
         assert self.label_column is not None
         column = self.label_column
         counts = Counter(self.label_id(raw[column]) for raw in raws)
         ((_, most),) = counts.most_common(1)
         share = most / len(raws)
-        f1 = 2 * share / (1 + share) / len(counts)  # as torchmetrics: of the classes there are
+        f1 = 2 * share / (1 + share) / len(counts)  # as torchmetrics, over present classes
         return "majority class", {"accuracy": share, "f1": f1}
 
     # Kept with the adapter -------------------------------------------------------------------
@@ -394,7 +395,7 @@ class SentimentTask(Task):
         self.label_column = state["label_column"]
 
     def class_counts(self, raw: Any) -> dict[str, int]:
-        """Rows of each class in a raw dataset."""
+        """Return the number of rows of each class in a raw dataset."""
         counts = Counter(self.label_id(value) for value in raw[self.label_column][:])
         return {label: counts.get(index, 0) for index, label in enumerate(self.labels)}
 
@@ -411,7 +412,7 @@ def _listed(labels: list[str]) -> str:
 
 
 def _written(value: Any) -> str:
-    """A label as it is written in a file, without outer blanks; "" is none."""
+    """Return a label as written in a file, without outer blanks. "" means no label."""
     return as_text(value).strip()
 
 
@@ -423,5 +424,5 @@ def _is_number(name: str) -> bool:
 
 
 def _sort_key(name: str) -> tuple[bool, float, str]:
-    """Numbers by their value, before all names."""
+    """Return a sort key that orders numbers by their value, before all names."""
     return (False, float(name), name) if _is_number(name) else (True, 0.0, name)

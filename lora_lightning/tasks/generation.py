@@ -1,4 +1,4 @@
-"""Tasks whose target is text: what summarization, conversations and language modelling share."""
+"""Common base of summarization, conversations and language modeling, whose target is text."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .base import IGNORE, LossOutput, Task
 from .metrics import Perplexity, TokenAccuracy, text_metrics
 
 MIN_PROMPT = 2
-"""Tokens that must remain for a prompt, special ones among them."""
+"""Minimum tokens that must remain for a prompt, including special tokens."""
 
 
 class GenerativeTask(Task):
-    """The tokens of a target are learned, given those of a prompt.
+    """Task that learns the tokens of a target, given the tokens of a prompt.
 
-    Causal models see one sequence, BOS prompt target EOS, and predict each target token from the
-    ones before it. Encoder-decoders read the prompt and write the target. BOS stands where the
+    Causal models see one sequence, BOS prompt target EOS. They predict each target token from the
+    tokens before it. Encoder-decoders read the prompt and write the target. BOS appears where the
     tokenizer itself puts one. EOS is always a target.
     """
 
@@ -50,7 +50,7 @@ class GenerativeTask(Task):
 
     @property
     def peft_task_type(self) -> str:  # type: ignore[override]
-        """PEFT's word for the kind of model."""
+        """PEFT's name for the kind of model."""
         return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
 
     def prepare(self, model_config: Any) -> None:
@@ -93,20 +93,23 @@ class GenerativeTask(Task):
     def examples(
         self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
     ) -> list[dict[str, Any]]:
-        """`input_ids`, `truncated` and, with targets, `labels`, for each row.
+        """Return `input_ids`, `truncated` and, with targets, `labels` for each row.
 
         A row with nothing to learn gives `nothing()`.
         """
 
     @staticmethod
     def nothing(*, targets: bool = True) -> dict[str, Any]:
-        """What stands for a row that is to be dropped."""
+        """Return the placeholder for a row to drop."""
         return {"input_ids": [], "truncated": False, **({"labels": []} if targets else {})}
 
     def example(
         self, prompt: list[int], target: list[int] | None, *, truncated: bool
     ) -> dict[str, Any]:
-        """An example of token ids without special tokens; `target` None: to be predicted."""
+        """Build an example from token ids without special tokens.
+
+        A `target` of None means that the target is to be predicted.
+        """
         before, after = self.frame
         if self.encoder_decoder:
             found = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
@@ -124,7 +127,7 @@ class GenerativeTask(Task):
         }
 
     def special_count(self) -> int:
-        """Special tokens in an example, beside prompt and target."""
+        """Return the number of special tokens in an example, in addition to prompt and target."""
         before, after = self.frame
         return len(before) + (len(after) if self.encoder_decoder else 1)
 
@@ -133,7 +136,7 @@ class GenerativeTask(Task):
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts, without special tokens."""
+        """Return the token ids of texts, without special tokens."""
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [list(ids) for ids in found]
 
@@ -146,10 +149,10 @@ class GenerativeTask(Task):
         return load_generator(config, tokenizer, shards), []
 
     def locate(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds `places` too: where the logits are that predict the batch's targets.
+        """Add `places` too, the positions of the logits that predict the batch's targets.
 
-        A batch without a target gets one place, whose label is to be ignored: a rank that meets
-        one goes through the same steps as the others. A batch to predict for has none.
+        A batch without a target gets one place with an ignored label. A rank with such a batch
+        then takes the same steps as the other ranks. A batch for prediction has no `places`.
         """
         batch = super().locate(batch)
         if "labels" not in batch or "places" in batch:
@@ -158,7 +161,10 @@ class GenerativeTask(Task):
         return {**batch, "places": learned if len(learned) else learned.new_zeros(1)}
 
     def _wanted(self, batch: dict[str, Any]) -> Tensor:
-        """The label that is predicted at each position: a causal model's is the one after it."""
+        """Return the label predicted at each position.
+
+        For a causal model, this is the label one position later.
+        """
         labels: Tensor = batch["labels"]
         if self.encoder_decoder:
             return labels
@@ -172,7 +178,7 @@ class GenerativeTask(Task):
         return LossOutput(total, (targets != IGNORE).sum(), correct)
 
     def _inputs(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the model reads of a batch."""
+        """Return the inputs that the model reads from a batch."""
         if not self.encoder_decoder:
             return causal_inputs(model, batch)
         shifted = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
@@ -209,7 +215,10 @@ class GenerativeTask(Task):
         return True
 
     def stream(self, model: nn.Module, prompt: list[int]) -> str:
-        """Continues a prompt and prints the text to stdout as it comes; beams come at the end."""
+        """Continue a prompt and print the text to stdout as it comes.
+
+        With beam search, the text comes at the end.
+        """
         from transformers import TextStreamer
 
         class Printer(TextStreamer):
@@ -244,7 +253,7 @@ class GenerativeTask(Task):
         metrics["token_accuracy"].update(output.outputs, output.count)
 
     def collect(self, batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-        """Prompt and answer of each row that text is to be generated for."""
+        """Return the prompt and the answer of each row to generate text for."""
         marked = [row for row, generate in enumerate(batch.get("generate", [])) if generate]
         if not marked:
             return []
@@ -259,14 +268,14 @@ class GenerativeTask(Task):
         rows: list[tuple[list[int], list[int]]],
         batch_size: int,
     ) -> None:
-        """Generates text for the rows, those of like length together, and compares it."""
+        """Generate text for the rows, with similar lengths batched together, and compare it."""
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         predictions = [""] * len(rows)
         for number in range(most(model, len(batches))):
             if self.is_told is not None and self.is_told() and not gathers_layers(model):
                 return
-            if number >= len(batches):  # another process needs this one's share of the base
+            if number >= len(batches):  # another process needs this one's shard of the base
                 self.generate(model, [[self.tokenizer.eos_token_id]])
                 continue
             prompts = [rows[row][0] for row in batches[number]]
@@ -277,7 +286,7 @@ class GenerativeTask(Task):
             self._compare(metrics, predictions, [self.decode(answer) for _, answer in rows])
 
     def _until_told(self) -> dict[str, Any]:
-        """Has `generate` end where the run is told to end, within a text."""
+        """Return arguments that stop `generate`, within a text, once the run was asked to end."""
         from transformers import StoppingCriteria
 
         if self.is_told is None:
@@ -293,14 +302,14 @@ class GenerativeTask(Task):
     def _compare(
         self, metrics: MetricCollection, predictions: list[str], references: list[str]
     ) -> None:
-        """Adds texts to those of the metrics that compare texts."""
+        """Add texts to the metrics that compare texts."""
         for name, metric in metrics.items(keep_base=True):
             if name in self.config.text_metrics:
                 nested = [[reference] for reference in references]
                 metric.update(predictions, references if name == "rouge" else nested)
 
     def compare(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """The task's text metrics of predictions."""
+        """Return the task's text metrics of predictions."""
         metrics = MetricCollection(text_metrics(self.config.text_metrics), compute_groups=False)
         self._compare(metrics, predictions, references)
         return {name: float(value) for name, value in metrics.compute().items()}
@@ -314,9 +323,12 @@ class GenerativeTask(Task):
     def generate(
         self, model: nn.Module, prompts: list[list[int]], **changes: Any
     ) -> list[list[int]]:
-        """Continues prompts, by the task's settings; the new ids alone, up to the end token.
+        """Continue prompts with the task's settings.
 
-        Prompts are padded on the left where the model is causal.
+        Prompts are padded on the left if the model is causal.
+
+        Returns:
+            Only the new ids of each prompt, up to the end token.
         """
         width = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -363,11 +375,11 @@ class GenerativeTask(Task):
         }
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Return the text of token ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
-        """Each row's tokens up to its last target."""
+        """Return each row's tokens up to its last target."""
         ids, shown = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
         stops = [len(row) for row in ids]
         if "labels" in batch and not self.encoder_decoder:
@@ -378,7 +390,7 @@ class GenerativeTask(Task):
         ]
 
     def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
-        """Each row's last target."""
+        """Return each row's last target."""
         labels = batch["labels"].tolist()
         if self.encoder_decoder:
             return [[label for label in row if label != IGNORE] for row in labels]
@@ -404,7 +416,7 @@ class GenerativeTask(Task):
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of the special tokens that a tokenizer puts before and after a text."""
+    """Return the ids of the special tokens that a tokenizer puts before and after a text."""
     whole = tokenizer("a")["input_ids"]
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
     starts = range(len(whole) - len(inner) + 1)
@@ -413,7 +425,7 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _last_run(labels: list[int]) -> tuple[int, int]:
-    """Start and stop of a row's last stretch of labels; its length twice where there is none."""
+    """Return the start and stop of a row's last run of labels, or its length twice if none."""
     stop = len(labels)
     while stop and labels[stop - 1] == IGNORE:
         stop -= 1

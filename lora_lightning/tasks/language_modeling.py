@@ -1,4 +1,4 @@
-"""Language modelling: plain text, every token learned."""
+"""Language modeling on plain text, with every token learned."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from .generation import GenerativeTask
 from .text_to_text import which_column
 
 MIN_PIECE = 8
-"""Tokens that must be free in a block for a document to begin in it."""
+"""Minimum free tokens in a block for a document to begin in it."""
 SAMPLE_PROMPT = 16
 """Tokens of a document that samples continue."""
 TEXT_COLUMNS = ("text", "content", "document", "body", "article", "story")
 
 
 class LanguageModelTask(GenerativeTask):
-    """Every token of a text is learned, from BOS to EOS.
+    """Task that learns every token of a text, from BOS to EOS.
 
-    Documents fill blocks of the full length one behind the other. One that does not fit goes on in
-    the next block, without BOS, so no token is lost; EOS stands at its very end alone. Position ids
-    start over with each document, and attention ends there: see `PackingCollator`.
+    Documents fill blocks of the full length one after the other. A document that does not fit
+    continues in the next block, without BOS, so no token is lost. EOS appears only at the very end
+    of a document. Position ids restart with each document, and attention ends there (see
+    `PackingCollator`).
     """
 
     name = "lm"
@@ -89,7 +90,7 @@ class LanguageModelTask(GenerativeTask):
                 block["input_ids"] += piece
                 block["labels"] += [IGNORE, *piece[1:]]
                 block["position_ids"] += range(len(piece))
-                # The next piece begins with this one's last token: each token is predicted.
+                # The next piece begins with this one's last token, so each token is predicted.
                 start += len(piece) - 1
         return found
 
@@ -98,7 +99,7 @@ class LanguageModelTask(GenerativeTask):
         return self.config.blocks
 
     def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
-        """Inputs without labels as they are; of an example the beginning of its first document."""
+        """Return inputs without labels as they are, or the start of an example's first document."""
         prompts = super()._prompts({name: batch[name] for name in batch if name != "labels"})
         if "labels" not in batch:
             return prompts

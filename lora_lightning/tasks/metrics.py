@@ -1,4 +1,7 @@
-"""Metrics of generated text, as sums and counts: ranks with different numbers of rows agree."""
+"""Metrics of generated text, kept as sums and counts.
+
+Ranks with different numbers of rows therefore agree.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64
-"""Type of sums over many tokens; Apple's GPUs have no float64."""
+"""Type of sums over many tokens. Apple's GPUs have no float64."""
 
 
 class MeanLoss(Metric):
-    """The mean loss per target, of sums that are added without waiting for their device."""
+    """Mean loss per target, from sums that are added without waiting for their device."""
 
     total: Tensor
     count: Tensor
@@ -33,25 +36,25 @@ class MeanLoss(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
-        """Adds a summed loss and its number of targets."""
+        """Add a summed loss and its number of targets."""
         self.total += total.detach().to(self.total)
         self.count += count.to(self.count)
 
     def compute(self) -> Tensor:
-        """The mean so far; nan without any target."""
+        """Return the mean so far, or nan without any target."""
         return (self.total / self.count).float()
 
 
 class Perplexity(MeanLoss):
-    """exp of the mean loss per target token."""
+    """Exponential of the mean loss per target token."""
 
     def compute(self) -> Tensor:
-        """The perplexity so far; nan without any token."""
+        """Return the perplexity so far, or nan without any token."""
         return (self.total / self.count).exp().float()
 
 
 class TokenAccuracy(Metric):
-    """Share of target tokens that the model, given all before them, finds most probable."""
+    """Share of target tokens that the model finds most probable, given all tokens before them."""
 
     correct: Tensor
     count: Tensor
@@ -64,12 +67,12 @@ class TokenAccuracy(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, correct: Tensor, count: Tensor) -> None:
-        """Adds a number of tokens that were right, and of all."""
+        """Add the number of correct tokens and the number of all tokens."""
         self.correct += correct.to(self.correct)
         self.count += count.to(self.count)
 
     def compute(self) -> Tensor:
-        """The share so far; nan without any token."""
+        """Return the share so far, or nan without any token."""
         return self.correct / self.count
 
 
@@ -89,25 +92,25 @@ class Rouge(Metric):
         from absl import logging as absl_logging
         from rouge_score.rouge_scorer import RougeScorer
 
-        # Importing it puts a handler on the root logger that closes the stderr of that moment
-        # when logging is set up again.
+        # Importing it puts a handler on the root logger. The handler closes the stderr at import
+        # time when logging is set up again.
         handler = absl_logging.get_absl_handler()
         logging.getLogger().removeHandler(handler)
         handler.python_handler.stream = sys.__stderr__
-        absl_logging.set_verbosity(absl_logging.WARNING)  # else it tells of its tokenizer
+        absl_logging.set_verbosity(absl_logging.WARNING)  # else it reports its tokenizer
         self._scorer = RougeScorer(list(ROUGE), use_stemmer=True)
         self.add_state("sums", torch.zeros(len(ROUGE), dtype=SUMS), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: list[str], references: list[str]) -> None:
-        """Adds rows of texts."""
+        """Add rows of texts."""
         for prediction, reference in zip(predictions, references, strict=True):
             scores = self._scorer.score(reference, prediction)
             self.sums += torch.tensor([scores[name].fmeasure for name in ROUGE]).to(self.sums)
             self.count += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """The means so far; nan without any row."""
+        """Return the means so far, or nan without any row."""
         return dict(zip(ROUGE, (self.sums / self.count).float(), strict=True))
 
 
@@ -119,5 +122,5 @@ TEXT_METRICS: dict[str, Callable[[], Any]] = {
 
 
 def text_metrics(names: list[str]) -> dict[str, Metric | MetricCollection]:
-    """Fresh metrics that compare generated texts with references."""
+    """Return fresh metrics that compare generated texts with references."""
     return {name: TEXT_METRICS[name]() for name in names}

@@ -1,4 +1,4 @@
-"""Source text to target text: summaries, data to text, translation."""
+"""Task from source text to target text, such as summaries, data to text, and translation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TARGET_COLUMNS = (
     *("human_reference", "reference", "ref"),
 )
 PROMPTS = {"causal": "{source}\n\nSummary:\n", "encoder-decoder": "summarize: {source}"}
-"""The prompt where none is given. T5 was pretrained with the second."""
+"""Default prompts. T5 was pretrained with the second."""
 
 
 class SummarizationTask(GenerativeTask):
-    """A source text is turned into a target text.
+    """Task that turns a source text into a target text.
 
-    Too long a source is cut at its end; the prompt around it and the target stay whole. The room
-    for the target is `max_new_tokens`, or what a longer target of a training row needs.
+    A source that is too long is cut at its end. The prompt around it and the target stay whole.
+    The room for the target is `max_new_tokens`, or the length of a longer target of a training row.
     """
 
     name = "summarization"
@@ -98,7 +98,7 @@ class SummarizationTask(GenerativeTask):
     def _prompt(self) -> str:
         if self.config.prompt is None:
             return PROMPTS["encoder-decoder" if self.encoder_decoder else "causal"]
-        return self.config.prompt.replace("\\n", "\n")  # a command line cannot well hold another
+        return self.config.prompt.replace("\\n", "\n")  # line breaks are hard to type
 
     def input_columns(self) -> list[str]:
         assert self.source_column is not None
@@ -130,13 +130,13 @@ class SummarizationTask(GenerativeTask):
 
 
 def lead_sentence(text: str) -> str:
-    """A text up to its first full stop, question or exclamation mark, or blank line."""
+    """Return a text up to its first full stop, question or exclamation mark, or blank line."""
     start = re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
     return " ".join(start.split())
 
 
 def which_column(what: str, columns: list[str]) -> UserError:
-    """The message where a column cannot be guessed."""
+    """Return the error for a column that cannot be guessed."""
     return UserError(
         f"which column holds the {what}? The data has {', '.join(columns)}. "
         f"Name it: task.{what}_column=NAME."

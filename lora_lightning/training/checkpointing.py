@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read without running what they hold, compared with what was to be kept."""
+"""Checkpoints on disk, with safe reading and comparison against the state to be saved."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lora_lightning.errors import UserError
 from lora_lightning.lora.serialization.validation import check_trained
 
 LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
-"""What a run resumes from, and the one before it."""
+"""Names of the checkpoint that a run resumes from, and of the previous one."""
 
 
 class Damaged(UserError):
-    """A checkpoint cannot be read."""
+    """A checkpoint that cannot be read."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of ours, on the CPU. Nothing but plain values and tensors is read.
+    """Read one of this package's checkpoints to the CPU, with plain values and tensors only.
 
     Raises:
-        UserError: it is absent, truncated or damaged, or holds something else.
+        UserError: If the file is absent, truncated or damaged, or holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}.")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
             entries = archive.infolist()
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zip, pickle, or what a damaged pickle calls
+    except Exception as error:  # from zip, pickle, or anything that a damaged pickle calls
         raise _damaged(path, error) from None
     weights = content.get("state_dict") if isinstance(content, dict) else None
     settings = content.get("hyper_parameters", {}) if isinstance(content, dict) else None
@@ -65,15 +65,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_held(tensor: Tensor) -> bool:
-    """Whether a tensor has each of its values in memory: a file may repeat one without end."""
+    """Return whether memory holds every value of a tensor, as a file may repeat one endlessly."""
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def check_resumable(content: dict[str, Any], path: Path) -> None:
-    """Makes sure that a run can go on from a checkpoint, and from the step that it tells.
+    """Check that a run can resume from a checkpoint, at the step that the checkpoint states.
 
     Raises:
-        UserError: something is absent or of another kind than a run writes.
+        UserError: If something is absent, or not of the kind that a run writes.
     """
     problem = _missing(content) or _foreign(content["callbacks"], path.parent.parent)
     if problem is not None:
@@ -100,10 +100,10 @@ def _missing(content: dict[str, Any]) -> str | None:
 
 
 def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
-    """A file that a callback's state names as a checkpoint of the run, and that may be another's.
+    """Describe a callback state that is invalid or names a file which may not be the run's.
 
-    Lightning's ModelCheckpoint deletes such a file as soon as there is a better one. Ours looks for
-    the names in its own folder, wherever the run was when they were written.
+    Lightning's ModelCheckpoint deletes the named file as soon as there is a better one.
+    BestCheckpoint looks for the names in its own folder, even if the run was moved since.
     """
     for key, state in states.items():
         if not isinstance(state, dict):
@@ -129,7 +129,7 @@ def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
 
 
 def _is_own(path: str, run_dir: Path) -> bool:
-    """Whether a path lies in the run, or leads nowhere, as after the run was moved."""
+    """Return whether a path is in the run's folder, or does not exist, as after a move."""
     if not os.path.isabs(path) or os.path.normpath(path) != path:
         return False
     parent = Path(os.path.realpath(os.path.dirname(path)))
@@ -137,16 +137,17 @@ def _is_own(path: str, run_dir: Path) -> bool:
 
 
 def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:
-    """Say how a saved state differs in form from one of the same kind; None where it does not.
+    """Describe how a saved state differs in form from the run's own, or return None.
 
-    What is None in the one to compare with may become anything later, so it is not compared.
+    Values that are None in `own` may become anything later, so they are not compared.
 
     Args:
-        saved: plain values and tensors, nested.
-        own: what the run itself would save before its first step.
-        where: their name, for the message.
-        of: what takes over the keys of a mapping as its attributes; a key that a run does not write
-            may be none of these. Another version may write more, which is left unused.
+        saved: Plain values and tensors, nested.
+        own: The state that the run itself saves before its first step.
+        where: Name of the state, for the message.
+        of: Objects that take the keys of a mapping as attributes. A key that no run writes must
+            not name such an attribute. Another version may write further keys, which stay unused.
+            Defaults to ().
     """
     if own is None:
         return None
@@ -162,7 +163,7 @@ def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str |
 
 
 def _unlike_itself(saved: Any, own: Any, of: Sequence[Any]) -> str | None:
-    """What `unlike` says of a value, without those in it."""
+    """Return the result of `unlike` for a value, without the values nested in it."""
     problem: str | None = None
     if isinstance(own, dict):
         if not isinstance(saved, dict):
@@ -188,12 +189,12 @@ def _is_of(name: Any, owners: Sequence[Any]) -> bool:
 
 
 def is_number(value: Any, *, whole: bool = False, or_nan: bool = False) -> bool:
-    """Whether a saved value, or a tensor of one, is a real number that fits its arithmetic.
+    """Return whether a saved value or one-element tensor is a real number in the valid range.
 
     Args:
-        value: of a checkpoint.
-        whole: whether it must be an integer.
-        or_nan: whether it may be NaN.
+        value: Value from a checkpoint.
+        whole: Whether it must be an integer. Defaults to False.
+        or_nan: Whether it may be NaN. Defaults to False.
     """
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else None
@@ -222,18 +223,18 @@ _STEPS = (
     *("optimizer", "step", "total", "completed"),
 )
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg")
-"""What optimizers keep in the shape of a parameter."""
+"""Optimizer states that have the shape of their parameter."""
 
 
 def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Makes sure that the state of an optimizer in a checkpoint is one of this optimizer.
+    """Check that the optimizer state in a checkpoint fits this optimizer.
 
     Args:
-        saved: the checkpoint's "optimizer_states".
-        optimizer: as it is before the first step.
+        saved: The checkpoint's "optimizer_states".
+        optimizer: The optimizer before its first step.
 
     Raises:
-        UserError: it is not, or it holds values that are not finite.
+        UserError: If the state does not fit, or holds values that are not finite.
     """
     problem = _unfit(saved, optimizer)
     if problem is not None:
@@ -268,7 +269,7 @@ def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
 def _unfit_state(
     state: dict[str, Any], parameter: Tensor, kept: dict[str, Any], index: Any
 ) -> str | None:
-    """How what an optimizer keeps of a tensor differs from what it would keep of it."""
+    """Describe how the saved optimizer state of a tensor differs from the expected one."""
     shape = tuple(parameter.shape)
     if lost := kept.keys() - state.keys():
         return f"{min(lost)} of tensor {index} is absent"
@@ -284,7 +285,10 @@ def _unfit_state(
 
 
 def _is_like(value: Any, expected: Tensor) -> bool:
-    """Whether a saved value is a tensor of the same kind of number, and one where that is one."""
+    """Return whether a saved value is a tensor of the same kind of number.
+
+    If the expected tensor is a scalar, the value must have one element.
+    """
     return (
         isinstance(value, Tensor)
         and value.is_floating_point() == expected.is_floating_point()
@@ -293,7 +297,10 @@ def _is_like(value: Any, expected: Tensor) -> bool:
 
 
 def _kept_by(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any]:
-    """What an optimizer keeps of a tensor, by a step of one like it on a tensor of one zero."""
+    """Return the state that an optimizer keeps for a tensor with this many dimensions.
+
+    A copy of the optimizer takes a step on a tensor with a single zero.
+    """
     probe = copy.copy(optimizer)
     tensor = torch.nn.Parameter(torch.zeros([1] * dimensions))
     tensor.grad = torch.zeros([1] * dimensions)
@@ -301,7 +308,7 @@ def _kept_by(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any
     probe.state = defaultdict(dict)
     try:
         probe.step()
-    except Exception:  # one that wants more than gradients
+    except Exception:  # the optimizer needs more than gradients
         return {}
     return dict(probe.state[tensor])
 
@@ -323,19 +330,19 @@ def _damaged(path: Path, error: Exception) -> Damaged:
 
 
 def check_kept(live: Mapping[str, Tensor]) -> None:
-    """Makes sure that trained weights are worth a checkpoint.
+    """Check that trained weights are worth a checkpoint.
 
     Raises:
-        UserError: they are ruined: not finite, or all zero.
+        UserError: If the weights are not finite, or all zero.
     """
     check_trained(live, kept="The checkpoint before it was left as it is.")
 
 
 def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
-    """Makes sure that a checkpoint holds the trained weights, before it replaces an older one.
+    """Check that a checkpoint holds the trained weights, before it replaces an older one.
 
     Raises:
-        UserError: the file cannot be read, or holds others.
+        UserError: If the file cannot be read, or holds other weights.
     """
     found = _read(path)["state_dict"]
     same = found.keys() == live.keys() and all(

@@ -1,4 +1,4 @@
-"""EVA where model and data meet: a first look at the training rows, before anything is trained."""
+"""EVA initialization from the training rows, before training starts."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def look(
     *,
     shows: bool = True,
 ) -> Start:
-    """What EVA finds in the training rows; the model is on the device afterwards.
+    """Run EVA on the training rows, and leave the model on the device.
 
     Args:
-        task: whose loss the model is run for.
-        model: without the adapter.
-        config: of the adapter.
-        data: a LoraDataModule that is set up.
-        device: where to run the model.
-        shows: whether to show the progress.
+        task: Task whose loss runs the model.
+        model: Model without the adapter.
+        config: Adapter settings.
+        data: A LoraDataModule that is set up.
+        device: Device to run the model on.
+        shows: Whether to show the progress. Defaults to True.
 
     Raises:
-        UserError: there are no training rows.
+        UserError: If there are no training rows.
     """
     if data is None or not data.has("train"):
         raise UserError(
@@ -73,14 +73,14 @@ def look(
 
 
 def found_before(source: str, config: LoraConfig) -> LoraConfig:
-    """The settings of an adapter with the layers, ranks and alphas that EVA has come to before.
+    """Return adapter settings with the layers, ranks and alphas that EVA found earlier.
 
     Args:
-        source: a checkpoint or an adapter of that run.
-        config: what else the adapter is to be.
+        source: A checkpoint or an adapter of the earlier run.
+        config: All other settings of the adapter.
 
     Raises:
-        UserError: the checkpoint or the adapter is damaged.
+        UserError: If the checkpoint or the adapter is damaged.
     """
     if source.endswith(".ckpt"):
         saved = arguments_from_file(read_checkpoint(source).get("hyper_parameters", {}), source)
@@ -97,7 +97,7 @@ def found_before(source: str, config: LoraConfig) -> LoraConfig:
 
 
 def _apart(batch: dict[str, Any]) -> dict[str, Any]:
-    """Gives labels another width than inputs, by which encoder and decoder are told apart."""
+    """Pad labels to another width than inputs, to distinguish encoder and decoder."""
     if batch["labels"].shape != batch["input_ids"].shape:
         return batch
     return {**batch, "labels": nn.functional.pad(batch["labels"], (0, 1), value=-100)}

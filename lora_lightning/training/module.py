@@ -1,4 +1,4 @@
-"""LoraModule: a frozen language model with LoRA layers, as a LightningModule."""
+"""LoraModule, a LightningModule of a frozen language model with LoRA layers."""
 
 from __future__ import annotations
 
@@ -81,36 +81,37 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RANKS, ROWS = "data_ranks", "rows"
-"""In a checkpoint: how many processes saw different rows."""
+"""Checkpoint keys. The first stores the number of ranks that see different rows."""
 UNLOGGED = 50
-"""Steps between looks at the losses of a run that logs none (trainer.log_every_n_steps=0)."""
+"""Steps between loss checks in a run that logs no losses (trainer.log_every_n_steps=0)."""
 Batch = dict[str, Any] | list[dict[str, Any]]
-"""A batch, whole or as micro-batches (data.max_tokens)."""
+"""A whole batch or its micro-batches (data.max_tokens)."""
 
 
 class LoraModule(L.LightningModule):
     """A frozen base model, a LoRA adapter on it, and a task to learn.
 
-    The optimizer sees the adapter alone, and checkpoints hold the adapter alone.
+    The optimizer and the checkpoints hold only the adapter.
 
-    The loss of an optimizer step is the mean over the targets of the whole step: over its
-    micro-batches, the last short window too, and over ranks. Gradients of the summed loss are
-    accumulated and divided by the count of targets before clipping.
+    The loss of an optimizer step is the mean over all targets of that step, across micro-batches
+    and ranks. This also holds for a short last accumulation window. Gradients of the summed loss
+    are accumulated and divided by the number of targets before clipping.
 
-    Randomness within a step (dropout) is a function of seed, epoch, batch and rank, so a resumed
-    run repeats an uninterrupted one without any stored generator state.
+    Randomness within a step (dropout) is a function of seed, epoch, batch and rank. A resumed run
+    therefore repeats an uninterrupted one without any stored generator state.
 
     Args:
-        task: settings of the task, or the Task object that the data module shares.
-        model: which base model.
-        lora: the adapter; None trains the whole model (full fine-tuning, the baseline).
-        optim: optimizer and schedule.
-        seed: seed of the initialisation and of dropout.
-        tokenizer: the base model's; None: loaded with it.
-        start_from: folder of an adapter, or a checkpoint of a run (a .ckpt), of the same shape,
-            whose values training starts with.
-        task_state: what the task learned from its data, as checkpoints hold it; None: the data
-            module has the task learn it.
+        task: Task settings, or the Task object that the data module shares.
+        model: Settings of the base model. Defaults to ModelConfig().
+        lora: Settings of the adapter. Defaults to None, which trains the whole model (full
+            fine-tuning, the baseline).
+        optim: Settings of optimizer and schedule. Defaults to OptimConfig().
+        seed: Seed of initialization and dropout. Defaults to 0.
+        tokenizer: Tokenizer of the base model. Defaults to None, which loads it with the model.
+        start_from: Adapter folder or run checkpoint (.ckpt) of the same shape, for a warm start.
+            Defaults to None.
+        task_state: State that the task learned from its data, as stored in checkpoints. Defaults
+            to None, where the data module makes the task learn it.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class LoraModule(L.LightningModule):
         task_state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # checkpoints hold the adapter alone; load_state_dict checks
+        self.strict_loading = False  # checkpoints hold only the adapter, load_state_dict checks it
         self.task = build_task(task) if isinstance(task, dict) else task
         if task_state is not None:
             try:
@@ -146,7 +147,7 @@ class LoraModule(L.LightningModule):
         self.seed = seed
         self.tokenizer = tokenizer
         self.start_from = start_from
-        # Plain values only: anything else could not be loaded with weights_only=True.
+        # Store plain values only, because weights_only=True cannot load anything else.
         self.save_hyperparameters(
             {
                 "task": asdict(self.task.config),
@@ -158,9 +159,9 @@ class LoraModule(L.LightningModule):
             logger=False,
         )
         self.stops: Any = None
-        """The run's StopSignals; None: it has none."""
+        """The run's StopSignals, or None."""
         self.logs_validation = True
-        """Whether loggers get the metrics of validations."""
+        """Whether loggers receive validation metrics."""
         self.model: nn.Module | None = None
         self.adapter: Adapter | None = None
         self.val_metrics: MetricCollection | None = None
@@ -168,34 +169,34 @@ class LoraModule(L.LightningModule):
         self.val_loss = MeanLoss()
         self.test_loss = MeanLoss()
         self.data: Any = None
-        """The data module, for an adapter that starts from data; None: that of the Trainer."""
+        """Data module for data-dependent initialization. None selects the Trainer's."""
         self._from_data: LoraConfig | None = None
-        """Settings that such an adapter has come to."""
+        """Adapter settings that result from data-dependent initialization."""
         self.shards: Shards | None = None
-        """The processes over which the base is spread, where it is."""
+        """Processes that the base is sharded over, or None."""
         self.placement: Placement | None = None
-        """What of the adapter this process holds then."""
+        """The part of the adapter that this rank holds when the base is sharded."""
         self._totals: Tensor | None = None
-        """Loss and targets of the micro-batches since the last step, (2)."""
+        """Summed loss and number of targets of the micro-batches since the last step, (2)."""
         self._batch = 0
         self._losses = StepLosses()
         self._collected: list[Any] = []
-        """What the task is to measure at the end of a validation or test."""
+        """Items that the task measures at the end of a validation or test."""
         self._largest_batch = 0
-        """Rows, in that validation or test."""
+        """Rows of the largest batch in that validation or test."""
         self._unreached: set[str] | None = None
-        """Trained tensors that no step of this fit has had a gradient for; None: not yet known."""
+        """Trainable tensors without a gradient in this fit so far. None means not yet known."""
         self._buffers_before: dict[str, float] = {}
-        """Checksums of the base's buffers when the fit began."""
+        """Checksums of the base's buffers at the start of the fit."""
         self._frozen_in = -1
-        """The last epoch in which the base was looked at."""
+        """The last epoch in which the base was checked."""
         self.total_parameters = self.trained_parameters = 0
-        """Of the model, before a strategy takes shares that are tied for two."""
+        """Sizes of the model, before a sharded strategy counts tied weights twice."""
 
     # Building --------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the base model and puts the adapter on; does nothing the second time."""
+        """Load the base model and attach the adapter, unless this was done before."""
         if self.model is not None:
             return
         if self.tokenizer is None:
@@ -228,7 +229,7 @@ class LoraModule(L.LightningModule):
         if adapter is not None and self.shards is not None:
             self.placement = place_adapter(adapter, self.shards)
         if self.model_config.gradient_checkpointing:
-            # The frozen embedding's output needs a gradient, or checkpointed blocks get none.
+            # Checkpointed blocks get no gradient unless the frozen embedding's output needs one.
             model.enable_input_require_grads()  # type: ignore[operator]
         if self.model_config.compile is not None:
             compile_layers(model)
@@ -238,12 +239,12 @@ class LoraModule(L.LightningModule):
         self._check_monitor()
 
     def _device_of_model(self) -> torch.device:
-        """Where the model is built: a Trainer sets its device before it asks."""
+        """Return the device to build the model on. A Trainer sets its device beforehand."""
         trainer = self._trainer
         return torch.get_default_device() if trainer is None else trainer.strategy.root_device
 
     def _put_on(self, model: nn.Module, config: LoraConfig, whole: list[str]) -> Adapter:
-        """The adapter on a model, some modules of which are trained whole."""
+        """Attach the adapter to a model, and train the modules in `whole` in full."""
         saved = list(dict.fromkeys([*config.modules_to_save, *whole]))
         rows = config.trainable_token_indices
         new = self.model_config.new_tokens
@@ -260,19 +261,19 @@ class LoraModule(L.LightningModule):
                 trainable_token_indices=config.trainable_token_indices,
             )
         elif config.init == "loftq":
-            full = replace(full, init="kaiming")  # of layers that are not quantised
+            full = replace(full, init="kaiming")  # for layers that are not quantized
         adapter = Adapter(model, full)
         adapter.start_at(matrices)
         if config.init == "loftq" and not self._goes_on():
             original = replace(self.model_config, quantization=None)
-            with torch.device("cpu"):  # beside the quantised one there is no room for it
+            with torch.device("cpu"):  # there is no room for it beside the quantized model
                 make_up(adapter, self.task.build_model(original, self.tokenizer)[0])
         for layer in adapter.token_rows.values() if new else ():
             layer.start_at_mean()
         return adapter
 
     def _look_at_data(self, model: nn.Module, config: LoraConfig) -> Start:
-        """What EVA finds, once: a run that goes on, or that begins from another, has it already."""
+        """Return EVA's result, or the earlier one of a resumed run or a warm start."""
         if earlier := self._goes_on():
             return Start(found_before(earlier, config), {})
         trainer, data = self._trainer, self.data
@@ -287,11 +288,11 @@ class LoraModule(L.LightningModule):
         return broadcast_found
 
     def _goes_on(self) -> str:
-        """The checkpoint or the adapter that first values are replaced from, if there is one."""
+        """Return the checkpoint or adapter that replaces the initial values, or an empty string."""
         return self.start_from or str((self._trainer and self._trainer.ckpt_path) or "")
 
     def _find_shards(self) -> Shards | None:
-        """The processes of a ShardedStrategy."""
+        """Return the processes of a ShardedStrategy, or None."""
         if self._trainer is not None:
             refuse_strategy(type(self.trainer.strategy).__name__)
         if self.device_mesh is None:
@@ -305,7 +306,7 @@ class LoraModule(L.LightningModule):
         return Shards(self.device_mesh)
 
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
-        """Takes over a model that is ready, and the adapter on it."""
+        """Take over a built model and its adapter."""
         self.model, self.adapter = model, adapter
         self.val_metrics = self.task.metrics()
         self.test_metrics = self.task.metrics()
@@ -329,11 +330,11 @@ class LoraModule(L.LightningModule):
                 )
 
     def whole_adapter(self) -> AbstractContextManager[None]:
-        """Has an adapter that is in shares be whole for the time of a block, in all processes."""
+        """Return a context in which a sharded adapter is whole on all ranks."""
         return nullcontext() if self.placement is None else self.placement.whole()
 
     def trainable_tensors(self) -> dict[str, Tensor]:
-        """All that is trained and stored, by name: the adapter, or the whole model."""
+        """Return the stored trainable tensors of the adapter or the whole model, by name."""
         if self.adapter is not None:
             return self.adapter.named_tensors()
         assert self.model is not None
@@ -354,13 +355,13 @@ class LoraModule(L.LightningModule):
                 self._check_same_base()
         if self.adapter is not None and self.shards is None and joins_products(self.device):
             assert self.model is not None
-            # Layers with a common input are found in one pass and computed together in later ones:
-            # without this one the first step of a resumed run would compute otherwise.
+            # One pass finds the layers with a common input, and later passes compute them together.
+            # Without this pass, the first step of a resumed run computes differently.
             with self.trainer.precision_plugin.forward_context():
                 run_once(self.model, encoder_decoder=getattr(self.task, "encoder_decoder", False))
 
     def _check_same_base(self) -> None:
-        """Raises UserError where processes have read different files; none of it is broadcast."""
+        """Raise UserError if ranks have read different files, since the base is not broadcast."""
         frozen = ((n, p) for n, p in self.named_parameters() if not p.requires_grad)
         if not same_everywhere(int(fingerprint(frozen)[:15], 16), self.device):
             raise UserError(
@@ -382,7 +383,10 @@ class LoraModule(L.LightningModule):
         self._tell_doubts()
 
     def _tell_doubts(self) -> None:
-        """As soon as the model is ready too, so that a mistake in it is told alone."""
+        """Report doubts about the data.
+
+        This waits until the model is ready too, so that an error in the model is reported alone.
+        """
         tell = getattr(getattr(self.trainer, "datamodule", None), "tell_doubts", None)
         if tell is not None and self.trainer.is_global_zero:
             tell()
@@ -395,8 +399,8 @@ class LoraModule(L.LightningModule):
                 check_packing(self.model)
 
     def on_train_start(self) -> None:
-        # configure_optimizers asks for the number of steps, for which Lightning makes the data
-        # loaders before it has read their state, and then forgets to give it to them.
+        # configure_optimizers asks for the number of steps. For that, Lightning creates the data
+        # loaders before it reads their saved state, and never restores that state.
         self.trainer.fit_loop._load_combined_loader_states()
         refuse_unmeasured(self.optim_config, validates=any(self.trainer.num_val_batches))
         self._unreached, self._frozen_in = None, -1
@@ -418,22 +422,23 @@ class LoraModule(L.LightningModule):
         return checksums(self.model, but=self.trainable_tensors().values())
 
     def _check_base(self) -> None:
-        """Raises UserError where training changes of the base what no adapter stores."""
+        """Raise UserError if training changes a part of the base that no adapter stores."""
         if self.adapter is None:
             return
-        if self._frozen_in != self.current_epoch:  # callbacks unfreeze where an epoch begins
+        if self._frozen_in != self.current_epoch:  # callbacks unfreeze at the start of an epoch
             self._frozen_in = self.current_epoch
             self.adapter.check_frozen()
         if self._unreached is None:
             refuse_moved(self._buffers_before, self._checksums())
 
     def _check_reach(self) -> None:
-        """Finds, in the first step, what no gradient reaches; later what else has been reached.
+        """Find trainable tensors without a gradient in the first step.
 
-        A whole model (full fine-tuning) may have parts that the task does not use.
+        Later steps remove those that a gradient has reached. In full fine-tuning, the model may
+        have parts that the task does not use.
         """
         if hasattr(self.trainer.strategy, "scale_gradients"):
-            return  # DeepSpeed has taken the gradients away
+            return  # DeepSpeed has removed the gradients
         if self._unreached is None:
             some = self._without_gradient()
             self._unreached = set(some)
@@ -469,14 +474,15 @@ class LoraModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         *before, last = _parts(batch)
         for part in before:
-            # Within DDP's forward its hooks sleep: the last part's backward sends the whole sum.
+            # DDP's hooks are inactive within its forward. The backward pass of the last micro-batch
+            # reduces the whole sum.
             self.trainer.strategy.backward(self.training_loss(part), None)
-        # Lightning divides by the number of batches of a step, DDP by the number of ranks; both are
-        # undone here and in on_before_optimizer_step, where the true count is known.
+        # Lightning divides by the number of batches of a step, and DDP by the number of ranks. This
+        # line and on_before_optimizer_step, which knows the true count, undo both.
         return self.training_loss(last) * self.trainer.accumulate_grad_batches
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
-        """The summed loss of a batch, which is also added to what its step has so far."""
+        """Return the summed loss of a batch, and add it to the totals of its step."""
         assert self.model is not None
         offloads = self.model_config.offload_activations
         offloaded = offloaded_activations(self.model) if offloads else nullcontext()
@@ -487,7 +493,7 @@ class LoraModule(L.LightningModule):
         return output.total
 
     def optimizer_zero_grad(self, *args: Any) -> None:
-        """Nothing: Lightning would do it after the first parts of a batch have been backward."""
+        """Do nothing, because Lightning calls this after the first micro-batches' backward."""
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None
@@ -535,7 +541,7 @@ class LoraModule(L.LightningModule):
         self._evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Readable predictions for the rows of a batch, by micro-batch."""
+        """Return readable predictions for the rows of a batch, by micro-batch."""
         assert self.model is not None
         return [row for part in _parts(batch) for row in self.task.predict(self.model, part)]
 
@@ -584,9 +590,9 @@ class LoraModule(L.LightningModule):
         return values
 
     def _is_told(self) -> Callable[[], bool] | None:
-        """Return what tells a process to stop generating texts.
+        """Return the check for a request to stop generating text, or None.
 
-        Processes that cut each matrix (tensor parallelism) have to generate the same tokens.
+        Tensor-parallel processes, which cut each matrix, must generate the same tokens.
         """
         if self.stops is not None and self.shards is not None and self.shards.tensor > 1:
             return partial(self.stops.is_told_together, self.shards.data_rank)
@@ -595,7 +601,7 @@ class LoraModule(L.LightningModule):
     # Optimizer -------------------------------------------------------------------------------
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer over all that is trained."""
+        """Build the optimizer over all trainable parameters."""
         from_zero = [] if self.adapter is None else self.adapter.from_zero()
         scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
         return build_optimizer(
@@ -606,14 +612,14 @@ class LoraModule(L.LightningModule):
         optimizer = self.build_optimizer()
         try:
             steps = self.trainer.estimated_stepping_batches
-        except ValueError as error:  # more batches between validations than there are
+        except ValueError as error:  # the validation interval exceeds the number of batches
             raise UserError(
                 f"trainer: {' '.join(str(error).split())} On the command line: "
                 "trainer.val_check_interval=N, or trainer.check_val_every_n_epoch=null."
             ) from None
         config = self.optim_config
         if getattr(self.trainer, "fast_dev_run", False) and config.warmup > 1:
-            config = replace(config, warmup=0.0)  # a step or so, to see it run
+            config = replace(config, warmup=0.0)  # the run takes only about one step
         scheduler = build_scheduler(
             optimizer,
             config,
@@ -624,9 +630,10 @@ class LoraModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """A step of a schedule; those that go by a metric take theirs in each validation.
+        """Step the schedule, unless it depends on a metric.
 
-        Lightning would leave that out in the first epoch of a resumed run.
+        Schedules that depend on a metric step in each validation. Lightning would skip that step in
+        the first epoch of a resumed run.
         """
         if self.optim_config.scheduler not in BY_METRIC:
             scheduler.step()
@@ -645,7 +652,10 @@ class LoraModule(L.LightningModule):
     def state_dict(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """What is trained, whole, and nothing of the frozen base; all processes have to ask."""
+        """Return the trainable tensors, unsharded, without the frozen base.
+
+        All ranks must call this.
+        """
         if self.model is None:
             return super().state_dict(*args, **kwargs)
         keep_vars = kwargs.pop("keep_vars", False)
@@ -659,10 +669,10 @@ class LoraModule(L.LightningModule):
         }
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a checkpoint's weights, strictly: every trained tensor, and no other.
+        """Load a checkpoint's weights, which must be exactly the trainable tensors.
 
         Raises:
-            UserError: a tensor is missing, unexpected, of the wrong shape or not finite.
+            UserError: If a tensor is missing, unexpected, of the wrong shape or not finite.
         """
         if self.model is None:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -674,7 +684,7 @@ class LoraModule(L.LightningModule):
         self._check_losses()  # before a good checkpoint is overwritten
         if self.adapter is not None:
             self.adapter.check_frozen()
-        # Among the arguments, so that load_from_checkpoint can build the model's head.
+        # Store it among the arguments, so that load_from_checkpoint can build the model's head.
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["task_state"] = self.task.state()
         if self._from_data is not None:
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["lora"] = asdict(self._from_data)
@@ -682,7 +692,7 @@ class LoraModule(L.LightningModule):
         checkpoint[ROWS] = self._rows()
 
     def _rows(self) -> str | None:
-        """What tells the training rows from others, by their content; None: that is not known."""
+        """Return the fingerprint of the training rows' content, or None if it is unknown."""
         rows = getattr(getattr(self.trainer, "datamodule", None), "encoded", {}).get("train")
         return getattr(rows, "_fingerprint", None)
 
@@ -690,19 +700,20 @@ class LoraModule(L.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", **changes: Any
     ) -> Self:
-        """Builds a module from a checkpoint that may be somebody else's, and loads its values.
+        """Build a module from a possibly untrusted checkpoint, and load its values.
 
-        Settings of the file are checked as those beside an adapter are: they cannot say
-        `trust_remote_code`. What is given here can: `model={"trust_remote_code": True}`.
+        Settings from the file get the same checks as those beside an adapter. They cannot set
+        `trust_remote_code`. Arguments of this call can, as in
+        `model={"trust_remote_code": True}`.
 
         Args:
-            checkpoint_path: the .ckpt.
-            map_location: where the module goes.
-            changes: further arguments of Lightning's method and of the class. A dict changes the
-                settings that it names; an object replaces them.
+            checkpoint_path: Path of the .ckpt file.
+            map_location: Device of the module. Defaults to "cpu".
+            changes: Further arguments of Lightning's method and of the class. A dict changes the
+                settings that it names, and an object replaces them.
 
         Raises:
-            UserError: the file is damaged, or holds settings that a run does not write.
+            UserError: If the file is damaged, or holds settings that a run does not write.
         """
         content = read_checkpoint(checkpoint_path)
         ours = inspect.signature(LoraModule.__init__).parameters

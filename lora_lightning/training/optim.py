@@ -20,15 +20,15 @@ def build_optimizer(
     from_zero: Collection[nn.Parameter] = (),
     scaled: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that require a gradient, and no others.
+    """Build the optimizer over the parameters that require a gradient.
 
     Args:
-        named_parameters: of the model.
-        config: which optimizer.
-        from_zero: those of LoRA's matrices that start at zero, whose rate is
-            `config.loraplus_lr_ratio` times that of the rest (LoRA+).
-        scaled: whether gradients carry a loss scale (16-mixed): a fused step would undo it itself,
-            after they are clipped.
+        named_parameters: Named parameters of the model.
+        config: Optimizer settings.
+        from_zero: LoRA matrices that start at zero. Their learning rate is
+            `config.loraplus_lr_ratio` times the rate of the rest (LoRA+). Defaults to ().
+        scaled: Whether gradients carry a loss scale (16-mixed). A fused step would unscale them
+            itself, after clipping. Defaults to False.
     """
     faster = set(from_zero) if config.loraplus_lr_ratio is not None else set()
     matrices: list[nn.Parameter] = []
@@ -66,13 +66,13 @@ def build_optimizer(
 
 
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that go by what validation measures, not by the number of steps."""
+"""Schedules that depend on validation metrics, not on the number of steps."""
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", *BY_METRIC)
-"""Schedules that need not know how many steps there will be."""
+"""Schedules that do not need the total number of steps."""
 LEAST_RATE = 0.1
-"""Share of the peak rate that the schedules with a least rate end at, where none is given."""
+"""Default final rate of schedules with a minimum rate, as a share of the peak rate."""
 DECAY = 0.1
-"""Share of all steps that warmup_stable_decay decays in, where none is given."""
+"""Default share of all steps in which warmup_stable_decay decays."""
 
 
 def build_scheduler(
@@ -82,17 +82,18 @@ def build_scheduler(
     *,
     mode: str = "min",
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule over a run's optimizer steps.
+    """Build the learning-rate schedule over a run's optimizer steps.
 
     Args:
-        optimizer: whose rates it sets.
-        config: which schedule.
-        total_steps: how many steps there will be; None: the run has no end of its own.
-        mode: whether "max" or "min" of the monitored metric is the best, for those in `BY_METRIC`.
+        optimizer: Optimizer whose rates the schedule sets.
+        config: Schedule settings.
+        total_steps: Total number of optimizer steps. None means that the run has no fixed end.
+        mode: Whether "max" or "min" of the monitored metric is best, for schedules in `BY_METRIC`.
+            Defaults to "min".
 
     Raises:
-        UserError: transformers has no such schedule, it does not take these settings, or the
-            rate would not come to its peak.
+        UserError: If transformers has no such schedule, it does not take these settings, or the
+            rate never reaches its peak.
     """
     from transformers import SchedulerType, get_scheduler
 
@@ -114,7 +115,7 @@ def build_scheduler(
         options.setdefault("num_decay_steps", max(round(DECAY * (total_steps or 0)), 1))
     elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and "min_lr" not in options:
         options.setdefault("min_lr_rate", LEAST_RATE)
-    elif name in ("constant", "constant_with_warmup") and options:  # transformers drops them
+    elif name in ("constant", "constant_with_warmup") and options:  # transformers ignores them
         raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options: leave them out.")
     warmup = config.warmup if config.warmup >= 1 else config.warmup * (total_steps or 0)
     if config.warmup > 1 and total_steps is not None and warmup >= total_steps:
@@ -139,7 +140,7 @@ def build_scheduler(
 
 
 def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
-    """Raises UserError for a schedule that goes by validation, in a run that has none."""
+    """Raise UserError for a schedule that depends on validation, in a run without it."""
     if config.scheduler in BY_METRIC and not validates:
         raise UserError(
             f"optim.scheduler={config.scheduler} goes by what validation measures, and there is "
@@ -150,18 +151,18 @@ def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
 def _can_fuse(
     optimizer: Callable[..., Any], options: dict[str, Any], parameters: list[nn.Parameter]
 ) -> bool:
-    """Whether one kernel can update all parameters, where nothing else is asked for."""
+    """Return whether one kernel can update all parameters and no other option is set."""
     asked = {"fused", "foreach", "capturable", "differentiable"} & options.keys()
     can = "fused" in inspect.signature(optimizer).parameters
     return can and not asked and all(parameter.is_cuda for parameter in parameters)
 
 
 def keep_implementation(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
-    """Has a checkpoint's groups step as this optimizer does, which may be on another device.
+    """Make a checkpoint's groups step as this optimizer does, which may be on another device.
 
     Args:
-        saved: the groups of the optimizer's state in the checkpoint.
-        optimizer: of this run.
+        saved: Parameter groups of the optimizer state in the checkpoint.
+        optimizer: Optimizer of this run.
     """
     for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
         theirs.update({name: ours[name] for name in ("fused", "foreach") if name in ours})

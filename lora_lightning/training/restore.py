@@ -1,4 +1,4 @@
-"""Resume: what a run's folder holds is of this run, or it is refused, before the first step."""
+"""Checks before the first step of a resumed run, which refuse state that is not its own."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lora_lightning.utils.atomic_write import fault_of_disk
 from .checkpointing import unlike
 
 _OWN = ("lightning.", "lora_lightning.")
-"""Modules whose callbacks keep states of one form; those of a user's may take any."""
+"""Modules whose callbacks keep states of a fixed form. States of a user's callbacks may vary."""
 
 
 @contextmanager
 def blamed_before_first_step(
     saved: Path, config: DictConfig, has_begun: Callable[[], bool]
 ) -> Iterator[None]:
-    """Turn what is raised before the first step of a resumed run into one error about its config.
+    """Turn errors before the first step of a resumed run into one error about its config.
 
-    What Lightning and torch make of a value is not known before they get it. An error of the user's
-    own code is left alone: that of classes, and of a base model, which were typed again.
+    How Lightning and torch treat a value is not known before they get it. An error of the user's
+    own code is left alone. Such code consists of classes and a base model that were typed again.
 
     Args:
-        saved: the file that the config was read from.
-        config: what it holds.
-        has_begun: whether the first step has.
+        saved: The file that the config was read from.
+        config: Content of that file.
+        has_begun: Function that returns whether the first step has begun.
 
     Raises:
-        UserError: something else was raised before the first step; it is the cause.
+        UserError: If another error occurs before the first step. That error is its cause.
     """
     try:
         yield
@@ -65,10 +65,10 @@ def blamed_before_first_step(
 
 
 def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
-    """Whether an error has gone through code that a resumed run has only when it is typed again."""
+    """Return whether an error passed through code that a resumed run uses only if typed again."""
     try:
         asked = list(to_be_typed(config))
-    except Exception:  # of interpolations, which nobody's code is
+    except Exception:  # from interpolations, which are not user code
         return False
     names = {item.partition("=")[2].partition(".")[0] for item in asked if "_target_=" in item}
     names |= {"transformers_modules" for item in asked if item.startswith("model.trust_")}
@@ -83,17 +83,17 @@ def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
 def refuse_unfit(
     trainer: L.Trainer, content: dict[str, Any], path: Path, *, then: Callable[[], None]
 ) -> None:
-    """Have a Trainer refuse a checkpoint that is not of its run, before the first step.
+    """Make a Trainer refuse a checkpoint of another run before the first step.
 
-    Lightning restores in three moments: weights and callbacks, then loops and optimizers, then
-    data loaders. Before each, the saved states are compared with those that the run has itself. An
-    error while restoring them is raised again with the checkpoint's name.
+    Lightning restores weights and callbacks first, then loops and optimizers, then data loaders.
+    Before each of the first two stages, the saved states are compared with the run's own. An error
+    while restoring is raised again with the checkpoint's name.
 
     Args:
-        trainer: before `fit`.
-        content: the checkpoint, passed by `check_resumable`.
-        path: its file.
-        then: called when the weights and the training state fit, before anything is logged.
+        trainer: Trainer before `fit`.
+        content: Content of the checkpoint, which has passed `check_resumable`.
+        path: File of the checkpoint.
+        then: Callback for when the weights and the training state fit, before anything is logged.
     """
     states = content["callbacks"]
 
@@ -129,7 +129,7 @@ def refuse_unfit(
 
 @dataclass
 class _Step:
-    """One of Lightning's steps of restoring, in `fit` with a check of what it restores."""
+    """One of Lightning's restore steps, which checks the restored state in `fit`."""
 
     trainer: L.Trainer
     restore: Callable[..., None]
@@ -175,9 +175,10 @@ def _unfit(path: Path, problem: str, version: str) -> UserError:
 
 
 def _miscounted(saved: Any, own: Any, where: str) -> str | None:
-    """What is wrong with counts of Lightning's loops: all are there, from 0, none before its start.
+    """Describe what is wrong with the counts of Lightning's loops, or return None.
 
-    Lightning itself takes one that is absent for 0.
+    All counts must be present and at least 0, and no stage may be ahead of the one before it.
+    Lightning itself treats an absent count as 0.
     """
     if not isinstance(own, dict) or not isinstance(saved, dict):
         return None

@@ -1,4 +1,4 @@
-"""What came out of a run: its numbers, in result.json, in TensorBoard and on the console."""
+"""Results of a run, for result.json, TensorBoard and the console."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .callbacks.throughput import RunClock
 from .module import LoraModule
 
 FEW_STEPS = 20
-"""Fewer optimizer steps than these hardly teach anything: a user is told."""
+"""Number of optimizer steps below which the user is warned, as they hardly teach anything."""
 
 
 def of_rows(task: Task, data: LoraDataModule) -> dict[str, Any]:
-    """What a run's numbers are worth: rows of each split, doubts, and a baseline."""
+    """Return the rows per split, the warnings and the baseline that qualify a run's metrics."""
     rows = {split: len(rows) for split, rows in data.encoded.items()}
     return {"baseline": baseline(task, data), "rows": rows, "warnings": doubts(data)}
 
 
 def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
-    """What a rule without learning reaches on the rows of validation and test.
+    """Return what a rule without learning reaches on the rows of validation and test.
 
-    Of a task that writes text these are the rows that text is generated for.
+    A generative task uses only the rows that text is generated for.
 
-    Every rank goes through all of them: the metrics gather from all ranks, and means stay the same.
+    Every rank processes all rows. The metrics gather from all ranks, so means stay the same.
     """
     told: dict[str, Any] = {}
     for split in ("val", "test"):
@@ -59,7 +59,7 @@ def measured(
     clock: RunClock,
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """Numbers of a run that has ended: those of its metrics, its size, time and memory."""
+    """Return the metrics, sizes, time and memory of a run that has ended."""
     device = trainer.strategy.root_device
     return {
         **metrics,
@@ -83,9 +83,9 @@ def measured(
 def log_hparams(
     trainer: L.Trainer, settings: Settings, config: DictConfig, result: dict[str, Any]
 ) -> None:
-    """Fills TensorBoard's HPARAMS tab, once, with what was chosen and what came out.
+    """Fill TensorBoard's HPARAMS tab once, with settings and results.
 
-    What came out are columns there, and no scalars: each would be a card of one point elsewhere.
+    Results are columns there and not scalars. Each scalar would be a card with a single point.
     """
     lora = settings.lora
     params: dict[str, Any] = {
@@ -116,7 +116,7 @@ def log_hparams(
 
 
 CORE = ("rank", "alpha", "scaling", "lr", "seed")
-"""Columns of HPARAMS that come before all others but the monitored metric."""
+"""Columns of HPARAMS that precede all others except the monitored metric and varied settings."""
 COLUMNS = {
     **{"lora.rank": "rank", "lora.alpha": "alpha", "lora.alpha_ratio": "scaling"},
     **{"lora.scale": "scaling", "lora.use_rslora": "scaling", "optim.lr": "lr", "seed": "seed"},
@@ -124,11 +124,11 @@ COLUMNS = {
     **{"data.batch_size": "batch_size", "optim.weight_decay": "weight_decay"},
     **{"model.name_or_path": "model", "task.name": "task"},
 }
-"""Settings whose values are columns of HPARAMS anyway."""
+"""Settings whose values are always columns of HPARAMS."""
 
 
 def _further(config: DictConfig, keys: list[str]) -> dict[str, Any]:
-    """Further settings in which the jobs of a sweep differ, as a run of it has them."""
+    """Return a run's values of further settings in which the jobs of its sweep differ."""
     found: dict[str, Any] = {}
     for key in keys:
         value = OmegaConf.select(config, key)
@@ -138,14 +138,15 @@ def _further(config: DictConfig, keys: list[str]) -> dict[str, Any]:
 
 
 def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
-    """What TensorBoard's HPARAMS tab reads of a run: a column for each value.
+    """Return the summaries that TensorBoard's HPARAMS tab reads, with a column for each value.
 
-    TensorBoard 2.21 sorts columns by name, those that differ between runs before the others. So the
-    first are said to differ, and are called by their place; what is shown is their display name.
+    TensorBoard 2.21 sorts columns by name and puts columns that differ between runs first. The
+    first columns are therefore marked as differing, and their names begin with their position.
+    TensorBoard shows their display name.
 
     Args:
-        values: what was chosen and what came out.
-        first: names of the columns that come first, in that order.
+        values: Settings and results by name.
+        first: Names of the first columns, in order.
     """
     from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
@@ -156,7 +157,7 @@ def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
     _, start, end = hparams({place.get(name, name): value for name, value in known.items()}, {})
     kinds = {name: isinstance(value, str) for name, value in known.items()}
     text, number = api_pb2.DATA_TYPE_STRING, api_pb2.DATA_TYPE_FLOAT64
-    # TensorBoard takes the columns from one run: those that are always there come from each.
+    # TensorBoard takes the columns from one run, so each run lists all permanent columns.
     columns = [
         api_pb2.HParamInfo(
             name=place.get(name, name),
@@ -174,7 +175,7 @@ def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
 
 
 def tell_early_stop(trainer: L.Trainer) -> None:
-    """Says why early stopping has ended the training, where it has."""
+    """Report why early stopping has ended the training, if it has."""
     for callback in trainer.early_stopping_callbacks:
         reason = callback.stopping_reason
         why = str(callback.stopping_reason_message)
@@ -189,7 +190,7 @@ def tell_early_stop(trainer: L.Trainer) -> None:
 
 
 def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) -> None:
-    """Prints what a user wants to know at the end, and what he can do next."""
+    """Print a summary of the results and the next possible commands."""
     rows = len(data.encoded["test"]) if data.has("test") else 0
     before = result["before"]
     lines = []

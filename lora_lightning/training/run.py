@@ -1,4 +1,4 @@
-"""One run: from a config to a trained adapter and its result.json."""
+"""A run from a config to a trained adapter and its result.json."""
 
 from __future__ import annotations
 
@@ -92,23 +92,23 @@ WRITTEN = (
     "checkpoints/*.ckpt",
     *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
 )
-"""In a run's folder: files that are written beside their place, by the holder of its lock."""
+"""Files of a run's folder that the holder of its lock writes beside their final path."""
 _WORKER = re.compile(r"DataLoader worker \(pid.* (killed by signal|exited unexpectedly)")
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was stopped from outside, and can be gone on with.
+    """An interruption of a run from outside, after which the run can be resumed.
 
     Args:
-        run_dir: its folder.
-        signum: number of the signal.
-        config: the run's.
+        run_dir: Folder of the run.
+        signum: Number of the signal.
+        config: Config of the run.
     """
 
     def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
         begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
         again: dict[str, str] = {}
-        with suppress(UserError):  # an interpolation that this process cannot resolve
+        with suppress(UserError):  # this process cannot resolve an interpolation
             again = to_be_typed(config)
         words = [command("train", resume=run_dir), *map(shlex.quote, again)]
         super().__init__(f"interrupted. To go on{begins}: {' '.join(words)}")
@@ -118,19 +118,20 @@ class Interrupted(KeyboardInterrupt):
 def train(
     config: DictConfig, *, resume: bool = False, saved: Path | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Trains, tests on the best adapter, and writes the run's folder `config.output_dir`.
+    """Train, test the best adapter, and write the run's folder `config.output_dir`.
 
     Args:
-        config: a composed config, see conf/train.yaml.
-        resume: go on from the folder's last checkpoint.
-        saved: the file that the config was read from; errors before the first step name it.
-        changes: arguments of Lightning's Trainer, over those of the config.
+        config: A composed config, see conf/train.yaml.
+        resume: Whether to resume from the folder's last checkpoint. Defaults to False.
+        saved: The file that the config was read from. Errors before the first step name it.
+            Defaults to None.
+        changes: Arguments of Lightning's Trainer, which override the config.
 
     Returns:
         The content of result.json.
 
     Raises:
-        UserError: something in the config or the data is wrong.
+        UserError: If something in the config or the data is wrong.
     """
     signals = StopSignals()
     with (
@@ -155,9 +156,9 @@ def _train(
     result["versions"] = versions()
     result["before"] = earlier.get("before", {})
     result["rungs"] = earlier.get("rungs", [])
-    # A run of an earlier version counts its logged steps from 0, to its end.
+    # A run that an earlier version started counts its logged steps from 0 until it ends.
     result["first_step"] = 1 if checkpoint is None else earlier.get("first_step", 0)
-    # Lightning starts the other ranks later, into the folder that rank 0 has made.
+    # Lightning starts the other ranks later, when rank 0 has created the folder.
     rank_zero = rank_zero_only.rank == 0  # type: ignore[attr-defined]
     with ExitStack() as stack:
         if rank_zero:
@@ -166,7 +167,7 @@ def _train(
             remove_debris(*(run_dir / name for name in WRITTEN))
             if not resume:
                 refuse_used_folder(run_dir)
-            refuse_loss(run_dir / ADAPTER, by="train")  # not when all is trained
+            refuse_loss(run_dir / ADAPTER, by="train")  # fail before training, not after it
             write_json(run_dir / RESULT, result)
             if told := chosen_for_the_user(asked, config):
                 print(told, file=sys.stderr)
@@ -182,7 +183,7 @@ def _train(
 
 
 def _record(run_dir: Path, result: dict[str, Any], error: BaseException | None) -> None:
-    """Writes how a run has ended; where that cannot be written too, the first mistake is told."""
+    """Write how a run ended. If this fails after an error, only the first error is reported."""
     if run_dir.is_dir():
         with suppress(UserError) if error is not None else nullcontext():
             write_json(run_dir / RESULT, result)
@@ -198,7 +199,7 @@ def _run_to_its_end(
     changes: dict[str, Any],
     beat: Heartbeat,
 ) -> None:
-    """The run, and in `result` how it ended."""
+    """Execute the run, and store in `result` how it ended."""
     try:
         accelerator = str(config.trainer.get("accelerator", "auto"))
         products = fast_products(config.trainer.precision, accelerator)
@@ -214,13 +215,13 @@ def _run_to_its_end(
     except Stopped as stop:
         result["status"] = "interrupted"
         raise Interrupted(run_dir, stop.signum, config) from None
-    except (KeyboardInterrupt, SystemExit) as error:  # Lightning exits where it is interrupted
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning exits when it is interrupted
         if isinstance(error, SystemExit) and isinstance(error.code, str):
-            say(error.code, file=sys.stderr)  # its last words
+            say(error.code, file=sys.stderr)
         result["status"] = "interrupted"
         raise Interrupted(run_dir, signal.SIGINT, config) from None
     except BaseException as error:
-        if signals.received and not isinstance(error, UserError):  # its workers were told too
+        if signals.received and not isinstance(error, UserError):  # its workers get the signal too
             result["status"] = "interrupted"
             raise Interrupted(run_dir, signals.received, config) from None
         result["status"] = "failed"
@@ -268,7 +269,7 @@ def _run(
     changes: dict[str, Any],
     beat: Heartbeat,
 ) -> None:
-    """The run itself; what comes out is added to `result`."""
+    """Train and evaluate, and add the results to `result`."""
     L.seed_everything(config.seed, workers=True, verbose=False)
     task = build_task(settings.task)
     module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
@@ -289,7 +290,7 @@ def _run(
         result["before"] = _evaluate(trainer.test, module, data)
         signals.raise_if_told(trainer)
         if trainer.is_global_zero:
-            write_json(run_dir / RESULT, result)  # a resumed run reads it there
+            write_json(run_dir / RESULT, result)  # a resumed run reads it from there
     if checkpoint is not None:
         _prepare_to_go_on(trainer, checkpoint, run_dir, first_step=result["first_step"])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -303,13 +304,13 @@ def _run(
         )
     tell_early_stop(trainer)
     _restore_best(trainer, module)
-    base = base_fingerprint(module)  # of a base in shares, by all processes
+    base = base_fingerprint(module)  # all ranks must call this if the base is sharded
     with module.whole_adapter():
         if trainer.is_global_zero:
             save_trained(module, run_dir / ADAPTER, saved_settings(config), base=base, later=[CARD])
-    module.logs_validation = False  # the curve is of the training alone
+    module.logs_validation = False  # the validation curve covers only training
     _evaluate(trainer.validate, module, data)
-    metrics = trainer.callback_metrics  # what no logger gets, Lightning does not return either
+    metrics = trainer.callback_metrics  # Lightning does not return metrics that no logger gets
     val = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
     test = _evaluate(trainer.test, module, data)
     result.update(measured(config, module, trainer, clock, {**val, **test}))
@@ -327,7 +328,7 @@ def _run(
 def _prepare_to_go_on(
     trainer: L.Trainer, checkpoint: Path, run_dir: Path, *, first_step: int
 ) -> None:
-    """Makes sure that a run can go on from a checkpoint, and cuts its log to that step."""
+    """Check that a run can resume from a checkpoint, and cut its log to that step."""
     content = read_checkpoint(checkpoint)
     check_resumable(content, checkpoint)
     _refuse_other_places(trainer.callbacks, run_dir)  # type: ignore[attr-defined]
@@ -342,9 +343,9 @@ def _prepare_to_go_on(
 
 
 def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
-    """Raises UserError where a callback that deletes older checkpoints has them outside of a run.
+    """Raise UserError if a callback that deletes older checkpoints keeps them outside the run.
 
-    The checkpoint says which, and may be of others.
+    The checkpoint names these files, and they may belong to others.
     """
     for callback in callbacks:
         place = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
@@ -359,7 +360,7 @@ def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
 def build(
     settings: Settings, task: Task, *, seed: int, adapter: str | None = None
 ) -> tuple[LoraModule, LoraDataModule]:
-    """The LightningModule and the data module of a run, sharing task and tokenizer."""
+    """Build the LightningModule and the data module of a run, which share task and tokenizer."""
     if adapter is not None:
         _check_start(adapter, settings)
     tokenizer = load_tokenizer(settings.model)
@@ -390,9 +391,9 @@ def build(
 
 
 def _check_start(adapter: str, settings: Settings) -> None:
-    """Raises UserError for an adapter to start from that is damaged, or means another base."""
+    """Raise UserError if the adapter for a warm start is damaged or fits another base."""
     if adapter.endswith(".ckpt"):
-        return  # a checkpoint says it where it is read
+        return  # a checkpoint is checked when it is read
     theirs: dict[str, Any] = {}
     if (Path(adapter) / SIDECAR).is_file():
         sidecar = read_sidecar(Path(adapter))
@@ -403,7 +404,7 @@ def _check_start(adapter: str, settings: Settings) -> None:
 
 
 def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
-    """Has the run pause at a rung, where the sweep that it is a job of says so."""
+    """Make the run pause at a rung if its sweep requests that."""
     path = Path(config.output_dir) / PAUSE
     if not path.is_file():
         return
@@ -421,13 +422,13 @@ def _pause_where_told(last: LastCheckpoint | None, config: DictConfig) -> None:
 
 
 def _evaluate(run: Any, module: LoraModule, data: LoraDataModule) -> dict[str, float]:
-    """Metrics of trainer.validate or trainer.test; none where the split does not exist."""
+    """Return the metrics of trainer.validate or trainer.test, empty if the split is missing."""
     found = run(module, data, verbose=False)
     return {name: float(value) for name, value in found[0].items()} if found else {}
 
 
 def _restore_best(trainer: L.Trainer, module: LoraModule) -> None:
-    """Loads the weights of the best checkpoint into the module."""
+    """Load the weights of the best checkpoint into the module."""
     best = next(
         (
             callback.best_model_path

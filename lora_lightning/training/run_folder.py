@@ -1,4 +1,4 @@
-"""What a run's folder holds of the run so far: whether it can be gone on with, and from where."""
+"""State of a run's folder, and whether and from where the run can resume."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from .checkpointing import (
 CHECKPOINTS = "checkpoints"
 _SHOWN = 8
 _HYDRAS = b"hydra:\n"
-"""What Hydra's file of a sweep begins with."""
+"""First bytes of the file that Hydra writes for a sweep."""
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint a run goes on from; None if it was stopped before the first."""
+    """Return the checkpoint that a run resumes from, or None if it was stopped before the first."""
     paths = [run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
     return next((path for path in paths if path.is_file()), None)
 
 
 def whole_checkpoint(run_dir: Path) -> Path | None:
-    """The last checkpoint that can be read; None if there is none.
+    """Return the last readable checkpoint, or None if there is no checkpoint.
 
     Raises:
-        UserError: all that are there are damaged; it tells of the last.
+        UserError: If all existing checkpoints are damaged. The error reports the last one.
     """
     last, previous = (run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS))
     if not (last.is_file() and previous.is_file()):
@@ -61,18 +61,18 @@ def whole_checkpoint(run_dir: Path) -> Path | None:
 
 
 def earlier_result(run_dir: Path) -> dict[str, Any]:
-    """The result of the run that is gone on with, as far as it came."""
+    """Return the result so far of the run in the folder."""
     return read_json(run_dir / RESULT)
 
 
 def completed_result(run_dir: Path) -> dict[str, Any] | None:
-    """The result of a run that has come to its end; None if it has not."""
+    """Return the result of a completed run, or None if it is not completed."""
     result = earlier_result(run_dir)
     return result if result.get("status") == "completed" else None
 
 
 def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
-    """Raises UserError if the folder holds a run of other settings."""
+    """Raise UserError if the folder holds a run with other settings."""
     recorded = earlier_result(run_dir).get("config_hash", config_hash(config))
     if recorded != config_hash(config):
         raise UserError(
@@ -82,7 +82,7 @@ def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether a run has left the files in a folder, and not something else under their names."""
+    """Return whether a run wrote the files in a folder, not something else with the same names."""
     with suppress(UserError):
         read_config(run_dir / HYDRA / "config.yaml")
         return True
@@ -94,7 +94,7 @@ def _has_begun(run_dir: Path) -> bool:
 
 
 def refuse_used_folder(run_dir: Path) -> None:
-    """Raises UserError if the folder holds a run already, or files that a run would replace."""
+    """Raise UserError if the folder already holds a run, or files that a run would replace."""
     if _has_begun(run_dir):
         raise UserError(
             f"{run_dir} holds a run already. To go on with it: {command('train', resume=run_dir)}. "
@@ -108,16 +108,16 @@ def refuse_used_folder(run_dir: Path) -> None:
 
 
 def _lost(run_dir: Path) -> list[str]:
-    """What a folder without a run that has begun holds under names that a run writes."""
+    """Return the names in a folder that a new run would overwrite, if no run has begun there."""
     names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
-    # A start that was killed before the run began leaves its config.
+    # A process that is killed before its run begins leaves the config.
     return [name for name in names if name != HYDRA or not holds_run(run_dir)]
 
 
 def refuse_others_sweep(sweep_dir: Path) -> None:
-    """Raises UserError if a folder holds files that a sweep would replace, or write through a link.
+    """Raise UserError if a sweep would replace files in a folder, or write through a link.
 
-    The jobs of the same sweep may be there, and what it has not to do with.
+    The folder may hold jobs of the same sweep, and files unrelated to it.
     """
     if not sweep_dir.is_dir():
         return
@@ -137,15 +137,17 @@ def refuse_others_sweep(sweep_dir: Path) -> None:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder is that of a sweep, whose jobs' files are then its own."""
+    """Return whether a folder belongs to a sweep, which then owns the files of its jobs."""
     return isinstance(read_json(folder / SWEEP).get("overrides"), list)
 
 
 def lost_to_job(run_dir: Path) -> list[str]:
-    """What a job of a sweep would replace in its folder, or write through a link; "" is the folder.
+    """Return the names that a sweep's job would replace in its folder, or write through a link.
+
+    The empty string stands for the folder itself.
 
     Args:
-        run_dir: the job's folder.
+        run_dir: Folder of the job.
     """
     if run_dir.is_symlink() or (os.path.lexists(run_dir) and not run_dir.is_dir()):
         return [""]
@@ -160,9 +162,10 @@ def lost_to_job(run_dir: Path) -> list[str]:
 
 
 def _is_others_multirun(path: Path) -> bool:
-    """Whether Hydra's file of a sweep is a link, or was not written by Hydra.
+    """Return whether Hydra's file of a sweep is a link, or was not written by Hydra.
 
-    Hydra writes it in place. A full disk, a kill or a power cut leaves its beginning, or zeros.
+    Hydra writes the file in place. A full disk, a kill or a power cut leaves its beginning or
+    zeros.
     """
     if path.is_symlink():
         return True
@@ -182,12 +185,12 @@ def _is_filled(path: Path) -> bool:
 
 
 def continue_csv(trainer: L.Trainer, step: int, *, first_step: int) -> None:
-    """Keeps the rows up to a step; Lightning's CSVLogger alone would start a new file.
+    """Keep the metric rows up to a step, because Lightning's CSVLogger alone starts a new file.
 
     Args:
-        trainer: of the run that goes on.
-        step: optimizer steps that were taken.
-        first_step: the number under which its rows have the first.
+        trainer: Trainer of the resumed run.
+        step: Number of optimizer steps taken.
+        first_step: Number of the first step in the rows.
     """
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger) or not trainer.is_global_zero:

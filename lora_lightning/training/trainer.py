@@ -1,4 +1,4 @@
-"""Lightning's Trainer, as a config describes it."""
+"""Lightning's Trainer, built from a config."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from .callbacks.checkpoints import sync_checkpoints
 
 
 def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
-    """The Lightning Trainer that the config describes.
+    """Build the Lightning Trainer that the config describes.
 
     Raises:
-        UserError: Lightning does not take the settings.
+        UserError: If Lightning does not take the settings.
     """
     config = with_direction(config)
     arguments = OmegaConf.to_container(config.trainer, resolve=True)
@@ -72,7 +72,8 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         if isinstance(value, (int, float)) and value == 0:
             raise UserError(f"trainer.{key}={value}: nothing would be trained. Leave it out.")
     loggers = instantiate_all(config.logger)
-    # Lightning calls these a contradiction: a bar that is off, and rates with nowhere to log them.
+    # Lightning rejects a disabled progress bar with a bar callback, and a learning-rate monitor
+    # without a logger.
     bar, logs = arguments.get("enable_progress_bar", True), bool(loggers)
     callbacks = [
         callback
@@ -92,7 +93,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
             }
         )
     except Exception as error:
-        # Lightning's MisconfigurationException is a plain Exception with no base of its own.
+        # Lightning's MisconfigurationException derives directly from Exception.
         told = isinstance(error, (TypeError, ValueError, RuntimeError, AttributeError, LookupError))
         if not told and type(error).__name__ != "MisconfigurationException":
             raise
@@ -105,15 +106,15 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
 
 
 def _refuse_processes(devices: str) -> None:
-    """Raises UserError where a number would fill the machine with processes."""
+    """Raise UserError for a number of devices that would fill the machine with processes."""
     if devices.isdecimal() and int(devices[:10]) > MOST_PROCESSES:
         raise UserError(f"trainer.devices={devices} must be at most {MOST_PROCESSES}.")
 
 
 def _refuse_types(arguments: dict[Any, Any]) -> None:
-    """Raises UserError for a value of a type that Lightning's signature does not name.
+    """Raise UserError for a value whose type is not in Lightning's signature.
 
-    Lightning itself finds out in the middle of the training, or takes "x" for true.
+    Lightning itself fails in the middle of training, or takes "x" for true.
     """
     hints = get_type_hints(L.Trainer.__init__)
     for key, value in arguments.items():
@@ -134,7 +135,7 @@ def _refuse_types(arguments: dict[Any, Any]) -> None:
 
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-"""Types of Lightning's arguments that a config can hold, in words."""
+"""Descriptions of the argument types of Lightning that a config can hold."""
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -142,15 +143,16 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 FIRST_SCALE = 2.0**8
-"""Of the loss in 16-mixed. torch's 2**16 suits a mean. The loss here is a sum over targets: scaled
-by so much it overflows in fp16, and each of the first steps is skipped until the scale is lower."""
+"""Initial loss scale in 16-mixed. torch's 2**16 suits a mean, but the loss here is a sum over
+targets. With that scale it overflows in fp16, and the first steps are skipped until the scale is
+lower."""
 
 
 def half_precision(accelerator: str) -> MixedPrecision:
-    """Lightning's 16-mixed, with a loss scale that suits a summed loss.
+    """Return Lightning's 16-mixed plugin, with a loss scale that suits a summed loss.
 
     Args:
-        accelerator: `trainer.accelerator`.
+        accelerator: Value of `trainer.accelerator`.
     """
     device = accelerator if accelerator in ("cpu", "mps") else "cuda"
     scaler = torch.amp.GradScaler(device, init_scale=FIRST_SCALE)
@@ -158,7 +160,10 @@ def half_precision(accelerator: str) -> MixedPrecision:
 
 
 def _strategy(arguments: dict[Any, Any]) -> Any:
-    """The strategy of a run: "auto" and Lightning's ddp become ours, which stay on the device."""
+    """Return a run's strategy, where ours replace "auto" and Lightning's ddp.
+
+    Ours keep the model on the device.
+    """
     strategy = arguments.get("strategy") or "auto"
     if strategy != "auto":
         return resident(strategy)
@@ -174,11 +179,11 @@ def _strategy(arguments: dict[Any, Any]) -> Any:
     if isinstance(chosen, SingleDeviceStrategy):
         return resident(chosen)
     forks = chosen.launcher is not None and chosen.launcher.is_interactive_compatible
-    return "auto" if forks else resident("ddp")  # it forks in a notebook
+    return "auto" if forks else resident("ddp")  # "auto" forks in a notebook
 
 
 def check_windows(trainer: L.Trainer) -> None:
-    """A validation amid an accumulation window could not be resumed exactly."""
+    """Refuse a validation within an accumulation window, as it cannot be resumed exactly."""
     every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
     if window == 1 or every is None or every == 1.0:
         return
@@ -190,11 +195,11 @@ def check_windows(trainer: L.Trainer) -> None:
 
 
 def refuse_late_validation(trainer: L.Trainer, batches: int) -> None:
-    """Raises UserError where an epoch ends before its first validation.
+    """Raise UserError if an epoch ends before its first validation.
 
     Args:
-        trainer: of the run.
-        batches: of an epoch, before `trainer.limit_train_batches`.
+        trainer: Trainer of the run.
+        batches: Number of batches of an epoch, before `trainer.limit_train_batches`.
     """
     every, limit = trainer.val_check_interval, trainer.limit_train_batches
     if limit is not None and limit != 1.0:

@@ -1,4 +1,4 @@
-"""Training that begins with the values of another run: an adapter's, or a checkpoint's."""
+"""Warm start from the adapter or the checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .checkpointing import read_checkpoint
 
 
 def load_values(adapter: Adapter, folder: str) -> None:
-    """Gives an adapter the values of one of the same shape that lies in a folder.
+    """Load the values of a stored adapter of the same shape into an adapter.
 
     Raises:
-        UserError: it is damaged or of another shape, or its trained rows are of other tokens.
+        UserError: If the stored adapter is damaged, has another shape, or trained rows of other
+            tokens.
     """
     raw, tensors = read_adapter(folder)
     check_files(folder)
@@ -37,10 +38,10 @@ def load_values(adapter: Adapter, folder: str) -> None:
 
 
 def task_state_of(source: str) -> dict[str, Any]:
-    """What the task of another run has settled, such as its classes; empty where nothing tells.
+    """Return the task state of another run, such as its classes, or an empty dict if unknown.
 
     Args:
-        source: an adapter's folder, or a checkpoint.
+        source: An adapter's folder, or a checkpoint.
     """
     if source.endswith(".ckpt"):
         state = read_checkpoint(source).get("hyper_parameters", {}).get("task_state")
@@ -51,15 +52,15 @@ def task_state_of(source: str) -> dict[str, Any]:
 
 
 def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> dict[str, Any]:
-    """The trained tensors in a checkpoint of a run whose values mean the same in this one.
+    """Return the trained tensors of a checkpoint whose values mean the same in this run.
 
     Args:
-        checkpoint: its path.
-        model: this run's.
-        lora: this run's.
+        checkpoint: Path of the checkpoint.
+        model: Model settings of this run.
+        lora: Adapter settings of this run.
 
     Raises:
-        UserError: they do not.
+        UserError: If the values mean something else in this run.
     """
     content = read_checkpoint(checkpoint)
     theirs = arguments_from_file(content.get("hyper_parameters", {}), checkpoint)
@@ -69,7 +70,7 @@ def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> d
 
 
 def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig) -> None:
-    """Raises UserError unless a run's model settings have the same new tokens in the same order."""
+    """Raise UserError unless a run's model settings have the same new tokens in the same order."""
     tokens = theirs.get("new_tokens") or []
     if tokens != model.new_tokens:
         raise UserError(
@@ -81,13 +82,13 @@ def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig)
 def refuse_other_start(
     source: str, theirs: dict[str, Any], model: ModelConfig, lora: LoraConfig | None
 ) -> None:
-    """Raises UserError where one run makes up for a quantisation (LoftQ) and the other does not.
+    """Raise UserError if one run compensates for quantization (LoftQ) and the other does not.
 
     Args:
-        source: the adapter or checkpoint whose values a run is to begin with.
-        theirs: the settings that it was trained with, as far as they are known.
-        model: the run's.
-        lora: the run's.
+        source: The adapter or checkpoint for the warm start.
+        theirs: Known settings that the adapter or checkpoint was trained with.
+        model: Model settings of this run.
+        lora: Adapter settings of this run.
     """
 
     def made_up_for(init: Any, quantization: Any) -> Any:

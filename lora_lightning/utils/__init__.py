@@ -1,1 +1,1 @@
-"""Files, locks and the terminal: what every part of the package uses."""
+"""Files, locks and the terminal: utilities for every part of the package."""

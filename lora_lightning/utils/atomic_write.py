@@ -1,4 +1,4 @@
-"""Files that are written beside their place first: they are there whole or not at all."""
+"""Atomic writes: files appear whole or not at all, because they are written beside their place."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _FAULTS = {
     errno.ENOTDIR: "a file stands where a folder is meant",
 }
 _OF_RUST = re.compile(r"\(os error (\d+)\)")
-"""How tokenizers and safetensors tell of what is no OSError in Python."""
+"""How tokenizers and safetensors report system errors that are no OSError in Python."""
 
 _OF_PATHLIB = ("Could not determine home directory", "Symlink loop")
 
 
 def fault_of_disk(error: BaseException | None) -> str | None:
-    """What a disk did that is behind an exception, and where; None if none is."""
-    seen: set[int] = set()  # a chain may end in itself
+    """Return the disk fault behind an exception, and where it occurred, or None."""
+    seen: set[int] = set()  # a chain may be a ring
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         number = error.errno if isinstance(error, OSError) else None
@@ -56,13 +56,13 @@ def fault_of_disk(error: BaseException | None) -> str | None:
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Gives a file to write, which is put at `path` at the end of the block: whole or not at all.
+    """Yield a file to write, and put it at `path` at the end of the block, whole or not at all.
 
-    By then it is on the disk, so that a power cut leaves the old one or the new one. The file
-    beside it has a name of its own, so neither another process nor a link is in the way.
+    The file is synced to the disk first, so a power cut leaves the old file or the new one. The
+    temporary file has a unique name, so no other process and no link interferes.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: the file cannot be written. The previous file stays.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -78,10 +78,10 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Writes a text file as `written_beside` does.
+    """Write a text file as `written_beside` does.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: the file cannot be written. The previous file stays.
     """
     content = text.encode()
     with written_beside(path) as beside:
@@ -89,26 +89,26 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def replace_synced(beside: Path, path: Path) -> None:
-    """Gives a file that is on the disk its final name, and makes sure that the name is too.
+    """Give a synced file its final name, and sync the name too.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the file cannot be renamed.
     """
     os.replace(beside, path)
     sync(path.parent)
 
 
 def is_debris(path: Path) -> bool:
-    """Whether a file has a name that `written_beside` gives until the file is whole."""
+    """Return whether a file has a name that `written_beside` gives until the file is whole."""
     return debris(".+").fullmatch(path.name) is not None
 
 
 def remove_debris(*paths: Path) -> None:
-    """Removes what processes that were killed have left beside files.
+    """Remove the temporary files that killed processes have left beside files.
 
     Args:
-        paths: files that only the holder of a lock writes; the caller holds it. A * in a name
-            stands for anything.
+        paths: files that only the holder of a lock writes. The caller holds this lock. A * in a
+            name matches any text.
     """
     for path in paths:
         name = debris(re.escape(path.name).replace(r"\*", ".*"))
@@ -118,10 +118,10 @@ def remove_debris(*paths: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all.
+    """Write JSON whole or not at all.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         atomic_write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

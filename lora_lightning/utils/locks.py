@@ -1,7 +1,7 @@
-"""Locks of a folder and of an output file: one process holds a lock, until it has ended.
+"""Locks of folders and output files: one process holds a lock until it ends.
 
-A lock is flock's where the file system has it. Where it has not (Lustre mounted without flock, old
-NFS), a file beside the lock's names the process that holds it.
+flock makes the lock if the file system supports it. Otherwise (Lustre mounted without flock, old
+NFS), a file beside the lock file names the process that holds the lock.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .output_folders import made_folder
 
 LOCK = ".lock"
 OWNER = ".owner"
-"""Ending of the file that names the holder, where the file system has no locks."""
+"""Suffix of the file that names the holder if the file system has no locks."""
 CLEARING = ".clearing"
-"""Ending of the file that a process has while it removes the owner file of one that is gone."""
+"""Suffix of the file that a process holds while it removes a dead process's owner file."""
 HELD_BY_ANOTHER = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What flock says of a lock that is held; all else says that there are no locks here."""
+"""flock's errors for a held lock. All other errors mean that there are no locks."""
 
 _HELD: dict[Path, IO[bytes]] = {}
 """Locks that this process holds."""
@@ -36,18 +36,19 @@ _HELD: dict[Path, IO[bytes]] = {}
 
 @contextmanager
 def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO[bytes]]:
-    """Holds a folder's lock for the time of the block; within another such block, that one's.
+    """Hold a folder's lock for the duration of the block.
 
-    Processes that are given the file keep the lock until they end, if the file system has locks.
-    The holder may remove the lock file: who waits for it makes another, and the folder too.
+    A nested block uses the lock of the outer block. Processes that get the file keep the lock until
+    they end, if the file system has locks. The holder may remove the lock file. Processes that wait
+    for it then make another one, and the folder too.
 
     Args:
         folder: the folder.
-        setting: what names another folder, for the message.
-        patience: seconds; processes that were killed take a moment to end.
+        setting: the setting that names another folder, for the message.
+        patience: seconds to wait, because killed processes take a moment to end. 10 by default.
 
     Raises:
-        UserError: another process keeps it.
+        UserError: another process keeps the lock.
     """
     folder = folder.resolve()
     if folder in _HELD:
@@ -67,15 +68,15 @@ def locked(folder: Path, *, setting: str, patience: float = 10.0) -> Iterator[IO
 
 @contextmanager
 def locked_output(output: Path | None, *, patience: float = 10.0) -> Iterator[None]:
-    """Holds the lock of a file that is to be written, for the time of the block.
+    """Hold the lock of an output file for the duration of the block.
 
     Args:
-        output: the file; None: there is nothing to lock.
-        patience: seconds; processes that were killed take a moment to end.
+        output: the file, or None if there is nothing to lock.
+        patience: seconds to wait, because killed processes take a moment to end. 10 by default.
 
     Raises:
-        UserError: another process writes it, its folder cannot be written, or a file of something
-            else has the lock's name.
+        UserError: another process writes the file, its folder cannot be written, or an unrelated
+            file has the lock's name.
     """
     if output is None:
         yield
@@ -101,7 +102,7 @@ def locked_output(output: Path | None, *, patience: float = 10.0) -> Iterator[No
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether a folder was locked once and is so no more."""
+    """Return whether a folder was locked once and no longer is."""
     try:
         with open_file(folder / LOCK, os.O_RDONLY) as handle:
             free = _flock(handle, shared=True)
@@ -114,13 +115,13 @@ def is_abandoned(folder: Path) -> bool:
 
 
 def open_file(path: Path, flags: int) -> IO[bytes]:
-    """Opens a file under a name that others know, and where they may have put a link.
+    """Open a file whose name others know and may have replaced by a link.
 
     Raises:
-        OSError: it cannot be opened, is a link, or is no file.
+        OSError: the file cannot be opened, is a link, or is no regular file.
     """
     writes = {os.O_RDONLY: "rb", os.O_WRONLY: "wb", os.O_RDWR: "r+b"}[flags & os.O_ACCMODE]
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither is on Windows
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
     number = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -132,10 +133,10 @@ def open_file(path: Path, flags: int) -> IO[bytes]:
 def _held(
     path: Path, *, busy: str, patience: float, make_folder: bool = False
 ) -> Iterator[IO[bytes]]:
-    """Holds a lock file for the time of the block.
+    """Hold a lock file for the duration of the block.
 
     Raises:
-        UserError: `busy`, or the file cannot be opened.
+        UserError: another process keeps the lock (`busy`), or the file cannot be opened.
     """
     until = time.monotonic() + patience
     while True:
@@ -144,7 +145,7 @@ def _held(
                 made_folder(path.parent)
             handle = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            # Whoever made the folder may have removed it again in between.
+            # The process that made the folder may have removed it in between.
             if make_folder and isinstance(error, FileNotFoundError) and time.monotonic() < until:
                 continue
             raise UserError(f"{path} cannot be written: {error}.") from None
@@ -164,7 +165,10 @@ def _held(
 
 
 def _is_at(handle: IO[bytes], path: Path) -> bool:
-    """Whether a path still names an open file; whoever held the lock may have removed that."""
+    """Return whether a path still names an open file.
+
+    The previous holder of the lock may have removed it.
+    """
     try:
         return os.path.samestat(os.fstat(handle.fileno()), os.lstat(path))
     except OSError:
@@ -172,7 +176,10 @@ def _is_at(handle: IO[bytes], path: Path) -> bool:
 
 
 def _flock(handle: IO[bytes], *, shared: bool = False) -> bool | None:
-    """Whether a file's lock was free, and is held now; None: its file system has no locks."""
+    """Lock a file, and return whether its lock was free.
+
+    The result is None if its file system has no locks.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -189,10 +196,10 @@ def _owner_path(path: Path) -> Path:
 
 
 def _become_owner(path: Path) -> IO[bytes] | None:
-    """Makes the owner file of a lock, and gives it open; None: another process has it.
+    """Create the owner file of a lock and return it open, or None if another process has it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     owner = _owner_path(path)
     try:
@@ -213,8 +220,8 @@ def _become_owner(path: Path) -> IO[bytes] | None:
 
 
 def _give_back(owner: IO[bytes], path: Path) -> None:
-    """Removes the owner file that this process has made, if it is still that one."""
-    with suppress(OSError):  # of a disk that is full: what was not written is of no use
+    """Remove the owner file that this process made, if it is still the same file."""
+    with suppress(OSError):  # the disk may be full, and unwritten text has no use
         if _is_at(owner, _owner_path(path)):
             _owner_path(path).unlink()
     with suppress(OSError):
@@ -222,9 +229,9 @@ def _give_back(owner: IO[bytes], path: Path) -> None:
 
 
 def _clear_owner(owner: Path) -> None:
-    """Removes an owner file whose process is gone.
+    """Remove an owner file whose process is gone.
 
-    One process at a time does so: the file of a live one may be there the next moment.
+    Only one process at a time does this, because the file of a live one may appear any moment.
     """
     found = _read_owner(owner)
     if found is None or not _is_gone(found):
@@ -240,7 +247,7 @@ def _clear_owner(owner: Path) -> None:
 
 
 def _read_owner(owner: Path) -> dict[str, Any] | None:
-    """What an owner file tells of its process, {} if that makes no sense; None: it is not there."""
+    """Return the content of an owner file, {} if it is invalid, or None if it is absent."""
     try:
         with open_file(owner, os.O_RDONLY) as handle:
             found = json.loads(handle.read(4096))
@@ -252,34 +259,37 @@ def _read_owner(owner: Path) -> dict[str, Any] | None:
 
 
 def _here() -> dict[str, str]:
-    """What tells this host apart, the time since it was started, and where its pids count."""
+    """Return what identifies this host, its current boot, and its pid namespace."""
     boot, pids = "", ""
-    with suppress(OSError):  # both are Linux's
+    with suppress(OSError):  # only Linux has both
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         pids = os.readlink("/proc/self/ns/pid")
     return {"host": socket.gethostname(), "boot": boot, "pids": pids}
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether an owner's process has ended for certain; of another host nobody can tell here."""
+    """Return whether an owner's process has certainly ended.
+
+    For a process on another host this is unknown.
+    """
     here, pid = _here(), owner.get("pid")
     if owner.get("host") != here["host"] or not isinstance(pid, int) or pid <= 0:
         return False
     if owner.get("boot") != here["boot"]:
         return True
-    if owner.get("pids") != here["pids"]:  # a container's, on the same host
+    if owner.get("pids") != here["pids"]:  # a container on the same host
         return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return False
     return False
 
 
 def _who(path: Path) -> str:
-    """Which process holds a lock, by its owner file, and how to remove what it has left."""
+    """Return which process holds a lock, by its owner file, and how to remove its leftovers."""
     owner = _owner_path(path)
     found = _read_owner(owner) or {}
     return (

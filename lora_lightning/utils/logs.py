@@ -1,4 +1,4 @@
-"""Read what a run writes as it trains; what a kill or a power cut has damaged is left out."""
+"""Readers for the files of a training run, which skip damage by a kill or a power cut."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from .terminal import say
 
 _DIGITS = 18
-"""Of a step, at most: a damaged number may be too long for Python to read."""
+"""Maximum number of digits of a step. A damaged number may be too long for Python to read."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one where the file is absent or damaged."""
+    """Return the object in a JSON file, or an empty one if the file is absent or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return the content of a result.json, empty where it is absent, damaged, or not a run's."""
+    """Return the content of a result.json, or {} if it is absent, damaged, or not from a run."""
     result = read_json(path)
     rungs = result.get("rungs", [])
     versions = result.get("versions", {})
@@ -50,7 +50,7 @@ _NUMBERS = ("steps", "seconds", "tokens_per_second", "trainable_parameters", "pe
 
 
 def _is_number(value: Any, *, or_none: bool = False) -> bool:
-    """Whether a value is a number that Python can make a float, and a text, of."""
+    """Return whether a value is a number that Python can convert to a float and to text."""
     if isinstance(value, int):
         return abs(value) < _TOO_LARGE
     return isinstance(value, float) or (or_none and value is None)
@@ -75,7 +75,7 @@ def _is_rung(rung: dict[str, Any]) -> bool:
 def read_metrics(path: Path) -> tuple[list[dict[str, str]], int]:
     """Return the whole rows of a metrics.csv, and the number of damaged lines.
 
-    The last line counts as damaged until its line feed is there: half a number is a number too.
+    The last line counts as damaged until its line feed is there, as half a number is a number.
     """
     lines, damaged = _lines(path)
     header, *lines = lines or [""]
@@ -96,7 +96,7 @@ def curve(rows: list[dict[str, str]], metric: str) -> list[tuple[int, float]]:
     """Return step and value of a metric for the rows of `read_metrics` that have it."""
     points = []
     for row in rows:
-        with suppress(ValueError):  # no number: the cell of another metric's row is empty
+        with suppress(ValueError):  # the cell is empty in rows of other metrics
             points.append((int(row["step"]), float(row.get(metric, ""))))
     return points
 
@@ -118,24 +118,27 @@ def read_samples(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def tell_damaged(path: Path, count: int) -> None:
-    """Warn of damaged lines that are left out, if there are any."""
+    """Warn of damaged lines that are left out, if any."""
     if count:
         lines = "1 damaged line" if count == 1 else f"{count} damaged lines"
         say(f"warning: {path}: {lines} left out.", file=sys.stderr, flush=True)
 
 
 def _lines(path: Path) -> tuple[list[str], int]:
-    """Lines that a line feed ends, and how many there are that none ends; no file has none."""
+    """Return the lines that end in a line feed, and the number of lines that do not.
+
+    An absent file has no lines.
+    """
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError:
         return [], 0
-    *lines, rest = text.split("\n")  # a text may hold U+2028, at which str.splitlines would split
+    *lines, rest = text.split("\n")  # str.splitlines would also split at U+2028 in a text
     return [line.removesuffix("\r") for line in lines], 1 if rest else 0
 
 
 def _cells(line: str) -> list[str]:
-    """The cells of a line of CSV; none where it is damaged."""
+    """Return the cells of a line of CSV, or none if the line is damaged."""
     try:
         return [] if "\0" in line else next(csv.reader([line]), [])
     except csv.Error:  # a cell longer than the module's limit

@@ -1,4 +1,4 @@
-"""Folders that a command writes: whole or not at all, and never over what others have written."""
+"""Output folders: written whole or not at all, and never over files that others wrote."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from safetensors import SafetensorError
 from lora_lightning.errors import UserError
 
 MARK = ".written_by.json"
-"""In a folder: which command wrote it, and which files."""
+"""File in a folder that records which command wrote the folder, and which files."""
 _SHOWN = 8
-"""Files that a message names at most."""
+"""Maximum number of files that a message names."""
 
 
 @contextmanager
 def replaced_folder(
     folder: Path, *, by: str, sources: Iterable[str | Path] = (), later: Iterable[str] = ()
 ) -> Iterator[Path]:
-    """Gives an empty folder to fill, which is put at `folder` at the end of the block.
+    """Yield an empty folder to fill, and put it at `folder` at the end of the block.
 
-    What is there is replaced if the same command wrote it and nothing was added since. All files
-    are on the disk by then. On Linux the two folders are swapped at once; elsewhere a kill between
-    two renames is repaired when the same folder is next written.
+    An existing folder is replaced if the same command wrote it and nothing was added since. All
+    files are synced to the disk before that. On Linux the two folders are swapped at once.
+    Elsewhere, the next write of the same folder repairs a kill between the two renames.
 
     Args:
         folder: the final place.
         by: the command that writes, as its mark names it.
-        sources: what the command reads; names of the hub are passed over.
-        later: names of files that are written into the folder afterwards.
+        sources: what the command reads. Hub names are ignored. Empty by default.
+        later: names of files that are written into the folder afterwards. Empty by default.
 
     Raises:
-        UserError: the place cannot be written, or holds what would be lost.
+        UserError: the place cannot be written, or holds files that would be lost.
     """
-    folder = _resolved(folder)  # what a link points to is replaced, not the link
+    folder = _resolved(folder)  # replaces the target of a link, not the link
     with _held(folder.parent):
         try:
             _repair(folder)
@@ -62,7 +62,7 @@ def replaced_folder(
             _write_mark(staging, by, {**files, **dict.fromkeys(later)})
             for path in (*staging.rglob("*"), staging):
                 if path.is_file() and not path.is_symlink():
-                    # safetensors lets none but the owner read, whatever the user's umask says.
+                    # safetensors lets only the owner read its files, whatever the umask is.
                     shutil.copymode(staging / MARK, path)
                 sync(path)
             with _held(folder.parent):
@@ -76,12 +76,12 @@ def replaced_folder(
 
 
 def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) -> None:
-    """Raises UserError where writing a folder would replace what the command did not write.
+    """Raise UserError if writing a folder would replace files that the command did not write.
 
     Args:
         folder: the final place.
         by: the command.
-        sources: what it reads.
+        sources: what the command reads. Empty by default.
     """
     folder = _resolved(folder)
     if folder == Path.cwd():
@@ -97,7 +97,7 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
         return
     written_by, known = _mark(folder)
     if written_by == by:
-        left = debris("|".join(map(re.escape, known)))  # by a kill
+        left = debris("|".join(map(re.escape, known)))  # left by a kill
         lost = [
             name
             for name in _files(folder)
@@ -117,14 +117,14 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
 
 
 def expanded(path: str | Path, setting: str) -> Path:
-    """A path as it was typed, with `~` and `~NAME` as the home folders that they stand for.
+    """Return a path as typed, with `~` and `~NAME` expanded to the home folders.
 
     Args:
-        path: as typed.
-        setting: what it was given to, for the message.
+        path: the path as typed.
+        setting: the setting that got the path, for the message.
 
     Raises:
-        UserError: there is no such home folder, or links lead round in a ring.
+        UserError: there is no such home folder, or links form a ring.
     """
     try:
         found = Path(path).expanduser()
@@ -136,14 +136,18 @@ def expanded(path: str | Path, setting: str) -> Path:
 
 
 def debris(names: str) -> re.Pattern[str]:
-    """The names of files that are written beside others, whose names a pattern gives."""
+    """Return a regex for the names of temporary files beside other files.
+
+    Args:
+        names: regex for the names of these other files.
+    """
     return re.compile(rf"\.({names})\.[0-9a-f]{{8}}\.tmp")
 
 
 def _resolved(folder: Path) -> Path:
     try:
         folder = folder.resolve()
-        folder.exists()  # fails where a name is too long
+        folder.exists()  # fails if a name is too long
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
         raise UserError(f"{folder} is no place for a folder: {error}.") from None
     return folder
@@ -155,9 +159,9 @@ def _write_mark(folder: Path, by: str, files: dict[str, str | int | None]) -> No
 
 
 def _mark(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """Which command wrote a folder, and its files; None where that is not known."""
+    """Return the command that wrote a folder, and its files. An unknown command is None."""
     path = folder / MARK
-    if not path.is_file():  # it may be anything, if others made it
+    if not path.is_file():  # others may have made anything of this name
         return None, {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -167,7 +171,7 @@ def _mark(folder: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def _kept(path: Path) -> str | int:
-    """By what a file is known again: its SHA-256."""
+    """Return the SHA-256 that identifies a file, or 0 for a link or folder."""
     return 0 if path.is_symlink() or not path.is_file() else digest(path)
 
 
@@ -176,7 +180,7 @@ def _is_kept(path: Path, name: str, known: dict[str, Any]) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Files and links at any depth, and empty folders, without the mark."""
+    """Return files and links at any depth, and empty folders, without the mark."""
 
     def counts(path: Path) -> bool:
         return path.is_symlink() or not path.is_dir() or not any(path.iterdir())
@@ -186,7 +190,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     found = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(2**20):
@@ -195,10 +199,13 @@ def digest(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Has a file, or the names in a folder, written to the disk; what cannot be synced is left."""
+    """Sync a file, or the names in a folder, to the disk.
+
+    Paths that cannot be synced are skipped.
+    """
     if path.is_symlink() or not (path.is_file() or path.is_dir()):
         return
-    with suppress(PermissionError):  # Windows opens no folders
+    with suppress(PermissionError):  # Windows cannot open folders
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -210,10 +217,10 @@ def sync(path: Path) -> None:
 
 
 def made_folder(path: Path) -> None:
-    """Makes a folder and those above it, where they are absent, with their names on the disk.
+    """Create a folder and its absent parents, and sync their names to the disk.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     if not path.is_dir():
         if not path.parent.is_dir():
@@ -223,10 +230,10 @@ def made_folder(path: Path) -> None:
 
 
 def _put(staging: Path, folder: Path) -> None:
-    """Puts a folder in its place, from where the one that is there before is removed."""
+    """Move a folder to its final place, and remove the folder that was there."""
     if not folder.exists():
         os.rename(staging, folder)
-    elif not _swap(staging, folder):  # then staging holds what was there
+    elif not _swap(staging, folder):  # after a swap, staging holds the old folder
         outgoing = _old(staging)
         os.rename(folder, outgoing)
         try:
@@ -238,7 +245,7 @@ def _put(staging: Path, folder: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Swaps two folders at once; False where the system cannot."""
+    """Swap two folders at once, or return False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or an old libc
@@ -257,8 +264,8 @@ def _old(staging: Path) -> Path:
 
 
 def _repair(folder: Path) -> None:
-    """Puts back, or removes, what writers of a folder left that were killed."""
-    # Whoever else gives a folder such a name puts no mark of ours into it.
+    """Restore or remove what killed writers of a folder have left."""
+    # Folders of such a name from other programs do not contain our mark.
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}(\.old)?")
     if not folder.parent.is_dir():
         return
@@ -279,7 +286,7 @@ def _repair(folder: Path) -> None:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Keeps other writers out of a folder, where the system has such locks."""
+    """Keep other writers out of a folder, if the system has such locks."""
     handle = _lock(folder, wait=True)
     try:
         yield
@@ -289,7 +296,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether surely no process is writing a folder."""
+    """Return whether certainly no process is writing a folder."""
     handle = _lock(folder)
     if handle is None:
         return False
@@ -298,11 +305,12 @@ def _is_free(folder: Path) -> bool:
 
 
 def _lock(folder: Path, *, wait: bool = False) -> int | None:
-    """An open folder, locked; None where another process holds it, or none can.
+    """Return an open, locked folder, or None if another process holds it or no locks exist.
 
     Args:
-        folder: a writer's own, or one that may be another's.
-        wait: until it is free: others look at it for a moment.
+        folder: a writer's own folder, or a folder that may belong to another writer.
+        wait: whether to wait until the folder is free, since others hold it only for a moment.
+            False by default.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""Keeps the console to what a user can act on."""
+"""Filters that limit the console to messages that a user can act on."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 
 def quiet_libraries() -> None:
-    """Silences messages that tell a user nothing he could act on."""
+    """Silence messages that a user cannot act on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # we tell it better
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # each product in int8 is fp16
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler, Hydra's is a second
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # ours says more
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 products are always fp16
+    logging.getLogger("huggingface_hub").propagate = False  # has its own handler beside Hydra's
     for message in (
         ".*does not have many workers.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*The dirpath has changed.*",
-        ".*sync_dist=True.*",  # our metrics come out of torchmetrics, which has synchronised them
+        ".*sync_dist=True.*",  # torchmetrics has already synchronized our metrics
         ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
-        ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no other
+        ".*`gradient_checkpointing_enable` is deprecated.*",  # older versions have no alternative
         ".*DTensor random operators may not have complete support.*",  # heads are drawn again
-        ".*FSDP2-wrapped module .* returned a view tensor.*",  # which nothing changes in place
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # no code changes it in place
         ".*`torch.jit.script.*` is deprecated.*",  # bitsandbytes, which transformers imports
         ".*`torch.distributed.all_gather_into_tensor` is deprecated.*",  # DeepSpeed
         ".*Experiment logs directory .* exists and is not empty.*",
@@ -41,7 +41,7 @@ def quiet_libraries() -> None:
 
 
 def _quiet_writers() -> None:
-    """Keeps TensorBoard's thread from printing what its logger will tell of it."""
+    """Keep TensorBoard's thread from printing errors that its logger reports."""
     before = threading.excepthook
     if getattr(before, "of_writers", False):
         return

@@ -1,4 +1,4 @@
-"""Text for a terminal or a report, in which a control character of a file acts on nothing."""
+"""Text for a terminal or a report, with harmless control characters."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from html import escape
 from typing import Any, TextIO
 
 _CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # a tab and a line feed stay
-    "\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # line separators, direction, halves
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # tab and line feed stay
+    "\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # line separators, direction, surrogates
 )
 
 
 def printable(text: str, *, json: bool = False) -> str:
-    """Return a text whose control characters are shown escaped, an ESC as its code in hex.
+    """Return a text with its control characters escaped, an ESC as its code in hex.
 
-    A terminal obeys them: they clear it, set its title, or fill the clipboard.
+    A terminal obeys control characters, which can clear it, set its title, or fill the clipboard.
 
     Args:
-        text: labels, errors, generated text, whatever came from a file.
-        json: escape as JSON does, so that the text means the same when it is read.
+        text: labels, errors, generated text, or any other text from a file.
+        json: whether to escape as JSON does, so that the text means the same when it is read.
+            False by default.
     """
 
     def escaped(found: re.Match[str]) -> str:
@@ -34,18 +35,21 @@ def printable(text: str, *, json: bool = False) -> str:
 
 
 def command(verb: str, **settings: object) -> str:
-    """Return a command of ours as it can be typed in a shell: `lora-lightning VERB KEY=VALUE`."""
+    """Return a `lora-lightning VERB KEY=VALUE` command as it can be typed in a shell."""
     words = [verb, *(f"{key}={value}" for key, value in settings.items())]
     return f"lora-lightning {shlex.join(words)}"
 
 
 def is_text(name: str) -> bool:
-    """Whether a name is UTF-8: on a command line, and in a file system, it may be any bytes."""
+    """Return whether a name is UTF-8.
+
+    On a command line and in a file system a name may be any bytes.
+    """
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def one_line(value: object) -> str:
-    """Return a value as a line of Markdown in which it is no HTML, no link and no second cell."""
+    """Return a value as one line of Markdown without HTML, links or cell separators."""
     text = escape(str(value), quote=False).replace("\n", "\\n")
     for mark, shown in (("|", "&#124;"), ("`", "&#96;"), ("](", "]&#40;")):
         text = text.replace(mark, shown)
@@ -60,9 +64,9 @@ def fenced(command: str) -> list[str]:
 
 
 class Terminal:
-    """A stream of a terminal, which may be closed during a run: then nothing is shown.
+    """Stream of a terminal that shows nothing once the terminal is closed during a run.
 
-    The system tells of it by SIGHUP and by an error (EIO) in the next write, whichever is first.
+    The system reports this by SIGHUP and by an error (EIO) in the next write, whichever is first.
 
     Args:
         stream: sys.stdout or sys.stderr.

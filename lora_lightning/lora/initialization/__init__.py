@@ -1,1 +1,1 @@
-"""First values of A and B that are taken from the weights or from the data."""
+"""Initial values of A and B, taken from the weights or from the data."""

@@ -1,8 +1,8 @@
-"""EVA: A from what the layers see of the data, and ranks where that varies most.
+"""EVA: A from the inputs of the layers, and higher ranks where these inputs vary most.
 
-Paischer et al. 2024, arXiv:2410.07170, as their code in PEFT computes it: A's rows are the first
-principal components of a layer's inputs, B is zero, and the ranks of all layers together go to the
-components that explain the largest shares of their layers' variance.
+Paischer et al. 2024, arXiv:2410.07170, as computed by their code in PEFT. The rows of A are the
+first principal components of a layer's inputs, and B is zero. The total rank of all layers goes to
+the components that explain the largest shares of their layers' variance.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lora_lightning.lora.rng import fork_rng
 from lora_lightning.lora.target_modules import Match, match_targets
 
 SETTLED = 0.99
-"""Cosine similarity of a component with that of the batch before, from which it has converged."""
+"""Cosine similarity to the previous batch's component at which a component has converged."""
 OVERSAMPLING = 4
-"""Columns of the randomised decomposition for each component that is wanted."""
+"""Columns of the randomized decomposition per requested component."""
 
 
 class StreamedComponents:
-    """Principal components of rows that come batch by batch (Ross et al. 2008, incremental PCA).
+    """Principal components of rows that arrive in batches (Ross et al. 2008, incremental PCA).
 
     Args:
-        count: components to keep; fewer where rows are shorter.
+        count: number of components to keep. Shorter rows give fewer.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.seen = 0
         self.settled = torch.zeros(count, dtype=torch.bool, device="cpu")
-        """Which components the last batch has hardly turned."""
+        """Which components the last batch has hardly rotated."""
         self._mean = torch.zeros((), device="cpu", dtype=torch.float32)
         self._total = 0.0
         self.components = torch.zeros(0, 0, device="cpu", dtype=torch.float32)
@@ -47,7 +47,7 @@ class StreamedComponents:
         self._singular = torch.zeros(0, device="cpu", dtype=torch.float32)
 
     def update(self, rows: Tensor) -> None:
-        """Takes in rows, (n, in)."""
+        """Update the components with rows, (n, in)."""
         rows = rows.float()
         count = len(rows)
         mean = rows.mean(0)
@@ -67,12 +67,12 @@ class StreamedComponents:
         self._singular, self.components = singular, components
 
     def shares(self) -> Tensor:
-        """The share of the rows' variance that each component explains."""
+        """Return the share of the rows' variance that each component explains."""
         return self._singular.square() / max(self._total, 1e-30)
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest singular values and right singular vectors, the same from the same matrix."""
+    """Return the largest singular values and right singular vectors, deterministically."""
     smaller = min(matrix.shape)
     count = min(count, smaller)
     if OVERSAMPLING * count >= smaller:
@@ -89,7 +89,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Start:
-    """What EVA found: a plain adapter's settings, and A, (r, in), by layer."""
+    """Result of EVA: the settings of a plain adapter, and A, (r, in), by layer."""
 
     config: LoraConfig
     matrices: dict[str, Tensor]
@@ -104,18 +104,18 @@ def start_from_data(
     *,
     show: Callable[[int, int], Any] = lambda settled, layers: None,
 ) -> Start:
-    """First matrices and ranks of an adapter, from what its layers see.
+    """Return initial matrices and ranks of an adapter, computed from the inputs of its layers.
 
-    Batches are gone through until all components that get a rank have converged, or to their end.
-    Layers that see the same inputs share a decomposition.
+    The computation stops when all components that get a rank have converged, or at the last batch.
+    Layers with the same inputs share a decomposition.
 
     Args:
-        model: without the adapter.
-        config: of the adapter, with `init` "eva".
-        batches: with `attention_mask` (rows, positions), and `labels` where each token has one;
-            what the mask hides, or whose label is -100, does not count.
+        model: the model without the adapter.
+        config: config of the adapter, with `init` "eva".
+        batches: batches with `attention_mask` (rows, positions), and `labels` if each token has
+            one. Masked tokens and tokens with label -100 do not count.
         forward: runs the model on a batch.
-        show: told of the decompositions that have converged, and of all.
+        show: gets the numbers of converged and of all decompositions. A no-op by default.
 
     Raises:
         UserError: no layer is linear, or there is no batch.
@@ -154,7 +154,10 @@ def start_from_data(
 
 
 def distributed(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
-    """How many of the `budget` largest shares each layer has; equals go to earlier layers."""
+    """Return how many of the `budget` largest shares each layer has.
+
+    Equal shares go to earlier layers.
+    """
     owners = [name for name, values in shares.items() for _ in values]
     order = torch.cat(list(shares.values())).argsort(descending=True, stable=True)
     counts = Counter(owners[place] for place in order[:budget].tolist())
@@ -164,7 +167,7 @@ def distributed(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
 def _watched(
     matches: list[Match], see: Callable[[str, Tensor], None], run: Callable[[], Any]
 ) -> None:
-    """Runs a pass of the model, in which `see` is given what each layer is given."""
+    """Run a pass of the model, and call `see` with the input of each layer."""
     hooks = [
         match.module.register_forward_pre_hook(lambda _, args, name=match.name: see(name, args[0]))
         for match in matches
@@ -177,8 +180,8 @@ def _watched(
 
 
 def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, str]:
-    """For each layer that is called the first one that is given the very same tensor."""
-    inputs: dict[str, Tensor] = {}  # held, so that no id is used twice
+    """Map each called layer to the first layer that gets the identical tensor."""
+    inputs: dict[str, Tensor] = {}  # kept alive, so that no id is used twice
     _watched(matches, inputs.__setitem__, run)
     first: dict[int, str] = {}
     return {
@@ -194,7 +197,7 @@ def _look(
     batch: dict[str, Tensor],
     forward: Callable[[dict[str, Tensor]], Any],
 ) -> None:
-    """One pass of the model, in which each stream takes in what its layer is given."""
+    """Run one pass of the model, and update each stream with the inputs of its layer."""
 
     def see(name: str, inputs: Tensor) -> None:
         streams[name].update(counted(inputs, batch))
@@ -203,10 +206,10 @@ def _look(
 
 
 def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The rows of a layer's inputs, (n, in), that are of tokens that count.
+    """Return the rows of a layer's inputs, (n, in), that belong to tokens that count.
 
-    Inputs are (rows, positions, in), or the same flattened, as a router sees them, or as one row,
-    as for flash attention; those of another shape count whole: what a pooler sees has no padding.
+    Inputs are (rows, positions, in), flattened as for a router, or one row as for flash attention.
+    All rows of inputs of another shape count, because a pooler sees no padding.
     """
     flat = inputs.flatten(0, -2)
     keep = torch.ones(len(flat), dtype=torch.bool, device=inputs.device)
@@ -221,7 +224,10 @@ def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _resolved(config: LoraConfig, matches: list[Match], ranks: dict[str, int]) -> LoraConfig:
-    """The same adapter as plain LoRA: layers, ranks and alphas by name; each keeps its scaling."""
+    """Return the config of the same adapter as plain LoRA.
+
+    It lists layers, ranks and alphas by name. Each layer keeps its scaling.
+    """
     kept = {match.name: ranks.get(match.name, match.rank) for match in matches}
     kept = {name: rank for name, rank in kept.items() if rank}
     return replace(

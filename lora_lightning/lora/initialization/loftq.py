@@ -1,4 +1,4 @@
-"""LoftQ: an adapter that starts as what quantisation has taken away from its base."""
+"""LoftQ: an adapter initialized with the quantization error of its base."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .svd import principal
 
 
 def is_quantised(layer: nn.Module, original: nn.Module) -> bool:
-    """Whether a layer holds another kind of weight than it did before."""
+    """Return whether a layer has another type than the original layer."""
     return type(layer) is not type(original)
 
 
 def weight_of(original: nn.Module) -> Tensor:
-    """The weight of a layer before it was quantised, as (out, in)."""
+    """Return a layer's weight before quantization, as (out, in)."""
     weight = dequantized(original)
     return weight.t() if lora_class_for(original) is LoraConv1D else weight
 
 
 @torch.no_grad()
 def make_up(adapter: Adapter, original: nn.Module) -> None:
-    """Starts each quantised layer at the s B A of rank r that is nearest to W - Q.
+    """Initialize each quantized layer with the s B A of rank r that is nearest to W - Q.
 
-    Li et al. 2023, arXiv:2310.08659, the first step of their alternation. The next would quantise
-    W - s B A anew: a base that no file holds and no loader makes, so Q stays as its library makes
-    it, and the adapter is plain LoRA on that.
+    This is the first step of the alternation in Li et al. 2023, arXiv:2310.08659. The next step
+    would quantize W - s B A again. No file holds such a base, and no loader makes it. Therefore Q
+    stays as its library makes it, and the adapter is plain LoRA on Q.
 
     Args:
-        adapter: on the quantised model.
-        original: the model as it was before; layers that are the same in it start as ever.
+        adapter: adapter on the quantized model.
+        original: the model before quantization. Layers that are the same in it keep their usual
+            initial values.
     """
     for name, layer in adapter.layers.items():
         before = original.get_submodule(name)
@@ -48,11 +49,11 @@ def make_up(adapter: Adapter, original: nn.Module) -> None:
 
 @torch.no_grad()
 def take_over_values(original: nn.Module, quantised: nn.Module) -> None:
-    """Gives a model, with an adapter on it or not, the values that quantised weights stand for.
+    """Copy the values of quantized weights into a model, with or without an adapter on it.
 
     Args:
-        original: the model before it was quantised; its weights change.
-        quantised: the same without an adapter.
+        original: the model before quantization. Its weights change.
+        quantised: the quantized model without an adapter.
     """
     for name, layer in quantised.named_modules():
         target: Any = original.get_submodule(name)

@@ -1,7 +1,7 @@
-"""First values of A and B that are parts of the frozen weight W, (out, in).
+"""Initial values of A and B that are parts of the frozen weight W, (out, in).
 
-PiSSA trains the directions in which W is largest, OLoRA those of an orthonormal basis of it. Both
-begin with s B A as a part of W, so that what they begin with has to be taken off it again.
+PiSSA trains the directions in which W is largest. OLoRA trains the directions of an orthonormal
+basis of W. Both start with s B A as a part of W, so this part must be subtracted again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lora_lightning.errors import UserError
 def first_matrices(
     name: str, weight: Tensor, rank: int, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """A, (r, in), and B, (out, r), in fp32.
+    """Return the initial A, (r, in), and B, (out, r), in fp32.
 
     Args:
         name: "pissa", "pissa_niter_N" or "olora".
-        weight: (out, in).
+        weight: the frozen weight, (out, in).
         rank: r.
         scaling: s.
 
@@ -47,15 +47,16 @@ def first_matrices(
 def principal(
     weight: Tensor, rank: int, *, scaling: float, steps: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """PiSSA (Meng et al. 2024, arXiv:2404.02948): W = U S V^T, and s B A = U_r S_r V_r^T.
+    """Return A and B of PiSSA, where W = U S V^T and s B A = U_r S_r V_r^T.
 
-    B is U_r sqrt(S_r / s) and A its mirror.
+    Meng et al. 2024, arXiv:2404.02948. B is U_r sqrt(S_r / s), and A is sqrt(S_r / s) V_r^T.
 
     Args:
-        weight: (out, in).
+        weight: the frozen weight, (out, in).
         rank: r.
         scaling: s.
-        steps: of subspace iteration, instead of the whole decomposition; 4 are near to it.
+        steps: number of subspace iterations that replace the full decomposition. 4 come close to
+            it. None by default, for the full decomposition.
     """
     if steps is None:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
@@ -67,6 +68,9 @@ def principal(
 
 
 def orthonormal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """OLoRA (Buyukakyuz 2024, arXiv:2406.01775): W = Q R, B is Q_r (orthonormal), A is R_r."""
+    """Return A and B of OLoRA, where W = Q R, B is Q_r (orthonormal) and A is R_r.
+
+    Buyukakyuz 2024, arXiv:2406.01775.
+    """
     q, r = torch.linalg.qr(weight)
     return r[:rank].contiguous(), q[:, :rank].contiguous()

@@ -1,1 +1,1 @@
-"""LoRA layers: a frozen layer, wrapped and called, with trainable matrices."""
+"""LoRA layers: wrappers that call a frozen layer and add trainable matrices."""

@@ -1,4 +1,4 @@
-"""A frozen layer with something trained beside it: what all kinds of that have in common."""
+"""Base class of the wrappers that put trainable parameters beside a frozen layer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Wrapper(nn.Module):
-    """Calls a frozen base layer, whose weight it may replace for a while.
+    """Wrapper that calls a frozen base layer and can temporarily replace its weight.
 
-    Attributes that a wrapper lacks (`weight`, `in_features`, ...) are the base layer's, because
+    Attributes that a wrapper lacks (`weight`, `in_features`, ...) come from the base layer, because
     model code reads them.
 
     Args:
@@ -27,27 +27,30 @@ class Wrapper(nn.Module):
 
     @property
     def adapted(self) -> tuple[nn.Module, str]:
-        """The module that holds the adapted weight, and its name there."""
+        """The module that holds the adapted weight, and the weight's name in it."""
         return self.base_layer, "weight"
 
     @property
     def merged(self) -> bool:
-        """Whether the base layer's weight holds what is trained at the moment."""
+        """Whether the base layer's weight currently contains the trained values."""
         return self._pristine_weight is not None
 
     def replace_weight(self, merged: nn.Parameter) -> None:
-        """Puts another weight in the place of the base layer's, which is set aside untouched."""
+        """Replace the base layer's weight, and keep the original untouched."""
         self._pristine_weight = (getattr(*self.adapted),)
         setattr(*self.adapted, merged)
 
     def unmerge(self) -> None:
-        """Puts W0 back, the very same tensor."""
+        """Restore W0, the identical tensor."""
         if self._pristine_weight is not None:
             setattr(*self.adapted, self._pristine_weight[0])
             self._pristine_weight = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves or converts the weight that is set aside too: `to` and its like call this."""
+        """Move or convert the kept original weight too.
+
+        `to` and similar methods call this.
+        """
         if self._pristine_weight is not None:
             aside = nn.Module()
             aside.weight = self._pristine_weight[0]
@@ -56,7 +59,7 @@ class Wrapper(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
-        # What nn.Module's own does, for which a call of it takes twice as long.
+        # Same lookup as nn.Module.__getattr__, since calling that method takes twice as long.
         for kind in ("_parameters", "_modules", "_buffers"):
             values = self.__dict__.get(kind, ())
             if name in values:

@@ -1,4 +1,4 @@
-"""DoRA: a weight as magnitude and direction, of which LoRA changes the direction."""
+"""DoRA: a weight decomposed into magnitude and direction, with LoRA on the direction."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .linear import (
 
 
 class DoraLayer(LoraLayer):
-    """h = m / |W0 + s B A| * (W0 + s B A) x + bias, with a trained magnitude m for each output.
+    """DoRA layer: h = m / |W0 + s B A| * (W0 + s B A) x + bias, with trainable m per output.
 
-    Equation 5 of Liu et al. 2024 (arXiv:2402.09353). m starts as |W0|, the norm of the weights that
-    lead to an output, so that the layer equals its base at first. The norm is taken as a constant
-    in the backward pass (section 4.3). It needs no (out, in) matrix of its own:
-    |W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B> by rows, which costs what r more
-    tokens would. Dropout falls on the input of A alone.
+    Equation 5 of Liu et al. 2024 (arXiv:2402.09353). The magnitude m starts as |W0|, the norm of
+    the weights of each output, so the layer initially equals its base. The backward pass treats
+    the norm as a constant (section 4.3). The norm needs no (out, in) matrix of its own. By rows,
+    |W + s B A|^2 = |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, at the cost of r more tokens.
+    Dropout applies only to the input of A.
     """
 
     lora_magnitude_vector: nn.Parameter
@@ -38,14 +38,17 @@ class DoraLayer(LoraLayer):
         self.lora_magnitude_vector = nn.Parameter(self.weight_norm().clone())
 
     def weight_norm(self) -> Tensor:
-        """|W0 + s B A| by output, (out), in fp32; kept in evaluation while A and B are the same."""
-        keeps = not (self.training or torch.compiler.is_compiling())  # a graph knows no versions
+        """Return |W0 + s B A| per output, (out), in fp32.
+
+        Evaluation mode caches the norm while A and B are unchanged.
+        """
+        keeps = not (self.training or torch.compiler.is_compiling())  # graphs have no versions
         key = None
         if keeps:
             key = tuple((m._version, m.device, m.dtype) for m in (self.lora_A, self.lora_B))
             if self._norm is not None and self._norm[0] == key:
                 return self._norm[1]
-        # Not in inference mode: what that makes cannot be saved for a backward pass.
+        # Leave inference mode: autograd cannot save its tensors for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             norm = self._new_norm()
         self._norm = None if key is None else (key, norm)
@@ -60,7 +63,7 @@ class DoraLayer(LoraLayer):
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def factor(self) -> Tensor:
-        """What the outputs are multiplied by, m / |W0 + s B A|, (out)."""
+        """Return the factor of the outputs, m / |W0 + s B A|, (out)."""
         return self.lora_magnitude_vector / self.weight_norm()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -96,13 +99,16 @@ class DoraConv1D(DoraLayer, LoraConv1D):
 
 
 class DoraEmbedding(DoraLayer, LoraEmbedding):
-    """DoRA on nn.Embedding; m is (dim), as in PEFT: an output is a column of the table."""
+    """DoRA on nn.Embedding; m is (dim), as in PEFT.
+
+    An output is a column of the table.
+    """
 
 
 _OF = {LoraLinear: DoraLinear, LoraConv1D: DoraConv1D, LoraEmbedding: DoraEmbedding}
 
 
 def dora_class_for(module: nn.Module) -> type[DoraLayer] | None:
-    """The DoRA layer that can wrap `module`, or None."""
+    """Return the DoRA layer class that can wrap `module`, or None."""
     plain = lora_class_for(module)
     return None if plain is None else _OF[plain]

@@ -1,6 +1,6 @@
-"""Fused layers and their parts: one linear layer whose outputs are those of several, side by side.
+"""Fused layers and their parts: one linear layer with the outputs of several, side by side.
 
-Such is attention's c_attn or qkv_proj. Its parts are contiguous rows of its weight (out, in).
+Examples are attention's c_attn and qkv_proj. The parts are contiguous rows of the weight (out, in).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_lightning.errors import UserError
 
-# Fused layers, by the last name, in which the outputs of a head (or a group of them) lie together:
-# its query, key and value, then those of the next head. Of some models, or of all: ().
+# Fused layers that store outputs head by head (or group by group). Query, key and value of one
+# head precede those of the next. Keys are last names of layers. Values are model types, () for all.
 INTERLEAVED: dict[str, tuple[str, ...]] = {
     "query_key_value": ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon"),
     "qkv_proj": ("codegen", "minimax"),
@@ -28,21 +28,21 @@ INTERLEAVED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a fused weight that make a projection of their own."""
+    """Rows of a fused weight that form one projection."""
 
     name: str
     size: int | None
-    """How many rows; None: an equal share."""
+    """Number of rows, or None for an equal share."""
     adapted: bool
 
 
 def parse_parts(where: str, value: Any) -> tuple[Part, ...]:
-    """The parts that a list of names, or a mapping of names to sizes, describes.
+    """Return the parts that a list of names, or a mapping of names to sizes, describes.
 
-    A minus before a name leaves that part as it is.
+    A minus before a name leaves that part unadapted.
 
     Raises:
-        UserError: they make no sense; the message names `where`.
+        UserError: the parts are invalid. The message names `where`.
     """
     sizes = dict(value) if isinstance(value, dict) else None
     names = list(value) if isinstance(value, (dict, list, tuple)) else []
@@ -67,10 +67,10 @@ def parse_parts(where: str, value: Any) -> tuple[Part, ...]:
 
 
 def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
-    """Parts with their sizes, of a layer with so many outputs.
+    """Return the parts with their sizes, for a layer with `rows` outputs.
 
     Raises:
-        UserError: they do not make up the layer.
+        UserError: the parts do not make up the layer.
     """
     each, rest = divmod(rows, len(parts))
     if parts[0].size is None and rest:
@@ -87,7 +87,10 @@ def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
 
 
 def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
-    """Sized parts of the rows from `start` to `stop`: those outside have no rows."""
+    """Return the sized parts cut to rows `start` to `stop`.
+
+    Parts outside have no rows.
+    """
     found, row = [], 0
     for part in parts:
         end = row + (part.size or 0)
@@ -98,14 +101,14 @@ def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
 
 
 def refuse_interleaved(where: str, name: str, model_config: Any) -> None:
-    """Raises UserError for a fused layer whose parts are known not to be contiguous rows."""
+    """Raise UserError for a fused layer whose parts are known not to be contiguous rows."""
     kind = getattr(model_config, "model_type", None)
     kinds = INTERLEAVED.get(name.rpartition(".")[2])
     if kinds is None or (kinds and kind not in kinds):
         return
     one_key = getattr(model_config, "multi_query", False)
     if one_key and not getattr(model_config, "new_decoder_architecture", False):
-        return  # then falcon and gpt_bigcode have all queries first
+        return  # falcon and gpt_bigcode then store all queries first
     raise UserError(
         f"{where}: parts are contiguous rows of a weight, and {name} of {kind} holds those of one "
         "head after the other. Leave it out: it is then adapted as a whole."

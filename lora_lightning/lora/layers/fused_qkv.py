@@ -14,20 +14,20 @@ from .linear import LoraConv1D, LoraLayer, LoraLinear
 
 
 class SplitLayer(LoraLayer):
-    """A fused layer whose adapted parts have an A and a B each: h_p = W_p x + s B_p A_p x.
+    """Fused layer with one A and one B per adapted part: h_p = W_p x + s B_p A_p x.
 
-    That is loralib's MergedLinear (Hu et al. 2021), and LoRA of rank k r on the whole layer, for k
-    adapted parts, whose B has blocks on its diagonal and zeros elsewhere. The blocks alone are
-    parameters, so that nothing an optimizer does can touch the zeros.
+    This is loralib's MergedLinear (Hu et al. 2021). For k adapted parts it equals LoRA of rank k r
+    on the whole layer, where B has blocks on its diagonal and zeros elsewhere. Only the blocks are
+    parameters, so no optimizer can change the zeros.
 
-    `lora_A` is (k r, in), one part below the other; `lora_B` is (outputs of adapted parts, r),
-    likewise. Files hold the whole matrices, with B as (out, k r).
+    `lora_A` is (k r, in), with the parts stacked. `lora_B` is (outputs of adapted parts, r),
+    stacked the same way. Files hold the whole matrices, with B as (out, k r).
 
     Args:
         base_layer: the layer to adapt.
         rank: r, of each part.
         parts: all parts of the layer in their order, with sizes.
-        settings: those of `LoraLayer`.
+        settings: settings of `LoraLayer`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SplitLayer(LoraLayer):
 
 
 class SplitLinear(SplitLayer, LoraLinear):
-    """Parts of an nn.Linear or a quantised one."""
+    """Parts of an nn.Linear or a quantized linear layer."""
 
 
 class SplitConv1D(SplitLayer, LoraConv1D):

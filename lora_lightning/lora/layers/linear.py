@@ -1,4 +1,4 @@
-"""LoRA layers: a frozen layer, wrapped and called, plus two trainable matrices."""
+"""LoRA layers: wrappers that call a frozen layer and add two trainable matrices."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ from .base import Wrapper
 
 
 class LoraLayer(Wrapper):
-    """A frozen layer with a low-rank update: h = W0 x + s B A x.
+    """Frozen layer with a low-rank update: h = W0 x + s B A x.
 
-    Equation 3 of Hu et al. 2021 (arXiv:2106.09685), s = alpha / r or alpha / sqrt(r). The base
-    layer is called, never copied.
+    Equation 3 of Hu et al. 2021 (arXiv:2106.09685), with s = alpha / r or alpha / sqrt(r). The
+    base layer is called, never copied.
 
-    Where A and B start from parts of W0 (`svd.py`), their first values A0 and B0 are kept, and
-    h = W0 x + s (B A - B0 A0) x: what their papers get by changing the base to W0 - s B0 A0, which
-    here stays as it is.
+    If A and B start from parts of W0 (`svd.py`), the layer keeps their initial values A0 and B0. It
+    then computes h = W0 x + s (B A - B0 A0) x. The papers get the same result by changing the base
+    to W0 - s B0 A0. Here the base stays unchanged.
 
     Args:
-        base_layer: the layer to adapt; its parameters stay as they are.
+        base_layer: the layer to adapt. Its parameters stay unchanged.
         rank: r.
         scaling: s.
-        dropout: probability of dropping an input of A during training.
-        init: the first values of A and B, see `LoraConfig.init`.
-        freeze_A: whether only B is trained (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+        dropout: probability of dropping an input of A during training. 0.0 by default.
+        init: initial values of A and B, see `LoraConfig.init`. "kaiming" by default.
+        freeze_A: whether to train only B (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
+            False by default.
     """
 
     lora_A: nn.Parameter
@@ -56,15 +57,15 @@ class LoraLayer(Wrapper):
     first_A: Tensor | None
     first_B: Tensor | None
     random_matrix = "lora_A"
-    """The one that is drawn; the other starts at zero."""
+    """The randomly initialized matrix. The other starts at zero."""
     add_update: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = staticmethod(
         add_low_rank
     )
-    """Adds the update to the output of a base layer that has to be called."""
+    """Adds the update to the output of a base layer that must be called."""
     fused = True
-    """Whether a plain base layer is not called, but computed together with the update."""
+    """Whether to compute a plain base layer together with the update instead of calling it."""
     forward_pass: ForwardPass | None = None
-    """What the adapter's layers share; None: there is no adapter around this one."""
+    """State that the adapter's layers share, or None without an adapter around this layer."""
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class LoraLayer(Wrapper):
         self.dropout = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         of_A, of_B = self._shapes()
         device = _device_of(base_layer)
-        # Whatever torch's default is, which may be the base's: 16 bits would round away updates.
+        # Always fp32: torch's default may be the base's dtype, and 16 bits round away updates.
         self.lora_A = nn.Parameter(torch.empty(of_A, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(of_B, device=device, dtype=torch.float32))
         self.register_buffer("first_A", None)
@@ -92,17 +93,17 @@ class LoraLayer(Wrapper):
         self.train(base_layer.training)
 
     def features(self) -> tuple[int, int]:
-        """Inputs and outputs of the adapted weight."""
+        """Return the numbers of inputs and outputs of the adapted weight."""
         base = self.base_layer
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
 
     def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of A and of B."""
+        """Return the shapes of A and B."""
         fan_in, fan_out = self.features()
         return (self.rank, fan_in), (fan_out, self.rank)
 
     def reset_parameters(self, init: str = "kaiming") -> None:
-        """Gives A and B their first values: the layer then equals its base.
+        """Set A and B to their initial values, so that the layer equals its base.
 
         Raises:
             UserError: `init` takes them from the base weight, which is too small for the rank.
@@ -121,20 +122,23 @@ class LoraLayer(Wrapper):
         nn.init.zeros_(self.lora_B)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """(r, in) and (out, r) whose product is the whole update: with A0, [A; A0] and [B, -B0]."""
+        """Return (r, in) and (out, r) matrices whose product is the whole update.
+
+        With A0 and B0 they are [A; A0] and [B, -B0].
+        """
         if self.first_A is None or self.first_B is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """What belongs to the adapter, by the names of PEFT's files where they have it."""
+        """Return the adapter's tensors, under the names of PEFT's files if these have them."""
         own = self._in_file(self.lora_A, self.lora_B)
         if self.first_A is not None and self.first_B is not None:
             own |= {"first_A": self.first_A, "first_B": self.first_B}
         return own
 
     def exported_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the same layer as plain LoRA, by the names of PEFT's files."""
+        """Return the tensors of the same layer as plain LoRA, under the names of PEFT's files."""
         return self._in_file(*self.matrices())
 
     def _in_file(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
@@ -146,24 +150,24 @@ class LoraLayer(Wrapper):
         return self.matrices()[0].shape[0]
 
     def own_B(self, stored: Tensor) -> Tensor:
-        """What `lora_B` is where a file of plain LoRA has `stored`.
+        """Return the `lora_B` that corresponds to `stored`, the B of a plain LoRA file.
 
         Raises:
-            UserError: this layer cannot have it.
+            UserError: this layer cannot represent `stored`.
         """
         return stored
 
     def dense_weight(self) -> Tensor:
-        """The frozen weight as (out, in); of a quantised layer what it stands for."""
+        """Return the frozen weight as (out, in), dequantized if the layer is quantized."""
         if self._pristine_weight:
             return self._turned(self._pristine_weight[0].detach())
         return self._turned(dequantized(self.base_layer))
 
     def _turned(self, matrix: Tensor) -> Tensor:
-        """(out, in) as the base weight lies, and the reverse.
+        """Convert between (out, in) and the layout of the base weight, in either direction.
 
         Raises:
-            UserError: how it lies is not known.
+            UserError: the layout is unknown.
         """
         return matrix
 
@@ -200,9 +204,9 @@ class LoraLayer(Wrapper):
         )
 
     def frozen(self, x: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype] | None:
-        """The base layer's weight (out, in) and bias, and the type of its products with x.
+        """Return the base layer's weight (out, in) and bias, and the dtype of its products with x.
 
-        None: the layer has to be called.
+        The result is None if the layer must be called.
         """
         weight = self._plain_weight() if self.fused else None
         if weight is None:
@@ -213,15 +217,15 @@ class LoraLayer(Wrapper):
         return (weight, bias, x.dtype) if weight.dtype == x.dtype else None
 
     def only_adds(self) -> bool:
-        """Whether the layer adds the product of A and B themselves with all of its input."""
+        """Return whether the layer adds exactly the product of A, B and its whole input."""
         plain = type(self) in (LoraLinear, LoraConv1D) and self.first_A is None
         return plain and self.enabled and not self.merged and self._dropout_now() == 0.0
 
     def _plain_weight(self) -> Tensor | None:
-        """The frozen weight as (out, in), where its layer does no more than multiply by it.
+        """Return the frozen weight as (out, in) if the base layer only multiplies by it.
 
-        None: the layer must be called. It is quantised, sharded, hooked, trained in part (its
-        bias), or of another class.
+        The result is None if the layer must be called. Such a layer is quantized, sharded, hooked,
+        partly trainable (its bias), or of another class.
         """
         return None
 
@@ -230,26 +234,26 @@ class LoraLayer(Wrapper):
         return self.dropout.p if training else 0.0  # type: ignore[return-value]
 
     def update(self) -> Tensor:
-        """The update s B A as (out, in)."""
+        """Return the update s B A as (out, in)."""
         lora_A, lora_B = self.matrices()
         return (lora_B.detach() @ lora_A.detach()) * self.scaling
 
     def delta_weight(self) -> Tensor:
-        """The update in the layout of the base weight."""
+        """Return the update in the layout of the base weight."""
         return self._turned(self.update())
 
     def update_norm(self) -> Tensor:
-        """Frobenius norm of the update, a scalar."""
+        """Return the Frobenius norm of the update, a scalar."""
         return low_rank_norm(*self.matrices(), self.scaling)
 
     def merge(self) -> None:
-        """Puts W0 + s B A in the place of W0: summed in fp32, rounded once.
+        """Replace W0 by W0 + s B A, summed in fp32 and rounded once.
 
-        W0 itself is set aside untouched, so `unmerge` is exact, however often it is done, and a
-        tensor tied to W0 elsewhere in the model keeps its value.
+        W0 itself stays untouched, so `unmerge` is exact after any number of merges. A tensor tied
+        to W0 elsewhere in the model keeps its value.
 
         Raises:
-            UserError: the base weight is quantised, the sum is not finite, or the base layer does
+            UserError: the base weight is quantized, the sum is not finite, or the base layer does
                 more with its weight than multiply by it.
         """
         if self.merged:
@@ -267,7 +271,7 @@ class LoraLayer(Wrapper):
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise UserError("merging gives values that are not finite: the adapter has diverged.")
         proven = is_plain(module) or self._is_merge_of(weight, merged)
-        if not proven or getattr(module, "max_norm", None) is not None:  # which scales the rows
+        if not proven or getattr(module, "max_norm", None) is not None:  # it scales the rows
             raise UserError(
                 f"cannot merge into {type(module).__name__}: with W + s B A for its weight it does "
                 "not give what it does with the adapter beside it. Use the adapter unmerged."
@@ -275,7 +279,7 @@ class LoraLayer(Wrapper):
         self.replace_weight(nn.Parameter(merged, requires_grad=False))
 
     def _is_merge_of(self, weight: Tensor, merged: Tensor) -> bool:
-        """Whether the base layer with the merged weight gives what this layer gives now."""
+        """Return whether the base layer with the merged weight gives what this layer gives now."""
         base, width = self.base_layer, 0 if isinstance(self, LoraEmbedding) else self.features()[0]
 
         def with_merged(x: Tensor) -> Any:
@@ -288,7 +292,7 @@ class LoraLayer(Wrapper):
 
 
 class LoraLinear(LoraLayer):
-    """LoRA on nn.Linear, or on any quantised linear with in_features and out_features.
+    """LoRA on nn.Linear, or on any quantized linear layer with in_features and out_features.
 
     A is (r, in), B is (out, r).
     """
@@ -330,8 +334,8 @@ class LoraConv1D(LoraLayer):
 class LoraEmbedding(LoraLayer):
     """LoRA on nn.Embedding: A is (r, vocabulary), B is (dim, r).
 
-    As in PEFT and loralib, A starts at zero and B is drawn from N(0, 1): every row of A is read by
-    one token alone, so a random A would be noise that other tokens never average out.
+    As in PEFT and loralib, A starts at zero and B is drawn from N(0, 1). Only one token reads each
+    column of A, so a random A would be noise that other tokens never average out.
     """
 
     random_matrix = "lora_B"
@@ -362,7 +366,7 @@ class LoraEmbedding(LoraLayer):
         if not self.enabled or self.merged:
             return output
         scaling: float | Tensor = self.scaling
-        # Some models scale inside the embedding (Gemma 3, BART): the update is scaled alike.
+        # Some models scale inside the embedding (Gemma 3, BART), so the update is scaled too.
         scale = getattr(self.base_layer, "embed_scale", None)
         if scale is not None:
             scaling = self.scaling * scale
@@ -376,7 +380,7 @@ class LoraEmbedding(LoraLayer):
 
 
 def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
-    """The layer of plain LoRA that can wrap `module`, or None."""
+    """Return the plain LoRA layer class that can wrap `module`, or None."""
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -386,13 +390,13 @@ def lora_class_for(module: nn.Module) -> type[LoraLayer] | None:
     if isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     ):
-        # nn.Bilinear has in1_features; only layers of the shape of nn.Linear pass.
+        # nn.Bilinear has in1_features, so only layers shaped like nn.Linear pass.
         return LoraLinear
     return None
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """A layer's weight in floating point, whatever it is stored as."""
+    """Return a layer's weight in floating point, whatever its storage format."""
     weight: Any = layer.weight
     if type(weight).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -401,7 +405,7 @@ def dequantized(layer: nn.Module) -> Tensor:
     if type(weight).__name__ == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        state: Any = layer.state  # where the first pass has moved them
+        state: Any = layer.state  # the first pass moves the scales here
         scales = state.SCB if weight.SCB is None else weight.SCB
         return int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
     if hasattr(layer, "dequantized"):
@@ -410,7 +414,7 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a layer is of just this class, unhooked, with frozen parameters of torch's own."""
+    """Return whether a layer is exactly of this class, unhooked, with frozen nn.Parameters."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     if type(layer) is not kind or hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False

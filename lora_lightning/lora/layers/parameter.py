@@ -1,4 +1,4 @@
-"""LoRA on a parameter itself, such as the weights of all experts of a layer in one tensor."""
+"""LoRA on a parameter itself, such as one tensor with the weights of all experts of a layer."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .linear import LoraLayer
 
 
 class LoraParameter(LoraLayer):
-    """A parameter W with a low-rank update, W_e + s B_e A_e for each expert e.
+    """Parameter W with a low-rank update: W_e + s B_e A_e for each expert e.
 
-    W is a matrix (one expert), or (E, out, in), or (E, in, out) where its module says
-    `is_transposed`. What is done with it, its module alone knows: the module is called with the
-    sum in the place of W, for the time of the call. So there is no input that could be dropped,
-    and the sum has the type of W: in 16 bits it rounds off what is small beside W, as PEFT's does.
-    Autograd keeps the sum, which is as large as W, until the backward pass.
+    W is a matrix (one expert), (E, out, in), or (E, in, out) if its module sets `is_transposed`.
+    Only the module knows how it uses W, so each call runs the module with the sum instead of W.
+    Dropout is impossible, because no input of A exists. The sum has the dtype of W. In 16 bits it
+    rounds off updates that are small beside W, as in PEFT. Autograd keeps the sum, which is as
+    large as W, until the backward pass.
 
-    Matrices lie as in PEFT's files: A is (E r, in), one expert below the other; B is (out, r E),
-    whose columns go through the experts before they go through the ranks. Several parameters of a
-    module are adapted by layers around each other, the first one innermost.
+    The matrices have the layout of PEFT's files. A is (E r, in), with the experts stacked. B is
+    (out, r E), where the expert index varies fastest along the columns. Nested layers adapt several
+    parameters of a module, the first one innermost.
 
     Args:
         base_layer: the module, or the layer of another of its parameters.
         rank: r.
         parameter: the parameter's name in the module.
-        settings: those of `LoraLayer`.
+        settings: settings of `LoraLayer`.
     """
 
     def __init__(
@@ -70,13 +70,16 @@ class LoraParameter(LoraLayer):
         return self.rank
 
     def _by_expert(self) -> tuple[Tensor, Tensor]:
-        """A as (E, r, in) and B as (E, out, r)."""
+        """Return A as (E, r, in) and B as (E, out, r)."""
         fan_in, fan_out = self.features()
         a = self.lora_A.view(self.experts, self.rank, fan_in)
         return a, self.lora_B.view(fan_out, self.rank, self.experts).permute(2, 0, 1)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """Two batches of matrices whose products, times s, are the update as W lies."""
+        """Return two batches of matrices.
+
+        Their products times s are the update in the layout of W.
+        """
         a, b = self._by_expert()
         return (a.mT, b.mT) if self._transposed() else (b, a)
 
@@ -90,15 +93,18 @@ class LoraParameter(LoraLayer):
         return functional_call(self.base_layer, weights, args, kwargs)
 
     def adapted_weight(self) -> Tensor:
-        """W + s B A, of W's shape and type, in one product: there is no tensor of the update."""
+        """Return W + s B A, in W's shape and dtype.
+
+        One product computes the sum, without a separate tensor for the update.
+        """
         weight: Tensor = getattr(*self.adapted)
         left, right = (factor.to(weight.dtype) for factor in self._factors())
         stacked = weight.view(self.experts, *weight.shape[-2:])
-        with torch.autocast(weight.device.type, enabled=False):  # it would change the type
+        with torch.autocast(weight.device.type, enabled=False):  # it would change the dtype
             return torch.baddbmm(stacked, left, right, alpha=self.scaling).view_as(weight)
 
     def _is_merge_of(self, weight: Tensor, merged: Tensor) -> bool:
-        return True  # the module is called with the very sum
+        return True  # the module is called with the sum itself
 
     def update(self) -> Tensor:
         left, right = self._factors()

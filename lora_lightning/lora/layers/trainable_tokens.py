@@ -1,4 +1,4 @@
-"""Rows of a frozen vocabulary that are trained: those of a few tokens, such as newly added ones."""
+"""Trainable rows of a frozen vocabulary, for a few tokens such as newly added ones."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lora_lightning.lora.tied_weights import tied_layers
 from .base import Wrapper
 
 ROWS = "token_adapter.trainable_tokens_delta"
-"""What PEFT's files call the trained rows: in spite of its name the rows themselves."""
+"""Name of the trainable rows in PEFT's files. Despite its name it holds the rows themselves."""
 MATRIX = "token_adapter.base_layer.weight"
-"""And the frozen matrix, which PEFT stores where the vocabulary has grown."""
+"""Name of the frozen matrix, which PEFT stores if the vocabulary has grown."""
 
 
 class TokenRows(Wrapper):
-    """A frozen embedding or output layer, some rows of whose matrix W have trained ones instead.
+    """Frozen embedding or output layer that replaces some rows of its matrix W by trainable rows.
 
-    As an embedding, token i gives its trained row, any other its row of W. As a linear layer,
-    output i is the trained row times x, plus its bias. W is used as it lies: no copy of it is made
-    and it gets no gradient, so what is trained costs its own rows alone.
+    An embedding gives the trainable row of an adapted token, and the row of W for any other token.
+    In a linear layer, output i is the trainable row times x, plus its bias. The layer makes no copy
+    of W, and W gets no gradient. Training therefore costs only the trainable rows.
 
     Args:
         base_layer: an nn.Embedding, (vocabulary, dim), or nn.Linear, (dim -> vocabulary).
         indices: the tokens, each once.
-        tied_to: the layer with the same W whose trained rows this one has too.
+        tied_to: the layer with the same W, whose trainable rows this layer shares. None by default.
     """
 
     base_layer: nn.Embedding | nn.Linear
@@ -52,7 +52,7 @@ class TokenRows(Wrapper):
         super().__init__(base_layer)
         weight = base_layer.weight
         asked = torch.tensor(indices, device=weight.device)
-        # In the order of the indices, so that a token is found by bisection.
+        # Sorted by index, so that bisection finds a token.
         self.register_buffer("indices", asked, persistent=False)
         self.register_buffer("_sorted", asked.sort().values, persistent=False)
         self.register_buffer("_order", asked.argsort(), persistent=False)
@@ -68,13 +68,16 @@ class TokenRows(Wrapper):
 
     @property
     def rows(self) -> nn.Parameter:
-        """The trained rows, (tokens, dim), in the order of `indices`."""
+        """The trainable rows, (tokens, dim), in the order of `indices`."""
         rows: nn.Parameter = self.token_adapter[ROWS.rpartition(".")[2]]
         return rows
 
     @torch.no_grad()
     def start_at_mean(self) -> None:
-        """Gives all trained rows the mean of the rows before them, for tokens without a meaning."""
+        """Set all trainable rows to the mean of the rows before them.
+
+        This is for tokens without a meaning.
+        """
         known = self.base_layer.weight[: int(self.indices.min())]
         self.rows.copy_(known.mean(0, dtype=self.rows.dtype))
 
@@ -86,7 +89,7 @@ class TokenRows(Wrapper):
             return self._embedded(x, output)
         bias = None if self.base_layer.bias is None else self.base_layer.bias[self.indices]
         own = F.linear(x, self.rows.to(x.dtype), bias)
-        # In place: a linear layer needs its output no more, and logits are large.
+        # In place: a linear layer does not need its output again, and logits are large.
         return output.index_copy_(-1, self.indices, own.to(output.dtype))
 
     def _embedded(self, tokens: Tensor, output: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class TokenRows(Wrapper):
         return torch.where(is_ours[..., None], own, output)
 
     def merge(self) -> None:
-        """Puts W with the trained rows in the place of W, which is set aside untouched.
+        """Replace W by a copy with the trained rows, and keep W untouched.
 
         Raises:
             UserError: a trained row is not finite.
@@ -122,7 +125,7 @@ class TokenRows(Wrapper):
 
 @dataclass(frozen=True)
 class RowsMatch:
-    """A layer of which rows are trained, and those that are tied to it and have the same rows."""
+    """Layer with trainable rows, and the tied layers that share them."""
 
     name: str
     indices: list[int]
@@ -130,13 +133,13 @@ class RowsMatch:
 
 
 def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
-    """The layers that `config.trainable_token_indices` names, by PEFT's rules.
+    """Return the layers that `config.trainable_token_indices` names, by PEFT's rules.
 
-    A list of indices is for the input embedding. What is tied to that goes with it.
+    A list of indices applies to the input embedding. Tied layers share its rows.
 
     Raises:
-        UserError: a name matches nothing, or no vocabulary; an index is beyond its rows; or tied
-            layers are to have different rows.
+        UserError: a name matches no module or a module without rows, an index exceeds the rows, or
+            tied layers have different indices.
     """
     asked = config.trainable_token_indices
     if asked is None:
@@ -169,7 +172,7 @@ def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
 
 
 def _grouped(model: nn.Module, wanted: dict[str, list[int]], source: str | None) -> list[RowsMatch]:
-    """One match for each matrix, under the name of the input embedding where it is among them."""
+    """Return one match per matrix, named after the input embedding if it is included."""
     found: list[RowsMatch] = []
     for name, indices in sorted(wanted.items(), key=lambda item: item[0] != source):
         if any(name in match.tied for match in found):
@@ -186,7 +189,7 @@ def _grouped(model: nn.Module, wanted: dict[str, list[int]], source: str | None)
 
 
 def rows_of_tokens(model: nn.Module, indices: list[int]) -> dict[str, list[int]]:
-    """`trainable_token_indices` for tokens in the input embedding and the output layer."""
+    """Return `trainable_token_indices` for tokens in the input embedding and the output layer."""
     source, output = _input_embedding(model), _name_of(model, "get_output_embeddings")
     assert source is not None
     names = [source]

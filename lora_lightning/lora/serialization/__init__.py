@@ -1,1 +1,1 @@
-"""PEFT's folder: written, read, checked."""
+"""PEFT adapter folders: writing, reading and checks."""

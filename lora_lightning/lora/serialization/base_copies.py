@@ -1,4 +1,4 @@
-"""What PEFT stores beside an adapter: copies of the base's embeddings, compared and left out."""
+"""Copies of the base's embeddings that PEFT stores beside an adapter, compared and dropped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lora_lightning.lora.model import Adapter
 
 
 def without_copies(adapter: Adapter, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Drops the copies of frozen base weights that PEFT stores when embeddings are adapted.
+    """Drop the copies of frozen base weights that PEFT stores when embeddings are adapted.
 
     Raises:
-        UserError: such a copy differs from the model's own weight, so it was resized or trained.
+        UserError: a copy differs from the model's own weight, so it was resized or trained.
     """
     own = adapter.named_tensors()
     frozen = dict(adapter.model.named_parameters(remove_duplicate=False))
@@ -28,10 +28,10 @@ def without_copies(adapter: Adapter, tensors: dict[str, Tensor], source: str) ->
 def _without_row_copies(
     adapter: Adapter, tensors: dict[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Drops what PEFT stores beside trained rows: their whole matrix, and tied rows once more.
+    """Drop the tensors that PEFT stores beside trainable rows if the vocabulary has grown.
 
-    It does so for a vocabulary that has grown. Of new rows that are not trained nothing else tells,
-    so the model's are taken from there.
+    These are the whole matrix of the rows, and a second copy of tied rows. Only the matrix holds
+    the new rows that are not trained, so the model takes them from it.
     """
     kept = dict(tensors)
     before = getattr(adapter.model, "rows_before_growth", None)
@@ -54,7 +54,7 @@ def _without_row_copies(
 
 
 def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
-    """Raises UserError if a copy of a base weight is of another base."""
+    """Raise UserError if a copy of a base weight belongs to another base."""
     weight = weight.detach().cpu().float()
     if stored.dim() == 2 and stored.shape[1:] == weight.shape[1:] and len(stored) != len(weight):
         raise UserError(

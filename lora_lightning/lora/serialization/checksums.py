@@ -1,4 +1,4 @@
-"""Checksums of the files in an adapter folder, which its run has written down beside them."""
+"""Checksums of the files in an adapter folder, which the run stores beside them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lora_lightning.errors import UserError
 from lora_lightning.utils.output_folders import MARK, digest
 
 SIDECAR = "lora_lightning.json"
-"""Our own file beside PEFT's: task, labels, base model and settings."""
+"""Name of our own file beside PEFT's, with task, labels, base model and settings."""
 _OLD, _KEY = "weights_sha256", "sha256"
-"""Where it has the checksums: of the weights alone once, now of all files by name."""
+"""Keys of the checksums: formerly of the weights alone, now of all files by name."""
 _CONTENT = "content_sha256"
-"""Where it has the checksum of its own content, but for these."""
+"""Key of the checksum of our file's own content, without the checksums."""
 _FREE = (SIDECAR, MARK, "README.md")
-"""Files that have none."""
+"""Files without a checksum."""
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of the files that lie in a folder, but for those that have none."""
+    """Return the SHA-256 of each file in a folder by name, without the files in `_FREE`."""
     files = (path for path in folder.iterdir() if path.is_file() and path.name not in _FREE)
     return {path.name: digest(path) for path in sorted(files)}
 
 
 def write_checksums(folder: Path, content: dict[str, object]) -> None:
-    """Writes our own file, with the checksums of all that lies beside it."""
+    """Write our own file, with the checksums of all files beside it."""
     kept = json.loads(json.dumps({key: value for key, value in content.items() if key != _OLD}))
     sums = {_CONTENT: _digest_of(kept), _KEY: checksums(folder)}
     text = json.dumps({**kept, **sums}, indent=2, sort_keys=True)
@@ -36,16 +36,18 @@ def write_checksums(folder: Path, content: dict[str, object]) -> None:
 
 
 def _digest_of(content: dict[str, Any]) -> str:
-    """SHA-256 of what our own file says, however it is laid out."""
+    """Return the SHA-256 of our file's content, independent of its formatting."""
     own = {key: value for key, value in content.items() if key not in (_OLD, _KEY, _CONTENT)}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def check_content(content: dict[str, Any], path: Path) -> None:
-    """Makes sure that our own file says what its run has written; an older one has no checksum.
+    """Check that our own file has the content that its run wrote.
+
+    An older file has no checksum.
 
     Raises:
-        UserError: it says otherwise.
+        UserError: the content differs.
     """
     if _CONTENT in content and content[_CONTENT] != _digest_of(content):
         raise UserError(
@@ -56,12 +58,12 @@ def check_content(content: dict[str, Any], path: Path) -> None:
 
 
 def check_files(folder: str | Path) -> None:
-    """Makes sure that an adapter's files are those that its run has written.
+    """Check that an adapter's files are those that its run wrote.
 
-    A folder of another tool has no checksums.
+    A folder from another tool has no checksums.
 
     Raises:
-        UserError: one of them is absent or reads otherwise.
+        UserError: a file is absent or its content differs.
     """
     folder = Path(folder)
     sidecar = folder / SIDECAR
@@ -79,7 +81,7 @@ def check_files(folder: str | Path) -> None:
         recorded.setdefault("adapter_model.safetensors", content[_OLD])
     for name, expected in sorted(recorded.items()):
         path = folder / name
-        if not os.path.isfile(path):  # also where the name is too long
+        if not os.path.isfile(path):  # False also if the name is too long
             raise UserError(
                 f"{path} is absent, and {SIDECAR} has its checksum. Copy the adapter again from "
                 "where it is whole."

@@ -1,4 +1,4 @@
-"""The adapter_config.json of an adapter in place, as PEFT reads it."""
+"""Content of adapter_config.json for an adapter in place, as PEFT reads it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def to_peft_config(
     revision: str | None = None,
     task_type: str | None = None,
 ) -> dict[str, Any]:
-    """The content of adapter_config.json for an adapter in place.
+    """Return the content of adapter_config.json for an adapter in place.
 
-    Targets are written as the shortest name suffixes that match just what was adapted, so that
-    every engine adapts the same weights, whatever regex or shorthand chose them.
+    Targets are the shortest name suffixes that match exactly the adapted modules. Every engine then
+    adapts the same weights, whatever regex or shorthand chose them.
     """
     config, layers = adapter.config, adapter.layers
     modules, parameters = _modules_and_parameters(adapter)
-    names = modules | parameters  # by which PEFT looks up the patterns
+    names = modules | parameters  # PEFT looks up the patterns by these names
     ranks = {names[key]: layer.stored_rank for key, layer in layers.items()}
     alphas = {names[key]: _stored_alpha(adapter, key) for key in layers}
     rank, rank_pattern = _common(ranks, config.exported().rank)
@@ -45,7 +45,7 @@ def to_peft_config(
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has no other on parameters
+        "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has no dropout on parameters
         "modules_to_save": sorted(adapter.saved_modules) or None,
         "peft_type": "LORA",
         "r": rank,
@@ -61,8 +61,8 @@ def to_peft_config(
 
 
 def _modules_and_parameters(adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
-    """The names of layers, as PEFT is to know them: those of modules, and those of parameters."""
-    plain = adapter.config.bias == "none" and not adapter.config.use_dora  # on parameters no more
+    """Return the names of layers for PEFT: names of modules, and names of parameters."""
+    plain = adapter.config.bias == "none" and not adapter.config.use_dora  # parameters take neither
     by_weight = set(named_like_experts(adapter.model, adapter.layers)) if plain else set()
     modules, parameters = {}, {}
     for name, layer in adapter.layers.items():
@@ -76,14 +76,17 @@ def _modules_and_parameters(adapter: Adapter) -> tuple[dict[str, str], dict[str,
 
 
 def _stored_alpha(adapter: Adapter, name: str) -> float:
-    """Alpha for which the layer's scaling stays what it is at the rank that is stored."""
+    """Return the alpha that keeps the layer's scaling at the stored rank."""
     layer: LoraLayer = adapter.layers[name]
     ratio = layer.stored_rank / layer.rank
     return adapter.alphas[name] * (math.sqrt(ratio) if adapter.config.use_rslora else ratio)
 
 
 def _module_suffixes(adapter: Adapter, modules: set[str]) -> list[str] | str:
-    """Suffixes of names; or one regex for whole names, where no suffix tells some from others."""
+    """Return name suffixes of the modules.
+
+    If suffixes also match other modules, return one regex for whole names.
+    """
     inside = tuple(f"{name}." for name in modules)
     others = [
         name
@@ -111,7 +114,10 @@ def _parameter_suffixes(adapter: Adapter, parameters: set[str]) -> list[str]:
 
 
 def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
-    """Trained rows by the shortest suffix that names their layer alone; tied ones go with it."""
+    """Return the tokens with trainable rows, by the shortest suffix that names only their layer.
+
+    Tied layers share the entry.
+    """
     names = [name for name, _ in adapter.model.named_modules() if name]
     found = {}
     for rows in adapter.rows:
@@ -121,7 +127,7 @@ def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
 
 
 def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
-    """One value for all, and patterns for the modules that differ from it."""
+    """Return one value for all modules, and patterns for the modules that differ from it."""
     common = default if default in values.values() else next(iter(values.values()))
     patterns: dict[str, Any] = {}
     for name, value in values.items():

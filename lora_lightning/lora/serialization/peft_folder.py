@@ -1,7 +1,7 @@
 """Adapters on disk: the PEFT folder, `adapter_config.json` and `adapter_model.safetensors`.
 
-Only safetensors is read or written, never a pickle. What is written loads in PEFT and in
-`transformers`; what PEFT wrote loads here, or is refused with the reason.
+This module reads and writes only safetensors, never a pickle. Its folders load in PEFT and in
+`transformers`. Folders from PEFT load here, or are refused with the reason.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Settings of PEFT that change what an adapter computes and that are not implemented here. A file
-# that uses one is refused: ignoring it would give other outputs without a word.
+# PEFT settings that change what an adapter computes and that are not implemented here. A file that
+# uses one is refused, because ignoring it would silently change the outputs.
 _UNSUPPORTED = (
     "lora_bias",
     "alora_invocation_tokens",
@@ -46,7 +46,7 @@ _UNSUPPORTED = (
     "monteclora_config",
     "kasa_config",
 )
-# Those of PEFT 0.21 and before that are read here, or that change nothing of a trained adapter.
+# Settings of PEFT 0.21 and earlier that are read here or do not change a trained adapter.
 _KNOWN = (
     *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "revision"),
     *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
@@ -56,7 +56,7 @@ _KNOWN = (
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
     *("qalora_group_size", "runtime_config", "merge_weights"),
 )
-# These initialisations also change the base weights, which a loader would have to repeat.
+# These initializations also change the base weights, and a loader would have to repeat that.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHER_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -72,22 +72,23 @@ def save_adapter(
     by: str = "save_adapter",
     later: Iterable[str] = (),
 ) -> Path:
-    """Writes an adapter as a PEFT folder; the same adapter always gives the same bytes.
+    """Write an adapter as a PEFT folder, with the same bytes for the same adapter.
 
-    The folder appears whole or not at all: it is written beside its place and renamed.
+    The folder appears whole or not at all, because it is written beside its place and renamed.
 
     Args:
         adapter: the adapter to write.
-        folder: where; what the same command wrote before is replaced.
-        base_model: hub name or path of the base model, recorded for whoever loads the adapter.
-        revision: the base model's hub revision.
-        task_type: PEFT's task type, such as "SEQ_CLS" or "CAUSAL_LM".
-        also: writes further files into the folder that it is given.
-        by: the command that writes (`replaced_folder`).
-        later: names of files that are written into the folder afterwards.
+        folder: the destination. Earlier output of the same command is replaced.
+        base_model: hub name or path of the base model, recorded for users who load the adapter.
+            None by default.
+        revision: the base model's hub revision. None by default.
+        task_type: PEFT's task type, such as "SEQ_CLS" or "CAUSAL_LM". None by default.
+        also: writes further files into the folder that it gets. None by default.
+        by: the command that writes (`replaced_folder`). "save_adapter" by default.
+        later: names of files that are written into the folder afterwards. Empty by default.
 
     Raises:
-        UserError: the folder cannot be written, or holds what others have written; or the adapter
+        UserError: the folder cannot be written, it holds files that others wrote, or the adapter
             was removed from its model.
     """
     if adapter.removed:
@@ -104,7 +105,7 @@ def save_adapter(
 
 
 def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes the two files of PEFT into a folder, and makes sure that the weights are there."""
+    """Write the two files of PEFT into a folder, and check that the weights are there."""
     stored = {
         PREFIX + name: tensor.detach().to("cpu").contiguous().clone()
         for name, tensor in sorted(tensors.items())
@@ -115,13 +116,14 @@ def write_files(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def weights_bytes(tensors: dict[str, Tensor]) -> int:
-    """The size of the weights' file that `write_files` makes; values do not matter.
+    """Return the size in bytes of the weights file that `write_files` makes.
 
-    The format of safetensors: eight bytes, a JSON header padded to a multiple of eight, the data.
+    The values do not matter. A safetensors file has eight bytes, a JSON header padded to a multiple
+    of eight, and the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
-    # The library puts the wider types first.
+    # The library stores wider dtypes first.
     for name, tensor in sorted(tensors.items(), key=lambda one: (-one[1].element_size(), one[0])):
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
         kind = str(tensor.dtype).replace("torch.float", "F").replace("torch.int", "I")
@@ -132,7 +134,7 @@ def weights_bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Makes sure that a file holds these tensors, before an older one makes way for it."""
+    """Check that a file holds these tensors, before it replaces an older file."""
     found = load_file(path)
     if found.keys() != tensors.keys() or not all(
         torch.equal(found[name], tensor) for name, tensor in tensors.items()
@@ -141,7 +143,7 @@ def _check_written(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads a PEFT folder: its config as a dict, its tensors by name without PEFT's prefix.
+    """Read a PEFT folder: its config as a dict, and its tensors by name without PEFT's prefix.
 
     Raises:
         UserError: a file is absent, unreadable, truncated or corrupt, or is no LoRA adapter.
@@ -154,7 +156,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        # PEFT writes an adapter that is not called "default" into a folder of its name.
+        # PEFT writes an adapter with a name other than "default" into a folder of that name.
         name_it = f" Name the one inside: {folder / inside[0]}." if inside else ""
         if len(inside) > 1:
             name_it = f" Name one of those inside: {', '.join(str(folder / n) for n in inside)}."
@@ -180,10 +182,10 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return load_file(path)
@@ -195,9 +197,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
-    """Puts the adapter stored in `folder` onto `model`, strictly.
+    """Load the adapter stored in `folder` onto `model`, strictly.
 
-    Where it has rows of new tokens, the model's vocabulary grows until it holds them.
+    If the adapter has rows of new tokens, the model's vocabulary grows until it holds them.
 
     Raises:
         UserError: see `read_adapter` and `Adapter.load_tensors`.
@@ -216,24 +218,24 @@ def adapter_from(
     *,
     together: bool = False,
 ) -> Adapter:
-    """Puts an adapter on `model` whose files in `folder` have been read.
+    """Put an adapter on `model` from files in `folder` that have already been read.
 
     Args:
-        model: the base, with room for the tokens that have rows of their own (`make_room`).
-        config: what the files say of it.
-        tensors: what they hold.
-        folder: what messages call it.
-        together: whether layers that are tied are to have one update (`is_together`).
+        model: the base, with room for the tokens that have their own rows (`make_room`).
+        config: the settings from the files.
+        tensors: the tensors from the files.
+        folder: the folder, as messages name it.
+        together: whether tied layers get one update (`is_together`). False by default.
     """
     _refuse_absent_rank(config, tensors, folder)
     config.modules_to_save = whole_modules(model, config.modules_to_save, tensors)
-    adapter = Adapter(model, config, strict=False)  # the tensors are checked, one by one
+    adapter = Adapter(model, config, strict=False)  # each tensor is checked instead
     source = f"adapter {folder}"
     try:
         if together:
             _refuse_tied_updates(adapter)
         adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
-        check_files(folder)  # after what tells more: names, shapes, values
+        check_files(folder)  # last, since names, shapes and values tell more
     except UserError:
         adapter.remove()
         raise
@@ -241,12 +243,12 @@ def adapter_from(
 
 
 def is_together(raw: dict[str, Any]) -> bool:
-    """Whether an adapter_config.json asks for one update of tied layers."""
+    """Return whether an adapter_config.json asks for one update of tied layers."""
     return _switch(raw, "ensure_weight_tying")
 
 
 def _refuse_tied_updates(adapter: Adapter) -> None:
-    """Raises UserError for an adapter of PEFT that gives tied layers one update together."""
+    """Raise UserError for a PEFT adapter that gives tied layers one common update."""
     weights = [weight for layer in adapter.layers.values() for weight in layer.parameters()]
     names = Counter(id(p) for _, p in adapter.model.named_parameters(remove_duplicate=False))
     if adapter._untied or any(names[id(weight)] > 1 for weight in weights):
@@ -257,7 +259,10 @@ def _refuse_tied_updates(adapter: Adapter) -> None:
 
 
 def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: str | Path) -> None:
-    """Raises UserError for a rank that no tensor of the file can have, before it takes memory."""
+    """Raise UserError for a rank that no tensor of the file can have.
+
+    This check runs before such a rank takes memory.
+    """
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     rank = max([config.rank, *config.rank_pattern.values()])
     if rank > widest:
@@ -267,10 +272,10 @@ def _refuse_absent_rank(config: LoraConfig, tensors: dict[str, Tensor], folder: 
 
 
 def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
-    """The settings that an adapter_config.json describes.
+    """Return the settings that an adapter_config.json describes.
 
     Raises:
-        UserError: it asks for something that is not implemented here; the message names it.
+        UserError: the file asks for something that is not implemented here. The message names it.
     """
     for key in _UNSUPPORTED:
         if raw.get(key):
@@ -323,28 +328,31 @@ def from_peft_config(raw: dict[str, Any]) -> LoraConfig:
 
 def _switch(raw: dict[str, Any], key: str) -> bool:
     value = raw.get(key)
-    if value not in (None, True, False):  # a text, of which "false" would be on
+    if value not in (None, True, False):  # the string "false" would count as true
         raise UserError(f"{CONFIG_NAME} says {key}={value!r}: it must be true or false.")
     return bool(value)
 
 
 def _names(raw: dict[str, Any], key: str) -> list[str]:
-    """A list of names; one alone is a list of it."""
+    """Return a list of names. A single name becomes a list."""
     value = raw.get(key) or []
     return [value] if isinstance(value, str) else list(value)
 
 
 def _targets(value: Any) -> Any:
-    """The targets of a file, where any string but all-linear is a regex, a plain name too."""
+    """Return the targets of a file.
+
+    Any string except all-linear is a regex, even a plain name.
+    """
     if not isinstance(value, str) or value.lower() == ALL_LINEAR:
         return value
     return f"(?:{value})"
 
 
 def _refuse_old_experts(raw: dict[str, Any]) -> None:
-    """Raises UserError for experts as PEFT laid them out before 0.19.1, in and out swapped.
+    """Raise UserError for experts in PEFT's layout before 0.19.1, with in and out swapped.
 
-    Square ones would load, and give other outputs.
+    Square ones would load and give other outputs.
     """
     version = re.findall(r"\d+", str(raw.get("peft_version") or ""))[:3]
     if raw.get("target_parameters") and version and [int(part) for part in version] < [0, 19, 1]:
@@ -355,10 +363,10 @@ def _refuse_old_experts(raw: dict[str, Any]) -> None:
 
 
 def whole_modules(model: nn.Module, patterns: list[str], tensors: dict[str, Tensor]) -> list[str]:
-    """The modules of `model` that a file stores whole, by PEFT's reading of modules_to_save.
+    """Return the modules of `model` that a file stores whole, as PEFT reads modules_to_save.
 
-    PEFT lists "classifier" and "score" for every sequence classifier, whether it has them or not,
-    and takes "pre_classifier" for a "classifier" too.
+    PEFT lists "classifier" and "score" for every sequence classifier, whether it has them or not.
+    It also takes "pre_classifier" for a "classifier".
     """
     names = [name for name, _ in model.named_modules() if name]
     return [

@@ -1,4 +1,4 @@
-"""Whether tensors from a file are those that a model trains."""
+"""Checks that tensors from a file fit the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: str) -> None:
-    """Raises UserError unless `given` has the names and shapes of `own` and is finite."""
+    """Raise UserError unless `given` has the names and shapes of `own` and is finite."""
     problems = []
     for what, names in (
         ("it lacks", [name for name in own if name not in given]),
@@ -38,7 +38,7 @@ def check_tensors(own: dict[str, Tensor], given: dict[str, Tensor], *, source: s
 
 
 def _why(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """What may have come before it, by the kind of what does not fit."""
+    """Return the probable cause of a mismatch, by its kind."""
     wrong = [n for n in own if n in given and given[n].shape != own[n].shape]
     whole = [n for n in wrong if not _is_of_adapter(n)]
     counts = {
@@ -65,7 +65,7 @@ def _is_of_adapter(name: str) -> bool:
 
 
 def check_values(tensors: dict[str, Tensor], *, source: str) -> None:
-    """Raises UserError unless all are floating-point numbers that are finite in fp32."""
+    """Raise UserError unless all tensors are floating-point and finite in fp32."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
@@ -81,11 +81,11 @@ def check_values(tensors: dict[str, Tensor], *, source: str) -> None:
 
 
 def check_trained(tensors: Mapping[str, Tensor], *, kept: str) -> None:
-    """Raises UserError if training has ruined its weights, before they take a good file's place.
+    """Raise UserError if training has ruined the weights, before they replace a good file.
 
     Args:
-        tensors: what is trained.
-        kept: what is not overwritten.
+        tensors: the trainable tensors.
+        kept: what is not overwritten, for the message.
     """
     bad = _not_finite(tensors)
     if bad:

@@ -1,4 +1,7 @@
-"""python -m lora_lightning.sweeps.packed [--memory GIB] FOLDER ...: trains runs together."""
+"""Command that trains runs together.
+
+Usage: python -m lora_lightning.sweeps.packed [--memory GIB] FOLDER ...
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,21 @@ from .pack import LOG, Pack
 
 
 def main(folders: list[Path], gib: float | None = None) -> int:
-    """Trains the runs of these folders together. Returns the exit status."""
+    """Train the runs of these folders together and return the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors: list[BaseException] = []
     try:
         try:
             count = slots_at_a_time(folders, gib)
         except UserError:
-            count = len(folders)  # each run tells it for itself
+            count = len(folders)  # each run reports the error itself
         for start in range(0, len(folders), count):
             pack = Pack(folders[start : start + count])
             pack.run()
             errors += [slot.error for slot in pack.slots if slot.error is not None]
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # of no run alone: each log tells it
+    except Exception as error:  # an error of no single run: report it in each log
         mistake = isinstance(error, UserError)
         told = printable(f"error: {error}\n" if mistake else traceback.format_exc())
         for folder in folders:

@@ -1,4 +1,4 @@
-"""How many runs there is memory for."""
+"""Number of runs that fit into memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lora_lightning.utils.quiet import quiet_libraries
 from .pack import device_of
 
 SLOT_BYTES = 50 * 2**20
-"""What a run takes on a CPU beside its tensors: its Trainer, its loggers, its view of the data."""
+"""Memory of a run on a CPU besides its tensors: Trainer, loggers, view of the data."""
 
 
 def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
-    """How many of these runs can train together; the one of the highest rank stands for all.
+    """Return how many of these runs can train together; the highest rank stands for all.
 
     Args:
-        folders: the runs' folders.
-        gib: memory that they may take; None: 90 % of a GPU, on a CPU without limit.
+        folders: folders of the runs.
+        gib: memory that they may take; None: 90 % of a GPU, no limit on a CPU.
     """
     configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
     device = device_of(configs[0])
@@ -42,7 +42,7 @@ def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
     module.configure_model()
     memory = Memory(module.to(device), data, settings, device)
     outside = 0
-    if device.type == "cpu":  # where libraries and the data take memory too
+    if device.type == "cpu":  # libraries and the data take memory there too
         outside = int(peak_memory_mib(device) * 2**20) - memory.frozen
     room = gib * 2**30 - outside
 

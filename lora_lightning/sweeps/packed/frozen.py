@@ -11,7 +11,7 @@ from lora_lightning.lora.running_statistics import is_statistic
 
 
 def share_frozen(model: nn.Module, first: nn.Module) -> None:
-    """Puts the first model's frozen tensors in the place of a model's own, which are equal."""
+    """Replace a model's frozen tensors by the equal tensors of the first model."""
     theirs = _frozen(first)
     for name, (module, leaf, tensor) in _frozen(model).items():
         if name not in theirs:
@@ -26,11 +26,11 @@ def share_frozen(model: nn.Module, first: nn.Module) -> None:
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
-    """Frozen parameters and buffers of the base by their names in the bare model."""
+    """Return the frozen parameters and buffers of the base, by name in the bare model."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoraLayer):
-            continue  # its own may be frozen too
+            continue  # its own parameters may be frozen too
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not tensor.requires_grad and not is_statistic(leaf):
                 name = f"{path}.{leaf}".replace(".base_layer.", ".")

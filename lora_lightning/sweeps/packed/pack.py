@@ -1,4 +1,4 @@
-"""A pack: its runs' threads, and the frozen base where they meet."""
+"""A pack: the threads of its runs, and the frozen base that they share."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LOG = "log.txt"
 
 
 class SlotStrategy(OneDeviceStrategy):
-    """One device, whose frozen base several runs share."""
+    """Strategy for one device, whose frozen base several runs share."""
 
     def __init__(self, pack: Pack, slot: Slot, device: torch.device) -> None:
         super().__init__(device)
@@ -70,10 +70,10 @@ class SlotStrategy(OneDeviceStrategy):
 
 
 class Pack:
-    """Runs that are trained together.
+    """A set of runs that train together.
 
     Args:
-        folders: the runs' folders, each with its .hydra/config.yaml.
+        folders: folders of the runs, each with a .hydra/config.yaml.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -95,7 +95,7 @@ class Pack:
     # The threads -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains all runs to their end; what went wrong in one stands in its `error`."""
+        """Train all runs to their end; each slot's `error` holds what failed."""
         for slot in self.slots:
             slot.random = random_state()
             slot.thread = threading.Thread(target=self._body, args=[slot], daemon=True)
@@ -124,7 +124,7 @@ class Pack:
             self._serve()
 
     def _turn(self, slot: Slot) -> None:
-        """Lets a run work until it waits again, or ends."""
+        """Let a run work until it waits again or ends."""
         outside = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = slot.out
         set_random_state(slot.random)
@@ -134,7 +134,7 @@ class Pack:
             try:
                 self.back.acquire()
                 break
-            except KeyboardInterrupt:  # not before the run has come to rest
+            except KeyboardInterrupt:  # deferred until the run waits
                 interrupted = True
         slot.random = random_state()
         sys.stdout, sys.stderr = outside
@@ -150,7 +150,7 @@ class Pack:
                 resume=True,
                 strategy=strategy,
                 devices=1,
-                enable_progress_bar=False,  # a process can have one alone
+                enable_progress_bar=False,  # a process can have only one
             )
         except UserError as error:
             slot.error = error
@@ -165,7 +165,7 @@ class Pack:
             self.back.release()
 
     def _wait(self, slot: Slot, request: Forward | Backward) -> Any:
-        """Within a run's thread: hands in a request, and returns its answer."""
+        """Hand in a request from a run's thread, and return its answer."""
         slot.request = request
         self.back.release()
         slot.go.acquire()
@@ -175,10 +175,10 @@ class Pack:
             raise request.error
         return request.answer
 
-    # What a run calls --------------------------------------------------------------------------
+    # Called by a run ---------------------------------------------------------------------------
 
     def share(self, slot: Slot, module: LoraModule) -> None:
-        """Gives a run's model the frozen tensors of the first, and has its backbone meet others.
+        """Share the first model's frozen tensors with a run's model, and stack its backbone calls.
 
         Raises:
             UserError: the model cannot be shared.
@@ -217,7 +217,7 @@ class Pack:
         backbone.forward = forward
 
     def finish_backward(self, slot: Slot) -> None:
-        """Waits until the gradients of a run's last pass have gone back through the base."""
+        """Wait until the gradients of a run's last pass have passed back through the base."""
         if slot.passed is not None:
             passed, slot.passed = slot.passed, None
             self._wait(slot, Backward(passed))
@@ -225,7 +225,7 @@ class Pack:
     # The base ----------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Answers some of the requests that wait: backward passes first, then who is behind."""
+        """Answer some waiting requests: backward passes first, then the runs furthest behind."""
         waiting = [slot for slot in self.slots if not slot.ended]
         passes = [slot.request.of for slot in waiting if isinstance(slot.request, Backward)]
         if passes:
@@ -253,7 +253,7 @@ class Pack:
                 slot.request.error = error
 
     def _at_a_time(self, call: Forward) -> int:
-        """Slots in a pass: as many as data.max_tokens has room for."""
+        """Return the number of slots in a pass, as data.max_tokens allows."""
         module = self.slots[0].module or next(s.module for s in self.slots if s.module)
         data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
         limit = data.max_tokens
@@ -268,7 +268,7 @@ class Pack:
             }
             self.stacked = stacked_model(backbones, self.stack)  # type: ignore[arg-type]
             for module in self.stacked.modules():
-                module.__dict__.pop("forward", None)  # the copy's, which would wait for itself
+                module.__dict__.pop("forward", None)  # the copied `forward` would wait for itself
         return self.stacked
 
     def _forward(self, slots: list[Slot]) -> None:
@@ -296,7 +296,7 @@ class Pack:
             self._hand_out(slots, output)
 
     def _forward_once(self, slots: list[Slot]) -> None:
-        """One pass for all: what has not been trained computes the same of the same rows."""
+        """Run one pass for all slots, whose untrained models give equal outputs for equal rows."""
         first, *others = slots
         self._forward([first])
         assert isinstance(first.request, Forward)
@@ -307,7 +307,7 @@ class Pack:
             slot.request.answer = tree_unflatten(own, shape)
 
     def _hand_out(self, slots: list[Slot], output: Any) -> None:
-        """Gives each slot its rows of the output."""
+        """Give each slot its rows of the output."""
         found, shape = tree_flatten(output)
         graded = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
         passed = Pass(slots, graded, {})
@@ -343,7 +343,7 @@ class Pack:
 
     @contextmanager
     def _randomness(self, number: int) -> Iterator[None]:
-        """A slot's own generators, for what is drawn in a stacked pass."""
+        """Use a slot's own generators for the random numbers of a stacked pass."""
         slot = self.slots[number]
         cpu, cuda, *others = slot.random
         set_torch_state(cpu, cuda)
@@ -354,7 +354,7 @@ class Pack:
 
 
 def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of a backbone is of a batch of whole rows, without a cache."""
+    """Return whether a call of a backbone is a batch of whole rows without a cache."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         return False
@@ -364,13 +364,13 @@ def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _adds_nothing(backbone: nn.Module) -> bool:
-    """Whether all that is trained of a backbone are LoRA layers whose update is still zero."""
+    """Return whether all trainable parts of a backbone are LoRA layers with a zero update."""
     layers = [backbone.get_submodule(name) for name in own_layers(backbone)]
     return all(isinstance(layer, LoraLayer) and not layer.lora_B.any() for layer in layers)
 
 
 def device_of(config: DictConfig) -> torch.device:
-    """Where the runs of a pack train."""
+    """Return the device on which the runs of a pack train."""
     accelerator = str(config.trainer.get("accelerator", "auto"))
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.device("cuda", 0) if gpu else torch.device("cpu")

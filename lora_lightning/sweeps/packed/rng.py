@@ -1,4 +1,4 @@
-"""Random numbers of runs that share a process: each run has generators of its own."""
+"""Random numbers of runs that share a process, with separate generators for each run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.models.cpu_kernels import kept
 
 
 class SlotwiseRandomness(TorchFunctionMode):
-    """Draws what dropout draws slot by slot, each from its own generators."""
+    """Mode that draws dropout's random numbers slot by slot, from each slot's generators."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SlotwiseRandomness(TorchFunctionMode):
 
         def shares(value: Any) -> Sequence[Any]:
             whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-            # Not by slices, each of which would cost a pass over all rows in the backward pass.
+            # Each slice would cost a pass over all rows in the backward pass; chunk() does not.
             return value.chunk(len(slots)) if whole else [value] * len(slots)
 
         own = [shares(value) for value in args]
@@ -52,7 +52,7 @@ class SlotwiseRandomness(TorchFunctionMode):
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function is dropout, its mask, or attention with dropout, that draws something."""
+    """Return whether a call draws random numbers: dropout, its mask, or attention with dropout."""
     if func is kept:
         return True
     name = getattr(func, "__name__", "")
@@ -66,12 +66,12 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def random_state() -> tuple[Any, ...]:
-    """State of all generators."""
+    """Return the state of all generators."""
     return *torch_state(), random.getstate(), np.random.get_state()
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Puts all generators into a state that `random_state` gave."""
+    """Set all generators to a state from `random_state`."""
     *of_torch, python, numpy = state
     set_torch_state(*of_torch)
     random.setstate(python)
@@ -79,13 +79,13 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def torch_state() -> tuple[Tensor, Tensor | None]:
-    """State of torch's generators, of the CPU and the GPU: what a forward pass draws from."""
+    """Return the state of torch's CPU and GPU generators, which a forward pass draws from."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda
 
 
 def set_torch_state(cpu: Tensor, cuda: Tensor | None) -> None:
-    """Puts torch's generators into a state that `torch_state` gave."""
+    """Set torch's generators to a state from `torch_state`."""
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda)

@@ -1,4 +1,4 @@
-"""A run of a pack, and what it asks of the base."""
+"""A run of a pack, and its requests to the base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_lightning.training.module import LoraModule
 
 @dataclass
 class Forward:
-    """A run's call of its backbone: inputs, and the state of torch that they are to meet."""
+    """A run's call of its backbone: inputs, and the torch state to run them under."""
 
     leaves: list[Any]
     shape: Any
@@ -31,7 +31,7 @@ class Forward:
 
     @property
     def key(self) -> Any:
-        """Equal for calls that can be stacked."""
+        """Key that is equal for calls that can be stacked."""
         leaves = tuple(
             (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
             for leaf in self.leaves
@@ -39,13 +39,13 @@ class Forward:
         return self.order, leaves, str(self.shape), self.training, self.grad, self.autocast
 
     def asks_the_same(self, other: Forward) -> bool:
-        """Whether the inputs are equal too, of two calls that can be stacked."""
+        """Return whether the inputs of two stackable calls are equal too."""
         pairs = zip(self.leaves, other.leaves, strict=True)
         return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
     @property
     def tokens(self) -> int:
-        """Rows x positions."""
+        """Number of tokens: rows x positions."""
         return next(leaf.shape[:2].numel() for leaf in self.leaves if isinstance(leaf, Tensor))
 
 
@@ -55,14 +55,14 @@ class Pass:
 
     slots: list[Slot]
     outputs: list[Tensor]
-    """Outputs that have a gradient."""
+    """Outputs that require a gradient."""
     parts: dict[int, list[Tensor]]
-    """By slot, its rows of each of them, cut off from the graph."""
+    """Rows of each output by slot, detached from the graph."""
 
 
 @dataclass
 class Backward:
-    """A run's word that its part of a pass's outputs has its gradient."""
+    """A run's report that its part of a pass's outputs has its gradient."""
 
     of: Pass
     answer: Any = None
@@ -71,7 +71,7 @@ class Backward:
 
 @dataclass
 class Slot:
-    """A run, its thread, and what it waits for."""
+    """A run, its thread, and the request that it waits for."""
 
     number: int
     folder: Path
@@ -86,15 +86,15 @@ class Slot:
     trainer: L.Trainer | None = None
     has_fit: bool = False
     is_base: bool = False
-    """Whether the backbone gives what the bare base gives, as before training: each B is zero."""
+    """Whether the backbone computes the same as the bare base, because each B is still zero."""
     passed: Pass | None = None
-    """The pass whose backward is still to come."""
+    """The pass whose backward pass is pending."""
     ended: bool = False
     error: BaseException | None = None
 
     @property
     def order(self) -> tuple[int, int]:
-        """How far the run is: tests before training, batches, tests after it."""
+        """Progress of the run: tests before training, batches, tests after training."""
         assert self.trainer is not None
         if self.trainer.state.fn == "fit":
             return 1, self.trainer.fit_loop.epoch_loop.batch_progress.total.ready

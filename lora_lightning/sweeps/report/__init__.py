@@ -1,7 +1,7 @@
-"""What came out of a sweep: a table in the terminal, results.csv, report.md and report.html.
+"""Reports of a sweep: a table in the terminal, results.csv, report.md and report.html.
 
-All of it is a function of the sweep's folder, so that it can be made again at any time, also while
-the sweep still runs.
+Reports depend only on the sweep's folder. They can be made again at any time, also while the
+sweep still runs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .tables import (
 
 
 def report(folder: Path) -> Sweep:
-    """Prints the table of a sweep and writes its reports into its folder.
+    """Print the table of a sweep and write its reports into its folder.
 
     Args:
-        folder: a sweep's folder, or any that holds runs.
+        folder: sweep folder, or any folder that holds runs.
 
     Returns:
-        What was read.
+        The sweep that was read.
 
     Raises:
-        UserError: there is no run in the folder, it cannot be written to, or it holds a file that
-            another has written under the name of a report.
+        UserError: the folder holds no run, it cannot be written to, or it holds another program's
+            file under the name of a report.
     """
     sweep = read_sweep(folder)
     refuse_others(folder)

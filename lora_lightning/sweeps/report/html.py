@@ -1,4 +1,4 @@
-"""report.html: one file, with nothing to load from anywhere."""
+"""The report as a single file, report.html, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ th { background: #f4f6f8; } tr.best td { background: #e8f1fa; }
 
 
 def write_page(sweep: Sweep, path: Path) -> None:
-    """Writes the page of a sweep."""
+    """Write the HTML page of a sweep."""
     written(path, printable(page(sweep)))
 
 
 def page(sweep: Sweep) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     title = f"Sweep {sweep.folder.resolve().name}"
     parts = [
         f"<h1>{escape(title)}</h1>",

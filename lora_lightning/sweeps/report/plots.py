@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG that stands in the page itself."""
+"""The plots of a report, as SVG embedded in the page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .results import Setting, Sweep
 
 ALPHAS = ("lora.alpha", "lora.alpha_ratio", "lora.scale")
 STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, and searchable
+    "svg.fonttype": "none",  # text stays text, small and searchable
     "svg.hashsalt": "lora_lightning",
     "font.family": "sans-serif",
-    "text.parse_math": False,  # a dollar is one, in a pattern of lora.targets
+    "text.parse_math": False,  # a dollar in a pattern of lora.targets is literal
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -27,7 +27,7 @@ BLUE, GREY, RED = "#2563a8", "#9aa3ad", "#c0392b"
 
 
 def plots(sweep: Sweep) -> list[tuple[str, str, str]]:
-    """Title, explanation and SVG of each picture that the sweep's runs give something for."""
+    """Return title, explanation and SVG of each plot for which the sweep has data."""
     found = []
     with rc_context(STYLE):
         for make in (heatmap, pareto, scales, curves):
@@ -39,7 +39,7 @@ def plots(sweep: Sweep) -> list[tuple[str, str, str]]:
 
 
 def heatmap(sweep: Sweep) -> tuple[str, str, Figure] | None:
-    """The metric over two of the settings that were varied: rank and alpha where they were."""
+    """Plot the metric over two varied settings: rank and alpha if they vary."""
     keys = [key for key in sweep.varied if key != "seed"]
     preferred = [key for key in ("lora.rank", *ALPHAS) if key in keys]
     chosen = (preferred + [key for key in keys if key not in preferred])[:2]
@@ -50,7 +50,7 @@ def heatmap(sweep: Sweep) -> tuple[str, str, Figure] | None:
     xs = sorted({setting.values[x_key] for setting in scored}, key=_order)
     ys = sorted({setting.values[y_key] for setting in scored}, key=_order)
     cells: dict[tuple[int, int], float] = {}
-    for setting in reversed(scored):  # the best comes last and stays
+    for setting in reversed(scored):  # the best setting comes last and overwrites others
         place = ys.index(setting.values[y_key]), xs.index(setting.values[x_key])
         cells[place] = setting.mean("objective") or 0.0
     grid = [[cells.get((y, x), float("nan")) for x in range(len(xs))] for y in range(len(ys))]
@@ -75,7 +75,7 @@ def heatmap(sweep: Sweep) -> tuple[str, str, Figure] | None:
 
 
 def pareto(sweep: Sweep) -> tuple[str, str, Figure] | None:
-    """The metric against the parameters trained, and the settings that none beats in both."""
+    """Plot the metric against the trainable parameters, with the Pareto front."""
     points = [
         (setting.mean("trainable_parameters"), setting.mean("objective"), setting)
         for setting in _scored(sweep)
@@ -108,7 +108,10 @@ def pareto(sweep: Sweep) -> tuple[str, str, Figure] | None:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> set[int]:
-    """Indices of (size, value) that no other point beats: none smaller or equal, and better."""
+    """Return the indices of the (size, value) points that no other point beats.
+
+    A point beats another if it is no larger and has a better value, or is smaller and no worse.
+    """
     return {
         index
         for index, (size, value) in enumerate(points)
@@ -120,7 +123,7 @@ def pareto_front(points: list[tuple[float, float]]) -> set[int]:
 
 
 def scales(sweep: Sweep) -> tuple[str, str, Figure] | None:
-    """The metric against the effective scale of the update."""
+    """Plot the metric against the effective scale of the update."""
     runs = [run for run in sweep.runs if run.objective is not None and run.lora is not None]
     ranks = sorted({run.adapter["rank"] for run in runs})
     if len({run.adapter["scale"] for run in runs}) < 2:
@@ -148,7 +151,7 @@ def scales(sweep: Sweep) -> tuple[str, str, Figure] | None:
 
 
 def curves(sweep: Sweep) -> tuple[str, str, Figure] | None:
-    """The metric at each validation of each run."""
+    """Plot the metric at each validation of each run."""
     runs = [run for run in sweep.runs if run.curve]
     if not runs:
         return None
@@ -173,7 +176,7 @@ def _scored(sweep: Sweep) -> list[Setting]:
 
 
 def _log_axis(axes: Axes, values: list[float], form: str) -> None:
-    """A logarithmic x axis with ticks at the values that occur, where they are few."""
+    """Make the x axis logarithmic, with ticks at the values if only a few are distinct."""
     axes.set_xscale("log")
     distinct = sorted(set(values))
     if len(distinct) <= 8:

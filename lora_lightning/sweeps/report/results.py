@@ -1,4 +1,4 @@
-"""Reading a sweep's folder: its runs, what tells them apart, and which is the best."""
+"""Reading of a sweep's folder: its runs, their differences, and the best setting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLACES = ("output_dir", "hydra.sweep.dir", "hydra.run.dir")
 
 @dataclass
 class Run:
-    """A run of a sweep, as its folder tells of it."""
+    """A run of a sweep, as read from its folder."""
 
     folder: Path
     config: DictConfig
@@ -46,11 +46,11 @@ class Run:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """The monitored metric at each validation: optimizer step and value."""
     presets: list[str] = field(default_factory=list)
-    """Where the user's own presets are, as it is typed: --config-name, hydra.searchpath."""
+    """Arguments that locate the user's own presets: --config-name, hydra.searchpath."""
 
     @property
     def job(self) -> str:
-        """Its number in the sweep, that is, its folder's name."""
+        """Number of the run in the sweep, which is the name of its folder."""
         return self.folder.name
 
     @property
@@ -60,11 +60,11 @@ class Run:
 
     @property
     def objective(self) -> float | None:
-        """Final value of the monitored metric; None before the end, and where it is no number."""
+        """Final value of the monitored metric; None before the end, or if it is not a number."""
         return self.final("objective")
 
     def final(self, name: str) -> float | None:
-        """A finite number of a completed run; None where there is none."""
+        """Return a finite number of a completed run; None if there is none."""
         value = self.result.get(name)
         number = isinstance(value, (int, float)) and math.isfinite(value)
         return float(value) if number and self.status == "completed" else None  # type: ignore[arg-type]
@@ -87,17 +87,17 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps made, as far as is known: of one that runs, to its last rung."""
+        """Optimizer steps made, as far as known; for an active run, up to its last rung."""
         rungs = self.result.get("rungs") or [{"step": 0}]
         return max(int(self.result.get("steps") or 0), int(rungs[-1]["step"]))
 
     @property
     def command(self) -> str:
-        """What runs this alone."""
+        """Command that runs this job alone."""
         return self.command_without()
 
     def command_without(self, *keys: str) -> str:
-        """What runs this alone, but for some settings, which are left to their defaults."""
+        """Return the command that runs this job alone, with some settings left at their default."""
         left = (*PLACES, *keys)
         items = [item for item in self.overrides if item.lstrip("+").split("=")[0] not in left]
         return shlex.join(["lora-lightning", "train", *self.presets, *items])
@@ -105,35 +105,38 @@ class Run:
 
 @dataclass
 class Setting:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     values: dict[str, str]
-    """What tells it from the other settings."""
+    """Values that distinguish this setting from the others."""
     runs: list[Run]
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the completed runs."""
+        """Return the mean over the completed runs."""
         values = self._values(metric)
         return statistics.fmean(values) if values else None
 
     def deviation(self, metric: str) -> float | None:
-        """Deviation of a sample (n - 1); None of fewer than two runs."""
+        """Return the sample deviation (n - 1); None for fewer than two runs."""
         values = self._values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
     def variance_of_mean(self, metric: str) -> float:
-        """The squared standard error of the mean; 0 of fewer than two runs, which tell none."""
+        """Return the squared standard error of the mean.
+
+        It is 0 for fewer than two runs, which give no estimate.
+        """
         deviation = self.deviation(metric)
         return 0.0 if deviation is None else deviation**2 / len(self._values(metric))
 
     @property
     def name(self) -> str:
-        """What tells it from the other settings, as it is typed."""
+        """Values that distinguish this setting from the others, as they are typed."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or "the one setting"
 
     @property
     def jobs(self) -> str:
-        """The numbers of its runs."""
+        """Numbers of the runs of this setting."""
         return " ".join(run.job for run in self.runs)
 
     def _values(self, metric: str) -> list[float]:
@@ -150,7 +153,7 @@ class Sweep:
 
     @cached_property
     def varied(self) -> list[str]:
-        """Keys whose values differ between runs, the seed last."""
+        """Keys whose values differ between runs, with the seed last."""
         keys = dict.fromkeys(key for run in self.runs for key in run.given)
         different = [
             key
@@ -161,7 +164,7 @@ class Sweep:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """Runs by what they have in common beside the seed, the best first."""
+        """Runs grouped by all varied values except the seed, the best setting first."""
         groups: dict[tuple[str, ...], Setting] = {}
         keys = [key for key in self.varied if key != SEED]
         for run in self.runs:
@@ -176,15 +179,15 @@ class Sweep:
 
     @property
     def monitor(self) -> str:
-        """Name of the metric that is compared."""
+        """Name of the metric that ranks the settings."""
         return str(self.runs[0].config.task.monitor)
 
     @property
     def sign(self) -> int:
-        """1 where more of the metric is better, else -1."""
+        """1 if a higher metric is better, else -1."""
         try:
             return -1 if direction(self.runs[0].config) == "min" else 1
-        except UserError:  # of a run that was made before such a mode was refused
+        except UserError:  # run of an earlier version, which accepted such a mode
             return -1 if direction_of(self.monitor) == "min" else 1
 
     @property
@@ -195,7 +198,7 @@ class Sweep:
 
     @property
     def rows(self) -> int | None:
-        """Rows that the metric is measured on; None where no run tells, or they differ."""
+        """Number of rows behind the metric; None if no run reports it, or the runs differ."""
         split = self.monitor.partition("/")[0]
         told = {
             run.result.get("rows", {}).get(split) for run in self.runs if run.objective is not None
@@ -203,11 +206,12 @@ class Sweep:
         return told.pop() if len(told) == 1 else None
 
     def alike(self) -> list[Setting]:
-        """Settings that cannot be told from the best by what was measured.
+        """Return the settings that the measurements cannot distinguish from the best.
 
-        Their means are within two standard errors of each other: of the seeds and, for a share of
-        rows, of which rows there are. One seed says nothing of the former, and the latter is
-        that of independent rows, which is too much where both have the same.
+        Their means are within two standard errors of the best mean. The variance covers the seeds
+        and, for a metric that is a fraction of rows, the sampling of rows. A single seed gives no
+        estimate of the former. The latter assumes independent rows, which overestimates the
+        variance if both settings are measured on the same rows.
         """
         best = self.best
         if best is None:
@@ -237,7 +241,7 @@ class Sweep:
 
     @property
     def headline(self) -> str | None:
-        """The test's counterpart of the monitored metric."""
+        """Test counterpart of the monitored metric; None if there is none."""
         name = self.monitor.replace("val/", "test/", 1)
         return name if name in self.metrics else None
 
@@ -248,12 +252,15 @@ class Sweep:
 
     @property
     def stopped(self) -> list[Run]:
-        """Runs that successive halving has stopped."""
+        """Runs that successive halving stopped."""
         return [run for run in self.runs if run.status == "stopped"]
 
     @property
     def share_of_steps(self) -> float | None:
-        """Optimizer steps made, of those that all runs to the end would take; None: no halving."""
+        """Optimizer steps made, as a fraction of the steps of all runs to their end.
+
+        None without successive halving.
+        """
         rungs = [run.result["rungs"] for run in self.runs if run.result.get("rungs")]
         if not rungs:
             return None
@@ -262,16 +269,16 @@ class Sweep:
         return float(made / (planned * len(self.runs)))
 
     def counts(self) -> str:
-        """How many runs there are of each status."""
+        """Return the number of runs for each status."""
         every = [run.status for run in self.runs]
         return ", ".join(f"{every.count(status)} {status}" for status in dict.fromkeys(every))
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Reads the runs directly below a folder.
+    """Read the runs directly below a folder.
 
     Raises:
-        UserError: there is no such folder, or no run in it.
+        UserError: the folder does not exist, or holds no run.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder. Give that of a sweep.")
@@ -279,7 +286,7 @@ def read_sweep(folder: Path) -> Sweep:
     if not found:
         raise UserError(f"{folder} holds no run. {_where(folder)}")
     runs = [_read_run(path.parent.parent) for path in found]
-    if is_abandoned(folder):  # killed: no job has been able to say so
+    if is_abandoned(folder):  # the sweep was killed before its jobs could record that
         for run in runs:
             if run.status == "running":
                 run.result["status"] = "interrupted"
@@ -287,7 +294,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _where(folder: Path) -> str:
-    """Where a sweep is rather to be looked for."""
+    """Return a hint on where to find a sweep."""
     if (folder / ".hydra" / "config.yaml").is_file():
         return f"It is one itself; give the folder of its sweep: {folder.absolute().parent}."
     sweeps = [path.parent for path in folder.glob("*/**/sweep.json")]
@@ -312,32 +319,32 @@ def _read_run(folder: Path) -> Run:
         )
     metrics = folder / "csv" / "metrics.csv"
     rows, damaged = read_metrics(metrics)
-    if result.get("status") != "running":  # its last line may be half there
+    if result.get("status") != "running":  # the last line of a running job may be incomplete
         tell_damaged(metrics, damaged)
-    # What a run has logged last is that of a step; those of earlier versions count from 0.
+    # The last value logged for a step counts. Earlier versions count steps from 0.
     shift = 0 if result.get("first_step") == 1 else 1
     points = {step + shift: value for step, value in curve(rows, str(config.task.monitor))}
     return Run(folder, config, given, result, lora, sorted(points.items()), _presets(folder))
 
 
 def _presets(folder: Path) -> list[str]:
-    """Where a run's presets are of its user's own, as its command names them."""
+    """Return the arguments of a run's command that locate the user's own presets."""
     try:
         saved = read_yaml(folder / ".hydra" / "hydra.yaml")
         parts: Any = OmegaConf.to_container(saved, resolve=False)["hydra"]  # type: ignore[index, call-overload]
         typed = [str(item) for item in parts["overrides"]["hydra"]]
         name = parts["job"]["config_name"] or CONFIG_NAME
-    except Exception:  # absent, damaged, or another Hydra's: the command goes without
+    except Exception:  # absent, damaged, or of another Hydra: omit them
         return []
     primary = [] if name == CONFIG_NAME else ["--config-name", str(name)]
     return [*primary, *searched(typed)]
 
 
 def _settings(config: DictConfig, path: Path) -> LoraConfig | None:
-    """The adapter's settings; None for full fine-tuning.
+    """Return the adapter's settings; None for full fine-tuning.
 
     Raises:
-        UserError: what a report reads of the config is absent or of another kind.
+        UserError: a config value that the report needs is absent or has the wrong type.
     """
     try:
         task, lora, seed = (
@@ -358,9 +365,10 @@ def _settings(config: DictConfig, path: Path) -> LoraConfig | None:
 
 
 def _without_resolvers(config: DictConfig) -> DictConfig:
-    """A config whose `${oc.env:NAME}` and the like are plain `$ {...}`; `${lora.rank}` stays.
+    """Return a config in which `${oc.env:NAME}` and the like become plain `$ {...}`.
 
-    The folder may be somebody else's, and what this environment holds would stand in the report.
+    References such as `${lora.rank}` stay. The folder may come from somebody else, whose resolvers
+    would put values of this environment into the report.
     """
 
     def walk(node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A sweep as a table: in the terminal, as CSV and as Markdown."""
+"""Tables of a sweep: in the terminal, as CSV and as Markdown."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ SIGNS = {
     "report.md": r"(?m)^Figures and curves: report\.html; every run with all its numbers: results",
     "report.html": r"<h2>Settings, the best first</h2>",
 }
-"""The files of a report, and by what they are known again."""
+"""The files of a report, each with a pattern that identifies its content."""
 MOST_NAMED = 5
-"""Settings that a line names."""
+"""Maximum number of settings that a line names."""
 LESS_WANTED = ("tokens/s", "scale", "memory", "trained", "time")
-"""Columns that a narrow terminal goes without; the files have them."""
+"""Columns that a narrow terminal omits; the files keep them."""
 
 
 def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
-    """A row for each run, with all that is known of it."""
+    """Return a row for each run, with all its known values."""
     return [
         {
             "job": run.job,
@@ -64,7 +64,7 @@ def rows_by_run(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def rows_by_setting(sweep: Sweep) -> list[dict[str, str]]:
-    """A row of text for each setting, the best first; seeds as mean and deviation."""
+    """Return a row of text for each setting, the best first, with mean and deviation over seeds."""
     return [
         {
             "job": " ".join(run.job for run in setting.runs),
@@ -83,7 +83,7 @@ def rows_by_setting(sweep: Sweep) -> list[dict[str, str]]:
 
 
 def spread(setting: Setting, metric: str) -> str:
-    """Mean ± deviation over the seeds."""
+    """Return the mean ± deviation over the seeds."""
     mean, deviation = setting.mean(metric), setting.deviation(metric)
     if mean is None:
         return "-"
@@ -91,7 +91,7 @@ def spread(setting: Setting, metric: str) -> str:
 
 
 def _objective(setting: Setting) -> str:
-    """The monitored metric; of a setting that has not come to its end, what it was at a rung."""
+    """Return the monitored metric, or its values at the last rungs if the setting is unfinished."""
     rungs = [run.result["rungs"][-1] for run in setting.runs if run.result.get("rungs")]
     if setting.mean("objective") is not None or not rungs:
         return spread(setting, "objective")
@@ -99,7 +99,7 @@ def _objective(setting: Setting) -> str:
 
 
 def best_lines(best: Setting, sweep: Sweep) -> list[tuple[str, str]]:
-    """What one wants of the best setting: its mean, what that is worth, adapter and command."""
+    """Return the lines on the best setting: mean, reliability of the mean, adapter and command."""
     done = [run for run in best.runs if run.objective is not None]
     seeds = f"mean of {len(done)} seeds" if len(done) > 1 else "one seed"
     lines = [
@@ -126,7 +126,7 @@ def _doubts(best: Setting, sweep: Sweep) -> str:
 
 
 def _alike(sweep: Sweep) -> str:
-    """Which settings the best cannot be told from, and by what."""
+    """Return a line on the settings that are indistinguishable from the best, and the criterion."""
     compared = [one for one in sweep.settings if one.mean("objective") is not None]
     if len(compared) < 2:
         return ""
@@ -144,7 +144,7 @@ def _alike(sweep: Sweep) -> str:
 
 
 def _majority(sweep: Sweep) -> str:
-    """What a rule without learning has of the monitored metric."""
+    """Return the monitored metric of a baseline without learning."""
     for run in sweep.runs:
         told = run.result.get("baseline", {})
         if sweep.monitor in told:
@@ -154,13 +154,13 @@ def _majority(sweep: Sweep) -> str:
 
 
 def warnings(sweep: Sweep) -> list[str]:
-    """What the runs have told of their rows, each once."""
+    """Return the warnings of the runs about their rows, each once."""
     every = [line for run in sweep.runs for line in run.result.get("warnings", [])]
     return list(dict.fromkeys(every))
 
 
 def made_with(sweep: Sweep) -> str:
-    """Hardware, precision and versions that the runs tell of; "" where none does."""
+    """Return the hardware, precision and versions that the runs report; "" if none does."""
     told = [run.result for run in sweep.runs if run.result.get("versions")]
     kinds = {
         f"{one['device']} {one.get('precision', '')}".strip() for one in told if "device" in one
@@ -170,7 +170,7 @@ def made_with(sweep: Sweep) -> str:
 
 
 def stopped_lines(sweep: Sweep) -> list[str]:
-    """What successive halving stopped, when and why, and what that saved."""
+    """Return lines on when and why successive halving stopped runs, and on the steps it took."""
     ended = all(run.status in ("completed", "failed") for run in sweep.runs)
     if sweep.share_of_steps is None or ended:
         return []
@@ -182,7 +182,7 @@ def stopped_lines(sweep: Sweep) -> list[str]:
 
 
 def terminal_report(sweep: Sweep) -> None:
-    """Prints the table, failures, and where everything is."""
+    """Print the table, the failures, and the paths of all reports."""
     console = Console(markup=False, emoji=False, highlight=False)
     rows = rows_by_setting(sweep)
     columns = list(rows[0])
@@ -209,7 +209,7 @@ def terminal_report(sweep: Sweep) -> None:
 
 
 def _failures(sweep: Sweep) -> list[tuple[str, str]]:
-    """Why runs failed, each reason once, with the numbers of the jobs."""
+    """Return each reason for a failure once, with the numbers of its jobs."""
     found: dict[str, list[str]] = {}
     for run in sweep.failed:
         found.setdefault(first_line(run.result.get("error")), []).append(run.job)
@@ -226,7 +226,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, str]]) -> Table:
 
 
 def write_csv(sweep: Sweep, path: Path) -> None:
-    """Writes a row for each run."""
+    """Write a CSV file with a row for each run."""
     rows = rows_by_run(sweep)
 
     handle = io.StringIO(newline="")
@@ -238,13 +238,16 @@ def write_csv(sweep: Sweep, path: Path) -> None:
 
 
 def _cell(text: str) -> str:
-    """A text that no program for tables takes for a formula, by the apostrophe that they know."""
+    """Return the text of a cell that no spreadsheet program takes for a formula.
+
+    A leading apostrophe marks such a cell as text.
+    """
     is_formula = text.startswith(("=", "+", "-", "@", "\t", "\r"))
     return "'" * is_formula + printable(text)
 
 
 def write_markdown(sweep: Sweep, path: Path) -> None:
-    """Writes the table of settings, failures and the best run."""
+    """Write the table of settings, the failures and the best run as Markdown."""
     rows = rows_by_setting(sweep)
     counts = one_line(sweep.counts())
     lines = [f"# Sweep {one_line(sweep.folder.name)}", "", f"{len(sweep.runs)} runs: {counts}.", ""]
@@ -270,7 +273,7 @@ def write_markdown(sweep: Sweep, path: Path) -> None:
 
 
 def refuse_others(folder: Path) -> None:
-    """Raises UserError where a file has the name of a report, and is none."""
+    """Raise UserError if a file has the name of a report but is not one."""
     for name, sign in SIGNS.items():
         path = folder / name
         try:
@@ -286,10 +289,10 @@ def refuse_others(folder: Path) -> None:
 
 
 def written(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
+    """Write a text file, whole or not at all.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         atomic_write(path, text)
@@ -298,7 +301,7 @@ def written(path: Path, text: str) -> None:
 
 
 def first_line(text: Any) -> str:
-    """The first line of an error, "" where there is none."""
+    """Return the first line of an error, or "" if there is none."""
     lines = str(text or "").strip().splitlines()
     return lines[0].removeprefix("UserError: ") if lines else ""
 
@@ -312,7 +315,7 @@ def _number(value: float | None) -> str:
 
 
 def _short(value: str) -> str:
-    """A sampled number to four digits; all else as it is."""
+    """Return a sampled number to four digits, and any other value unchanged."""
     try:
         return _number(float(value)) if len(value) > 8 else value
     except ValueError:

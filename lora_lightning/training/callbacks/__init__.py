@@ -1,1 +1,1 @@
-"""Callbacks and loggers: checkpoints, curves, signals, and what a run shows."""
+"""Callbacks and loggers for checkpoints, curves, signals and displayed output."""

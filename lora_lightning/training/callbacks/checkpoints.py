@@ -1,4 +1,4 @@
-"""Checkpoints: the best, and the last, that a killed, stopped or paused run goes on from."""
+"""Callbacks for the best checkpoints and for the last, which a stopped run resumes from."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from .graceful_stop import SharedNumber, Stopped, StopSignals
 
 
 class Paused(Exception):
-    """A run has saved its state at a rung of successive halving and goes no further now.
+    """A pause of a run that has saved its state at a rung of successive halving.
 
     Args:
-        rung: share of all steps that was asked for, step, planned steps, and name and value of the
+        rung: Requested share of all steps, step, planned steps, and name and value of the
             monitored metric there.
     """
 
@@ -50,7 +50,7 @@ class Paused(Exception):
 
 
 def _steps_between_validations(trainer: L.Trainer) -> float:
-    """Optimizer steps from one validation to the next."""
+    """Return the number of optimizer steps from one validation to the next."""
     count, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     between = float(trainer.val_check_batch or math.inf)
     if trainer.check_val_every_n_epoch is None:  # counted over all epochs
@@ -61,10 +61,10 @@ def _steps_between_validations(trainer: L.Trainer) -> float:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, which reads again what it has written, before an older one makes way for it.
+    """Lightning's ModelCheckpoint, which verifies each new file before it deletes an older one.
 
-    Its files are on the disk before they are named, in any Trainer. It finds them in its own folder
-    too where the run has been moved.
+    In any Trainer, files are synced to disk before they get their names. The callback also finds
+    them in its own folder after the run was moved.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -84,10 +84,11 @@ class BestCheckpoint(ModelCheckpoint):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a checkpoint says of the best ones, whose files may be deleted later.
+        """Load a checkpoint's record of the best checkpoints, whose files may be deleted later.
 
         Raises:
-            UserError: it names a file that this callback does not write, or a score is no number.
+            UserError: If the record names a file that this callback does not write, or a score is
+                not a number.
         """
         prefix = re.escape((self.filename or "").partition("{")[0])
 
@@ -107,7 +108,7 @@ class BestCheckpoint(ModelCheckpoint):
         moved = dict(state_dict, dirpath=self.dirpath)
         for key in ("best_model_path", "kth_best_model_path"):
             moved[key] = here(moved.get(key))
-        if moved.get("last_model_path"):  # with save_last=true; LastCheckpoint's is another file
+        if moved.get("last_model_path"):  # from save_last=true, not the file of LastCheckpoint
             moved["last_model_path"] = here(moved["last_model_path"], "last")
         moved["best_k_models"] = {here(path): score for path, score in best.items()}
         super().load_state_dict(moved)
@@ -121,10 +122,10 @@ def _forged(what: str) -> UserError:
 
 
 class SyncedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, and names it when it is on the disk.
+    """A checkpoint writer that writes beside the final path, syncs, and then renames.
 
-    Lightning's goes through the system's folder for temporary files, which may be small or on
-    another disk, and syncs nothing.
+    Lightning's own writer uses the system's folder for temporary files, which may be small or on
+    another disk. It syncs nothing.
     """
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
@@ -137,13 +138,13 @@ class SyncedCheckpointIO(TorchCheckpointIO):
 
 
 def sync_checkpoints(trainer: L.Trainer) -> None:
-    """Has a trainer write its checkpoints synced, unless it has a way of its own to write them."""
+    """Make a trainer sync its checkpoints to disk, unless it has a custom checkpoint writer."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = SyncedCheckpointIO()
 
 
 class _Caught(TorchCheckpointIO):
-    """Keeps the content of a checkpoint that a Trainer saves, and writes no file."""
+    """A checkpoint writer that keeps the content in memory and writes no file."""
 
     content: Any = None
 
@@ -152,20 +153,22 @@ class _Caught(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, from which a killed run resumes exactly, and the one before it.
+    """A callback that keeps `last.ckpt`, for an exact resume of a killed run, and its predecessor.
 
-    It is saved every few minutes or optimizer steps and after every epoch, at points where no
-    gradient is half accumulated and no other callback has yet to see a validation. Rank 0 copies
-    the state to the host's memory; a thread writes it, reads it again and compares, while training
-    continues. Writing is atomic: a kill in mid-write leaves the previous file.
+    It saves every few minutes or optimizer steps and after every epoch. At these points no
+    gradient is partly accumulated, and every callback has seen a validation that was due. Rank 0
+    copies the state to host memory. A thread writes it, reads it again and compares, while
+    training continues. Writing is atomic, so a kill during a write leaves the previous file.
 
-    A run of one process that an exception or Ctrl-C ends in training is saved too, as it was after
-    its last whole step. Several processes are not: the others may wait for the one that failed.
+    In a run of one process, it also saves when an exception or Ctrl-C ends training. It then saves
+    the state after the last whole step. With several processes it does not, since the others may
+    wait for the failed process.
 
     Args:
-        folder: where last.ckpt goes.
-        every_n_minutes: minutes between two saves; None: time does not count.
-        every_n_steps: optimizer steps between two saves; None: steps do not count.
+        folder: Folder of last.ckpt.
+        every_n_minutes: Minutes between two saves. Defaults to 5.0. None disables saving by time.
+        every_n_steps: Optimizer steps between two saves. Defaults to None, which disables saving
+            by steps.
     """
 
     def __init__(
@@ -178,11 +181,11 @@ class LastCheckpoint(Checkpoint):
         self.every_n_minutes = every_n_minutes
         self.every_n_steps = every_n_steps
         self.pause_at: tuple[float, str] | None = None
-        """Share of all steps, and a metric: at the validation nearest to it, the run pauses."""
+        """Share of all steps and a metric. The run pauses at the validation nearest to it."""
         self.rungs: list[float] = []
-        """Shares of all steps of all rungs, this one and others."""
+        """All rungs, this one and others, as shares of all steps."""
         self.signals: StopSignals | None = None
-        """Tells when the run is to save and end."""
+        """Signals that request the run to save and end."""
         self._shared = SharedNumber()
         self._is_time = False
         self._signum = 0
@@ -192,14 +195,14 @@ class LastCheckpoint(Checkpoint):
         self._saved_time = 0.0
         self._last_is_whole = True
         self._whole: tuple[int, int] | None = None
-        """Where weights and optimizer are as after a whole step: Lightning's counts at its end."""
+        """Lightning's counts at the end of a step while weights and optimizer match it."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="last.ckpt")
         self._written: Future[None] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = self._validated_at = trainer.global_step
         self._saved_time = time.monotonic()
-        # Where a run resumes from the one before it, the last is damaged, or was never there.
+        # When a run resumes from the previous file, the last one is damaged or missing.
         self._last_is_whole = Path(str(trainer.ckpt_path)).name != PREVIOUS
         if self.pause_at is None:
             return
@@ -260,13 +263,13 @@ class LastCheckpoint(Checkpoint):
         self._whole = (i + 1, loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Under max_steps Lightning would run an epoch's end a second time, and it does not store
-        # that a run was told to stop: there the checkpoint in mid-epoch has to do.
+        # Under max_steps, Lightning would run the end of an epoch a second time. It also does not
+        # store that a run is asked to stop. In both cases the checkpoint in mid-epoch must suffice.
         if trainer.max_steps == -1 and not trainer.should_stop:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        ended = 0 <= trainer.max_steps <= trainer.global_step  # it may be amid an epoch
+        ended = 0 <= trainer.max_steps <= trainer.global_step  # possibly in mid-epoch
         if ended and trainer.global_step > (self._saved_at or 0) and self._rung is None:
             self._save(trainer)
         self._wait()
@@ -274,9 +277,9 @@ class LastCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        with suppress(UserError):  # what has happened before is what the user has to hear of
+        with suppress(UserError):  # the user needs to see the original exception
             self._wait()
-            begun = self._saved_at is not None  # else a state is half restored
+            begun = self._saved_at is not None  # otherwise the state is only partly restored
             if trainer.world_size > 1 or not begun or trainer.global_step == self._saved_at:
                 return
             whole = self._whole or _at_the_end_of_a_step(trainer)
@@ -284,7 +287,7 @@ class LastCheckpoint(Checkpoint):
                 _back_to(trainer, *whole)
                 self._save(trainer)
                 self._wait()
-                if isinstance(exception, Exception):  # else the command tells how to go on
+                if isinstance(exception, Exception):  # otherwise the command reports how to resume
                     at = f"the state after step {trainer.global_step}"
                     say(f"saved {at}: {self.path}", file=sys.stderr)
 
@@ -295,7 +298,7 @@ class LastCheckpoint(Checkpoint):
             time.monotonic(),
             False,
         )
-        for logger in trainer.loggers:  # what the checkpoint knows of will not be logged again
+        for logger in trainer.loggers:  # a resumed run does not log these values again
             logger.save()
         usual, caught = trainer.strategy.checkpoint_io, _Caught()
         trainer.strategy.checkpoint_io = caught
@@ -303,7 +306,7 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
         finally:
             trainer.strategy.checkpoint_io = usual
-        if caught.content is not None:  # in rank 0
+        if caught.content is not None:  # on rank 0
             content = _copied(caught.content)
             check_kept(content["state_dict"])
             self._written = self._writer.submit(
@@ -318,10 +321,10 @@ class LastCheckpoint(Checkpoint):
             raise Stopped(self._signum)
 
     def _wait(self) -> None:
-        """Waits until what was saved is on the disk.
+        """Wait until the saved state is on the disk.
 
         Raises:
-            UserError: it could not be written, or reads otherwise.
+            UserError: If it cannot be written, or reads back differently.
         """
         written, self._written = self._written, None
         if written is not None:
@@ -329,10 +332,10 @@ class LastCheckpoint(Checkpoint):
 
 
 def _can_go_on_here(trainer: L.Trainer) -> bool:
-    """Whether a run can go on from the end of this batch, when its hooks are called.
+    """Return whether a run can resume from the end of this batch, when its hooks are called.
 
-    No gradient may be half accumulated, and Lightning does not make up for a validation or an
-    epoch's end that was due here.
+    No gradient may be partly accumulated. Lightning does not make up for a validation or an
+    epoch's end that is due here.
     """
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     return not (
@@ -341,7 +344,7 @@ def _can_go_on_here(trainer: L.Trainer) -> bool:
 
 
 def _at_the_end_of_a_step(trainer: L.Trainer) -> tuple[int, int] | None:
-    """Lightning's counts where it is calling the hooks at a step's end; None elsewhere."""
+    """Return Lightning's counts while it calls the hooks at the end of a step, otherwise None."""
     loop = trainer.fit_loop.epoch_loop
     count = loop.batch_progress.current
     is_there = trainer.training and count.processed == count.completed + 1  # type: ignore[attr-defined]
@@ -351,11 +354,11 @@ def _at_the_end_of_a_step(trainer: L.Trainer) -> tuple[int, int] | None:
 
 
 def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
-    """Sets Lightning's counts back to the end of a step. No later one may have been taken.
+    """Reset Lightning's counts to the end of a step, after which no other step was taken.
 
     Args:
-        trainer: in training, after that step.
-        batches: of this epoch, up to the step.
+        trainer: Trainer that is in training, after that step.
+        batches: Number of batches of this epoch up to the step.
         stepped: Lightning's count of steps for its loggers.
     """
     loop = trainer.fit_loop.epoch_loop
@@ -369,19 +372,19 @@ def _back_to(trainer: L.Trainer, batches: int, stepped: int) -> None:
         (optimizer.step.total, optimizer.zero_grad.total),
     ):
         steps.ready = cleared.ready = cleared.started = cleared.completed = steps.completed  # type: ignore[attr-defined]
-    # That of a batch that is not done: Lightning would take the epoch for one that has ended.
+    # The flag belongs to an unfinished batch and would make Lightning treat the epoch as ended.
     progress.is_last_batch = False
     loop._batches_that_stepped = stepped
     for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-        if hasattr(loader, "given"):  # one that can go on in mid-epoch
+        if hasattr(loader, "given"):  # the loader can resume in mid-epoch
             loader.given = batches
 
 
 def _save_to(path: Path, content: Any) -> None:
-    """torch.save by way of memory: by itself it does not tell why a file cannot be written.
+    """Save to memory, then to the file, because torch.save hides why a file cannot be written.
 
     Raises:
-        OSError: it cannot.
+        OSError: If the file cannot be written.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -389,7 +392,7 @@ def _save_to(path: Path, content: Any) -> None:
 
 
 def _copied(content: Any) -> Any:
-    """A checkpoint's content in memory of its own, on the CPU."""
+    """Return a deep copy of a checkpoint's content, with its tensors on the CPU."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -400,12 +403,12 @@ def _copied(content: Any) -> Any:
 
 
 def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
-    """Writes a checkpoint beside its place, reads it again, and puts it there.
+    """Write a checkpoint beside its final path, read it again, and move it there.
 
     Args:
-        path: its place.
-        content: the checkpoint.
-        keep: whether the one that is there is kept too: a disk may lose what it had written.
+        path: Final path.
+        content: Content of the checkpoint.
+        keep: Whether to keep the existing checkpoint too, as a disk may lose what it has written.
     """
     try:
         made_folder(path.parent)
@@ -413,7 +416,7 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
             _save_to(beside, dict(content))
             check_written(beside, content["state_dict"])
             if keep and path.exists():
-                sync(beside)  # what may fail comes before the older ones are touched
+                sync(beside)  # this may fail, so it precedes any change to the older files
                 os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run keeps, and what it forgets, of what its base knew."""
+"""Measurement of what a run retains and forgets of its base's knowledge."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from .loggers import log_after
 
 COLUMNS = ("text", "sentence", "document", "content")
 POSITIONS = 2048
-"""Tokens, with padding, that are computed at a time."""
+"""Number of tokens, with padding, that are computed at a time."""
 
 
 class Retention(Callback):
-    """Measures on texts that have nothing to do with the task what of the base is left.
+    """A callback that measures on texts unrelated to the task how much of the base is retained.
 
-    A causal language model: `val/retained_loss`, its loss per token of those texts. Any other:
-    `val/retained_similarity`, the correlation over all pairs of texts of their cosine similarity,
-    by the mean hidden state, with the base's own: 1 where nothing has moved (representational
-    similarity analysis, Kriegeskorte et al. 2008).
+    For a causal language model it logs `val/retained_loss`, the loss per token of those texts. For
+    any other model it logs `val/retained_similarity`. For each pair of texts, the cosine
+    similarity of their mean hidden states is computed. The metric is the correlation of these
+    similarities with the base's own over all pairs. It is 1 if nothing has moved
+    (representational similarity analysis, Kriegeskorte et al. 2008).
 
-    Both are measured before the first step (`before` keeps that) and in every validation.
+    Both are measured before the first step (kept in `before`) and in every validation.
 
     Args:
-        texts: a file of texts, JSONL, CSV, or plain, a text a line. None: nothing is measured.
-        count: how many of them, from the first on.
-        max_length: longest in tokens; longer ones are cut.
+        texts: File of texts, as JSONL, CSV, or plain text with one text per line. Defaults to
+            None, which disables the measurement.
+        count: Number of texts used, from the first on. Defaults to 64.
+        max_length: Maximum length in tokens. Longer texts are truncated. Defaults to 256.
     """
 
     def __init__(self, texts: str | None = None, count: int = 64, max_length: int = 256) -> None:
@@ -91,10 +93,10 @@ class Retention(Callback):
         return {"reference": self._reference, "before": self.before} if self.before else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a checkpoint says of the model before training.
+        """Load a checkpoint's measurements of the model before training.
 
         Raises:
-            UserError: it is no list of similarities, or a metric is no number.
+            UserError: If they are not a list of similarities, or a metric is not a number.
         """
         reference, before = state_dict.get("reference"), state_dict.get("before", {})
         numbers = isinstance(before, dict) and all(
@@ -108,7 +110,7 @@ class Retention(Callback):
     def _measure(self, module: LoraModule) -> dict[str, float]:
         if _has_loss(module):
             return {"val/retained_loss": self._loss(module)}
-        if self._reference is None:  # validated alone, without a training before it
+        if self._reference is None:  # validation without a preceding training
             return {}
         pair = torch.stack([self._reference, self._similarities(module)])
         return {"val/retained_similarity": float(torch.corrcoef(pair)[0, 1])}
@@ -125,7 +127,7 @@ class Retention(Callback):
 
     @torch.no_grad()
     def _similarities(self, module: LoraModule) -> Tensor:
-        """Cosine similarity of each pair of texts, in fp32 on the CPU."""
+        """Return the cosine similarity of each pair of texts, in fp32 on the CPU."""
         model: Any = module.model
         backbone = getattr(model, model.base_model_prefix)
         if model.config.is_encoder_decoder:
@@ -140,7 +142,7 @@ class Retention(Callback):
         return (unit @ unit.t()).cpu()[first, second]
 
     def _on(self, module: LoraModule) -> Iterator[dict[str, Any]]:
-        """The batches, on the module's device, with the module in eval mode meanwhile."""
+        """Yield the batches on the module's device, with the module in eval mode meanwhile."""
         training = module.training
         module.eval()
         for batch in self._batches:
@@ -149,13 +151,13 @@ class Retention(Callback):
 
 
 def _has_loss(module: LoraModule) -> bool:
-    """Whether the model says how probable a text is."""
+    """Return whether the model gives the probability of a text."""
     model: Any = module.model
     return module.task.generative and not model.config.is_encoder_decoder
 
 
 def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Texts of like length together, padded on the right."""
+    """Return batches of texts of similar length, padded on the right."""
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     collate = PaddingCollator(tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM, SLURM's warning of its time, or a closed terminal."""
+"""Handling of signals that end a run (SIGTERM, SLURM's time warning, a closed terminal)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from torch import Tensor
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
 AHEAD = 3
-"""Tokens after which the processes of a tensor-parallel group stop together. At a token's check a
-process knows that all of the group have begun the token before it, so two would do; a GPU's host
-may be one further."""
+"""Tokens after which the processes of a tensor-parallel group stop together. At the check of a
+token, a process knows that the whole group has begun the previous token. Two tokens would suffice,
+but a GPU's host may be one token ahead."""
 ASKED = 0.5
-"""Seconds between two looks whether another process has been told to end."""
+"""Seconds between two checks for a signal to another process."""
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP")  # not all are on Windows
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Stopped(BaseException):
-    """A run has ended where it was told to; in training, after it has saved its state.
+    """The end of a run on request, which in training comes after the run has saved its state.
 
-    It comes amid anything, as KeyboardInterrupt does, and is no exception that a reader of files
-    may take for a mistake in them.
+    Like KeyboardInterrupt, it can come anywhere. It is not an Exception, so code that reads files
+    cannot take it for an error in them.
 
     Args:
-        signum: number of the signal.
+        signum: Number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -47,10 +47,10 @@ class Stopped(BaseException):
 
 
 class Ended(KeyboardInterrupt):
-    """A command was told to end that has no step to save at.
+    """The end on request of a command that has no step to save at.
 
     Args:
-        signum: number of the signal.
+        signum: Number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -60,12 +60,12 @@ class Ended(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Has the signals that end a process raise Ended in the block, so that it can clean up."""
+    """Make the signals that end a process raise Ended in the block, so that it can clean up."""
 
     def end(number: int, _: FrameType | None) -> None:
         raise Ended(number)
 
-    in_main = threading.current_thread() is threading.main_thread()  # no other can say
+    in_main = threading.current_thread() is threading.main_thread()  # only it can set handlers
     before = {number: signal.signal(number, end) for number in heard() if in_main}
     try:
         yield
@@ -75,12 +75,12 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def heard() -> tuple[signal.Signals, ...]:
-    """The signals that end a process: those of SIGNALS that nohup or a shell has not turned off."""
+    """Return the members of SIGNALS that nohup or a shell has not turned off."""
     return tuple(number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
 
 
 class SharedNumber:
-    """A number that all processes exchange at each step or batch; the highest counts.
+    """A number that all processes exchange at each step or batch, where the highest counts.
 
     They read it one step later, so that the host never waits for a device that is still busy.
     """
@@ -90,9 +90,9 @@ class SharedNumber:
         self._arrives: torch.cuda.Event | None = None
 
     def exchange(self, trainer: L.Trainer, number: int) -> int:
-        """Sends a number, and returns the highest that was sent at the step before (first: 0).
+        """Send a number, and return the highest number of the previous step (initially 0).
 
-        A process alone gets its own number at once. All processes have to call it at every step.
+        A single process gets its own number at once. All processes must call this at every step.
         """
         if trainer.world_size == 1:
             return number
@@ -108,7 +108,7 @@ class SharedNumber:
         return found
 
     def highest(self, trainer: L.Trainer, number: int) -> int:
-        """The highest number of all processes now, for which the device is waited for."""
+        """Return the highest number of all processes now, which waits for the device."""
         found = self.exchange(trainer, number)
         return found if trainer.world_size == 1 else self._read()
 
@@ -121,14 +121,14 @@ class SharedNumber:
 
 
 def _leave_word(key: str, signum: int) -> None:
-    """Tells all processes of a signal, without one that waits: by the store where they have met."""
-    with suppress(Exception):  # a store that is gone with its process
+    """Announce a signal to all processes through their rendezvous store, so that none waits."""
+    with suppress(Exception):  # the store may be gone with its process
         if dist.is_available() and dist.is_initialized():
             _store().set(key, str(signum))
 
 
 def _word_left(key: str) -> int:
-    """The signal that another process has told of; 0: none has."""
+    """Return the signal that another process has announced, or 0."""
     with suppress(Exception):
         if dist.is_available() and dist.is_initialized() and _store().check([key]):
             return int(_store().get(key))
@@ -136,24 +136,24 @@ def _word_left(key: str) -> int:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # torch 2.13 has no public way to it
+    return dist.distributed_c10d._get_default_store()  # torch 2.13 has no public access to it
 
 
 class StopSignals(Callback):
-    """Notes the signals that tell a run to end, and sees that all its processes end at one step.
+    """A callback that records signals to end a run, and makes all its processes end at one step.
 
-    In training the callback that keeps `last.ckpt` sends what was received to all processes, and
-    saves before it ends the run. A test or a validation ends at once: what it has measured would
-    be measured again. So does what comes before and between these, such as the loading of a model,
-    where no other process waits. Several processes generate texts each at its own pace: there one
-    that was told leaves word for the others, which look for it now and then.
+    In training, the callback that keeps `last.ckpt` sends the received signal to all processes,
+    and saves before it ends the run. A test or a validation ends at once, because its results
+    would be measured again. So do phases before and between these, such as model loading, where no
+    other process waits. In text generation, each process has its own pace. There, a process that
+    gets a signal announces it to the others, which check for it now and then.
 
-    Lightning's own handler of SIGTERM is replaced: its processes talk to each other within it, and
-    at every step it has a GPU waited for.
+    Lightning's own SIGTERM handler is replaced. Its processes communicate within it, and at every
+    step it waits for a GPU.
     """
 
     _runs = 0
-    """Of this process, so far; it is the same in all processes of a run."""
+    """Number of runs of this process so far, which is the same in all processes of a run."""
 
     def __init__(self) -> None:
         StopSignals._runs += 1
@@ -162,17 +162,17 @@ class StopSignals(Callback):
         self._tokens = 0
         self.received = 0
         self.saves = False
-        """Whether another callback sends what was received, and saves before it ends the run."""
+        """Whether another callback sends the received signal, and saves before it ends the run."""
         self.has_trained = False
-        """Whether the first step has begun, in this process."""
+        """Whether the first step has begun in this process."""
         self._shared = SharedNumber()
         self._has_steps = False
-        """Whether Lightning is at batches, at which it is looked whether a signal has come."""
+        """Whether Lightning is processing batches, at which signals are checked."""
         self._measures = False
-        """Whether they are batches of a validation or a test: what came out can be had again."""
+        """Whether the batches belong to a validation or a test, whose results are repeatable."""
         self._before: dict[int, Any] = {}
         self._heard = -math.inf
-        """When Python last came to handle a signal."""
+        """Time at which Python last handled a signal."""
 
     def __enter__(self) -> StopSignals:
         self._install()
@@ -187,10 +187,10 @@ class StopSignals(Callback):
             os.close(signal.set_wakeup_fd(-1))
 
     def _end_if_unheard(self) -> None:
-        """Ends this process by a signal that Python does not get to handle.
+        """End this process on a signal that Python does not get to handle.
 
-        It does so between two steps of its own, and there is none while the process waits in a
-        library for others to join, which may be half an hour.
+        Python handles signals only between two of its own steps. None occurs while the process
+        waits in a library for others to join, which may take half an hour.
         """
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -202,7 +202,7 @@ class StopSignals(Callback):
                 if number[0] not in self._before:
                     continue
                 _leave_word(self._word, number[0])
-                while self._heard < came - 1.0:  # Python may have been first
+                while self._heard < came - 1.0:  # Python may have handled it first
                     if time.monotonic() - came > UNHEARD:
                         name = signal.Signals(number[0]).name
                         print(f"{name}: ended while waiting for other processes", file=sys.stderr)
@@ -214,7 +214,7 @@ class StopSignals(Callback):
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # a run of a pack, whose process is told for all of them
+            return  # a run of a pack, whose process gets signals for all its runs
         for number in heard():
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
@@ -235,9 +235,9 @@ class StopSignals(Callback):
         self._before[signal.SIGINT](number, frame)
 
     def is_told(self) -> bool:
-        """Whether a signal has come to this process, or to another that has left word of it.
+        """Return whether this process got a signal, or another process has announced one.
 
-        No process waits for another here, so they need not ask at the same time.
+        No process waits for another here, so they need not call this at the same time.
         """
         if not self.received and time.monotonic() - self._asked > ASKED:
             self._asked = time.monotonic()
@@ -245,13 +245,13 @@ class StopSignals(Callback):
         return bool(self.received)
 
     def is_told_together(self, group: int) -> bool:
-        """As `is_told`, with the same answer at the same call in all processes of a group.
+        """Return `is_told`, with the same answer at the same call in all processes of a group.
 
-        They compute each token together, so the first that is told names a call that none of them
-        has reached.
+        They compute each token together. The first that gets a signal therefore names a call that
+        none of them has reached.
 
         Args:
-            group: number of the group.
+            group: Number of the group.
         """
         self._tokens += 1
         key = f"{self._word}/{group}"
@@ -264,7 +264,7 @@ class StopSignals(Callback):
         return self._tokens >= int(stop)
 
     def raise_if_told(self, trainer: L.Trainer) -> None:
-        """Raises Stopped if a signal has come to any process; all have to ask."""
+        """Raise Stopped if any process got a signal. All processes must call this."""
         if signum := self._shared.highest(trainer, self.received):
             raise Stopped(signum)
 
@@ -288,7 +288,7 @@ class StopSignals(Callback):
             self._raise_in_all(trainer)
 
     def _raise_in_all(self, trainer: L.Trainer) -> None:
-        """Raises Stopped in all processes, which are at the same batch, if one got a signal."""
+        """Raise Stopped in all processes, which are at the same batch, if any got a signal."""
         if signum := self._shared.exchange(trainer, self.received):
             raise Stopped(signum)
 

@@ -1,4 +1,4 @@
-"""Signs of life of a run whose output goes to a file."""
+"""Periodic status lines for a run whose output goes to a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PREPARING = "preparing the model and the data"
 
 
 class Heartbeat:
-    """Says what a run is doing where it has said nothing for a while.
+    """A thread that reports what a run is doing after a while without output.
 
-    A progress bar is not shown in a file; a model that loads, and texts that are generated, would
-    look like a run that hangs.
+    A file shows no progress bar. Without these lines, model loading and text generation would look
+    like a hang.
 
     Args:
-        wanted: whether to say anything; a terminal has the bar.
+        wanted: Whether to report at all. A terminal has the bar, so nothing is reported there.
     """
 
     EVERY = 25.0
-    """Seconds."""
+    """Seconds without output before a line is written."""
     said = 0.0
-    """When the last line was written, here or by the bar, by the clock `time.monotonic`."""
+    """Time of the last line, from here or from the bar, on the clock `time.monotonic`."""
 
     def __init__(self, *, wanted: bool) -> None:
         self.wanted = wanted and not sys.stdout.isatty()
@@ -51,8 +51,8 @@ class Heartbeat:
                 say(self.line())
 
     def line(self) -> str:
-        """What the run is doing now."""
-        with suppress(Exception):  # the run changes it meanwhile
+        """Return what the run is doing now."""
+        with suppress(Exception):  # the run changes the trainer concurrently
             if self.trainer is not None and self.trainer.state.stage is not None:
                 return _doing(self.trainer)
         return PREPARING
@@ -68,7 +68,7 @@ def _doing(trainer: L.Trainer) -> str:
         fits = trainer.state.fn == "fit"
         loop = trainer.fit_loop.epoch_loop.val_loop if fits else trainer.validate_loop
         what, batches = "validation", trainer.num_val_batches
-    if not batches:  # no loader has been made yet
+    if not batches:  # no data loader exists yet
         return PREPARING
     total, done = sum(batches), loop.batch_progress.current.completed
     texts = ", now generating texts or measuring" if done == total else ""

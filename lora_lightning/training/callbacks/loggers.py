@@ -1,4 +1,4 @@
-"""The curves of a run: Lightning's loggers, made safe for a disk that fails."""
+"""Lightning's loggers for the curves of a run, made safe against a failing disk."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lora_lightning.utils.terminal import say
 
 
 class StepsFromOne:
-    """Counts steps as the rest of a run does: a metric of the first step is at step 1.
+    """A logger mixin that puts a metric of the first step at step 1, as the rest of a run does.
 
-    Lightning logs what it measures in `fit` at the number of steps before the current one.
+    In `fit`, Lightning logs a metric at the number of steps before the current one.
     """
 
     trainer: L.Trainer | None = None
-    """The run's; None: steps stay as they are given."""
+    """Trainer of the run. None leaves steps as they are given."""
 
     @property
     def shift(self) -> int:
-        """What is added to a step now."""
+        """Offset that is currently added to a step."""
         return 0 if self.trainer is None or self.trainer.state.fn != "fit" else 1
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -39,7 +39,7 @@ class StepsFromOne:
 
 
 def count_from(trainer: L.Trainer, first_step: int) -> None:
-    """Have a run's own loggers count its steps from 1, or from 0 as earlier versions did."""
+    """Make a run's own loggers count its steps from 1, or from 0 as earlier versions did."""
     for logger in trainer.loggers:
         if isinstance(logger, StepsFromOne) and first_step == 1:
             logger.trainer = trainer
@@ -52,13 +52,14 @@ def log_after(trainer: L.Trainer, values: dict[str, float], steps: int) -> None:
 
 
 class EventsLogger(StepsFromOne, TensorBoardLogger):
-    """Lightning's TensorBoardLogger, which a disk that fails ends, and not the run.
+    """A TensorBoardLogger that stops, without ending the run, when its disk fails.
 
-    It says so once. The other logger's file, metrics.csv, has the same values.
+    It reports that once. The other logger's file, metrics.csv, has the same values.
 
     Args:
-        varied: settings in which the jobs of a sweep differ, whose columns come first in HPARAMS.
-        settings: those of Lightning's TensorBoardLogger.
+        varied: Settings in which the jobs of a sweep differ. Their columns come first in HPARAMS.
+            Defaults to ().
+        settings: Settings of Lightning's TensorBoardLogger.
     """
 
     _has_ended = False
@@ -76,7 +77,7 @@ class EventsLogger(StepsFromOne, TensorBoardLogger):
         self.tried(super().log_hyperparams, *args, **kwargs)
 
     def fill_hparams(self, summaries: list[Any]) -> None:
-        """Writes what the HPARAMS tab reads."""
+        """Write the summaries that the HPARAMS tab reads."""
         for summary in summaries:
             self.experiment._get_file_writer().add_summary(summary)
 
@@ -87,7 +88,7 @@ class EventsLogger(StepsFromOne, TensorBoardLogger):
         self.tried(super().finalize, status)
 
     def tried(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a call gives; None where its disk fails, or one of an earlier call did."""
+        """Return the result of a call, or None if the disk fails or failed in an earlier call."""
         if self._has_ended:
             return None
         try:
@@ -101,7 +102,7 @@ class EventsLogger(StepsFromOne, TensorBoardLogger):
 
 
 class _Tried:
-    """TensorBoard's writer, each of whose calls is tried."""
+    """TensorBoard's writer, with each call guarded against a failing disk."""
 
     def __init__(self, logger: EventsLogger, writer: Any) -> None:
         self._logger, self._writer = logger, writer or _DummyExperiment()
@@ -114,11 +115,11 @@ class _Tried:
 
 
 class CurvesLogger(StepsFromOne, CSVLogger):
-    """Lightning's CSVLogger, which writes metrics.csv beside its place where it begins it again.
+    """A CSVLogger that writes a new metrics.csv beside its final path before it replaces the old.
 
-    Lightning 2.6 deletes an earlier file when it begins, and cuts the file to nothing wherever a
-    column is new: a kill at that moment takes the curves. The earlier file stays until the first
-    rows are written. On other file systems than the local one it is Lightning's.
+    Lightning 2.6 deletes an earlier file at the start, and truncates the file whenever a column is
+    new. A kill at that moment loses the curves. Here the earlier file stays until the first rows
+    are written. On file systems other than the local one, Lightning's own writer is used.
     """
 
     @property
@@ -131,13 +132,16 @@ class CurvesLogger(StepsFromOne, CSVLogger):
 
 
 class _CurvesWriter(ExperimentWriter):
-    """Replaces the file at its first rows and where a column is new; else appends; both synced."""
+    """A writer that replaces the file at the first rows and at a new column, otherwise appends.
+
+    It syncs the file in both cases.
+    """
 
     _header: list[str] | None = None
-    """Columns of the file as this process has written it."""
+    """Columns of the file as written by this process."""
 
     def _check_log_dir_exists(self) -> None:
-        """Deletes nothing."""
+        """Delete nothing."""
 
     def save(self) -> None:
         if not self.metrics:
@@ -146,13 +150,13 @@ class _CurvesWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if self._header == self.metrics_keys:
             super().save()
-            sync(path)  # a checkpoint that knows of these rows is on the disk soon
+            sync(path)  # a checkpoint that relies on these rows is on the disk soon
             return
         rows: list[dict[str, str]] = []
         if self._header is not None:
             rows, damaged = read_metrics(path)
             tell_damaged(path, damaged)
-            names = (name for row in rows for name in row)  # others, where the header is damaged
+            names = (name for row in rows for name in row)  # they differ if the header is damaged
             self.metrics_keys = list(dict.fromkeys([*self.metrics_keys, *names]))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)

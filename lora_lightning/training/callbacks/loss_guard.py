@@ -1,4 +1,4 @@
-"""The losses of a run's steps: whether they are numbers, and which rows were there where not."""
+"""Step losses of a run, with a check that they are finite and a record of the rows if not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_lightning.utils.atomic_write import atomic_write
 
 @dataclass(frozen=True)
 class _Step:
-    """An optimizer step: its number, epoch, last batch, and loss (a scalar on the device)."""
+    """An optimizer step with its number, epoch, last batch and loss (a scalar on the device)."""
 
     number: int
     epoch: int
@@ -26,24 +26,24 @@ class _Step:
 
 
 class StepLosses:
-    """Losses of the steps since they were last looked at; looking waits for the device."""
+    """Losses of the steps since the last check, which waits for the device."""
 
     def __init__(self) -> None:
         self._recent: list[_Step] = []
 
     def add(self, trainer: L.Trainer, batch: int, loss: Tensor) -> None:
-        """Keeps the loss of the coming step, whose last batch is that of this number."""
+        """Record the loss of the coming step, whose last batch has the number `batch`."""
         self._recent.append(_Step(trainer.global_step, trainer.current_epoch, batch, loss))
 
     def check(self, trainer: L.Trainer, *, half: bool) -> None:
-        """Makes sure that the losses are numbers.
+        """Check that the losses are finite.
 
         Args:
-            trainer: of the run.
-            half: whether float16 is used, which overflows first.
+            trainer: Trainer of the run.
+            half: Whether float16 is used, which overflows first.
 
         Raises:
-            UserError: one is not. The rows of its step are in the run's folder then.
+            UserError: If a loss is not finite. The rows of its step are then in the run's folder.
         """
         recent, self._recent = self._recent, []
         if not recent:
@@ -61,7 +61,7 @@ class StepLosses:
 
 
 def _keep_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
-    """Writes the rows of a step into the run's folder, and says so."""
+    """Write the rows of a step into the run's folder, and return a sentence that says so."""
     data = getattr(trainer, "datamodule", None)
     if not isinstance(getattr(data, "encoded", None), dict):
         return ""

@@ -1,4 +1,4 @@
-"""What a run shows beside its scalars: the bar, the adapter, its updates' norms, predictions."""
+"""Callbacks that show progress, the adapter, norms of its updates, and sample predictions."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .loggers import log_after
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, which also says which model a validation or test is of.
+    """Lightning's progress bar, which also names the model of a validation or test.
 
-    It reads the training loss itself, at most twice a second, since reading waits for the device:
-    Lightning would read what is logged for a bar after every batch.
-    Where there is no terminal, as in the log of a job, a line tells now and then how far it is.
+    It reads the training loss itself, at most twice a second, since reading waits for the device.
+    Lightning would read values logged for a bar after every batch. Without a terminal, as in the
+    log of a job, it prints a progress line now and then.
     """
 
     READ_EVERY = 0.5
-    """Seconds."""
+    """Seconds between two reads of the loss."""
     LINE_EVERY = 25.0
-    """Seconds."""
+    """Seconds between two progress lines."""
     reads_loss = True
-    """The module logs its training loss for no bar then."""
+    """Whether the bar reads the training loss. The module then does not log it for the bar."""
     _read_at = -math.inf
     _line_at = 0.0
 
@@ -46,7 +46,7 @@ class ProgressBar(RichProgressBar):
     ) -> None:
         shown = self._metric_component
         if time.monotonic() - self._read_at < self.READ_EVERY:
-            self._metric_component = None  # the bar moves on, what stands beside it stays
+            self._metric_component = None  # the bar advances, the metrics beside it stay
         else:
             self._read_at = time.monotonic()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, i)
@@ -56,20 +56,20 @@ class ProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of this epoch, without those that `trainer.max_steps` leaves out."""
+        """Number of batches of this epoch, within the limit of `trainer.max_steps`."""
         trainer, total = self.trainer, super().total_train_batches
         if trainer.max_steps < 0:
             return total
         done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         left = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
-        return min(total, left + (done if done < total else 0))  # an epoch's end is not reset yet
+        return min(total, left + (done if done < total else 0))  # not reset yet at an epoch's end
 
     def _get_train_description(self, current_epoch: int) -> str:
         most = self.trainer.max_epochs or 0
         return f"Epoch {current_epoch + 1}{f'/{most}' if most > 0 else ''}"
 
     def get_metrics(self, trainer: L.Trainer, model: L.LightningModule) -> Any:
-        """What stands beside the bar."""
+        """Return the metrics beside the bar."""
         loss = trainer.callback_metrics.get("train/loss")
         own = {} if loss is None else {"train/loss": loss.item()}
         return {**own, **super().get_metrics(trainer, model)}
@@ -105,7 +105,7 @@ class ProgressBar(RichProgressBar):
 
 
 class AdapterSummary(RichModelSummary):
-    """Shows what the adapter covers; for a model without one, Lightning's own summary."""
+    """A summary of what the adapter covers, or Lightning's own for a model without an adapter."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not isinstance(pl_module, LoraModule) or pl_module.adapter is None:
@@ -119,10 +119,10 @@ class AdapterSummary(RichModelSummary):
 
 
 class UpdateNorms(Callback):
-    """Logs the Frobenius norm of the whole update s B A after every validation.
+    """A callback that logs the Frobenius norm of the whole update s B A after every validation.
 
     Args:
-        layers: also log that of each adapted layer, a curve each.
+        layers: Whether to also log a curve of the norm for each adapted layer. Defaults to False.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -145,13 +145,13 @@ class UpdateNorms(Callback):
 
 
 class SamplePredictions(Callback):
-    """Shows predictions on the same few validation rows, after every validation.
+    """A callback that shows predictions on the same few validation rows after every validation.
 
-    They are a table in TensorBoard's text tab, and lines of `samples.jsonl`.
+    They appear as a table in TensorBoard's text tab, and as lines of `samples.jsonl`.
 
     Args:
-        count: number of rows.
-        folder: where samples.jsonl goes; None: there is none.
+        count: Number of rows. Defaults to 8.
+        folder: Folder of samples.jsonl. Defaults to None, which writes no file.
     """
 
     def __init__(self, count: int = 8, folder: str | None = None) -> None:
@@ -166,7 +166,7 @@ class SamplePredictions(Callback):
         if trainer.sanity_checking or idle or not (loggers or self.file):
             return
         rows = _spread(len(data.encoded["val"]), self.count)
-        predictions = _predict(pl_module, data, rows)  # of a base in shares, by all processes
+        predictions = _predict(pl_module, data, rows)  # on all ranks if the base is sharded
         if not trainer.is_global_zero:
             return
         samples = [
@@ -187,7 +187,7 @@ class SamplePredictions(Callback):
 
     @staticmethod
     def _write(path: Path, step: int, samples: list[dict[str, str]]) -> None:
-        """Appends samples of a step; a resumed run takes back those of steps it repeats."""
+        """Append the samples of a step, and drop samples of steps that a resumed run repeats."""
         old, damaged = read_samples(path)
         tell_damaged(path, damaged)
         kept = [row for row in old if row["step"] < step]
@@ -197,12 +197,12 @@ class SamplePredictions(Callback):
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a Markdown table."""
+    """Return a text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")[:300]
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `total`."""
+    """Return `count` indices spread evenly over `total`."""
     return [index * total // count for index in range(count)] if total > count else [*range(total)]
 
 

@@ -1,4 +1,4 @@
-"""What a run costs: seconds, tokens, memory, and how many tokens a second."""
+"""Callbacks that measure seconds, tokens, memory and throughput of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .loggers import log_after
 
 
 class RunClock(Callback):
-    """Measures a run: seconds of training, tokens trained on, peak memory.
+    """A callback that measures seconds of training, tokens trained on, and peak memory.
 
     `tokens` counts tokens without padding, over all ranks.
     """
@@ -26,7 +26,7 @@ class RunClock(Callback):
         self.seconds = 0.0
         self.tokens = 0
         self._counted = 0  # on this rank, not yet in `tokens`
-        self._begun = 0  # of a step that is not yet taken
+        self._begun = 0  # tokens of a step that is not yet taken
         self._trainer: L.Trainer | None = None
         self._started: float | None = None
 
@@ -55,12 +55,12 @@ class RunClock(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._started is None else time.monotonic() - self._started
-        # Lightning asks all ranks, and stores what rank 0 says.
+        # Lightning calls this on all ranks, and stores the result of rank 0.
         counted = 0 if self._trainer is None else self._over_ranks(self._trainer)
         return {"seconds": self.seconds + running, "tokens": self.tokens + counted}
 
     def _over_ranks(self, trainer: L.Trainer) -> int:
-        """Tokens not yet in `tokens`; every rank has to ask."""
+        """Return the number of tokens not yet in `tokens`. All ranks must call this."""
         if trainer.world_size == 1:
             return self._counted
         counted = torch.tensor(self._counted, device=trainer.strategy.root_device)
@@ -68,10 +68,10 @@ class RunClock(Callback):
         return int(counted) * data_ranks(trainer) // trainer.world_size
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a checkpoint says.
+        """Load the seconds and tokens from a checkpoint.
 
         Raises:
-            UserError: it is no number of seconds and of tokens.
+            UserError: If they are not valid numbers of seconds and of tokens.
         """
         seconds, tokens = state_dict["seconds"], state_dict["tokens"]
         if not (is_number(seconds) and is_number(tokens, whole=True) and min(seconds, tokens) >= 0):
@@ -80,10 +80,10 @@ class RunClock(Callback):
 
 
 class Throughput(Callback):
-    """Logs rows and tokens (without padding) trained on per second, over all ranks.
+    """A callback that logs rows and tokens (without padding) trained on per second on all ranks.
 
-    Every `log_every_n_steps` of the Trainer, and at the end, which alone wait for the device; 0:
-    not at all. The time of validations is left out.
+    It logs every `log_every_n_steps` of the Trainer, and at the end. Only these moments wait for
+    the device. 0 disables logging. The time of validations is left out.
     """
 
     def __init__(self) -> None:
@@ -130,12 +130,12 @@ class Throughput(Callback):
 
 
 def _batch_counts(batch: dict[str, Any] | list[dict[str, Any]]) -> tuple[int, int]:
-    """Rows of a batch and its tokens without padding, as `Task.locate` has counted them."""
+    """Return the rows of a batch and its tokens without padding, as counted by `Task.locate`."""
     parts = batch if isinstance(batch, list) else [batch]
     return sum(part["rows"] for part in parts), sum(part["tokens"] for part in parts)
 
 
 def _wait_for(device: torch.device) -> None:
-    """Waits until a device has done all that it was given."""
+    """Wait until a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,1 +1,1 @@
-"""What a run would do and cost, found out before it begins."""
+"""Checks and memory estimates for a run before it starts."""

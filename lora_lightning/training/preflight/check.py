@@ -1,4 +1,4 @@
-"""The preflight: what a run would do, shown in seconds, and refused where it would fail later."""
+"""Preflight check that shows in seconds what a run does, and rejects runs that fail later."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from .memory import PROBE_ROWS, Memory
 
 
 def check(config: DictConfig) -> str:
-    """Goes through a run's preparations and one backward pass, without training.
+    """Run a run's setup and one backward pass, without training.
 
     Returns:
         A report: matched modules, trainable share, a decoded batch, truncation, gradients, memory.
 
     Raises:
-        UserError: something would fail later.
+        UserError: If the run would fail later.
     """
     quiet_libraries()
     asked, config = config, with_precision(with_direction(config))
@@ -88,7 +88,7 @@ def check(config: DictConfig) -> str:
 
 
 def _planned_steps(trainer: Any, data: LoraDataModule) -> int | None:
-    """Optimizer steps of the run; None: it has no end."""
+    """Return the run's number of optimizer steps, or None if it is unlimited."""
     batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
     steps = math.inf if trainer.max_epochs == -1 else float(trainer.max_epochs or 1)
@@ -98,7 +98,10 @@ def _planned_steps(trainer: Any, data: LoraDataModule) -> int | None:
 
 
 def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None) -> None:
-    """Refuses what cannot be had on a base in shares, which here is read whole."""
+    """Raise UserError for settings that a sharded base does not support.
+
+    The check itself loads the base unsharded.
+    """
     if isinstance(strategy, ShardedStrategy):
         refuse_combinations(settings.model, settings.lora, start_from=adapter, in_shares=True)
         check_heads(load_model_config(settings.model), strategy.tensor_size)
@@ -113,7 +116,7 @@ def _modules(module: LoraModule) -> str:
 
 
 def _new_tokens(module: LoraModule, data: LoraDataModule) -> list[str]:
-    """Ids of new tokens, and how many training rows have them."""
+    """Report the ids of new tokens and how many training rows contain each."""
     assert module.model is not None
     new = module.model_config.new_tokens
     if not new:
@@ -161,9 +164,9 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
 
 
 def _sample(data: LoraDataModule) -> str:
-    """A batch as the model sees it: its first rows decoded from the ids, with their targets."""
+    """Show a training batch: its first rows decoded from their ids, with their targets."""
     loader = data.train_dataloader()
-    # The rows left over make a smaller batch, which may come first.
+    # The leftover rows form a smaller batch, which may come first.
     batches: Any = loader.batch_sampler
     indices = max(islice(batches, 2), key=len)
     examples = [data.encoded["train"][index] for index in indices]
@@ -180,7 +183,10 @@ def _sample(data: LoraDataModule) -> str:
 
 
 def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -> str:
-    """One backward pass with B away from zero, where A would get no gradient by construction."""
+    """Run one backward pass and report which trainable parameters receive a gradient.
+
+    All-zero A and B get random values first. With B at zero, A's gradient is zero by construction.
+    """
     trained = {n: t for n, t in module.trainable_tensors().items() if t.requires_grad}
     layers = module.adapter.layers.values() if module.adapter is not None else ()
     for layer in layers:

@@ -1,4 +1,4 @@
-"""A training step on tensors without values: what it holds, before any weight is there."""
+"""Dry run of a training step on fake tensors, to measure memory before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -29,23 +29,26 @@ from lora_lightning.training.module import LoraModule
 from .storage_tracker import Alive
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient")
-"""Of the memory of a step. Transient is what the backward pass and the optimizer hold in passing,
-and the one layer that gradient checkpointing computes again."""
+"""Parts of a step's memory.
+
+"transient" is what the backward pass and the optimizer hold temporarily. It includes the one layer
+that gradient checkpointing recomputes.
+"""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 MOST_ROWS = 2**16
-"""Where the search for the largest batch ends."""
+"""Upper limit of the search for the largest batch, in rows."""
 Bytes = dict[str, int]
 
 
 class Rehearsal:
-    """A run's model, optimizer and loss without values, to go through steps with.
+    """A run's model, optimizer and loss on fake tensors, for dry runs of training steps.
 
-    Every example has the full length and every token of it is a target: no batch needs more.
+    Every example has the full length, and all its tokens are targets. No batch needs more memory.
 
     Args:
-        config: with its precision settled (`with_precision`).
-        device: where it is to train.
-        alive: counts, from before the model is built.
+        config: Run config with resolved precision (`with_precision`).
+        device: Device that the run would train on.
+        alive: Tracker of live tensors, active before the model is built.
     """
 
     def __init__(self, config: DictConfig, device: torch.device, alive: Alive) -> None:
@@ -63,7 +66,7 @@ class Rehearsal:
         tokens = tokens_at_a_time(settings.data, device.type)
         lanes = None if tokens is None else max(1, tokens // (self.rows_in_lane * self.length))
         self.at_a_time = None if lanes is None else lanes * self.rows_in_lane
-        """Rows of the full length that are computed together; None: the batch."""
+        """Full-length rows that are computed together; None means the whole batch."""
         alive.part = "weights"
         self.module = LoraModule(
             self.task,
@@ -84,9 +87,9 @@ class Rehearsal:
         self.optimizer_step = self._optimizer_step()
 
     def _optimizer_step(self) -> Bytes:
-        """Bytes by part at the highest point of an optimizer's step, which no rows change.
+        """Return the peak bytes by part of an optimizer step, which do not depend on the rows.
 
-        Leaves behind what the optimizer keeps from its first step on.
+        The optimizer state that the first step creates stays allocated.
         """
         optimizer = self.module.build_optimizer()
         self._add_gradients()
@@ -98,7 +101,7 @@ class Rehearsal:
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
             optimizer.step()
-        except RuntimeError as error:  # it looks at values, of which there are none
+        except RuntimeError as error:  # the step reads values, which fake tensors lack
             raise UserError(
                 f"optim.name={self.module.optim_config.name}: its step cannot be gone through "
                 "without values. Take AdamW here; lora-lightning check knows any."
@@ -113,14 +116,14 @@ class Rehearsal:
             parameter.grad = torch.zeros_like(parameter)
 
     def peak(self) -> Bytes:
-        """What was there at the highest point so far, by part."""
+        """Return the bytes by part at the memory peak so far."""
         return {part: self.alive.peak[part] for part in PARTS}
 
     def step(self, rows: int) -> Bytes:
-        """Bytes by part at the highest point of a step over so many rows."""
+        """Return the peak bytes by part of a step over `rows` rows."""
         if self.at_a_time is not None and rows > self.at_a_time:
             rows = self.at_a_time
-            self._add_gradients()  # each micro-batch but the first meets them
+            self._add_gradients()  # they exist for each micro-batch but the first
         self.alive.peak.clear()
         self.forward(rows).backward()
         for parameter in self.trained:
@@ -128,7 +131,10 @@ class Rehearsal:
         return max(self.peak(), self.optimizer_step, key=total)
 
     def forward(self, rows: int) -> Tensor:
-        """The loss of some rows; what is alive after it is what autograd keeps."""
+        """Return the loss of `rows` rows.
+
+        The activations alive afterwards are the tensors that autograd keeps.
+        """
         self.alive.part = "activations"
         mixed = self.autocast is not None
         with (
@@ -140,7 +146,7 @@ class Rehearsal:
         return loss
 
     def batch(self, rows: int) -> dict[str, Tensor]:
-        """Rows of the full length as the task's loss takes them."""
+        """Build a batch of full-length rows in the format of the task's loss."""
         lanes = -(-rows // self.rows_in_lane)
         width = min(rows, self.rows_in_lane) * self.length
         ids = torch.zeros(lanes, width, dtype=torch.long)
@@ -158,35 +164,35 @@ class Rehearsal:
 
 @contextmanager
 def rehearsal(config: DictConfig, device: torch.device) -> Iterator[Rehearsal]:
-    """A `Rehearsal`, which needs the model's config.json and no weights.
+    """Yield a `Rehearsal`, which needs the model's config.json but no weights.
 
     Args:
-        config: with its precision settled.
-        device: where the run is to train.
+        config: Run config with resolved precision.
+        device: Device that the run would train on.
 
     Raises:
-        UserError: the settings do not fit the model.
+        UserError: If the settings do not fit the model.
     """
     with skeletons(device), Alive(device.type) as alive:
         yield Rehearsal(config, device, alive)
 
 
 def total(parts: Bytes) -> int:
-    """Bytes of all parts."""
+    """Return the sum of the bytes of all parts."""
     return sum(parts.values())
 
 
 def most_rows(need: Callable[[int], int], limit: int, rows: int) -> int:
-    """The largest number of rows that needs no more than `limit` bytes; 0 where not one fits.
+    """Return the largest number of rows that needs at most `limit` bytes, or 0 if none fits.
 
-    Bytes are level in the rows, as long as the optimizer's step is the highest point, and then grow
-    in a line. So a line through two sizes never says too much of a larger one, and what it puts
-    above the limit need not be tried.
+    Bytes are constant in the rows while the optimizer step is the peak, then grow linearly.
+    A line through two sizes therefore never overestimates a larger size.
+    Sizes that the line puts above the limit need no measurement.
 
     Args:
-        need: bytes by rows.
-        limit: bytes.
-        rows: a number to begin with.
+        need: Function from a number of rows to bytes.
+        limit: Memory limit in bytes.
+        rows: Number of rows to start the search with.
     """
     sizes: dict[int, int] = {}
     low, high, guess = 0, MOST_ROWS + 1, rows
@@ -208,7 +214,7 @@ def most_rows(need: Callable[[int], int], limit: int, rows: int) -> int:
 
 
 def _as_on(device: torch.device, config: OptimConfig) -> dict[str, Any]:
-    """Arguments with which an optimizer does what it does by itself to a GPU's real tensors."""
+    """Return optimizer arguments that select the implementation used for real GPU tensors."""
     optimizer = getattr(torch.optim, config.name, None)
     takes = device.type == "cuda" and optimizer and "foreach" in signature(optimizer).parameters
     return {"foreach": True, **config.options} if takes else config.options

@@ -1,4 +1,4 @@
-"""How much memory training takes, by part, before it is begun; and what to do where it runs out."""
+"""Memory estimates by part before training starts, and advice for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lora_lightning.training.module import LoraModule
 
 PROBE_ROWS = 4
 STATES = {"SGD": 1, "AdamW": 2, "Adam": 2}
-"""Numbers that an optimizer keeps for each that it trains."""
+"""Values that an optimizer keeps per trainable parameter value."""
 
 
 class Memory:
-    """Bytes of a run, or of several that share their frozen weights.
+    """Memory of one run, or of several runs that share their frozen base.
 
-    Activations are what autograd keeps for a few of the longest rows, scaled to the rows that are
-    computed at a time.
+    Activations are the tensors that autograd keeps for a few of the longest rows. They are scaled
+    to the number of rows that are computed at a time.
 
     Args:
-        module: with its model.
-        data: set up.
-        settings: the run's.
-        device: where it is to train.
+        module: Module whose model is already built.
+        data: Data module that is already set up.
+        settings: Settings of the run.
+        device: Device that the run would train on.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Memory:
         self.at_a_time = None if limit is None else max(1, limit // width)
 
     def parts(self, runs: int = 1) -> dict[str, int]:
-        """Bytes by part, of as many runs like this one."""
+        """Return the bytes by part of `runs` runs like this one."""
         trained = runs * self.trained
         rows = runs * self.batch_size
         if self.at_a_time is not None:
@@ -65,7 +65,7 @@ class Memory:
 
 
 def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
-    """Bytes that autograd holds between forward and backward, parameters not counted."""
+    """Return the bytes that autograd holds between forward and backward, without parameters."""
     assert module.model is not None
     own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}
     sizes: dict[int, int] = {}
@@ -75,7 +75,7 @@ def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # held, so that no address is used twice
+            alive.append(tensor)  # keeps its address from being reused
         return tensor
 
     module.train()
@@ -86,16 +86,16 @@ def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
 
 @contextmanager
 def memory_advice(config: DictConfig) -> Iterator[None]:
-    """Turns a lack of memory into a UserError that says which settings help.
+    """Turn an out-of-memory error into a UserError that lists the settings that help.
 
     Raises:
-        UserError: memory has run out.
+        UserError: If memory runs out.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, Stopped):
         raise
-    except BaseException as error:  # a library in Rust panics by one that is no Exception
+    except BaseException as error:  # Rust libraries panic with a non-Exception
         if (said := lack_of_memory(error)) is None:
             raise
         cpu = not any(isinstance(each, torch.OutOfMemoryError) for each in causes(error))

@@ -1,4 +1,4 @@
-"""What training would cost, told from a model's config.json alone: before any weight is there."""
+"""Cost estimates of training from a model's config.json alone, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ from .dry_run import (
 
 RANKS = (4, 8, 16, 64)
 SHARE = 0.9
-"""Of a device's memory that is planned with; allocators and kernels have the rest."""
+"""Share of a device's memory that a plan uses; the rest is for allocators and kernels."""
 MIB, GIB = 2**20, 2**30
 OWN_GROUPS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 
 
 def plan(config: DictConfig, device_gib: float | None = None) -> str:
-    """Adapters to choose among, and the memory of LoRA, QLoRA and full fine-tuning.
+    """Report possible adapters and the memory of LoRA, QLoRA and full fine-tuning.
 
     Args:
-        config: a composed config.
-        device_gib: memory of the device asked about; None: what is free on the one at hand.
+        config: A composed config.
+        device_gib: Memory of the target device in GiB. Defaults to None, the free memory of the
+            device of this machine.
 
     Raises:
-        UserError: the settings do not fit the model, or each other.
+        UserError: If the settings do not fit the model or each other.
     """
     quiet_libraries()
     if config.model.quantization == "int8":
@@ -79,7 +80,7 @@ def plan(config: DictConfig, device_gib: float | None = None) -> str:
 
 
 def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> list[str]:
-    """What "auto" has come to here, where another device is asked about."""
+    """Note which "auto" settings resolved for this CPU when the plan is for another device."""
     automatic = [
         f"{key}={value}"
         for key, own, value in (
@@ -96,12 +97,12 @@ def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> li
 
 
 def adapter_size(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> tuple[int, int]:
-    """Numbers that an adapter trains, and bytes of its weights' file.
+    """Return an adapter's number of trainable parameters and the bytes of its weight file.
 
     Args:
-        model: without an adapter, as it is again afterwards; its weights need no values.
-        config: of the adapter.
-        strict: whether a pattern of single modules that finds none is a mistake.
+        model: Model without an adapter, restored on return. Fake tensors suffice as weights.
+        config: Config of the adapter.
+        strict: Whether a single-module pattern without a match is an error. Defaults to True.
     """
     adapter = Adapter(model, config, strict=strict)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -111,26 +112,26 @@ def adapter_size(model: nn.Module, config: LoraConfig, *, strict: bool = True) -
 
 
 def methods(config: DictConfig) -> dict[str, DictConfig]:
-    """The config as LoRA, as QLoRA and as full fine-tuning, each with its precision settled."""
+    """Return the config for LoRA, QLoRA and full fine-tuning, each with resolved precision."""
     lora, full = config.copy(), config.copy()
     lora.lora.method, lora.model.quantization = "lora", None
-    if lora.lora.init in ("eva", "loftq"):  # which need more than the model, and change no size
+    if lora.lora.init in ("eva", "loftq"):  # they need more than the model and change no size
         lora.lora.init = "kaiming"
     qlora = lora.copy()
     qlora.model.quantization = "nf4"
     full.lora.method, full.model.quantization, full.adapter = "full", None, None
     full.optim.loraplus_lr_ratio = None
     if full.trainer.precision == "bf16-true" or full.model.dtype in ("bfloat16", "float16"):
-        full.trainer.precision, full.model.dtype = "bf16-mixed", "auto"  # what it needs instead
+        full.trainer.precision, full.model.dtype = "bf16-mixed", "auto"  # full needs fp32 weights
     each = {"LoRA": lora, "QLoRA": qlora, "full": full}
     return {name: with_precision(variant) for name, variant in each.items()}
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device has free now: of a GPU, or of a machine within its container's limit.
+    """Return the free memory of a GPU, or of this machine within its container's limit.
 
     Raises:
-        UserError: the operating system does not tell.
+        UserError: If the operating system does not report it.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -148,16 +149,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_groups() -> list[int]:
-    """Return what the memory limits of this process's control groups leave, innermost first.
+    """Return the bytes left by each memory limit of this process's cgroups, innermost first.
 
-    A job of SLURM has a group of its own below the root; a container sees its own as the root.
-    Cached files, which the system drops where memory runs short, count as free.
+    A SLURM job has its own cgroup below the root. A container sees its own cgroup as the root.
+    Cached files count as free, because the system drops them when memory runs short.
     """
     left = []
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if not controllers:  # version 2
+            if not controllers:  # cgroup version 2
                 root, names = GROUPS, ("max", "current")
             elif "memory" in controllers.split(","):
                 root, names = GROUPS / "memory", ("limit_in_bytes", "usage_in_bytes")
@@ -167,7 +168,7 @@ def _left_in_groups() -> list[int]:
             for group in (own, *own.parents):
                 if not group.is_relative_to(root):
                     break
-                with suppress(OSError, ValueError):  # no such file; or "max": no limit
+                with suppress(OSError, ValueError):  # no such file, or "max" for no limit
                     limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
                     stat = (group / "memory.stat").read_text().split()
                     cached = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
@@ -181,7 +182,7 @@ def _device(config: DictConfig) -> torch.device:
 
 
 def _adapters(config: DictConfig) -> str:
-    """Target sets and ranks: what each trains and weighs."""
+    """Tabulate trainable parameters and file size by target set and rank."""
     settings = settings_of(methods(config)["LoRA"])
     assert settings.lora is not None
     task = build_task(settings.task)
@@ -196,7 +197,7 @@ def _adapters(config: DictConfig) -> str:
         if all(chosen.targets != other.targets for other in sets.values()):
             sets = {"as given": chosen, **sets}
         ranks = {*RANKS, chosen.rank}
-        if chosen.starts_from_weight:  # no more than the smallest weight has rows and columns
+        if chosen.starts_from_weight:  # the smallest side of any target weight limits the rank
             every: list[Any] = [match.module for match in match_targets(model, chosen)]
             most = min(min(module.weight.shape) for module in every)
             ranks = {rank for rank in ranks if rank <= most or rank == chosen.rank}
@@ -217,12 +218,12 @@ def _adapters(config: DictConfig) -> str:
 
 
 def _typed(targets: Any) -> str:
-    """Targets as one types them."""
+    """Format targets as the user would type them."""
     return targets if isinstance(targets, str) else f"[{','.join(targets)}]"
 
 
 def _memory(config: DictConfig, device: torch.device, limit: int) -> str:
-    """A line for each method: parts, sum, whether it fits, the largest batch that does."""
+    """Tabulate parts, their sum, whether it fits, and the largest fitting batch by method."""
     asked = "full" if config.lora.method == "full" else "LoRA"
     asked = "QLoRA" if config.model.quantization else asked
     lines: list[str] = []
@@ -264,7 +265,7 @@ def _head(config: DictConfig, rehearsed: Rehearsal) -> list[str]:
 
 
 def _largest(rehearsed: Rehearsal, limit: int, rows: int) -> str:
-    """The largest batch that fits, in words."""
+    """Format the largest batch that fits."""
     most = rehearsed.at_a_time
     if most is not None and total(rehearsed.step(most + 1)) <= limit:
         return "any"

@@ -1,4 +1,4 @@
-"""Which tensors are alive, in bytes and by part, and where their sum was highest."""
+"""Tracker of live tensors in bytes by part, and of their peak."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Alive(TorchDispatchMode):
-    """Counts the storage of all tensors that come up under it, until they are gone.
+    """Dispatch mode that counts the storage of all tensors created under it, until they are freed.
 
-    What a kernel takes for itself and gives back is not seen. Tensors without values
-    (FakeTensorMode) count like real ones, so a step of any size can be gone through.
+    Memory that a kernel allocates and frees internally is not counted. Fake tensors
+    (FakeTensorMode) count like real ones, so a dry run works for a step of any size.
 
     Args:
-        device_type: where the tensors lie that count.
+        device_type: Type of the device whose tensors are counted.
     """
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
         self.part = ""
-        """The part that new tensors belong to."""
+        """Part that new tensors are assigned to."""
         self.now: Counter[str] = Counter()
-        """Bytes alive, by part."""
+        """Live bytes by part."""
         self.peak: Counter[str] = Counter()
-        """The same at the moment when there were most of them."""
+        """Live bytes by part when their sum was highest."""
         self._storages: Any = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
@@ -49,7 +49,7 @@ class Alive(TorchDispatchMode):
     def _see(self, storage: torch.UntypedStorage) -> None:
         if storage in self._storages:
             return
-        entry = [self.part, storage.nbytes()]  # its part may change, see `assign`
+        entry = [self.part, storage.nbytes()]  # a list, because `assign` may change the part
         self._storages[storage] = entry
         self.now[self.part] += storage.nbytes()
         weakref.finalize(storage, self._forget, entry).atexit = False
@@ -59,7 +59,7 @@ class Alive(TorchDispatchMode):
         self.now[part] -= size
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Makes tensors that are alive belong to another part."""
+        """Assign live tensors to another part."""
         for tensor in tensors:
             entry = self._storages.get(tensor.untyped_storage())
             if entry is not None:
