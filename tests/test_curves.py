@@ -6,6 +6,7 @@ import errno
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lora_lightning.training.callbacks.loggers import EventsLogger
@@ -44,6 +45,7 @@ def test_a_disk_that_fails_ends_the_curves_alone(number, failing, tmp_path, caps
         logger.log_metrics({"loss": 1.0}, step)
         logger.experiment.add_text("samples", "good", step)
     logger.log_hyperparams({"rank": 8}, {"final/loss": 1.0})
+    logger.fill_hparams([Summary()])
     logger.save()
     logger.finalize("success")
     errors = capsys.readouterr().err
@@ -67,5 +69,6 @@ def test_a_folder_that_cannot_be_made_ends_the_curves_alone(tmp_path, capsys, mo
     monkeypatch.setattr("os.mkdir", fail)
     logger = EventsLogger(tmp_path / "a", name="b", version="")
     logger.log_metrics({"loss": 1.0}, 0)
+    logger.fill_hparams([Summary()])
     logger.finalize("success")
     assert capsys.readouterr().err.count("no more curves") == 1

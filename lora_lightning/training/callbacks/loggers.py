@@ -78,8 +78,13 @@ class EventsLogger(StepsFromOne, TensorBoardLogger):
 
     def fill_hparams(self, summaries: list[Any]) -> None:
         """Write the summaries that the HPARAMS tab reads."""
-        for summary in summaries:
-            self.experiment._get_file_writer().add_summary(summary)
+
+        def write() -> None:
+            writer = super(EventsLogger, self).experiment._get_file_writer()
+            for summary in summaries:
+                writer.add_summary(summary)
+
+        self.tried(write)
 
     def save(self) -> None:
         self.tried(super().save)
