@@ -2,8 +2,9 @@
 
     python tests/compatibility/make.py
 
-It writes tests/compatibility/files anew. Files that a later version cannot read are a break of a
-promise, so they are made again only where a release says so.
+It replaces tests/compatibility/files, which then holds the path of this folder: run it in a clone
+below /tmp. Files that a later version cannot read break a promise, so they are made again only
+where a release says so.
 """
 
 from __future__ import annotations
