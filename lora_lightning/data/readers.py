@@ -143,10 +143,13 @@ def json_as_written(path: str, cache_dir: str) -> Any:
     """
     from datasets import Dataset, Value
 
+    times, found = False, set()
     with open(path, "rb") as lines:
-        times = any(_LIKE_A_TIME.search(line) for line in lines)
-    with open(path, "rb") as lines:
-        odd = sorted({name for n, line in enumerate(lines) for name in odd_numbers(_text(n, line))})
+        for number, line in enumerate(lines):
+            times = times or _LIKE_A_TIME.search(line) is not None
+            if _MAY_LOSE.search(line):
+                found.update(odd_numbers(_text(number, line)))
+    odd = sorted(found)
     if not times and not odd:
         return Dataset.from_json(path, cache_dir=cache_dir)
     lettered = Path(cache_dir) / "lettered.jsonl"
@@ -187,10 +190,7 @@ def is_odd(value: Any) -> bool:
 
 def odd_numbers(line: str) -> list[str]:
     """Return the columns of an object whose number Python writes differently (0.10, 1e5)."""
-    if not _MAY_LOSE.search(line.encode()):
-        return []
-    row = with_numbers(line)
-    return [name for name, value in row.items() if is_odd(value)]
+    return [name for name, value in with_numbers(line).items() if is_odd(value)]
 
 
 def written_numbers(line: str, odd: Iterable[str]) -> dict[str, Any]:
