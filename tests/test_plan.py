@@ -293,8 +293,8 @@ def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
     ids=["above its own", "the root's", "version 1", "container"],
 )
 def test_free_memory_is_within_the_limits_of_control_groups(line, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(plan_module, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(plan_module, "MEMBERSHIP", tmp_path / "own")
+    monkeypatch.setattr(plan_module, "CGROUPS", tmp_path / "groups")
     (tmp_path / "own").write_text(f"{line}\n")
     free = free_bytes(CPU)
     assert free > 2**20

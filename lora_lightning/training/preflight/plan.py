@@ -39,8 +39,10 @@ RANKS = (4, 8, 16, 64)
 SHARE = 0.9
 """Share of a device's memory that a plan uses; the rest is for allocators and kernels."""
 MIB, GIB = 2**20, 2**30
-OWN_GROUPS = Path("/proc/self/cgroup")
-GROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Lists the control groups of this process."""
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where control groups are mounted."""
 
 
 def plan(config: DictConfig, device_gib: float | None = None) -> str:
@@ -156,12 +158,12 @@ def _left_in_groups() -> list[int]:
     """
     left = []
     with suppress(OSError):
-        for line in OWN_GROUPS.read_text().splitlines():
+        for line in MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:  # cgroup version 2
-                root, names = GROUPS, ("max", "current")
+                root, names = CGROUPS, ("max", "current")
             elif "memory" in controllers.split(","):
-                root, names = GROUPS / "memory", ("limit_in_bytes", "usage_in_bytes")
+                root, names = CGROUPS / "memory", ("limit_in_bytes", "usage_in_bytes")
             else:
                 continue
             own = root / path.lstrip("/")
