@@ -583,7 +583,8 @@ class LoraModule(L.LightningModule):
         shown = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
         logs = stage != "val" or self.logs_validation
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in shown, logger=logs)
+            # None means true, without Lightning's warning where there is no logger (evaluate).
+            self.log(name, value, prog_bar=name in shown, logger=None if logs else False)
         metrics.reset()
         mean_loss.reset()
         self._collected, self._largest_batch = [], 0
