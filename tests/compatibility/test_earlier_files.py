@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from compatibility.make import FILES, IDS, KINDS, RUN, base_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from compatibility.make import FILES, IDS, KINDS, RUN, base_of
 from lora_lightning.lora import load_adapter
 
 

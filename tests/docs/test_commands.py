@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import printed_overrides
 
+from conftest import printed_overrides
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config, settings_of
 

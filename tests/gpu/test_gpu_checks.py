@@ -244,8 +244,8 @@ def test_suite_for_a_gpu_leaves_out_what_needs_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", started)
     with pytest.raises(Failure, match="pytest did not finish"):
         starts.tests(lab.Lab(tmp_path, rehearsal=False))
-    assert "--ignore=tests/test_wheel.py" in given
-    assert (lab.ROOT / "tests/test_wheel.py").is_file()
+    assert "--ignore=tests/integration/test_wheel.py" in given
+    assert (lab.ROOT / "tests/integration/test_wheel.py").is_file()
 
 
 def test_excess_of_a_layer_that_is_two_per_cent_off_is_above_one(monkeypatch):

@@ -35,9 +35,9 @@ def tests(lab: Lab) -> Figures:
     if not (ROOT / "tests").is_dir():
         raise Skip("needs the repository's tests")
     report = lab.folder / "tests.xml"
-    few = ["-n", "0", "tests/gpu", "tests/lora/test_fused.py"]
+    few = ["-n", "0", "tests/gpu", "tests/unit/lora/test_functional.py"]
     # To build the wheel pip fetches setuptools, and there may be no network.
-    all_but = ["-n", "8", "--ignore=tests/test_wheel.py"]
+    all_but = ["-n", "8", "--ignore=tests/integration/test_wheel.py"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "checks.watch"),

@@ -1,0 +1,1349 @@
+"""Every mistake of a user: status 2, one message that says what is wrong and the fix, no traces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_rows
+
+
+@dataclass
+class Place:
+    """What a case works with: a folder of its own, a model, data, an adapter trained on both."""
+
+    root: Path
+    bert: Path
+    llama: Path
+    rows: Path
+    fast: list[str]
+    run: Path
+
+    def train(self, *overrides: str) -> list[str]:
+        """Arguments of a run that would succeed but for `overrides`."""
+        return self._run("train", *overrides)
+
+    def check(self, *overrides: str) -> list[str]:
+        return self._run("check", *overrides)
+
+    def _run(self, verb: str, *overrides: str) -> list[str]:
+        base = [f"model.name_or_path={self.bert}", f"data.train={self.rows}", "output_dir=out"]
+        return [verb, *self.fast, *base, *overrides]
+
+    def on(self, name: str, content: str | bytes, *overrides: str) -> list[str]:
+        """Arguments of a run on a data file of this name and content."""
+        return self.train(f"data.train={self.write(name, content)}", *overrides)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def adapter(self, damage: Callable[[Path], object] = lambda folder: None) -> Path:
+        """A copy of the trained adapter, damaged."""
+        copy = self.root / "adapter"
+        shutil.copytree(self.run / "adapter", copy)
+        damage(copy)
+        return copy
+
+    def model(self, damage: Callable[[Path], object]) -> Path:
+        """A copy of the tiny BERT, damaged."""
+        copy = self.root / "model"
+        shutil.copytree(self.bert, copy)
+        damage(copy)
+        return copy
+
+    def predict(self, *overrides: str) -> list[str]:
+        return ["predict", f"adapter={self.run / 'adapter'}", *overrides]
+
+
+ONE_CPU = ("trainer.accelerator=cpu", "trainer.devices=1")
+IN_SHARES = ("tensor parallel size", "rows for two processes")
+"""Cases that leave behind what Lightning tells the processes that it starts."""
+
+
+class Case(NamedTuple):
+    name: str
+    arguments: Callable[[Place], list[str]]
+    says: str
+    fix: str
+
+
+def jsonl(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    return "text,label\n" + "".join(
+        f"{row['text'].replace(',', '')},{row['label']}\n" for row in rows
+    )
+
+
+ROWS = make_rows(40)
+OTHER_TABLE = "words,label\na,b\n"
+LABEL_IN_DOUBT = {"text": "a good film", "label": "positve"}
+
+
+def change_json(path: Path, key: str) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "x"}))
+
+
+def empty_task_state(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task_state": {}}))
+
+
+def truncate(path: Path, keep: float = 0.5) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+
+
+def change_tensor(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    save_file({**tensors, first: change(tensors[first])}, path)
+
+
+def other_bert(place: Place, **sizes: int) -> Path:
+    """A base model like the tiny BERT but of other weights, and of other sizes if any are given."""
+    from transformers import BertConfig, BertModel
+
+    copy = place.root / "other"
+    shutil.copytree(place.bert, copy)
+    torch.manual_seed(1)
+    config = BertConfig.from_pretrained(place.bert, **sizes)
+    BertModel(config).save_pretrained(copy)
+    return copy
+
+
+def tensors_of(place: Place, *names: str) -> Path:
+    """A safetensors file with small matrices of these names."""
+    path = place.root / "other.safetensors"
+    save_file({name: torch.ones(2, 2) for name in names}, path)
+    return path
+
+
+def to_llama(place: Place) -> list[str]:
+    return ["output=new", "task=lm", f"model.name_or_path={place.llama}"]
+
+
+def run_folder(place: Place) -> Path:
+    return Path(shutil.copytree(place.run, place.root / "run"))
+
+
+COMMAND = [
+    Case("no such verb", lambda p: ["trian"], "verb 'trian'", "'train'"),
+    Case("no such flag", lambda p: p.train("--multrun"), "--multrun", "--multirun"),
+    Case("no override", lambda p: p.train("lora.rank"), "lora.rank", "KEY=VALUE"),
+    Case("several values", lambda p: p.train("lora.rank=2,4"), "lora.rank=2,4", "-m lora.rank=2,4"),
+    Case("unreadable override", lambda p: p.train("tags=[a"), "tags=[a", "in quotes"),
+    Case("unknown key", lambda p: p.train("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
+    Case("unknown key, check", lambda p: p.check("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
+    Case("plan, device", lambda p: ["plan", "device_gib=much"], "device_gib: 'much'", "a number"),
+    Case("plan, no device", lambda p: ["plan", "device_gib=0"], "device_gib", "above 0, got 0"),
+    Case(
+        "plan, int8",
+        lambda p: ["plan", "model.quantization=int8"],
+        "model.quantization=int8",
+        "lora-lightning check",
+    ),
+    Case(
+        "plan, new tokens", lambda p: ["plan", "model.new_tokens=[one]"], "model.new_tokens", "out"
+    ),
+    Case(
+        "plan, an optimizer that looks at values",
+        lambda p: ["plan", f"model.name_or_path={p.bert}", "optim.name=ASGD"],
+        "optim.name=ASGD",
+        "Take AdamW",
+    ),
+    Case(
+        "plan, too long",
+        lambda p: ["plan", f"model.name_or_path={p.bert}", "data.max_length=65"],
+        "data.max_length=65",
+        "at most 64",
+    ),
+    Case(
+        "plan, no folder",
+        lambda p: ["plan", "model.name_or_path=./no-such"],
+        "./no-such",
+        "config.json",
+    ),
+    Case("unknown key, sweep", lambda p: p.train("-m", "lora.rnk=4,8"), "lora.rnk", "'lora.rank'"),
+    Case(
+        "unknown key beside --cfg",
+        lambda p: [*p.train("optim.rate=1"), "--cfg", "job"],
+        "optim.rate",
+        "--cfg job",
+    ),
+    Case("unknown group", lambda p: p.train("loras=default"), "loras", "'lora'"),
+    Case("unknown choice", lambda p: p.train("lora=defalt"), "lora=defalt", "'default'"),
+    Case("unknown experiment", lambda p: p.train("experiment=sst"), "experiment=sst", "sst2"),
+    Case("wrong type", lambda p: p.train("lora.rank=eight"), "lora.rank", "Integer"),
+    Case(
+        "wrong type of a flag", lambda p: p.train("test_before=maybe"), "test_before", "valid bool"
+    ),
+    Case("value for a group", lambda p: p.train("lora.rank.x=1"), "lora.rank", "Integer"),
+    Case(
+        "unknown key of the trainer",
+        lambda p: p.train("trainer.epochs=1"),
+        "trainer.epochs",
+        "max_epochs",
+    ),
+    Case(
+        "no argument of the Trainer",
+        lambda p: p.train("+trainer.epochs=1"),
+        "trainer.epochs",
+        "max_epochs",
+    ),
+    Case(
+        "accelerator", lambda p: p.train("trainer.accelerator=gqu"), "trainer: ", "Available names"
+    ),
+    Case(
+        "callback without _target_",
+        lambda p: p.train("+callbacks.mine.patience=3"),
+        "mine",
+        "_target_",
+    ),
+    Case(
+        "callback of no class",
+        lambda p: p.train("+callbacks.mine._target_=nowhere.Nothing"),
+        "nowhere.Nothing",
+        "_target_",
+    ),
+    Case(
+        "callback with wrong arguments",
+        lambda p: p.train("+callbacks.samples.number=3"),
+        "samples",
+        "number",
+    ),
+    Case(
+        "folder by Hydra's name",
+        lambda p: p.train("hydra.run.dir=a"),
+        "hydra.run.dir",
+        "output_dir=",
+    ),
+    Case(
+        "rank 0 in a sweep",
+        lambda p: p.train("-m", "lora.rank=8,0", "seed=1,2,3"),
+        "lora.rank",
+        "at least 1",
+    ),
+]
+
+LORA = [
+    Case("rank 0", lambda p: p.train("lora.rank=0"), "lora.rank", "at least 1"),
+    Case("alpha", lambda p: p.train("lora.alpha=-1"), "lora.alpha", "positive"),
+    Case("alpha not a number", lambda p: p.train("lora.alpha=nan"), "lora.alpha", "positive"),
+    Case("dropout", lambda p: p.train("lora.dropout=1.5"), "lora.dropout", "[0, 1)"),
+    Case("bias", lambda p: p.train("lora.bias=lora"), "lora.bias", "'lora_only'"),
+    Case("init", lambda p: p.train("lora.init=kaming"), "lora.init", "'kaiming'"),
+    Case("method", lambda p: p.train("lora.method=ful"), "lora.method", "full"),
+    Case("targets", lambda p: p.train("lora.targets=[quary]"), "'quary'", "'query'"),
+    Case("exclude", lambda p: p.train("lora.exclude=[pooller]"), "lora.exclude", "pooler"),
+    Case("exclude all", lambda p: p.train("lora.exclude='.*'"), "leaves no module", "matched"),
+    Case("layers", lambda p: p.train("lora.layers=[7]"), "lora.layers", "0 to 1"),
+    Case(
+        "parameter",
+        lambda p: p.train("lora.target_parameters=[experts.gate_up_proj]"),
+        "'experts.gate_up_proj' matches no parameter",
+        "lora.targets",
+    ),
+    Case(
+        "parameter with dropout",
+        lambda p: p.train("lora.target_parameters=[query.weight]", "lora.dropout=0.1"),
+        "plain LoRA without dropout",
+        "leave out lora.dropout=0.1",
+    ),
+    Case(
+        "parts of a layer",
+        lambda p: p.train("+lora.parts={query:{a:16,b:15}}"),
+        "16 (a) + 15 (b) is 31",
+        "32 outputs",
+    ),
+    Case(
+        "parts of no layer",
+        lambda p: p.train("+lora.parts={quary:[a,b]}"),
+        "lora.parts: the name 'quary'",
+        "'query'",
+    ),
+    Case("regex", lambda p: p.train("lora.targets='(query'"), "lora.targets", "regular expression"),
+    Case(
+        "modules_to_save",
+        lambda p: p.train("lora.modules_to_save=[poler]"),
+        "lora.modules_to_save",
+        "pooler",
+    ),
+    Case(
+        "pattern of a rank",
+        lambda p: p.train("+lora.rank_pattern={quary:4}"),
+        "lora.rank_pattern",
+        "'query'",
+    ),
+    Case(
+        "pattern without plus",
+        lambda p: p.train("lora.rank_pattern={query:4}"),
+        "lora.rank_pattern",
+        "'+lora.rank_pattern={",
+    ),
+    Case(
+        "eva_rho", lambda p: p.train("lora=eva", "lora.eva_rho=0.5"), "lora.eva_rho", "at least 1"
+    ),
+    Case(
+        "eva on parts",
+        lambda p: p.train("lora=eva", "+lora.parts={query: [a, b]}"),
+        "lora.parts",
+        "leave out one of them",
+    ),
+    Case(
+        "eva without a linear layer",
+        lambda p: p.train("lora=eva", "lora.targets=[word_embeddings]"),
+        "linear layers",
+        "lora.init=eva",
+    ),
+]
+
+DATA = [
+    Case(
+        "missing file",
+        lambda p: p.train(f"data.train={p.write('reviews.csv', 'x').with_name('review.csv')}"),
+        "does not exist",
+        "'reviews.csv'",
+    ),
+    Case(
+        "missing folder", lambda p: p.train("data.train=no/a.csv"), "folder no ", "path of a file"
+    ),
+    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv is empty", "rows"),
+    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "holds no rows", "data.train"),
+    Case("ending", lambda p: p.on("a.xlsx", "x"), "a.xlsx", ".jsonl"),
+    Case("zero byte", lambda p: p.on("a.csv", b"text,label\na\0b,x\n"), "line 2", "UTF-8"),
+    Case("encoding", lambda p: p.on("a.csv", b"text,label\nsch\xf6n,x\n"), "line 2", "iconv"),
+    Case("broken JSONL", lambda p: p.on("a.jsonl", jsonl(*ROWS) + '{"text": '), "line 41", "JSON"),
+    Case("JSONL of lists", lambda p: p.on("a.jsonl", jsonl(*ROWS, [1])), "line 41", '"column"'),
+    Case(
+        "names that a zero cuts",
+        lambda p: p.on("a.json", '[{"text": "a", "label": {"": null, "\\u0000": null}}]'),
+        "'label'",
+        "Rename one",
+    ),
+    Case("broken JSON", lambda p: p.on("a.json", '[{"text": "a"}'), "a.json", "JSON"),
+    Case("JSON of numbers", lambda p: p.on("a.json", "[1, 2]"), "a.json", "list of objects"),
+    Case("JSON of one number", lambda p: p.on("a.json", "3"), "a.json", "list of objects"),
+    Case("no parquet", lambda p: p.on("a.parquet", "text"), "PARQUET", "ending"),
+    Case(
+        "unclosed quote in CSV",
+        lambda p: p.on("a.csv", 'text,label\n"a,x\nb,y\n'),
+        "not readable as CSV",
+        "in double quotes",
+    ),
+    Case("ragged CSV", lambda p: p.on("a.csv", "text,label\na,x\nb,y,z,w\n"), "line 3", "quotes"),
+    Case(
+        "files of different columns",
+        lambda p: p.train(
+            f"data.train=[{p.write('a.csv', table(ROWS))},{p.write('b.csv', OTHER_TABLE)}]"
+        ),
+        "b.csv",
+        "columns",
+    ),
+    Case(
+        "empty folder",
+        lambda p: p.train(f"data.train={p.write('d/x.md', '').parent}"),
+        "holds no .txt",
+        ".csv",
+    ),
+    Case(
+        "text column",
+        lambda p: p.train("task.text_column=txt"),
+        "task.text_column=txt",
+        "'text'",
+    ),
+    Case("label column", lambda p: p.train("task.label_column=labl"), "labl", "'label'"),
+    Case(
+        "no text column",
+        lambda p: p.on(
+            "a.jsonl", jsonl(*({"x": row["text"], "label": row["label"]} for row in ROWS))
+        ),
+        "holds the text",
+        "task.text_column=",
+    ),
+    Case(
+        "no label column",
+        lambda p: p.on(
+            "a.jsonl", jsonl(*({"text": row["text"], "y": row["label"]} for row in ROWS))
+        ),
+        "holds the label",
+        "task.label_column=",
+    ),
+    Case(
+        "unknown label in val",
+        lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl(*ROWS, LABEL_IN_DOUBT))}"),
+        "'positve' in row 41",
+        "'positive'",
+    ),
+    Case(
+        "unknown label in test",
+        lambda p: p.train(f"data.test={p.write('v.jsonl', jsonl(LABEL_IN_DOUBT))}"),
+        "'positve' in row 1",
+        "'positive'",
+    ),
+    Case(
+        "missing label",
+        lambda p: p.on(
+            "a.jsonl", jsonl(*ROWS, {"text": "a", "label": None}), "data.val_fraction=0"
+        ),
+        "the first is row",
+        "fill it in",
+    ),
+    Case(
+        "no label in val",
+        lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl({'text': 'a'}))}"),
+        "val data has no column 'label'",
+        "text",
+    ),
+    Case(
+        "no label anywhere",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": ""} for row in ROWS))),
+        "column 'label' is empty in all",
+        "fill it in",
+    ),
+    Case(
+        "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
+    ),
+    Case(
+        "label is a list",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": [row["label"]]} for row in ROWS))),
+        "a list as its label in row 1",
+        "task.label_column=NAME",
+    ),
+    Case(
+        "label is an object",
+        lambda p: p.on("a.jsonl", jsonl(*({**row, "label": {"is": 1}} for row in ROWS))),
+        "an object as its label in row 1",
+        "task.label_column=NAME",
+    ),
+    Case("no UTF-8", lambda p: p.train("data.train=caf\udce9"), "caf\\udce9", "rename"),
+    Case(
+        "labels all distinct",
+        lambda p: p.on("a.jsonl", jsonl(*({**ROWS[0], "label": f"{i} x"} for i in range(80)))),
+        "no class label",
+        "task.label_column=",
+    ),
+    Case("class named twice", lambda p: p.train("task.labels=[a,b,a]"), "twice", "task.labels"),
+    Case(
+        "all texts empty",
+        lambda p: p.on(
+            "a.jsonl", jsonl(*({**row, "text": " ", "n": i} for i, row in enumerate(ROWS)))
+        ),
+        "empty text in all",
+        "task.text_column",
+    ),
+    Case(
+        "all cut away", lambda p: p.train("data.max_length=2"), "data.max_length=2", "at least 16"
+    ),
+    Case("longer than the model", lambda p: p.train("data.max_length=65"), "data.max_length", "64"),
+    Case("batch size", lambda p: p.train("data.batch_size=0"), "data.batch_size", "at least 1"),
+    Case("val_fraction", lambda p: p.train("data.val_fraction=1.2"), "data.val_fraction", "[0, 1)"),
+    Case(
+        "both fractions",
+        lambda p: p.train("data.val_fraction=0.5", "data.test_fraction=0.5"),
+        "no row to train on",
+        "data.val_fraction",
+    ),
+    Case("too few rows", lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])), "only 4 rows", "data.val"),
+    Case("no validation", lambda p: p.train("data.val_fraction=0"), "no val data", "data.val=FILE"),
+    Case("no training data", lambda p: p.train("data.train=null", "data=files"), "no data", "FILE"),
+    Case(
+        "only test data",
+        lambda p: p.train("data.train=null", f"data.test={p.rows}"),
+        "train",
+        "FILE",
+    ),
+    Case("files and hub", lambda p: p.train("data.path=org/name"), "data.path", "either"),
+    Case(
+        "hub dataset offline",
+        lambda p: p.train("data.train=null", "data.path=org/name"),
+        "data.path=org/name",
+        "network",
+    ),
+    Case(
+        "embedded", lambda p: p.train("data.train=null", "data.embedded=revews"), "revews", "Known"
+    ),
+]
+
+MODEL = [
+    Case("hub model offline", lambda p: p.train("model.name_or_path=org/x"), "org/x", "network"),
+    Case("model folder", lambda p: p.train("model.name_or_path=./none"), "./none", "config.json"),
+    Case(
+        "without config.json",
+        lambda p: p.train(f"model.name_or_path={p.model(lambda m: (m / 'config.json').unlink())}"),
+        "holds no config.json",
+        "model.name_or_path",
+    ),
+    Case(
+        "config.json corrupt",
+        lambda p: p.train(f"model.name_or_path={p.model(lambda m: truncate(m / 'config.json'))}"),
+        "config",
+        "model.name_or_path",
+    ),
+    Case(
+        "without weights",
+        lambda p: p.train(
+            f"model.name_or_path={p.model(lambda m: (m / 'model.safetensors').unlink())}"
+        ),
+        "model.safetensors",
+        "model.name_or_path",
+    ),
+    Case(
+        "weights truncated",
+        lambda p: p.train(
+            f"model.name_or_path={p.model(lambda m: truncate(m / 'model.safetensors'))}"
+        ),
+        "cannot load the model",
+        "model.safetensors",
+    ),
+    Case(
+        "without tokenizer",
+        lambda p: p.train(
+            f"model.name_or_path={p.model(lambda m: [f.unlink() for f in m.glob('tokenizer*')])}"
+        ),
+        "tokenizer_config.json",
+        "model.tokenizer",
+    ),
+    Case(
+        "another architecture's weights",
+        lambda p: p.train(
+            f"model.name_or_path={p.model(lambda m: shutil.copy(p.llama / 'config.json', m))}"
+        ),
+        "lacks most weights",
+        "another kind of model",
+    ),
+    Case(
+        "no such architecture",
+        lambda p: p.train(
+            f"model.name_or_path={p.model(lambda m: change_json(m / 'config.json', 'model_type'))}"
+        ),
+        "`x`",
+        "model.name_or_path",
+    ),
+    Case(
+        "package", lambda p: p.train("model.name_or_path=pkg://no_pkg/m"), "no_pkg", "pip install"
+    ),
+    Case(
+        "package folder",
+        lambda p: p.train("model.name_or_path=pkg://torch/no"),
+        "torch/no",
+        "folder",
+    ),
+    Case("dtype", lambda p: p.train("model.dtype=bfloat"), "model.dtype", "'bfloat16'"),
+    Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
+    Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
+    Case(
+        "Lightning's own deepspeed",
+        lambda p: p.train("trainer.strategy=deepspeed_stage_2"),
+        "strategy=deepspeed_stage_2",
+        "trainer=deepspeed",
+    ),
+    Case(
+        "optimizer in shares",
+        lambda p: p.train("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
+        "optim.name=Adafactor",
+        "trainer=ddp",
+    ),
+    Case(
+        "check, optimizer in shares",
+        lambda p: p.check("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
+        "optim.name=Adafactor",
+        "trainer=ddp",
+    ),
+    Case(
+        "nodes",
+        lambda p: p.train("trainer.num_nodes=2"),
+        "num_nodes=2: nothing has told this process where",
+        "MASTER_ADDR",
+    ),
+    Case(
+        "a number of devices",
+        lambda p: p.train("trainer.accelerator=cpu", f"trainer.devices={10**15}"),
+        "trainer.devices=1000000000000000",
+        "at most 256",
+    ),
+    Case(
+        "rows for two processes",
+        lambda p: p.train(
+            *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")
+        ),
+        "there are 1 test rows for 2 processes",
+        "fewer trainer.devices",
+    ),
+    Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),
+    Case("slurm", lambda p: p.train("trainer=slurm", *ONE_CPU), "srun has started", "trainer=ddp"),
+    Case("fsdp 1", lambda p: p.train("trainer.strategy=fsdp"), "strategy=fsdp", "trainer=fsdp2"),
+    Case(
+        "tensor parallel size",
+        lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
+        "tensor_parallel_size=2 does not divide",
+        "1 processes",
+    ),
+    Case(
+        "full in shares",
+        lambda p: p.train("trainer=fsdp2", *ONE_CPU, "lora=full"),
+        "lora=full",
+        "trainer=ddp",
+    ),
+    Case(
+        "new token that is known",
+        lambda p: p.train("model.new_tokens=[aa,good]"),
+        "the tokenizer has 'good' already",
+        "lora.trainable_token_indices=[",
+    ),
+    Case(
+        "new token twice",
+        lambda p: p.train("model.new_tokens=[aa,aa]"),
+        "model.new_tokens names 'aa'",
+        "more than once",
+    ),
+    Case(
+        "new token without text",
+        lambda p: p.train("model.new_tokens=['']"),
+        "none of them empty",
+        '["<think>","</think>"]',
+    ),
+    Case(
+        "one new token",
+        lambda p: p.train("model.new_tokens=aa"),
+        "model.new_tokens",
+        "list",
+    ),
+    Case(
+        "index of no token",
+        lambda p: p.train("lora.trainable_token_indices=[100000]"),
+        "none of index 100000",
+        "lora.trainable_token_indices",
+    ),
+    Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
+    Case("no precision", lambda p: p.train("trainer.precision=bf17"), "bf17", "bf16-mixed"),
+    Case(
+        "full in bfloat16",
+        lambda p: p.train("lora=full", "model.dtype=bfloat16"),
+        "lora=full",
+        "model.dtype=float32",
+    ),
+    Case("attention", lambda p: p.train("model.attn_implementation=fast"), "fast", "eager"),
+]
+
+TRAINING = [
+    Case("optimizer", lambda p: p.train("optim.name=Adamw"), "optim.name", "'AdamW'"),
+    Case("optimizer, check", lambda p: p.check("optim.name=Adamw"), "optim.name", "'AdamW'"),
+    Case("its options", lambda p: p.train("+optim.options.beta=1"), "AdamW", "beta"),
+    Case("schedule", lambda p: p.train("optim.scheduler=linea"), "optim.scheduler", "'linear'"),
+    Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "'linea'", "'linear'"),
+    Case("rate", lambda p: p.train("optim.lr=-1"), "optim.lr", "positive"),
+    Case("rate not a number", lambda p: p.train("optim.lr=nan"), "optim.lr", "positive"),
+    Case("rate beyond use", lambda p: p.train("optim.lr=1e38"), "optim.lr", "at most 1e+30"),
+    Case(
+        "decay without end",
+        lambda p: p.train("optim.weight_decay=inf"),
+        "optim.weight_decay",
+        "finite",
+    ),
+    Case("decay", lambda p: p.train("optim.weight_decay=-1"), "optim.weight_decay", "negative"),
+    Case("monitor", lambda p: p.train("task.monitor=val/acc"), "task.monitor", "'val/accuracy'"),
+    Case("monitor, check", lambda p: p.check("task.monitor=val/acc"), "val/acc", "'val/accuracy'"),
+    Case(
+        "model to be named", lambda p: ["train", "model=hub"], "model.name_or_path", "must be given"
+    ),
+    Case(
+        "data to be named",
+        lambda p: ["train", "data=files", "trainer.precision=32-true"],
+        "no data",
+        "data.train=FILE",
+    ),
+    Case("mode", lambda p: p.train("task.mode=up"), "task.mode", "max or min"),
+    Case(
+        "its schedule's options",
+        lambda p: p.train("+optim.scheduler_options.foo=3"),
+        "optim.scheduler_options",
+        "foo",
+    ),
+    Case(
+        "a run without an end",
+        lambda p: p.train("trainer.max_epochs=-1"),
+        "trainer.max_epochs=-1",
+        "trainer.max_steps=N",
+    ),
+    Case(
+        "validation after an epoch's end",
+        lambda p: p.train("trainer.val_check_interval=500"),
+        "500",
+        "trainer.check_val_every_n_epoch=null",
+    ),
+    Case(
+        "a plateau without validation",
+        lambda p: p.train("optim.scheduler=greedy", "trainer.limit_val_batches=0"),
+        "optim.scheduler=greedy",
+        "another schedule",
+    ),
+    Case("seed", lambda p: p.train("seed=5000000000"), "seed must be", "4294967295"),
+    Case("seed below", lambda p: p.train("seed=-1"), "seed must be", "from 0"),
+    Case(
+        "epochs in letters",
+        lambda p: p.train("trainer.max_epochs=x"),
+        "trainer.max_epochs must be",
+        "a whole number",
+    ),
+    Case(
+        "steps in parts",
+        lambda p: p.train("trainer.max_steps=1.5"),
+        "trainer.max_steps must be",
+        "a whole number",
+    ),
+    Case(
+        "switch in letters",
+        lambda p: p.train("trainer.detect_anomaly=maybe"),
+        "trainer.detect_anomaly must be",
+        "true or false",
+    ),
+    Case(
+        "variable that is not set",
+        lambda p: p.train("task.text_column=${oc.env:NOT_SET_HERE}"),
+        "task.text_column",
+        "'NOT_SET_HERE' not found",
+    ),
+    Case(
+        "setting that is not there",
+        lambda p: p.train("data.val=${nothing}"),
+        "data.val",
+        "'nothing' not found",
+    ),
+    Case(
+        "mode, the contrary",
+        lambda p: p.train("task.monitor=val/loss", "task.mode=max"),
+        "task.mode=max",
+        "Leave task.mode out",
+    ),
+    Case(
+        "mode, the contrary, check",
+        lambda p: p.check("task.mode=min"),
+        "of val/accuracy higher is better",
+        "Leave task.mode out",
+    ),
+    Case(
+        "warmup beyond the end",
+        lambda p: p.train("optim.warmup=1000"),
+        "optim.warmup=1000: this run takes 8 optimizer steps",
+        "optim.warmup=0.06",
+    ),
+    Case(
+        "warmup beyond the end, check",
+        lambda p: p.check("optim.warmup=1000"),
+        "optim.warmup=1000: this run takes 8 optimizer steps",
+        "optim.warmup=0.06",
+    ),
+    Case(
+        "no end in sight",
+        lambda p: p.train("trainer.max_epochs=-1", "trainer.max_time=00:00:10:00"),
+        "the run has no end",
+        "trainer.max_steps=N",
+    ),
+    *(
+        Case(
+            f"no training, {key}",
+            lambda p, key=key: p.train(f"trainer.{key}=0"),
+            f"trainer.{key}=0: nothing would be trained",
+            "Leave it out",
+        )
+        for key in ("max_epochs", "max_steps", "limit_train_batches")
+    ),
+    Case(
+        "no time to train",
+        lambda p: p.train("+trainer.max_time={seconds: 0}"),
+        "without an optimizer step",
+        "trainer.max_time",
+    ),
+    Case(
+        "a group of one's own",
+        lambda p: p.train("+foo.bar=1"),
+        "foo: there is no such group",
+        "Leave it out",
+    ),
+    Case(
+        "a group by another name",
+        lambda p: p.check("+datamodule._target_=missing.Class"),
+        "datamodule: there is no such group",
+        "Leave it out",
+    ),
+    Case(
+        "two folders of a sweep",
+        lambda p: p.train("-m", "lora.rank=1,2", "hydra.sweep.dir=a"),
+        "both name the folder",
+        "leave out",
+    ),
+    Case(
+        "validation amid accumulation",
+        lambda p: p.train("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
+        "trainer.val_check_interval=3",
+        "multiple",
+    ),
+    Case(
+        "validation amid accumulation, check",
+        lambda p: p.check("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
+        "trainer.val_check_interval=3",
+        "multiple",
+    ),
+    Case("task", lambda p: p.train("task.name=sentimnt"), "task.name", "'sentiment'"),
+    Case(
+        "start from nothing", lambda p: p.train("adapter=no"), "no does not exist", "<run>/adapter"
+    ),
+    Case(
+        "start from another rank",
+        lambda p: p.train("lora.rank=2", f"adapter={p.run / 'adapter'}"),
+        "wrong shape",
+        "rank",
+    ),
+    Case(
+        "full from an adapter",
+        lambda p: p.train("lora=full", f"adapter={p.run / 'adapter'}"),
+        "adapter=",
+        "lora=full",
+    ),
+]
+
+FOLDERS = [
+    Case(
+        "output below a file",
+        lambda p: p.train(f"output_dir={p.write('file', '')}/out"),
+        "cannot be written",
+        "output_dir=",
+    ),
+    Case(
+        "output below a file, check",
+        lambda p: p.check(f"output_dir={p.write('file', '')}/out"),
+        "cannot be written",
+        "output_dir=",
+    ),
+    Case(
+        "folder of a run",
+        lambda p: p.train(f"output_dir={run_folder(p)}"),
+        "holds a run",
+        "resume=",
+    ),
+    Case(
+        "folder of a run, check",
+        lambda p: p.check(f"output_dir={run_folder(p)}"),
+        "holds a run",
+        "resume=",
+    ),
+    Case("resume nothing", lambda p: ["train", "resume=no"], "resume=no", "output_dir"),
+    Case(
+        "resume no run",
+        lambda p: ["train", f"resume={p.root}"],
+        "not the folder of a run",
+        ".hydra",
+    ),
+    Case(
+        "resume with settings",
+        lambda p: ["train", f"resume={run_folder(p)}", "optim.lr=1"],
+        "no other settings",
+        "leave out optim.lr=1",
+    ),
+    Case("check resume", lambda p: p.check(f"resume={p.run}"), "resume", "train resume="),
+    Case(
+        "resume with a broken config",
+        lambda p: [
+            "train",
+            f"resume={p.write('run/.hydra/config.yaml', 'a: [').parent.parent}",
+        ],
+        "config.yaml",
+        "YAML",
+    ),
+]
+
+ADAPTERS = [
+    Case(
+        "predict without adapter", lambda p: ["predict", "text=a"], "adapter=DIR", "<run>/adapter"
+    ),
+    Case("evaluate without adapter", lambda p: ["evaluate"], "adapter=DIR", "<run>/adapter"),
+    Case(
+        "no such adapter",
+        lambda p: ["merge", "adapter=no", "output=m"],
+        "adapter=no",
+        "<run>/adapter",
+    ),
+    Case(
+        "the run for its adapter",
+        lambda p: ["predict", f"adapter={p.run}", "text=a"],
+        "lora_lightning.json",
+        "Did you mean adapter=",
+    ),
+    Case("neither text nor input", lambda p: p.predict(), "one of", 'text="..."'),
+    Case("both text and input", lambda p: p.predict("text=a", "input=b"), "one of", "input=FILE"),
+    Case("empty text", lambda p: p.predict("text="), "text is empty", 'text="..."'),
+    Case("text as a flag", lambda p: p.predict("txt=a"), "txt", "text="),
+    Case("input missing", lambda p: p.predict("input=no.csv"), "input: no.csv", "path of a file"),
+    Case(
+        "input without the column",
+        lambda p: p.predict(f"input={p.write('a.csv', OTHER_TABLE)}", "output=o.jsonl"),
+        "words, label",
+        "task.text_column=",
+    ),
+    Case(
+        "input with an empty text",
+        lambda p: p.predict(
+            f"input={p.write('a.jsonl', jsonl(*[{'text': 'a'}] * 60, {'text': None}))}",
+            "output=o.jsonl",
+            "data.eval_batch_size=1",
+        ),
+        "row 61",
+        "'text'",
+    ),
+    Case(
+        "output in no folder",
+        lambda p: p.predict(f"input={p.rows}", "output=no/o.jsonl"),
+        "output=no/o.jsonl",
+        "does not exist",
+    ),
+    Case(
+        "metrics into no folder",
+        lambda p: ["evaluate", f"adapter={p.run / 'adapter'}", "output=no/m.json"],
+        "output=no/m.json",
+        "does not exist",
+    ),
+    Case(
+        "evaluate without test data",
+        lambda p: ["evaluate", f"adapter={p.run / 'adapter'}", "data.test_fraction=0"],
+        "no test data",
+        "data.test=FILE",
+    ),
+    Case(
+        "weights truncated, adapter",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: truncate(a / 'adapter_model.safetensors'))}",
+            "text=a",
+        ],
+        "truncated or corrupt",
+        "Copy it again",
+    ),
+    Case(
+        "weights missing",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: (a / 'adapter_model.safetensors').unlink())}",
+            "text=a",
+        ],
+        "adapter_model.safetensors",
+        "adapter",
+    ),
+    Case(
+        "adapter_config.json corrupt",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: truncate(a / 'adapter_config.json'))}",
+            "text=a",
+        ],
+        "adapter_config.json",
+        "JSON",
+    ),
+    Case(
+        "sidecar corrupt",
+        lambda p: [
+            "evaluate",
+            f"adapter={p.adapter(lambda a: truncate(a / 'lora_lightning.json'))}",
+        ],
+        "lora_lightning.json is damaged",
+        "again",
+    ),
+    Case(
+        "sidecar without task_state",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: change_json(a / 'lora_lightning.json', 'task_state'))}",
+            "text=a",
+        ],
+        "lora_lightning.json is damaged",
+        "again",
+    ),
+    Case(
+        "task_state of nothing",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: empty_task_state(a / 'lora_lightning.json'))}",
+            "text=a",
+        ],
+        "lora_lightning.json is damaged",
+        "again",
+    ),
+    Case(
+        "another base of the same shape",
+        lambda p: p.predict(f"model.name_or_path={other_bert(p)}", "text=a"),
+        "another base model",
+        "model.name_or_path=",
+    ),
+    Case(
+        "merge with another base",
+        lambda p: [
+            "merge",
+            f"adapter={p.run / 'adapter'}",
+            "output=merged",
+            f"model.name_or_path={other_bert(p)}",
+        ],
+        "another base model",
+        "model.name_or_path=",
+    ),
+    Case(
+        "base of another shape",
+        lambda p: p.predict(f"model.name_or_path={other_bert(p, hidden_size=16)}", "text=a"),
+        "wrong shape",
+        "base model",
+    ),
+    Case(
+        "base gone",
+        lambda p: p.predict("model.name_or_path=/no/where", "text=a"),
+        "/no/where",
+        "model.name_or_path",
+    ),
+    Case(
+        "not finite",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: change_tensor(a, lambda t: t * torch.nan))}",
+            "text=a",
+        ],
+        "not finite",
+        "diverged",
+    ),
+    Case(
+        "wrong shape",
+        lambda p: [
+            "predict",
+            f"adapter={p.adapter(lambda a: change_tensor(a, lambda t: t[:1].clone()))}",
+            "text=a",
+        ],
+        "wrong shape",
+        "rank",
+    ),
+    Case(
+        "predictions into a table",
+        lambda p: p.predict(f"input={p.rows}", "output=o.csv"),
+        "output=o.csv",
+        "ends in .jsonl",
+    ),
+    Case(
+        "metrics into a table",
+        lambda p: ["evaluate", f"adapter={p.run / 'adapter'}", "output=m.csv"],
+        "output=m.csv",
+        "ends in .json",
+    ),
+    Case("merge without output", lambda p: ["merge", "adapter=a"], "output=DIR", "merged model"),
+    Case(
+        "merge into a full folder",
+        lambda p: [
+            "merge",
+            f"adapter={p.run / 'adapter'}",
+            f"output={p.write('mine/file.txt', 'x').parent}",
+        ],
+        "is not empty",
+        "another folder",
+    ),
+    Case(
+        "merge into the adapter",
+        lambda p: ["merge", f"adapter={p.adapter()}", f"output={p.root / 'adapter'}"],
+        "adapter",
+        "another folder",
+    ),
+    Case("import of nothing", lambda p: ["import", "output=new"], "source=", "what to import"),
+    Case("import to nowhere", lambda p: ["import", f"source={p.run}"], "output=DIR", "where to"),
+    Case(
+        "import of what is not there",
+        lambda p: ["import", "source=no", "output=new"],
+        "source=no",
+        "no such file",
+    ),
+    Case(
+        "import of a pickle",
+        lambda p: ["import", f"source={p.write('lit_model.pth.lora', 'x')}", *to_llama(p)],
+        "is a pickle",
+        "Convert it once",
+    ),
+    Case(
+        "import of another layout",
+        lambda p: ["import", f"source={tensors_of(p, 'a.weight')}", *to_llama(p)],
+        "it holds a.weight",
+        "Known: PEFT",
+    ),
+    Case(
+        "import of another model",
+        lambda p: ["import", f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}", *to_llama(p)],
+        "no lora_te_x.lora_up.weight",
+        "holds",
+    ),
+    Case(
+        "import without alpha",
+        lambda p: [
+            "import",
+            f"source={tensors_of(p, 'lm_head.lora_A', 'lm_head.lora_B')}",
+            *to_llama(p),
+        ],
+        "holds no alpha",
+        "give alpha=A",
+    ),
+    Case(
+        "import of a classifier without its classes",
+        lambda p: [
+            "import",
+            f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}",
+            *(f"model.name_or_path={p.bert}", "task=sentiment", "output=new"),
+        ],
+        "name the classes",
+        "task.labels=[",
+    ),
+    Case(
+        "import without a base",
+        lambda p: ["import", f"source={tensors_of(p, 'lm_head.lora_A')}", "output=new", "task=lm"],
+        "base model and task",
+        "model.name_or_path=",
+    ),
+    Case(
+        "import with settings of the adapter",
+        lambda p: ["import", f"source={p.run}", "output=new", "lora.alpha=8"],
+        "lora.alpha=8",
+        "alpha=A",
+    ),
+    Case(
+        "import with an alpha too many",
+        lambda p: ["import", f"source={p.run / 'adapter'}", "output=new", "alpha=8"],
+        "says its alpha itself",
+        "leave it out",
+    ),
+    Case(
+        "import of a folder of checkpoints",
+        lambda p: ["import", f"source={p.run / 'checkpoints'}", "output=new"],
+        "holds checkpoints",
+        "last.ckpt",
+    ),
+    Case(
+        "export merged and checked",
+        lambda p: ["export", "adapter=a", "output=m", "format=merged", "check=vllm"],
+        "check is about adapters",
+        "drop one",
+    ),
+]
+
+CASES = [*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS, *ADAPTERS]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> Path:
+    """A run on the tiny model."""
+    from lora_lightning.config.compose import compose_config
+    from lora_lightning.training.run import train
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    overrides = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cwd"))
+        config = compose_config([*fast, *overrides, f"output_dir={folder}"])
+        train(config)
+    (folder / ".hydra").mkdir()
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_bert, tiny_llama, rows_jsonl, fast, trained) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path, tiny_bert, tiny_llama, rows_jsonl, fast, trained)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below `folder`, with the bytes of the files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_clear(status: int, err: str, case: Case) -> None:
+    assert status == 2, err
+    assert err.startswith("error: "), err
+    assert len(err.splitlines()) == 1, err
+    assert len(err) < 1200, err
+    assert case.says in err, err
+    assert case.fix in err, err
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name not in IN_SHARES], ids=lambda case: case.name
+)
+def test_mistake_is_told_and_leaves_nothing(case, place, run_cli):
+    arguments = case.arguments(place)
+    before = contents(place.root)
+    status, _, err = run_cli(*arguments)
+    assert_clear(status, err, case)
+    assert contents(place.root) == before
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.name in ("missing file", *IN_SHARES)],
+    ids=lambda case: case.name,
+)
+def test_mistake_in_a_process_of_its_own(case, place):
+    arguments = case.arguments(place)
+    before = contents(place.root)
+    command = [sys.executable, "-m", "lora_lightning", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_clear(done.returncode, done.stderr, case)
+    assert contents(place.root) == before
+
+
+# Check may well run on the login node, before torchrun or srun start the processes that train.
+STARTED = ("torchrun", "slurm")
+NOT_IN_CHECK = (
+    *IN_SHARES,
+    *STARTED,
+    "plan",
+    "verb",
+    "flag",
+    "sweep",
+    "beside",
+    "Hydra",
+    "resume",
+    "check",
+    "no time to train",
+)
+SAME_IN_CHECK = [
+    case
+    for case in (*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS)
+    if not any(word in case.name for word in NOT_IN_CHECK)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SAME_IN_CHECK, ids=lambda case: case.name)
+def test_check_refuses_what_train_refuses(case, place, run_cli):
+    _, *arguments = case.arguments(place)
+    before = contents(place.root)
+    status, _, err = run_cli("check", *arguments)
+    assert_clear(status, err, case)
+    assert contents(place.root) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["trainer=tp", "lora.use_dora=true"], "lora.use_dora=true needs whole weights"),
+        (["trainer=fsdp2", "lora.init=pissa"], "lora.init=pissa needs whole weights"),
+        (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
+        (
+            ["trainer=tp", "trainer.devices=3"],
+            "num_attention_heads is 4, which cannot be cut evenly",
+        ),
+    ],
+)
+def test_check_refuses_what_a_base_in_shares_cannot_have(settings, says, place, run_cli):
+    """No process is started for it."""
+    before = contents(place.root)
+    two = ["trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+    status, _, err = run_cli(*place.check(*two, *settings))
+    assert status == 2
+    assert err.count("error: ") == 1
+    assert says in " ".join(err.split())
+    assert contents(place.root) == before
+
+
+def test_nearly_full_disk(place, run_cli, monkeypatch):
+    usage = shutil.disk_usage(place.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    case = Case("full disk", lambda p: p.train("output_dir=a/b"), "only 1 MiB", "output_dir")
+    for verb in (place.train, place.check):
+        status, _, err = run_cli(*verb("output_dir=a/b"))
+        assert_clear(status, err, case)
+        assert contents(place.root) == {}
+
+
+def test_disk_that_fills_up_while_writing(place, run_cli, monkeypatch):
+    def full(*arguments, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_lightning.lora.serialization.peft_folder.save_file", full)
+    status, _, err = run_cli(*place.train())
+    case = Case("full disk", lambda p: [], "No space left on device", "Nothing was changed")
+    warned, error, said = err.partition("error: ")  # of few rows, as training began
+    assert all(line.startswith("WARNING only ") for line in warned.splitlines())
+    assert_clear(status, error + said, case)
+    # The checkpoints stay: what was learned is not lost. There is no half-written adapter.
+    kept = contents(place.root / "out")
+    assert "checkpoints/last.ckpt" in kept
+    assert not [name for name in kept if "adapter" in name]
+    assert json.loads(kept["result.json"])["status"] == "failed"
+
+
+def test_second_try_into_the_same_folder(place, run_cli):
+    mine = place.write("out/notes.txt", "mine")
+    wrong, right = place.train("data.train=no.csv"), place.train()
+    assert run_cli(*wrong)[0] == 2
+    assert contents(place.root) == {"out": None, "out/notes.txt": b"mine"}
+    status, _, err = run_cli(*right)
+    assert status == 0, err
+    assert json.loads((place.root / "out/result.json").read_text())["status"] == "completed"
+    assert mine.read_text() == "mine"
+
+
+def test_used_folder_is_left_alone(place, run_cli):
+    folder = run_folder(place)
+    before = contents(folder)
+    assert run_cli(*place.train(f"output_dir={folder}", "lora.rank=2"))[0] == 2
+    assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_job_of_a_sweep(place, run_cli):
+    """A mistake that only a job can find: the job is named, the others are done."""
+    files = [place.rows, place.write("bad.jsonl", "{")]
+    sweep = f"data.train={','.join(map(str, files))}"
+    arguments = place.train("-m", sweep, "hydra.sweep.dir=sweep")
+    status, _, err = run_cli(*(item for item in arguments if item != "output_dir=out"))
+    assert status == 2
+    named, message, job, _ = err.splitlines()
+    assert str(files[1]) in named
+    assert message == "error: 1 of 2 jobs failed."
+    assert job.startswith(f"  job 1 (data.train={files[1]}): data.train")
+    assert "line 1" in job
+    results = [json.loads((place.root / f"sweep/{job}/result.json").read_text()) for job in (0, 1)]
+    assert [result["status"] for result in results] == ["completed", "failed"]
+
+
+def test_what_is_no_mistake_of_the_user_shows_its_traceback(place, run_cli, monkeypatch):
+    def broken(*arguments, **kwargs):
+        raise ZeroDivisionError("a \x1b[31mbug\x07")
+
+    monkeypatch.setattr("lora_lightning.training.run.build_trainer", broken)
+    status, _, err = run_cli(*place.train())
+    assert status == 1
+    assert "\nTraceback (most recent call last):\n" in err
+    assert err.splitlines()[-1] == "ZeroDivisionError: a \\x1b[31mbug\\x07"
+    assert json.loads((place.root / "out/result.json").read_text())["status"] == "failed"
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ZeroDivisionError, match="bug"):
+        run_cli(*place.train("output_dir=other"))
+
+
+def test_full_error_shows_the_traceback_of_a_mistake_too(place, run_cli, monkeypatch):
+    from lora_lightning import UserError
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError, match="no such setting"):
+        run_cli(*place.train("lora.rnk=4"))
