@@ -1,7 +1,8 @@
 """Callbacks and loggers of a run, under the names that configs use."""
 
-from .training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from .training.callbacks.best_checkpoint import BestCheckpoint
 from .training.callbacks.forgetting import Retention
+from .training.callbacks.last_checkpoint import LastCheckpoint
 from .training.callbacks.loggers import CurvesLogger, EventsLogger
 from .training.callbacks.progress import (
     AdapterSummary,

@@ -130,12 +130,12 @@ def ordered(work: Work, folder: Path) -> Work:
     """The work with its rows in the order in which ours trains on them, for the peers."""
     from lora_lightning.config.compose import compose_config, settings_of
     from lora_lightning.tasks import build_task
-    from lora_lightning.training.run import build
+    from lora_lightning.training.components import build_components
 
     command = ours_command(ours("32-true"), work, folder)
     overrides = [part for part in command[3:] if not part.startswith("+")]
     settings = settings_of(compose_config(overrides))
-    _, data = build(settings, build_task(settings.task), seed=0)
+    _, data = build_components(settings, build_task(settings.task), seed=0)
     data.setup("fit")
     order = [row for batch in data.train_dataloader().batch_sampler for row in batch]
     needed = work.rows_per_step * work.steps

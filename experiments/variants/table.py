@@ -90,13 +90,13 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
     from lora_lightning.config.compose import compose_config, saved_settings, settings_of
     from lora_lightning.models.loading import load_generator
     from lora_lightning.tasks import build_task
-    from lora_lightning.training.run import build
+    from lora_lightning.training.components import build_components
 
     common = ["task=summarization", f"model.name_or_path={work.model}", "model.dtype=float32"]
     common += [f"data.train={work.train}", f"data.val={work.train}", "data.test_fraction=0"]
     config = compose_config([*common, *overrides])
     settings = settings_of(config)
-    module, data = build(settings, build_task(settings.task), seed=0)
+    module, data = build_components(settings, build_task(settings.task), seed=0)
     data.setup("fit")
     module.configure_model()
     model, adapter = module.model, module.adapter

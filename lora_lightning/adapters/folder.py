@@ -47,11 +47,15 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "h
 class Trained(Protocol):
     """Module that a folder is written from: `LoraModule`, or a module with the same attributes."""
 
-    model: nn.Module | None
     adapter: Adapter | None
     tokenizer: Any
     task: Task
     model_config: ModelConfig
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with the adapter on it."""
+        ...
 
     def trainable_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are trained and stored, by name."""
@@ -108,7 +112,6 @@ def save_trained(
         )
         return
     with replaced_folder(folder, by=by, sources=sources, later=later) as staging:
-        assert module.model is not None
         module.model.save_pretrained(staging)  # type: ignore[operator]
         also(staging)
 
@@ -272,7 +275,6 @@ def base_fingerprint(module: Trained) -> str:
     Rows that the base has grown by do not change it. It is "" if all parameters are trained, or if
     the base is quantized, which changes its weights.
     """
-    assert module.model is not None
     if module.adapter is None or module.model_config.quantization is not None:
         return ""
     trained = {id(tensor) for tensor in module.trainable_tensors().values()}

@@ -88,7 +88,6 @@ def _use(settings: Settings, module: Trained) -> str:
     lines = ["## Use", "", "```bash", predict, "```"]
     kind, base = CLASSES.get(module.task.peft_task_type), settings.model.name_or_path
     labels = module.task.state().get("labels")
-    assert module.model is not None
     tokens, rows = module.model_config.new_tokens, vocabulary_rows(module.model)
     if settings.lora is not None and kind is not None and "://" not in base:
         more = f", num_labels={len(labels)}" if labels else ""

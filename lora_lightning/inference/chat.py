@@ -58,7 +58,6 @@ def chat(predictor: Predictor) -> None:
 def _reply(predictor: Predictor, row: dict[str, Any]) -> str:
     module = predictor.module
     task: Any = module.task
-    assert module.model is not None
     columns = {name: [row.get(name)] for name in task.input_columns()}
     prompt = task.encode(columns, module.tokenizer, predictor.max_length, targets=False)
     if not prompt["input_ids"][0]:

@@ -89,7 +89,6 @@ def import_adapter(
         _need_base_and_task(source, overrides)
         config = compose_config(overrides)
         module, whole = _bare(config)
-        assert module.model is not None
         updates = read_layout(source, module.model, alpha=alpha, parts=parts)
         _put_on(module, whole, *_as_peft(updates), source)
     else:
@@ -169,7 +168,6 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
         config.model.name_or_path = base
     with_tokenizer = (folder / "tokenizer_config.json").is_file()
     module, whole = _bare(config, kind=kind, tokenizer=str(folder) if with_tokenizer else None)
-    assert module.model is not None
     make_room(module.model, lora, tensors, folder)
     _put_on(module, whole, lora, tensors, folder, together=is_together(raw))
     return module, config
@@ -213,7 +211,6 @@ def _put_on(
     *,
     together: bool = False,
 ) -> None:
-    assert module.model is not None
     adapter = adapter_from(module.model, config, tensors, source, together=together)
     new = [name for name in whole if name not in adapter.saved_modules]
     if new:

@@ -46,7 +46,6 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
     )
     device = trainer.strategy.root_device
     module = load_trained(folder, model=_as_model_settings(config), device=device)
-    assert module.model is not None
     task = module.task
     task.config = type(task.config)(**settings.task)
     own = settings.data

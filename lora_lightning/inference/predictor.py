@@ -94,7 +94,6 @@ def load_trained(
 
 
 def _check_base(module: LoraModule, recorded: str, folder: Path) -> None:
-    assert module.model is not None
     dtypes = {parameter.dtype for parameter in module.model.parameters()}
     if not recorded or not dtypes <= {torch.float32, torch.bfloat16}:
         return
@@ -149,7 +148,6 @@ class Predictor:
 
     def refuse_unknown(self, ids: list[int], *, where: str) -> None:
         """Raise UserError for a text with a token that has no embedding in the model."""
-        assert self.module.model is not None
         rows = vocabulary_rows(self.module.model)
         refuse_unknown(ids, rows, self.module.tokenizer, where=where)
 
@@ -292,7 +290,6 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
     module = _unquantised(Path(folder), model or {})
     if module.adapter is None:
         raise UserError(f"adapter={folder} is a fully fine-tuned model: there is nothing to merge.")
-    assert module.model is not None
     before = _probe(module)
     sources = (folder, module.model_config.name_or_path)
     with replaced_folder(Path(output), by="merge", sources=sources) as staging:
@@ -301,8 +298,7 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         save_tokenizer(module.tokenizer, staging)
         dtype = str(next(merged.parameters()).dtype).removeprefix("torch.")
         config = ModelConfig(name_or_path=str(staging), dtype=dtype)
-        module.model, _ = module.task.build_model(config, module.tokenizer)
-        module.model.eval()
+        module.adopt(module.task.build_model(config, module.tokenizer)[0].eval(), None)
         gap = (_probe(module) - before).abs().max().item()
     return gap
 
@@ -315,8 +311,7 @@ def quantisation_gap(folder: Path, merged: Path, *, model: dict[str, Any]) -> fl
     module = load_trained(folder, model=model, device="cpu")
     before = _probe(module)
     config = ModelConfig(name_or_path=str(merged))
-    module.model, _ = module.task.build_model(config, module.tokenizer)
-    module.model.eval()
+    module.adopt(module.task.build_model(config, module.tokenizer)[0].eval(), None)
     return (_probe(module) - before).abs().max().item()
 
 
@@ -347,7 +342,6 @@ PROBES = (
 
 @torch.inference_mode()
 def _probe(module: LoraModule) -> Tensor:
-    assert module.model is not None
     encoded = module.tokenizer(list(PROBES))["input_ids"]
     batch = PaddingCollator(module.tokenizer.pad_token_id)([{"input_ids": ids} for ids in encoded])
     return module.task.logits(module.model, batch).float()

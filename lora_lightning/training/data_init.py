@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import lightning as L
 import torch
 from torch import nn
 
@@ -22,14 +23,49 @@ LAYERS = ("targets", "exclude", "layers", "layers_pattern")
 RANKS = ("rank", "alpha", "alpha_ratio", "scale", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
-def look(
+def find_start(
+    task: Task,
+    model: nn.Module,
+    config: LoraConfig,
+    data: Any,
+    trainer: L.Trainer | None,
+    *,
+    earlier: str = "",
+) -> Start:
+    """Return EVA's settings and matrices for an adapter, or the settings of an earlier run.
+
+    Args:
+        task: Task whose loss runs the model.
+        model: Model without the adapter.
+        config: Adapter settings.
+        data: A LoraDataModule that is set up. None selects the Trainer's.
+        trainer: Trainer whose ranks get the same result, or None.
+        earlier: Checkpoint or adapter of an earlier run, whose values replace the initial ones.
+            Defaults to "".
+
+    Raises:
+        UserError: If there are no training rows, or the earlier run's file is damaged.
+    """
+    if earlier:
+        return Start(earlier_settings(earlier, config), {})
+    if trainer is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return eva_start(task, model, config, data, device)
+    data = data or getattr(trainer, "datamodule", None)
+    device, shows = trainer.strategy.root_device, trainer.is_global_zero
+    start = eva_start(task, model, config, data, device, shows_progress=shows)
+    broadcast: Start = trainer.strategy.broadcast(start)  # the last bits may differ by device
+    return broadcast
+
+
+def eva_start(
     task: Task,
     model: nn.Module,
     config: LoraConfig,
     data: Any,
     device: torch.device,
     *,
-    shows: bool = True,
+    shows_progress: bool = True,
 ) -> Start:
     """Run EVA on the training rows, and leave the model on the device.
 
@@ -39,40 +75,37 @@ def look(
         config: Adapter settings.
         data: A LoraDataModule that is set up.
         device: Device to run the model on.
-        shows: Whether to show the progress. Defaults to True.
+        shows_progress: Whether to show the progress. Defaults to True.
 
     Raises:
         UserError: If there are no training rows.
     """
     if data is None or not data.has("train"):
-        raise UserError(
-            "lora.init=eva looks at the training rows, and there are none here: give data.train."
-        )
+        raise UserError("lora.init=eva requires training rows: give data.train.")
     from tqdm import tqdm
 
     model.to(device).eval()
-    bar = tqdm(
-        desc="EVA: layers settled", file=sys.stderr, disable=None if shows else True, leave=False
-    )
+    hidden = None if shows_progress else True
+    bar = tqdm(desc="EVA: layers settled", file=sys.stderr, disable=hidden, leave=False)
 
-    def show(settled: int, layers: int) -> None:
+    def update_bar(settled: int, layers: int) -> None:
         bar.total = layers
         bar.update(settled - bar.n)
 
     both = getattr(task, "encoder_decoder", False)
     batches = (
-        to_device(_apart(batch) if both else batch, device)
+        to_device(_with_distinct_width(batch) if both else batch, device)
         for batch in data.training_batches(device.type)
     )
     with bar:
-        found = start_from_data(
-            model, config, batches, lambda batch: task.loss(model, batch), show=show
+        start = start_from_data(
+            model, config, batches, lambda batch: task.loss(model, batch), show=update_bar
         )
     model.train()
-    return Start(found.config, {name: a.cpu() for name, a in found.matrices.items()})
+    return Start(start.config, {name: a.cpu() for name, a in start.matrices.items()})
 
 
-def found_before(source: str, config: LoraConfig) -> LoraConfig:
+def earlier_settings(source: str, config: LoraConfig) -> LoraConfig:
     """Return adapter settings with the layers, ranks and alphas that EVA found earlier.
 
     Args:
@@ -84,19 +117,19 @@ def found_before(source: str, config: LoraConfig) -> LoraConfig:
     """
     if source.endswith(".ckpt"):
         saved = arguments_from_file(read_checkpoint(source).get("hyper_parameters", {}), source)
-        found = LoraConfig(**saved.get("lora") or {})
+        before = LoraConfig(**saved.get("lora") or {})
     else:
         raw, _ = read_adapter(source)
         check_files(source)
-        found = from_peft_config(raw)
+        before = from_peft_config(raw)
     return replace(
         config,
         init="kaiming",
-        **{name: getattr(found, name) for name in (*LAYERS, *RANKS)},
+        **{name: getattr(before, name) for name in (*LAYERS, *RANKS)},
     )
 
 
-def _apart(batch: dict[str, Any]) -> dict[str, Any]:
+def _with_distinct_width(batch: dict[str, Any]) -> dict[str, Any]:
     """Pad labels to another width than inputs, to distinguish encoder and decoder."""
     if batch["labels"].shape != batch["input_ids"].shape:
         return batch

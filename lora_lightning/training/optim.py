@@ -139,6 +139,28 @@ def build_scheduler(
     return schedule
 
 
+def step_by_metric(
+    scheduler: Any, config: OptimConfig, values: dict[str, Any], monitor: str
+) -> None:
+    """Step a schedule that depends on the monitored metric, after a validation.
+
+    Args:
+        scheduler: Schedule in `BY_METRIC`.
+        config: Schedule settings.
+        values: Metrics of the validation by name.
+        monitor: Name of the monitored metric.
+
+    Raises:
+        UserError: If the validation does not measure the metric.
+    """
+    if monitor not in values:
+        raise UserError(
+            f"optim.scheduler={config.scheduler} requires {monitor}, which validation does not "
+            f"measure. It measures: {', '.join(values)}."
+        )
+    scheduler.step(float(values[monitor]))
+
+
 def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
     """Raise UserError for a schedule that depends on validation, in a run without it."""
     if config.scheduler in BY_METRIC and not validates:

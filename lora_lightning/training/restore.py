@@ -20,7 +20,8 @@ from lora_lightning.errors import (
 )
 from lora_lightning.utils.atomic_write import fault_of_disk
 
-from .checkpointing import unlike
+from .checkpoint_validation import unlike
+from .lightning_internals import restore_steps
 
 _OWN = ("lightning.", "lora_lightning.")
 """Modules whose callbacks keep states of a fixed form. States of a user's callbacks may vary."""
@@ -116,15 +117,11 @@ def refuse_unfit(
         states = [each.state_dict() for each in schedules]
         return unlike(content["lr_schedulers"], states, "lr_schedulers", of=schedules)
 
-    connector, loop = trainer._checkpoint_connector, trainer.fit_loop
-    for place, name, check, after in (
-        (connector, "_restore_modules_and_callbacks", callbacks, None),
-        (connector, "restore_training_state", loops, then),
-        (loop, "_load_combined_loader_states", None, None),
-    ):
-        version = content["pytorch-lightning_version"]
-        step = _Step(trainer, getattr(place, name), check, after, path, version)
-        setattr(place, name, step)
+    version = content["pytorch-lightning_version"]
+    checks = ((callbacks, None), (loops, then), (None, None))
+    for (owner, name), (check, after) in zip(restore_steps(trainer), checks, strict=True):
+        step = _Step(trainer, getattr(owner, name), check, after, path, version)
+        setattr(owner, name, step)
 
 
 @dataclass

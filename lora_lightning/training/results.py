@@ -65,7 +65,7 @@ def measured(
         **metrics,
         "objective": metrics.get(config.task.monitor),
         "monitor": config.task.monitor,
-        "trainable_parameters": module.trained_parameters,
+        "trainable_parameters": module.trainable_parameters,
         "total_parameters": module.total_parameters,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,7 +29,7 @@ from lora_lightning.distributed.strategies import (
 from lora_lightning.errors import did_you_mean
 from lora_lightning.lora import UserError
 
-from .callbacks.checkpoints import sync_checkpoints
+from .callbacks.best_checkpoint import sync_checkpoints
 
 
 def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
@@ -180,6 +181,22 @@ def _strategy(arguments: dict[Any, Any]) -> Any:
         return resident(chosen)
     forks = chosen.launcher is not None and chosen.launcher.is_interactive_compatible
     return "auto" if forks else resident("ddp")  # "auto" forks in a notebook
+
+
+def planned_steps(trainer: L.Trainer) -> int | None:
+    """Return the number of optimizer steps of a run, or None if it has no end.
+
+    Raises:
+        UserError: If the validation interval exceeds the number of batches.
+    """
+    try:
+        steps = trainer.estimated_stepping_batches
+    except ValueError as error:
+        raise UserError(
+            f"trainer: {' '.join(str(error).split())} On the command line: "
+            "trainer.val_check_interval=N, or trainer.check_val_every_n_epoch=null."
+        ) from None
+    return None if math.isinf(steps) else max(int(steps), 1)
 
 
 def check_windows(trainer: L.Trainer) -> None:

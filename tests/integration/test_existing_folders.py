@@ -18,7 +18,7 @@ from lora_lightning import (
 )
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import AdapterSet
-from lora_lightning.training.data_init import found_before
+from lora_lightning.training.data_init import earlier_settings
 from lora_lightning.training.run import train
 from lora_lightning.training.run_folder import refuse_others_sweep, refuse_used_folder
 
@@ -201,7 +201,7 @@ def test_changed_files_are_told_where_a_module_starts_from_them(name, place):
     with pytest.raises(UserError, match="is damaged, or was changed"):
         LoraModule({"name": "sentiment"}, base, {"rank": 8}, **start).configure_model()
     with pytest.raises(UserError, match="is damaged, or was changed"):
-        found_before(str(adapter), LoraConfig())
+        earlier_settings(str(adapter), LoraConfig())
 
 
 LETTERS = {

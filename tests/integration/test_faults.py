@@ -31,9 +31,9 @@ from lora_lightning.config.compose import compose_config
 from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
 from lora_lightning.lora.serialization import peft_folder as lora_state
-from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks import last_checkpoint
 from lora_lightning.training.callbacks import loggers as curves
-from lora_lightning.training.callbacks.checkpoints import BestCheckpoint
+from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
@@ -187,7 +187,7 @@ def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp
     if file == "adapter":
         monkeypatch.setattr(lora_state, "save_file", turned(lora_state.save_file))
     else:
-        monkeypatch.setattr(kept, "_save_to", turned(kept._save_to))
+        monkeypatch.setattr(last_checkpoint, "save_to", turned(last_checkpoint.save_to))
     with pytest.raises(UserError, match="disk or file system is at fault"):
         train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={run}"]))
     assert tampered
@@ -436,7 +436,7 @@ def test_the_rows_of_a_step_whose_loss_is_no_number(more, settings, tmp_path, mo
         ids = [row[row != 0].tolist() for part in parts for row in part["input_ids"]]
         texts.append(sorted(self.tokenizer.decode(row[1:-1]) for row in ids))
         if len(seen) == 4:
-            self._totals = self._totals * float("nan")
+            self._step_loss._totals = self._step_loss._totals * float("nan")
         return loss
 
     texts: list[list[str]] = []

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config
-from lora_lightning.training.callbacks import checkpoints as kept
-from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
+from lora_lightning.training.callbacks import last_checkpoint
+from lora_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.run import train
 
@@ -220,13 +220,13 @@ def test_every_save_point_goes_on_exactly(
         assert logged(run_dir) == expected_log, copy.name
     torn = found[len(found) // 2] / "checkpoints" / "last.ckpt"
     torn.write_bytes(torn.read_bytes()[:-100])
-    write = kept._write
+    write = last_checkpoint._write
 
     def watched(path, content, *, keep):
         write(path, content, keep=keep)
         read_checkpoint(path.with_name("last-previous.ckpt"))  # the torn one never takes its place
 
-    monkeypatch.setattr(kept, "_write", watched)
+    monkeypatch.setattr(last_checkpoint, "_write", watched)
     assert resume(torn.parent.parent, run_dir, overrides) == expected, "by the one before it"
     assert logged(run_dir) == expected_log
     assert f"{run_dir / 'checkpoints' / 'last.ckpt'} is truncated" in capsys.readouterr().err

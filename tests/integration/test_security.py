@@ -59,8 +59,9 @@ from lora_lightning.models.loading import (
 from lora_lightning.sweeps.live_table import JobTable
 from lora_lightning.sweeps.queue import Job
 from lora_lightning.tasks import build_task
-from lora_lightning.training.callbacks.checkpoints import BestCheckpoint
-from lora_lightning.training.checkpointing import check_resumable, read_checkpoint
+from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
+from lora_lightning.training.checkpoint_validation import check_resumable
+from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
 from lora_lightning.training.warm_start import values_of

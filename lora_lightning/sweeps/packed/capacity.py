@@ -11,8 +11,8 @@ from lora_lightning.config.compose import settings_of
 from lora_lightning.config.saved import read_config
 from lora_lightning.distributed.precision import with_precision
 from lora_lightning.tasks import build_task
+from lora_lightning.training.components import build_components
 from lora_lightning.training.preflight.memory import Memory
-from lora_lightning.training.run import build
 from lora_lightning.utils.quiet import quiet_libraries
 
 from .pack import device_of
@@ -37,7 +37,7 @@ def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
     quiet_libraries()
     config = with_precision(max(configs, key=lambda config: int(config.lora.rank)))
     settings = settings_of(config)
-    module, data = build(settings, build_task(settings.task), seed=config.seed)
+    module, data = build_components(settings, build_task(settings.task), seed=config.seed)
     data.setup("fit")
     module.configure_model()
     memory = Memory(module.to(device), data, settings, device)

@@ -193,7 +193,6 @@ class Pack:
             )
         shared = next((other.module for other in self.slots if other.module is not None), None)
         if shared is not None:
-            assert shared.model is not None
             share_frozen(model, shared.model)
         slot.module = module
         alone = backbone.forward
@@ -262,7 +261,7 @@ class Pack:
     def _model(self) -> nn.Module:
         if self.stacked is None:
             backbones = {
-                slot.number: slot.module.model.base_model  # type: ignore[union-attr]
+                slot.number: slot.module.model.base_model
                 for slot in self.slots
                 if slot.module is not None and not slot.ended
             }

@@ -117,7 +117,6 @@ class Retention(Callback):
 
     @torch.no_grad()
     def _loss(self, module: LoraModule) -> float:
-        assert module.model is not None
         total, count = 0.0, 0
         for batch in self._on(module):
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)

@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+
+from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.training.lightning_internals import skip_sigterm_broadcast
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
@@ -263,6 +267,15 @@ class StopSignals(Callback):
             return False
         return self._tokens >= int(stop)
 
+    def check_for(self, shards: Shards | None) -> Callable[[], bool]:
+        """Return the check to call amid text generation, for processes that share a base.
+
+        Tensor-parallel processes, which cut each matrix, must generate the same tokens.
+        """
+        if shards is not None and shards.tensor > 1:
+            return partial(self.is_told_together, shards.data_rank)
+        return self.is_told
+
     def raise_if_told(self, trainer: L.Trainer) -> None:
         """Raise Stopped if any process got a signal. All processes must call this."""
         if signum := self._shared.highest(trainer, self.received):
@@ -270,13 +283,13 @@ class StopSignals(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._install()
-        if hasattr(pl_module, "stops"):
-            pl_module.stops = self  # type: ignore[assignment]
+        if hasattr(pl_module, "stop_signals"):
+            pl_module.stop_signals = self  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._install()
         self._has_steps = True
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        skip_sigterm_broadcast(trainer)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.has_trained = True

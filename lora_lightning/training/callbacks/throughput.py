@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.distributed.strategies import data_ranks
 from lora_lightning.lora import UserError
-from lora_lightning.training.checkpointing import is_number
+from lora_lightning.training.checkpoint_validation import is_number
+from lora_lightning.training.lightning_internals import is_accumulating
 
 from .loggers import log_after
 
@@ -40,7 +41,7 @@ class RunClock(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         self._begun += _batch_counts(batch)[1]
-        if not trainer.fit_loop._should_accumulate():
+        if not is_accumulating(trainer):
             self._counted, self._begun = self._counted + self._begun, 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

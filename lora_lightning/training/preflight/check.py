@@ -27,9 +27,9 @@ from lora_lightning.models.forward import check_packing
 from lora_lightning.models.loading import load_model_config
 from lora_lightning.models.tokenizer import token_ids
 from lora_lightning.tasks import build_task, to_device
+from lora_lightning.training.components import build_components
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.optim import build_scheduler, refuse_unmeasured
-from lora_lightning.training.run import build
 from lora_lightning.training.run_folder import refuse_used_folder
 from lora_lightning.training.trainer import build_trainer, check_windows, refuse_late_validation
 from lora_lightning.utils.quiet import quiet_libraries
@@ -54,7 +54,7 @@ def check(config: DictConfig) -> str:
     refuse_used_folder(output)
     with undone_on_mistake(output, always=True):
         task = build_task(settings.task)
-        module, data = build(settings, task, seed=config.seed, adapter=config.adapter)
+        module, data = build_components(settings, task, seed=config.seed, start_from=config.adapter)
         trainer = build_trainer(config)
         check_windows(trainer)
         _refuse_in_shares(trainer.strategy, settings, config.adapter)
@@ -67,7 +67,6 @@ def check(config: DictConfig) -> str:
         build_scheduler(
             module.build_optimizer(), settings.optim, total_steps=_planned_steps(trainer, data)
         )
-        assert module.model is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         module.to(device)
         if data.packs:
@@ -108,7 +107,6 @@ def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None)
 
 
 def _modules(module: LoraModule) -> str:
-    assert module.model is not None
     if module.adapter is not None:
         return f"Adapter\n{module.adapter.summary()}"
     count = sum(p.numel() for p in module.model.parameters())
@@ -117,7 +115,6 @@ def _modules(module: LoraModule) -> str:
 
 def _new_tokens(module: LoraModule, data: LoraDataModule) -> list[str]:
     """Report the ids of new tokens and how many training rows contain each."""
-    assert module.model is not None
     new = module.model_config.new_tokens
     if not new:
         return []
@@ -194,7 +191,6 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
             if not matrix.any():
                 nn.init.normal_(matrix, std=0.02)
     batch = to_device(data.longest_batch("train", PROBE_ROWS), device)
-    assert module.model is not None
     module.train()
     output = module.task.loss(module.model, batch)
     (output.total / output.count).backward()

@@ -76,7 +76,6 @@ class Rehearsal:
             tokenizer=SimpleNamespace(pad_token_id=0),
         )
         self.module.configure_model()
-        assert self.module.model is not None
         trust_head(self.module.model)
         gc.collect()
         self.trained = [p for p in self.module.parameters() if p.requires_grad]

@@ -38,7 +38,6 @@ class Memory:
     def __init__(
         self, module: LoraModule, data: LoraDataModule, settings: Settings, device: torch.device
     ) -> None:
-        assert module.model is not None
         tensors = list(module.model.parameters())
         self.frozen = sum(p.numel() * p.element_size() for p in tensors if not p.requires_grad)
         self.trained = sum(p.numel() * p.element_size() for p in tensors if p.requires_grad)
@@ -66,7 +65,6 @@ class Memory:
 
 def saved_bytes(module: LoraModule, batch: dict[str, Any]) -> int:
     """Return the bytes that autograd holds between forward and backward, without parameters."""
-    assert module.model is not None
     own = {p.untyped_storage().data_ptr() for p in module.model.parameters()}
     sizes: dict[int, int] = {}
     alive: list[Any] = []

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.distributed.environment import leave
 from lora_lightning.tasks import build_task
-from lora_lightning.training.run import build
+from lora_lightning.training.components import build_components
 from lora_lightning.training.trainer import build_trainer
 
 
@@ -77,7 +77,8 @@ def main(settings: list[str]) -> None:
     folder = Path(config.output_dir)
     L.seed_everything(config.seed, verbose=False)
     full = settings_of(config)
-    module, data = build(full, build_task(full.task), seed=config.seed, adapter=config.adapter)
+    task = build_task(full.task)
+    module, data = build_components(full, task, seed=config.seed, start_from=config.adapter)
     trainer = build_trainer(config, callbacks=[Held()], logger=False)
     trainer.fit(module, data)
     weights = module.state_dict()

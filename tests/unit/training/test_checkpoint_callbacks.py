@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from lora_lightning.config.compose import compose_config
-from lora_lightning.training.callbacks import checkpoints as kept
-from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
+from lora_lightning.training.callbacks import last_checkpoint
+from lora_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from lora_lightning.training.run import train
 
 
@@ -36,14 +36,14 @@ def run(fast, tiny_bert, rows_jsonl, tmp_path):
 def events(monkeypatch) -> list[tuple[str, int]]:
     """What happened in order: the steps at which a write began and ended."""
     found: list[tuple[str, int]] = []
-    real = kept._write
+    real = last_checkpoint._write
 
     def write(path, content, **settings):
         found.append(("begins", content["global_step"]))
         real(path, content, **settings)
         found.append(("written", content["global_step"]))
 
-    monkeypatch.setattr(kept, "_write", write)
+    monkeypatch.setattr(last_checkpoint, "_write", write)
     return found
 
 
@@ -67,14 +67,14 @@ def test_last_checkpoint_is_saved_when_so_many_minutes_have_passed(
     every_n_minutes, steps, run, events, monkeypatch
 ):
     clock = Clock(minutes=2)
-    monkeypatch.setattr(kept, "time", clock)
+    monkeypatch.setattr(last_checkpoint, "time", clock)
     run(clock, every_n_minutes=every_n_minutes)
     assert [step for kind, step in events if kind == "written"] == steps
 
 
 def test_training_continues_while_the_last_checkpoint_is_written(run, events, monkeypatch):
     """The write of step 3 stands still until step 5 is done."""
-    released, write = threading.Event(), kept._write
+    released, write = threading.Event(), last_checkpoint._write
 
     def slow(path, content, **settings):
         if not released.wait(20):
@@ -87,7 +87,7 @@ def test_training_continues_while_the_last_checkpoint_is_written(run, events, mo
             if trainer.global_step == 5:
                 released.set()
 
-    monkeypatch.setattr(kept, "_write", slow)
+    monkeypatch.setattr(last_checkpoint, "_write", slow)
     run(Notes(), every_n_minutes=None, every_n_steps=3)
     assert events.index(("step", 5)) < events.index(("begins", 3)) < events.index(("written", 3))
     assert "held up" not in dict(events)

@@ -38,12 +38,13 @@ from lora_lightning.lora.layers.linear import LoraLayer
 from lora_lightning.models.forward import classification_logits
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 from lora_lightning.training.callbacks import throughput as measured
-from lora_lightning.training.callbacks.checkpoints import LastCheckpoint
 from lora_lightning.training.callbacks.graceful_stop import StopSignals
+from lora_lightning.training.callbacks.last_checkpoint import LastCheckpoint
 from lora_lightning.training.callbacks.progress import ProgressBar
 from lora_lightning.training.callbacks.throughput import RunClock, Throughput
+from lora_lightning.training.components import build_components
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import build, train
+from lora_lightning.training.run import train
 
 
 def fit(module, batches, *, val=None, epochs=1, callbacks=(), **kwargs) -> L.Trainer:
@@ -624,7 +625,7 @@ def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, p
     """Flash attention takes no fp32, which an fp32 base gives it outside of autocast."""
     contexts = []
     monkeypatch.setattr(
-        "lora_lightning.training.module.check_packing",
+        "lora_lightning.training.fit_start.check_packing",
         lambda model: contexts.append(torch.is_autocast_enabled("cpu")),
     )
     module = make_module(tiny_llama)
@@ -819,7 +820,7 @@ def test_eva_goes_on_from_an_adapter_with_its_own_settings(tiny_bert, rows_jsonl
     settings = settings_of(compose_config([*own, "lora.dropout=0.1", "lora.rank=2"]))
     for start in ("adapter", "checkpoints/last.ckpt"):
         source = str(tmp_path / "run" / start)
-        module, _ = build(settings, build_task(settings.task), seed=5, adapter=source)
+        module, _ = build_components(settings, build_task(settings.task), seed=5, start_from=source)
         module.task.restore({"labels": ["a", "b"], "text_column": "text", "label_column": "label"})
         module.configure_model()
         layers = module.adapter.layers

@@ -24,7 +24,7 @@ from lora_lightning.sweeps.folder import note
 from lora_lightning.sweeps.launcher import _save
 from lora_lightning.sweeps.queue import Job
 from lora_lightning.sweeps.report.tables import written
-from lora_lightning.training.callbacks import checkpoints as kept
+from lora_lightning.training.callbacks import best_checkpoint, last_checkpoint
 from lora_lightning.training.callbacks.loggers import CurvesLogger
 from lora_lightning.training.callbacks.progress import SamplePredictions
 from lora_lightning.training.checkpointing import read_checkpoint
@@ -196,8 +196,8 @@ MAKERS = {
     ".hydra of a job": _config_of_a_job,
     "adapter": _exported,
     "csv": lambda folder: log(CurvesLogger(folder, name="csv", version="")),
-    "last": lambda folder: kept._write(folder / "last.ckpt", {"state_dict": {}}, keep=True),
-    "best": lambda folder: kept.SyncedCheckpointIO().save_checkpoint({}, folder / "best.ckpt"),
+    "last": lambda at: last_checkpoint._write(at / "last.ckpt", {"state_dict": {}}, keep=True),
+    "best": lambda at: best_checkpoint.SyncedCheckpointIO().save_checkpoint({}, at / "best.ckpt"),
 }
 
 
@@ -341,7 +341,7 @@ def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, mo
         return {"state_dict": {"a": torch.tensor([value])}}
 
     for value in (1.0, 2.0):
-        kept._write(path, content(value), keep=True)
+        last_checkpoint._write(path, content(value), keep=True)
 
     def fail(*_):
         raise OSError(5, "the disk fails")
@@ -349,7 +349,7 @@ def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(UserError, match="The checkpoint before it is whole"):
-            kept._write(path, content(3.0), keep=True)
+            last_checkpoint._write(path, content(3.0), keep=True)
     found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
     assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}
 
@@ -358,7 +358,7 @@ def test_the_best_is_synced_in_a_trainer_of_ones_own(tmp_path, done):
     trainer = L.Trainer(
         **{"accelerator": "cpu", "logger": False, "limit_train_batches": 2, "limit_val_batches": 0},
         **{"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False},
-        callbacks=[kept.BestCheckpoint(tmp_path, filename="best")],
+        callbacks=[best_checkpoint.BestCheckpoint(tmp_path, filename="best")],
     )
     trainer.fit(BoringModel())
     at = done.index(("rename", str(tmp_path / "best.ckpt")))

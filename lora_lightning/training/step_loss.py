@@ -1,4 +1,4 @@
-"""Step losses of a run, with a check that they are finite and a record of the rows if not."""
+"""Loss of an optimizer step over its micro-batches and ranks, and a check that it is finite."""
 
 from __future__ import annotations
 
@@ -11,8 +11,40 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.folder import BAD_STEP
+from lora_lightning.distributed.strategies import scale_gradients, sum_over_ranks
 from lora_lightning.lora import UserError
+from lora_lightning.tasks.base import LossOutput
 from lora_lightning.utils.atomic_write import atomic_write
+
+
+class StepLoss:
+    """Summed loss and number of targets of the micro-batches of an optimizer step.
+
+    The loss of a step is the mean over all its targets, across micro-batches and ranks.
+    """
+
+    def __init__(self) -> None:
+        self._totals: Tensor | None = None
+        """Summed loss and number of targets so far, (2)."""
+
+    def add(self, output: LossOutput) -> None:
+        """Add a micro-batch."""
+        totals = torch.stack([output.total.detach().float(), output.count.detach().float()])
+        self._totals = totals if self._totals is None else self._totals + totals
+
+    def finish(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Divide the step's gradients by its targets, and return its mean loss, a scalar.
+
+        Lightning has divided the gradients by the number of ranks, which this undoes. All ranks
+        must call this.
+        """
+        assert self._totals is not None, "a step without a micro-batch"
+        loss, count = sum_over_ranks(trainer.strategy, self._totals)
+        self._totals = None
+        count = count.clamp(min=1)
+        scale_gradients(trainer.strategy, optimizer, trainer.world_size / count)
+        mean: Tensor = loss / count
+        return mean
 
 
 @dataclass(frozen=True)
@@ -25,8 +57,8 @@ class _Step:
     loss: Tensor
 
 
-class StepLosses:
-    """Losses of the steps since the last check, which waits for the device."""
+class FiniteLossCheck:
+    """A check of the step losses since the last check, which waits for the device."""
 
     def __init__(self) -> None:
         self._recent: list[_Step] = []
@@ -53,15 +85,15 @@ class StepLosses:
             return
         bad = recent[finite.index(False)]
         loss = bad.loss.item()
-        or_else = ", or use bfloat16 in the place of float16" if half else ""
+        or_else = ", or use bfloat16 instead of float16" if half else ""
         raise UserError(
             f"the training loss is {loss} at step {bad.number}: lower optim.lr{or_else}."
-            f"{_keep_rows(trainer, bad, str(loss))}"
+            f"{_save_rows(trainer, bad, str(loss))}"
         )
 
 
-def _keep_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
-    """Write the rows of a step into the run's folder, and return a sentence that says so."""
+def _save_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
+    """Write the rows of a step into the run's folder, and return a sentence that names the file."""
     data = getattr(trainer, "datamodule", None)
     if not isinstance(getattr(data, "encoded", None), dict):
         return ""
