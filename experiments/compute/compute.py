@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.preflight.dry_run import rehearsal
+from lora_lightning.training.preflight.dry_run import dry_run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -76,10 +76,10 @@ def config_of(model: Path, rank: int) -> DictConfig:
 def operations(model: Path, rank: int) -> int:
     """Of a step's forward and backward pass, as `lora-lightning plan` goes through them."""
     with (
-        rehearsal(config_of(model, rank), torch.device("cpu")) as rehearsed,
+        dry_run(config_of(model, rank), torch.device("cpu")) as run,
         FlopCounterMode(display=False) as counter,
     ):
-        rehearsed.forward(ROWS).backward()
+        run.forward(ROWS).backward()
     return int(counter.get_total_flops())
 
 

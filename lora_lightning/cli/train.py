@@ -107,9 +107,9 @@ def start(arguments: list[str]) -> None:
         if os.path.lexists(place) and not place.is_dir():
             raise UserError(f"hydra.sweep.dir={place} is no folder: give another.")
         if place.is_dir() and any(place.iterdir()):
-            from lora_lightning.training.run_folder import refuse_others_sweep
+            from lora_lightning.training.run_folder import check_sweep_folder
 
-            refuse_others_sweep(place)
+            check_sweep_folder(place)
         run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides
     else:
         _run(overrides, config, goes_on=goes_on)
@@ -220,16 +220,16 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
         return
     goes_on |= outside and cluster.started_again()
     from lora_lightning.adapters.folder import undone_on_mistake
-    from lora_lightning.training.run_folder import holds_run, refuse_other_run, refuse_used_folder
+    from lora_lightning.training.run_folder import check_same_run, check_unused_folder, holds_run
 
     is_there = goes_on and holds_run(run_dir)
     if is_there:
-        refuse_other_run(run_dir, config)
+        check_same_run(run_dir, config)
         if _is_complete(run_dir):
             return
     with undone_on_mistake(run_dir):
         if not is_there:
-            refuse_used_folder(run_dir)
+            check_unused_folder(run_dir)
         run_hydra(overrides, resume=goes_on)
 
 
@@ -358,10 +358,10 @@ def _refuse_foreign(saved: Path) -> None:
 def _job(config: Any) -> dict[str, Any]:
     """Run a job of a sweep for a launcher that is not ours, and resume it if it had begun."""
     from lora_lightning.training.run import train
-    from lora_lightning.training.run_folder import completed_result, refuse_other_run
+    from lora_lightning.training.run_folder import check_same_run, completed_result
 
     run_dir = Path(config.output_dir)
-    refuse_other_run(run_dir, config)
+    check_same_run(run_dir, config)
     return completed_result(run_dir) or train(config, resume=True)
 
 

@@ -24,7 +24,7 @@ def refuse_combinations(
     _refuse_quantised(model, lora, in_shares=in_shares)
     if lora is not None:
         if in_shares:
-            _refuse_in_shares(model, lora)
+            _check_sharded(model, lora)
         _refuse_two_starts(model, lora, start_from)
 
 
@@ -47,7 +47,7 @@ def _refuse_quantised(model: ModelConfig, lora: LoraConfig | None, *, in_shares:
         )
 
 
-def _refuse_in_shares(model: ModelConfig, lora: LoraConfig) -> None:
+def _check_sharded(model: ModelConfig, lora: LoraConfig) -> None:
     if lora.bias != "none":
         raise UserError(
             f"lora.bias={lora.bias} would train biases of the base itself, which is sharded. Use "

@@ -25,7 +25,7 @@ from lora_lightning.config.paths import anchor
 from lora_lightning.config.saved import read_config, read_overrides
 from lora_lightning.config.schema import LOG, PAUSE, SWEEP
 from lora_lightning.errors import UserError
-from lora_lightning.training.callbacks.graceful_stop import ended_by_signals
+from lora_lightning.training.callbacks.graceful_stop import raise_on_signals
 from lora_lightning.utils.atomic_write import atomic_write, remove_debris
 from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import made_folder
@@ -126,7 +126,7 @@ class ProcessLauncher(Launcher):
             if halving is not None:
                 halving.check(jobs)
             note(sweep_dir, self._overrides(), "running")
-            with ended_by_signals(), JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
+            with raise_on_signals(), JobTable(sweep_dir, jobs, str(first.task.monitor)) as table:
                 JobQueue(
                     jobs,
                     lambda idle: self._next(planned, halving, idle=idle),
@@ -184,9 +184,9 @@ class ProcessLauncher(Launcher):
         name_curves(config, folder, varied)
         anchor(config, Path.cwd())
         if os.path.lexists(folder):
-            from lora_lightning.training.run_folder import lost_to_job
+            from lora_lightning.training.run_folder import job_conflicts
 
-            if lost := lost_to_job(folder):
+            if lost := job_conflicts(folder):
                 raise UserError(
                     f"{folder} holds what this sweep did not write. This would be lost: "
                     f"{', '.join(filter(None, lost)) or folder}. Give another folder: "

@@ -57,7 +57,7 @@ class Task(ABC):
     """Advice for the case that no row has anything to learn."""
     notes: Sequence[str] = ()
     """Messages to the user after `learn`."""
-    is_told: Callable[[], bool] | None = None
+    stop_requested: Callable[[], bool] | None = None
     """Function that returns whether the run was asked to end. The result of `finish_epoch` is then
     not used."""
     config: Any

@@ -273,7 +273,11 @@ class GenerativeTask(Task):
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         predictions = [""] * len(rows)
         for number in range(most(model, len(batches))):
-            if self.is_told is not None and self.is_told() and not gathers_layers(model):
+            if (
+                self.stop_requested is not None
+                and self.stop_requested()
+                and not gathers_layers(model)
+            ):
                 return
             if number >= len(batches):  # another process needs this one's shard of the base
                 self.generate(model, [[self.tokenizer.eos_token_id]])
@@ -289,13 +293,13 @@ class GenerativeTask(Task):
         """Return arguments that stop `generate`, within a text, once the run was asked to end."""
         from transformers import StoppingCriteria
 
-        if self.is_told is None:
+        if self.stop_requested is None:
             return {}
-        is_told: Callable[[], bool] = self.is_told
+        stop_requested: Callable[[], bool] = self.stop_requested
 
         class Told(StoppingCriteria):
             def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-                return torch.full((len(input_ids),), is_told(), device=input_ids.device)
+                return torch.full((len(input_ids),), stop_requested(), device=input_ids.device)
 
         return {"stopping_criteria": [Told()]}
 

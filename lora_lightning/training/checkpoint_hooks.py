@@ -21,7 +21,7 @@ from lora_lightning.utils.terminal import say
 from .checkpoint_validation import check_optimizer
 from .checkpointing import read_checkpoint
 from .lightning_internals import attached_trainer
-from .optim import keep_implementation
+from .optim import adopt_implementation
 
 if TYPE_CHECKING:
     from .module import LoraModule
@@ -62,7 +62,7 @@ def check_fits(checkpoint: dict[str, Any], module: LoraModule) -> None:
         with module.whole_adapter():
             optimizer = module.build_optimizer()
         check_optimizer(checkpoint.get("optimizer_states"), optimizer)
-        keep_implementation(checkpoint["optimizer_states"][0]["param_groups"], optimizer)
+        adopt_implementation(checkpoint["optimizer_states"][0]["param_groups"], optimizer)
     if saved != module.task.state():
         raise UserError(
             "the data or its labels differ from those that the checkpoint was trained with: "

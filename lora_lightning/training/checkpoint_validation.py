@@ -28,8 +28,8 @@ def check_resumable(content: dict[str, Any], path: Path) -> None:
     problem = _missing(content) or _foreign(content["callbacks"], path.parent.parent)
     if problem is not None:
         raise UserError(
-            f"a run cannot go on from {path}: {problem}. Something else than a run has written it. "
-            "What it has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+            f"a run cannot resume from {path}: {problem}. It was not written by a run. For a new "
+            "run that starts from its weights: adapter=CHECKPOINT.ckpt."
         )
 
 
@@ -45,7 +45,7 @@ def _missing(content: dict[str, Any]) -> str | None:
             f"its loops have made {place} steps, and its 'global_step' is {content['global_step']}"
         )
     if not re.match(r"\d+\.\d+", content["pytorch-lightning_version"]):
-        return "its version of Lightning is none"
+        return "it names no version of Lightning"
     return None
 
 
@@ -57,13 +57,13 @@ def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
     """
     for key, state in states.items():
         if not isinstance(state, dict):
-            return f"the state of {key} is no mapping"
+            return f"the state of {key} is not a mapping"
         best = state.get("best_k_models", {})
         if not isinstance(best, dict):
             return "it has no list of the best checkpoints"
         scores = [*best.values(), *(state.get(name) for name in _SCORES)]
         if not all(score is None or is_number(score, or_nan=True) for score in scores):
-            return f"{key} holds a score that is no number"
+            return f"{key} holds a score that is not a number"
         named = [*best, *(state.get(name) for name in ("best_model_path", "kth_best_model_path"))]
         refused = [(path, r"last.*") for path in named]
         refused += [(state.get("last_model_path"), re.escape(PREVIOUS))]
@@ -74,7 +74,7 @@ def _foreign(states: dict[str, Any], run_dir: Path) -> str | None:
             if not re.fullmatch(r"[^.\\\0][^\\\0]*\.ckpt", name) or re.fullmatch(others, name):
                 return f"it names {path!r} as one of the best checkpoints"
             if not str(key).startswith("BestCheckpoint") and not _is_own(path, run_dir):
-                return f"{path} lies outside of the run, and would be deleted for a better one"
+                return f"{path} is outside the run's folder, and would be deleted for a better one"
     return None
 
 
@@ -86,7 +86,7 @@ def _is_own(path: str, run_dir: Path) -> bool:
     return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
 
 
-def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:
+def describe_mismatch(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:
     """Describe how a saved state differs in form from the run's own, or return None.
 
     Values that are None in `own` may become anything later, so they are not compared.
@@ -102,33 +102,33 @@ def unlike(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str |
     if own is None:
         return None
     parts: list[tuple[Any, Any, str]] = []
-    problem = _unlike_itself(saved, own, of)
+    problem = _mismatch_of_value(saved, own, of)
     if problem is not None:
         return f"{where} {problem}"
     if isinstance(own, dict):
         parts = [(saved[name], own[name], f"{where}.{name}") for name in own if name in saved]
     elif isinstance(own, (list, tuple)):
         parts = [(saved[i], own[i], f"{where}.{i}") for i in range(len(own))]
-    return next((told for part in parts if (told := unlike(*part, of=of))), None)
+    return next((problem for part in parts if (problem := describe_mismatch(*part, of=of))), None)
 
 
-def _unlike_itself(saved: Any, own: Any, of: Sequence[Any]) -> str | None:
-    """Return the result of `unlike` for a value, without the values nested in it."""
+def _mismatch_of_value(saved: Any, own: Any, of: Sequence[Any]) -> str | None:
+    """Return the result of `describe_mismatch` for a value, without the values nested in it."""
     problem: str | None = None
     if isinstance(own, dict):
         if not isinstance(saved, dict):
-            problem = "is no mapping"
+            problem = "is not a mapping"
         elif others := [name for name in saved if name not in own and _is_of(name, of)]:
             problem = f"holds {str(others[0])[:100]!r}, which no run writes"
     elif isinstance(own, (list, tuple)):
         if not isinstance(saved, (list, tuple)) or len(saved) != len(own):
-            problem = f"is no list of {len(own)}"
+            problem = f"is not a list of {len(own)}"
     elif isinstance(own, (bool, str)):
         if type(saved) is not type(own):
             problem = f"is {_shown(saved)}"
     elif isinstance(own, Tensor) and own.dim():
         if not isinstance(saved, Tensor) or saved.shape != own.shape:
-            problem = f"is no tensor of shape {tuple(own.shape)}"
+            problem = f"is not a tensor of shape {tuple(own.shape)}"
     elif not is_number(saved, whole=isinstance(own, int)):
         problem = f"is {_shown(saved)}, not a {'whole ' * isinstance(own, int)}number"
     return problem
@@ -189,8 +189,8 @@ def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     problem = _unfit(saved, optimizer)
     if problem is not None:
         raise UserError(
-            f"the optimizer's state in this checkpoint does not fit the run: {problem}. What the "
-            "checkpoint has learned is a start for a new run: adapter=CHECKPOINT.ckpt."
+            f"the optimizer's state in this checkpoint does not fit the run: {problem}. For a new "
+            "run that starts from its weights: adapter=CHECKPOINT.ckpt."
         )
 
 
@@ -203,13 +203,13 @@ def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
         if sizes != [len(group["params"]) for group in optimizer.param_groups]:
             return f"it has groups of {sizes} tensors"
         if not all(is_number(group["lr"]) for group in groups):
-            return "a learning rate is no number"
+            return "a learning rate is not a number"
         own = optimizer.state_dict()["param_groups"]
-        problems = [unlike(groups[n], own[n], f"group {n}") for n in range(len(own))]
-        kept = {n: _kept_by(optimizer, n) for n in {p.dim() for p in parameters}}
+        problems = [describe_mismatch(groups[n], own[n], f"group {n}") for n in range(len(own))]
+        expected = {n: _expected_state(optimizer, n) for n in {p.dim() for p in parameters}}
         for index, state in states.items():
             parameter = parameters[index]
-            problems.append(_unfit_state(state, parameter, kept[parameter.dim()], index))
+            problems.append(_unfit_state(state, parameter, expected[parameter.dim()], index))
         return next((problem for problem in problems if problem), None)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -217,14 +217,14 @@ def _unfit(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def _unfit_state(
-    state: dict[str, Any], parameter: Tensor, kept: dict[str, Any], index: Any
+    state: dict[str, Any], parameter: Tensor, states: dict[str, Any], index: Any
 ) -> str | None:
     """Describe how the saved optimizer state of a tensor differs from the expected one."""
     shape = tuple(parameter.shape)
-    if lost := kept.keys() - state.keys():
+    if lost := states.keys() - state.keys():
         return f"{min(lost)} of tensor {index} is absent"
     for name, value in state.items():
-        expected = kept.get(name)
+        expected = states.get(name)
         if isinstance(expected, Tensor) and not _is_like(value, expected):
             return f"{name} of tensor {index} is {_shown(value)}"
         if name in _MOMENTS and value is not None and value.shape != shape:
@@ -246,7 +246,7 @@ def _is_like(value: Any, expected: Tensor) -> bool:
     )
 
 
-def _kept_by(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any]:
+def _expected_state(optimizer: torch.optim.Optimizer, dimensions: int) -> dict[str, Any]:
     """Return the state that an optimizer keeps for a tensor with this many dimensions.
 
     A copy of the optimizer takes a step on a tensor with a single zero.

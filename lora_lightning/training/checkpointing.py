@@ -30,13 +30,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}.")
+        raise UserError(f"{path}: checkpoint not found.")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
             entries = archive.infolist()
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise ValueError("it is a ZIP that grows when it is read, which torch writes none")
+                raise ValueError("its entries are compressed, which torch does not write")
             if (entry := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {entry} is wrong")
     except Exception as error:
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
         or not all(isinstance(t, Tensor) and _is_held(t) for t in weights.values())
         or not isinstance(settings, dict)
     ):
-        raise UserError(f"{path} is no checkpoint of lora_lightning.")
+        raise UserError(f"{path} is not a checkpoint of lora_lightning.")
     return content  # type: ignore[no-any-return]
 
 
@@ -69,25 +69,25 @@ def _damaged(path: Path, error: Exception) -> Damaged:
     reason = re.split(r"[.:;] ", " ".join(str(error).split()))[0][:200] or type(error).__name__
     others = sorted(str(other) for other in path.parent.glob("best-*.ckpt") if other != path)
     instead = (
-        f", or start from what it had learned at its best: adapter={others[0]} with another "
+        f", or start a new run from the best checkpoint: adapter={others[0]} with another "
         "output_dir"
         if others
         else ""
     )
     return Damaged(
         f"{path} is truncated or damaged, or holds more than values and tensors: {reason}. "
-        "Copy it again from where it is whole, or move it away to start the run again"
+        "Copy it again from an intact source, or move it away to start the run again"
         f"{instead}."
     )
 
 
-def check_kept(live: Mapping[str, Tensor]) -> None:
+def check_trainable_values(live: Mapping[str, Tensor]) -> None:
     """Check that trained weights are worth a checkpoint.
 
     Raises:
         UserError: If the weights are not finite, or all zero.
     """
-    check_trained(live, kept="The checkpoint before it was left as it is.")
+    check_trained(live, kept="The checkpoint before it is unchanged.")
 
 
 def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
@@ -96,12 +96,12 @@ def check_written(path: Path, live: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: If the file cannot be read, or holds other weights.
     """
-    found = _read(path)["state_dict"]
-    same = found.keys() == live.keys() and all(
-        torch.equal(found[name], tensor.detach().cpu()) for name, tensor in live.items()
+    stored = _read(path)["state_dict"]
+    same = stored.keys() == live.keys() and all(
+        torch.equal(stored[name], tensor.detach().cpu()) for name, tensor in live.items()
     )
     if not same:
         raise UserError(
             f"{path} does not hold what was written to it: its disk or file system is at fault. "
-            "The checkpoint before it was left as it is."
+            "The checkpoint before it is unchanged."
         )

@@ -14,7 +14,7 @@ from lora_lightning.models.tokenizer import rows_in
 from lora_lightning.tasks import Task
 
 from .module import LoraModule
-from .warm_start import refuse_other_start, refuse_other_tokens, task_state_of
+from .warm_start import check_same_loftq, check_same_tokens, task_state_of
 
 
 def build_components(
@@ -68,5 +68,5 @@ def _check_start(source: str, settings: Settings) -> None:
         sidecar = read_sidecar(Path(source))
         check_files(Path(source))
         earlier = sidecar["settings"]
-        refuse_other_tokens(source, earlier["model"], settings.model)
-    refuse_other_start(source, earlier, settings.model, settings.lora)
+        check_same_tokens(source, earlier["model"], settings.model)
+    check_same_loftq(source, earlier, settings.model, settings.lora)

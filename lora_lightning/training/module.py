@@ -24,7 +24,13 @@ from .checkpoint_hooks import add_origin, check_fits, checked_copy, restore_task
 from .fit_guard import FitGuard
 from .fit_start import check_packed_rows, prepare_fit, report_doubts
 from .lightning_internals import attached_trainer, restore_loaders
-from .optim import BY_METRIC, build_optimizer, build_scheduler, refuse_unmeasured, step_by_metric
+from .optim import (
+    BY_METRIC,
+    build_optimizer,
+    build_scheduler,
+    check_schedule_metric,
+    step_by_metric,
+)
 from .stage_metrics import StageMetrics, check_monitor
 from .step_loss import FiniteLossCheck, StepLoss
 from .trainer import planned_steps
@@ -157,7 +163,7 @@ class LoraModule(AdapterModule):
 
     def on_train_start(self) -> None:
         restore_loaders(self.trainer)
-        refuse_unmeasured(self.optim_config, validates=any(self.trainer.num_val_batches))
+        check_schedule_metric(self.optim_config, validates=any(self.trainer.num_val_batches))
         self._guard = FitGuard(self)
         report_doubts(self.trainer)
 
@@ -259,11 +265,11 @@ class LoraModule(AdapterModule):
 
     def _log_metrics(self, stage: str, metrics: StageMetrics) -> dict[str, Any]:
         signals = self.stop_signals
-        self.task.is_told = None if signals is None else signals.check_for(self.shards)
+        self.task.stop_requested = None if signals is None else signals.check_for(self.shards)
         with self.trainer.precision_plugin.forward_context():
             metrics.finish(self.model)
         if signals is not None:
-            signals.raise_if_told(self.trainer)
+            signals.raise_if_requested(self.trainer)
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         on_bar = {"val/loss", self.task.config.monitor, f"val/{self.task.headline}"}
         logs = stage != "val" or self.logs_validation

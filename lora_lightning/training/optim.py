@@ -43,8 +43,8 @@ def build_optimizer(
     if config.loraplus_lr_ratio is not None:
         if not faster:
             raise UserError(
-                "optim.loraplus_lr_ratio gives the adapter's B a rate of its own, and there is "
-                "none to train: leave it out."
+                "optim.loraplus_lr_ratio requires an adapter, whose B gets its own rate. Leave it "
+                "out in full fine-tuning."
             )
         rate = config.lr * config.loraplus_lr_ratio
         trained = [parameter for parameter in from_zero if parameter.requires_grad]
@@ -52,7 +52,7 @@ def build_optimizer(
     known = _optimizers()
     if config.name not in known:
         raise UserError(
-            f"optim.name: torch.optim has no {config.name!r}.{did_you_mean(config.name, known)}"
+            f"optim.name={config.name}: not found in torch.optim.{did_you_mean(config.name, known)}"
         )
     options = dict(config.options)
     if not scaled and _can_fuse(known[config.name], options, matrices + vectors + [*faster]):
@@ -101,7 +101,8 @@ def build_scheduler(
     name, options = config.scheduler, dict(config.scheduler_options)
     if name not in known:
         raise UserError(
-            f"optim.scheduler: {name!r} is none of {', '.join(known)}.{did_you_mean(name, known)}"
+            f"optim.scheduler={name}: not found.{did_you_mean(name, known)} Known: "
+            f"{', '.join(known)}."
         )
     if total_steps is None and (name not in ENDLESS or 0 < config.warmup < 1):
         least = "optim.warmup is a share of all steps" if name in ENDLESS else f"{name} ends"
@@ -116,12 +117,12 @@ def build_scheduler(
     elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and "min_lr" not in options:
         options.setdefault("min_lr_rate", LEAST_RATE)
     elif name in ("constant", "constant_with_warmup") and options:  # transformers ignores them
-        raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options: leave them out.")
+        raise UserError(f"optim.scheduler={name} takes no optim.scheduler_options. Leave them out.")
     warmup = config.warmup if config.warmup >= 1 else config.warmup * (total_steps or 0)
     if config.warmup > 1 and total_steps is not None and warmup >= total_steps:
         raise UserError(
             f"optim.warmup={config.warmup:g}: this run takes {total_steps} optimizer steps, so the "
-            "rate would never come to optim.lr. Give fewer steps, or a share such as "
+            "rate would never reach optim.lr. Give fewer steps, or a share such as "
             "optim.warmup=0.06."
         )
     try:
@@ -161,12 +162,12 @@ def step_by_metric(
     scheduler.step(float(values[monitor]))
 
 
-def refuse_unmeasured(config: OptimConfig, *, validates: bool) -> None:
+def check_schedule_metric(config: OptimConfig, *, validates: bool) -> None:
     """Raise UserError for a schedule that depends on validation, in a run without it."""
     if config.scheduler in BY_METRIC and not validates:
         raise UserError(
-            f"optim.scheduler={config.scheduler} goes by what validation measures, and there is "
-            "none: give data.val=FILE or another schedule."
+            f"optim.scheduler={config.scheduler} requires a validation. Give data.val=FILE, or "
+            "another schedule."
         )
 
 
@@ -174,20 +175,20 @@ def _can_fuse(
     optimizer: Callable[..., Any], options: dict[str, Any], parameters: list[nn.Parameter]
 ) -> bool:
     """Return whether one kernel can update all parameters and no other option is set."""
-    asked = {"fused", "foreach", "capturable", "differentiable"} & options.keys()
+    typed = {"fused", "foreach", "capturable", "differentiable"} & options.keys()
     can = "fused" in inspect.signature(optimizer).parameters
-    return can and not asked and all(parameter.is_cuda for parameter in parameters)
+    return can and not typed and all(parameter.is_cuda for parameter in parameters)
 
 
-def keep_implementation(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+def adopt_implementation(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     """Make a checkpoint's groups step as this optimizer does, which may be on another device.
 
     Args:
         saved: Parameter groups of the optimizer state in the checkpoint.
         optimizer: Optimizer of this run.
     """
-    for theirs, ours in zip(saved, optimizer.param_groups, strict=True):
-        theirs.update({name: ours[name] for name in ("fused", "foreach") if name in ours})
+    for stored, current in zip(saved, optimizer.param_groups, strict=True):
+        stored.update({name: current[name] for name in ("fused", "foreach") if name in current})
 
 
 def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:

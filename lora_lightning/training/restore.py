@@ -20,7 +20,7 @@ from lora_lightning.errors import (
 )
 from lora_lightning.utils.atomic_write import fault_of_disk
 
-from .checkpoint_validation import unlike
+from .checkpoint_validation import describe_mismatch
 from .lightning_internals import restore_steps
 
 _OWN = ("lightning.", "lora_lightning.")
@@ -28,7 +28,7 @@ _OWN = ("lightning.", "lora_lightning.")
 
 
 @contextmanager
-def blamed_before_first_step(
+def blame_config_before_first_step(
     saved: Path, config: DictConfig, has_begun: Callable[[], bool]
 ) -> Iterator[None]:
     """Turn errors before the first step of a resumed run into one error about its config.
@@ -50,29 +50,28 @@ def blamed_before_first_step(
         raise
     except UserError as error:
         if not has_begun() and str(saved.parent.parent) not in str(error):
-            error.args = (f"{error} The run's settings are those of {saved}.",)
+            error.args = (f"{error} The run's settings are in {saved}.",)
         raise
     except Exception as error:
         if has_begun() or _is_in_typed_code(error, config):
             raise
         if fault_of_disk(error) is not None or lack_of_memory(error) is not None:
             raise
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".: ")
         raise UserError(
-            f"the run cannot be built from {saved}: {told}. If a value in it was changed, "
-            "correct it, or take what the run has learned into a new one: adapter=CHECKPOINT.ckpt. "
-            f"{FULL_ERROR}=1 shows where it was raised."
+            f"the run cannot be built from {saved}: {reason}. Correct the value that was changed, "
+            f"or start a new run: adapter=CHECKPOINT.ckpt. {FULL_ERROR}=1 shows the traceback."
         ) from error
 
 
 def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
     """Return whether an error passed through code that a resumed run uses only if typed again."""
     try:
-        asked = list(to_be_typed(config))
+        typed = list(to_be_typed(config))
     except Exception:  # from interpolations, which are not user code
         return False
-    names = {item.partition("=")[2].partition(".")[0] for item in asked if "_target_=" in item}
-    names |= {"transformers_modules" for item in asked if item.startswith("model.trust_")}
+    names = {item.partition("=")[2].partition(".")[0] for item in typed if "_target_=" in item}
+    names |= {"transformers_modules" for item in typed if item.startswith("model.trust_")}
     trace = error.__traceback__
     while trace is not None:
         if str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] in names:
@@ -81,7 +80,7 @@ def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
     return False
 
 
-def refuse_unfit(
+def check_on_restore(
     trainer: L.Trainer, content: dict[str, Any], path: Path, *, then: Callable[[], None]
 ) -> None:
     """Make a Trainer refuse a checkpoint of another run before the first step.
@@ -102,20 +101,20 @@ def refuse_unfit(
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = callback.state_key
             own = callback.state_dict() if type(callback).__module__.startswith(_OWN) else None
-            if name in states and (problem := unlike(states[name], own, name)):
+            if name in states and (problem := describe_mismatch(states[name], own, name)):
                 return problem
         return None
 
     def loops() -> str | None:
         saved, own = content["loops"]["fit_loop"], trainer.fit_loop.state_dict()
         counts = trainer.fit_loop.epoch_progress.total
-        if problem := unlike(saved, own, "fit_loop", of=[counts]):
+        if problem := describe_mismatch(saved, own, "fit_loop", of=[counts]):
             return problem
         if problem := _miscounted(saved, own, "fit_loop"):
             return problem
         schedules = [each.scheduler for each in trainer.lr_scheduler_configs]
         states = [each.state_dict() for each in schedules]
-        return unlike(content["lr_schedulers"], states, "lr_schedulers", of=schedules)
+        return describe_mismatch(content["lr_schedulers"], states, "lr_schedulers", of=schedules)
 
     version = content["pytorch-lightning_version"]
     checks = ((callbacks, None), (loops, then), (None, None))
@@ -165,8 +164,8 @@ def _unfit(path: Path, problem: str, version: str) -> UserError:
         else ""
     )
     return UserError(
-        f"a run cannot go on from {path}: {problem.rstrip('.')}. It was changed, or something else "
-        f"than this run has written it.{other} What it has learned is a start for a new run: "
+        f"a run cannot resume from {path}: {problem.rstrip('.')}. The file was changed, or another "
+        f"run has written it.{other} For a new run that starts from its weights: "
         "adapter=CHECKPOINT.ckpt."
     )
 
@@ -188,5 +187,5 @@ def _miscounted(saved: Any, own: Any, where: str) -> str | None:
         if counts[-1] < 0 or counts != sorted(counts, reverse=True):
             return f"{where} counts {', '.join(f'{name} {saved[name]}' for name in own)}"
     parts = [name for name in own if name in saved]
-    told = (_miscounted(saved[name], own[name], f"{where}.{name}") for name in parts)
-    return next((problem for problem in told if problem), None)
+    problems = (_miscounted(saved[name], own[name], f"{where}.{name}") for name in parts)
+    return next((problem for problem in problems if problem), None)

@@ -25,7 +25,7 @@ FEW_STEPS = 20
 """Number of optimizer steps below which the user is warned, as they hardly teach anything."""
 
 
-def of_rows(task: Task, data: LoraDataModule) -> dict[str, Any]:
+def row_facts(task: Task, data: LoraDataModule) -> dict[str, Any]:
     """Return the rows per split, the warnings and the baseline that qualify a run's metrics."""
     rows = {split: len(rows) for split, rows in data.encoded.items()}
     return {"baseline": baseline(task, data), "rows": rows, "warnings": doubts(data)}
@@ -38,7 +38,7 @@ def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
 
     Every rank processes all rows. The metrics gather from all ranks, so means stay the same.
     """
-    told: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for split in ("val", "test"):
         if not data.has(split) or (task.generative and not task.generate_rows):
             continue
@@ -46,13 +46,13 @@ def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:
         if task.generative:
             generated = data.encoded[split]["generate"][:]
             rows = rows.select([i for i, chosen in enumerate(generated) if chosen])
-        if (found := task.baseline(list(rows))) is not None:
-            told["name"] = found[0]
-            told |= {f"{split}/{metric}": value for metric, value in found[1].items()}
-    return told
+        if (rule := task.baseline(list(rows))) is not None:
+            values["name"] = rule[0]
+            values |= {f"{split}/{metric}": value for metric, value in rule[1].items()}
+    return values
 
 
-def measured(
+def measurements(
     config: DictConfig,
     module: LoraModule,
     trainer: L.Trainer,
@@ -129,12 +129,12 @@ COLUMNS = {
 
 def _further(config: DictConfig, keys: list[str]) -> dict[str, Any]:
     """Return a run's values of further settings in which the jobs of its sweep differ."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key in keys:
         value = OmegaConf.select(config, key)
         if key not in COLUMNS and not OmegaConf.is_config(value):
-            found[key] = value if isinstance(value, (bool, int, float)) else str(value)
-    return found
+            values[key] = value if isinstance(value, (bool, int, float)) else str(value)
+    return values
 
 
 def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
@@ -174,14 +174,14 @@ def hparams_summaries(values: dict[str, Any], first: list[str]) -> list[Any]:
     return [experiment, start, end]
 
 
-def tell_early_stop(trainer: L.Trainer) -> None:
+def report_early_stop(trainer: L.Trainer) -> None:
     """Report why early stopping has ended the training, if it has."""
     for callback in trainer.early_stopping_callbacks:
         reason = callback.stopping_reason
         why = str(callback.stopping_reason_message)
         if reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
             why = (
-                f"{callback.monitor} has not been better than {callback.best_score:.4f} in "
+                f"{callback.monitor} has not improved on {callback.best_score:.4f} for "
                 f"{callback.patience} validations. To wait longer: "
                 "callbacks.early_stopping.patience=N."
             )
@@ -220,7 +220,7 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
     if result["steps"] < FEW_STEPS:
         lines.insert(
             -3,
-            f"Only {result['steps']} optimizer steps were taken: for more, a smaller "
-            "data.batch_size or a larger trainer.max_epochs.",
+            f"Only {result['steps']} optimizer steps were taken. For more: a smaller "
+            "data.batch_size, or a larger trainer.max_epochs.",
         )
     say("\n" + "\n".join(lines), flush=True)

@@ -58,21 +58,21 @@ from .checkpointing import read_checkpoint
 from .components import build_components
 from .outcome import recorded_outcome
 from .preflight.memory import memory_advice
-from .restore import blamed_before_first_step, refuse_unfit
+from .restore import blame_config_before_first_step, check_on_restore
 from .results import (
     log_hparams,
-    measured,
-    of_rows,
+    measurements,
     print_result,
-    tell_early_stop,
+    report_early_stop,
+    row_facts,
 )
 from .run_folder import (
+    check_unused_folder,
     continue_csv,
-    earlier_result,
-    refuse_used_folder,
-    whole_checkpoint,
+    readable_checkpoint,
+    recorded_result,
 )
-from .trainer import build_trainer, check_windows
+from .trainer import build_trainer, check_accumulation
 
 WRITTEN = (
     *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
@@ -103,7 +103,7 @@ def train(
     signals = StopSignals()
     blamed: AbstractContextManager[None] = nullcontext()
     if saved is not None:
-        blamed = blamed_before_first_step(saved, config, lambda: signals.has_trained)
+        blamed = blame_config_before_first_step(saved, config, lambda: signals.has_trained)
     with blamed:
         return Run(config, signals, resume=resume).execute(**changes)
 
@@ -122,8 +122,8 @@ class Run:
         self.dir = Path(config.output_dir)
         self.signals = signals
         self.resume = resume
-        self.checkpoint = whole_checkpoint(self.dir) if resume else None
-        earlier = earlier_result(self.dir) if self.checkpoint else {}
+        self.checkpoint = readable_checkpoint(self.dir) if resume else None
+        earlier = recorded_result(self.dir) if self.checkpoint else {}
         self.requested = config
         self.config = with_precision(with_direction(config), earlier.get("precision"))
         self.settings = settings_of(self.config)
@@ -169,7 +169,7 @@ class Run:
         stack.enter_context(locked(self.dir, setting="output_dir"))
         remove_debris(*(self.dir / name for name in WRITTEN))
         if not self.resume:
-            refuse_used_folder(self.dir)
+            check_unused_folder(self.dir)
         refuse_loss(self.dir / ADAPTER, by="train")  # fail before training, not after it
         write_json(self.dir / RESULT, self.result)
         if message := chosen_for_the_user(self.requested, self.config):
@@ -207,13 +207,13 @@ class Run:
             raise UserError("launcher.halving requires checkpoints: keep callbacks.last.")
         own = [self.clock if clock is None else None, self.signals, pause]
         callbacks[:0] = [callback for callback in own if callback is not None]
-        check_windows(self.trainer)
+        check_accumulation(self.trainer)
 
     def _test_before(self) -> None:
         """Test the untrained model, so that the result shows what training gained."""
         if self.config.test_before and self.checkpoint is None:
             self.result["before"] = self._metrics_of(self.trainer.test)
-            self.signals.raise_if_told(self.trainer)
+            self.signals.raise_if_requested(self.trainer)
             if self.trainer.is_global_zero:
                 write_json(self.dir / RESULT, self.result)  # a resumed run reads it from there
 
@@ -224,13 +224,13 @@ class Run:
         self.trainer.fit(self.module, self.data, ckpt_path=self.checkpoint, weights_only=True)
         if self.trainer.interrupted:
             raise KeyboardInterrupt
-        self.signals.raise_if_told(self.trainer)
+        self.signals.raise_if_requested(self.trainer)
         if self.trainer.global_step == 0:
             raise UserError(
                 "the run ended without an optimizer step, so nothing was trained: give more rows, "
                 "or a larger trainer.max_time."
             )
-        tell_early_stop(self.trainer)
+        report_early_stop(self.trainer)
         checkpoints = self.trainer.checkpoint_callbacks
         best = [c.best_model_path for c in checkpoints if isinstance(c, ModelCheckpoint)]
         if any(best):
@@ -241,7 +241,7 @@ class Run:
         """Check that the run can resume from a checkpoint, and cut its log to that step."""
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
-        _refuse_other_places(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
+        _check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
         step = content["global_step"]
 
         def resumed() -> None:
@@ -249,7 +249,7 @@ class Run:
             if self.trainer.is_global_zero:
                 print(f"resumes from step {step} ({checkpoint.name})", flush=True)
 
-        refuse_unfit(self.trainer, content, checkpoint, then=resumed)
+        check_on_restore(self.trainer, content, checkpoint, then=resumed)
 
     def _save_adapter(self) -> None:
         """Write the adapter's folder, without the card, which needs the final metrics."""
@@ -274,11 +274,11 @@ class Run:
 
     def _summarize(self, metrics: dict[str, float]) -> None:
         """Complete the result, and write the card, the HPARAMS tab and the summary."""
-        self.result |= measured(self.config, self.module, self.trainer, self.clock, metrics)
+        self.result |= measurements(self.config, self.module, self.trainer, self.clock, metrics)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Retention):
                 self.result["before"] |= callback.before
-        self.result |= of_rows(self.task, self.data)
+        self.result |= row_facts(self.task, self.data)
         if self.trainer.is_global_zero:
             log_hparams(self.trainer, self.settings, self.config, self.result)
             adapter = self.dir / ADAPTER
@@ -287,7 +287,7 @@ class Run:
             print_result(self.result, self.dir, self.data)
 
 
-def _refuse_other_places(callbacks: list[L.Callback], run_dir: Path) -> None:
+def _check_checkpoint_folders(callbacks: list[L.Callback], run_dir: Path) -> None:
     """Raise UserError if a callback that deletes older checkpoints keeps them outside the run.
 
     The checkpoint names these files, and they may belong to others.

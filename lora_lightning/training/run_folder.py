@@ -41,7 +41,7 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def whole_checkpoint(run_dir: Path) -> Path | None:
+def readable_checkpoint(run_dir: Path) -> Path | None:
     """Return the last readable checkpoint, or None if there is no checkpoint.
 
     Raises:
@@ -55,29 +55,32 @@ def whole_checkpoint(run_dir: Path) -> Path | None:
     except Damaged as error:
         with suppress(UserError):
             read_checkpoint(previous)
-            say(f"{previous} is taken, as the one after it is not whole: {error}", file=sys.stderr)
+            say(
+                f"using {previous}, because the last checkpoint is damaged: {error}",
+                file=sys.stderr,
+            )
             return previous
     return last
 
 
-def earlier_result(run_dir: Path) -> dict[str, Any]:
+def recorded_result(run_dir: Path) -> dict[str, Any]:
     """Return the result so far of the run in the folder."""
     return read_json(run_dir / RESULT)
 
 
 def completed_result(run_dir: Path) -> dict[str, Any] | None:
     """Return the result of a completed run, or None if it is not completed."""
-    result = earlier_result(run_dir)
+    result = recorded_result(run_dir)
     return result if result.get("status") == "completed" else None
 
 
-def refuse_other_run(run_dir: Path, config: DictConfig) -> None:
+def check_same_run(run_dir: Path, config: DictConfig) -> None:
     """Raise UserError if the folder holds a run with other settings."""
-    recorded = earlier_result(run_dir).get("config_hash", config_hash(config))
+    recorded = recorded_result(run_dir).get("config_hash", config_hash(config))
     if recorded != config_hash(config):
         raise UserError(
-            f"{run_dir} holds a run of other settings, which cannot be gone on with by these. Give "
-            f"another output_dir, or go on with that run: {command('train', resume=run_dir)}."
+            f"{run_dir} holds a run with other settings. Give another output_dir, or resume that "
+            f"run: {command('train', resume=run_dir)}."
         )
 
 
@@ -90,20 +93,20 @@ def holds_run(run_dir: Path) -> bool:
 
 
 def _has_begun(run_dir: Path) -> bool:
-    return "config_hash" in earlier_result(run_dir) or last_checkpoint(run_dir) is not None
+    return "config_hash" in recorded_result(run_dir) or last_checkpoint(run_dir) is not None
 
 
-def refuse_used_folder(run_dir: Path) -> None:
+def check_unused_folder(run_dir: Path) -> None:
     """Raise UserError if the folder already holds a run, or files that a run would replace."""
     if _has_begun(run_dir):
         raise UserError(
-            f"{run_dir} holds a run already. To go on with it: {command('train', resume=run_dir)}. "
-            "For a new run give another output_dir."
+            f"{run_dir} already holds a run. To resume it: {command('train', resume=run_dir)}. "
+            "For a new run, give another output_dir."
         )
     if lost := _lost(run_dir):
         raise UserError(
-            f"{run_dir} holds {', '.join(lost)}, where a run writes files of its own. Give another "
-            "output_dir, or move them away."
+            f"{run_dir} holds {', '.join(lost)}, which a run would overwrite. Give another "
+            "output_dir, or move these files away."
         )
 
 
@@ -114,25 +117,25 @@ def _lost(run_dir: Path) -> list[str]:
     return [name for name in names if name != HYDRA or not holds_run(run_dir)]
 
 
-def refuse_others_sweep(sweep_dir: Path) -> None:
+def check_sweep_folder(sweep_dir: Path) -> None:
     """Raise UserError if a sweep would replace files in a folder, or write through a link.
 
     The folder may hold jobs of the same sweep, and files unrelated to it.
     """
     if not sweep_dir.is_dir():
         return
-    lost = [MULTIRUN] if _is_others_multirun(sweep_dir / MULTIRUN) else []
+    lost = [MULTIRUN] if _is_foreign_multirun(sweep_dir / MULTIRUN) else []
     if _is_filled(sweep_dir / SWEEP) and not is_sweep(sweep_dir):
         lost.append(SWEEP)
     for job in sorted(sweep_dir.iterdir()):
         if re.fullmatch(r"\d+", job.name):
-            lost += [f"{job.name}/{name}".rstrip("/") for name in lost_to_job(job)]
+            lost += [f"{job.name}/{name}".rstrip("/") for name in job_conflicts(job)]
     if lost:
         more = len(lost) - _SHOWN
         raise UserError(
-            f"hydra.sweep.dir={sweep_dir} holds what this sweep did not write. This would be lost: "
+            f"hydra.sweep.dir={sweep_dir} holds files of others, which the sweep would overwrite: "
             f"{', '.join(lost[:_SHOWN])}{f' and {more} more' if more > 0 else ''}. Give another "
-            "folder, or move these away."
+            "folder, or move these files away."
         )
 
 
@@ -141,7 +144,7 @@ def is_sweep(folder: Path) -> bool:
     return isinstance(read_json(folder / SWEEP).get("overrides"), list)
 
 
-def lost_to_job(run_dir: Path) -> list[str]:
+def job_conflicts(run_dir: Path) -> list[str]:
     """Return the names that a sweep's job would replace in its folder, or write through a link.
 
     The empty string stands for the folder itself.
@@ -161,7 +164,7 @@ def lost_to_job(run_dir: Path) -> list[str]:
     return lost
 
 
-def _is_others_multirun(path: Path) -> bool:
+def _is_foreign_multirun(path: Path) -> bool:
     """Return whether Hydra's file of a sweep is a link, or was not written by Hydra.
 
     Hydra writes the file in place. A full disk, a kill or a power cut leaves its beginning or

@@ -63,15 +63,14 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     for key in map(str, arguments):
         if key not in known:
             raise UserError(
-                f"trainer.{key}: Lightning's Trainer takes no such argument."
-                f"{did_you_mean(key, known)}"
+                f"trainer.{key}: not an argument of Lightning's Trainer.{did_you_mean(key, known)}"
             )
-    _refuse_types(arguments)
-    _refuse_processes(str(arguments.get("devices")))
+    _check_argument_types(arguments)
+    _check_processes(str(arguments.get("devices")))
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         value = arguments.get(key)
         if isinstance(value, (int, float)) and value == 0:
-            raise UserError(f"trainer.{key}={value}: nothing would be trained. Leave it out.")
+            raise UserError(f"trainer.{key}={value}: the run would not train. Leave it out.")
     loggers = instantiate_all(config.logger)
     # Lightning rejects a disabled progress bar with a bar callback, and a learning-rate monitor
     # without a logger.
@@ -95,24 +94,24 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
         )
     except Exception as error:
         # Lightning's MisconfigurationException derives directly from Exception.
-        told = isinstance(error, (TypeError, ValueError, RuntimeError, AttributeError, LookupError))
-        if not told and type(error).__name__ != "MisconfigurationException":
+        values = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+        if not isinstance(error, values) and type(error).__name__ != "MisconfigurationException":
             raise
-        said = str(error).rstrip(".!")
-        if "gpu backend" in said:
-            said += ". Without a GPU: trainer=cpu"
-        raise UserError(f"trainer: {said}.") from error
+        reason = str(error).rstrip(".!")
+        if "gpu backend" in reason:
+            reason += ". Without a GPU: trainer=cpu"
+        raise UserError(f"trainer: {reason}.") from error
     sync_checkpoints(trainer)
     return trainer
 
 
-def _refuse_processes(devices: str) -> None:
+def _check_processes(devices: str) -> None:
     """Raise UserError for a number of devices that would fill the machine with processes."""
     if devices.isdecimal() and int(devices[:10]) > MOST_PROCESSES:
         raise UserError(f"trainer.devices={devices} must be at most {MOST_PROCESSES}.")
 
 
-def _refuse_types(arguments: dict[Any, Any]) -> None:
+def _check_argument_types(arguments: dict[Any, Any]) -> None:
     """Raise UserError for a value whose type is not in Lightning's signature.
 
     Lightning itself fails in the middle of training, or takes "x" for true.
@@ -125,14 +124,14 @@ def _refuse_types(arguments: dict[Any, Any]) -> None:
         only |= value is not None and set(taken) - set(plain) == {NoneType}
         if not plain or not (only or isinstance(value, tuple(PLAIN))):
             continue  # it may be an object, or a list
-        wanted = {int, float} if float in plain else set(plain)  # an int may stand for a float
+        expected = {int, float} if float in plain else set(plain)  # an int may stand for a float
         literals = [
             value for each in taken if get_origin(each) is Literal for value in get_args(each)
         ]
-        if type(value) not in wanted and value not in literals:
+        if type(value) not in expected and value not in literals:
             names = " or ".join(PLAIN[each] for each in PLAIN if each in plain)
-            shown = "null" if value is None else repr(value)
-            raise UserError(f"trainer.{key} must be {names}, got {shown}.")
+            got = "null" if value is None else repr(value)
+            raise UserError(f"trainer.{key} must be {names}, got {got}.")
 
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -199,19 +198,19 @@ def planned_steps(trainer: L.Trainer) -> int | None:
     return None if math.isinf(steps) else max(int(steps), 1)
 
 
-def check_windows(trainer: L.Trainer) -> None:
+def check_accumulation(trainer: L.Trainer) -> None:
     """Refuse a validation within an accumulation window, as it cannot be resumed exactly."""
     every, window = trainer.val_check_interval, trainer.accumulate_grad_batches
     if window == 1 or every is None or every == 1.0:
         return
     if not isinstance(every, int) or every % window:
         raise UserError(
-            f"trainer.val_check_interval={every} falls amid the accumulation of {window} "
-            "batches: give a multiple of trainer.accumulate_grad_batches, or 1.0."
+            f"trainer.val_check_interval={every} must be a multiple of "
+            f"trainer.accumulate_grad_batches={window}, or 1.0."
         )
 
 
-def refuse_late_validation(trainer: L.Trainer, batches: int) -> None:
+def check_validation_interval(trainer: L.Trainer, batches: int) -> None:
     """Raise UserError if an epoch ends before its first validation.
 
     Args:
@@ -224,6 +223,6 @@ def refuse_late_validation(trainer: L.Trainer, batches: int) -> None:
     within_epoch = isinstance(every, int) and trainer.check_val_every_n_epoch is not None
     if within_epoch and every > batches and trainer.limit_val_batches != 0:
         raise UserError(
-            f"trainer.val_check_interval={every}, and an epoch has {batches} batches: give fewer, "
-            "or count over epochs, with trainer.check_val_every_n_epoch=null."
+            f"trainer.val_check_interval={every} must be at most {batches}, the batches of an "
+            "epoch. To count over epochs: trainer.check_val_every_n_epoch=null."
         )

@@ -25,13 +25,13 @@ def load_values(adapter: Adapter, folder: str) -> None:
     """
     raw, tensors = read_adapter(folder)
     check_files(folder)
-    asked = raw.get("trainable_token_indices") or {}
-    theirs = list(asked.values()) if isinstance(asked, dict) else [asked]
-    ours = [rows.indices for rows in adapter.rows]
-    if theirs and ours and not all(indices in ours for indices in theirs):
+    stored = raw.get("trainable_token_indices") or {}
+    earlier = list(stored.values()) if isinstance(stored, dict) else [stored]
+    current = [rows.indices for rows in adapter.rows]
+    if earlier and current and not all(indices in current for indices in earlier):
         raise UserError(
-            f"adapter={folder} has trained the rows of the tokens {theirs[0]}, and this run is to "
-            f"train those of {ours[0]}."
+            f"adapter={folder} has trained the embedding rows {earlier[0]}, and this run trains "
+            f"{current[0]}. Give the same tokens."
         )
     source = f"adapter {folder}"
     adapter.load_tensors(without_copies(adapter, tensors, source), source=source)
@@ -63,46 +63,49 @@ def values_of(checkpoint: str, model: ModelConfig, lora: LoraConfig | None) -> d
         UserError: If the values mean something else in this run.
     """
     content = read_checkpoint(checkpoint)
-    theirs = arguments_from_file(content.get("hyper_parameters", {}), checkpoint)
-    refuse_other_tokens(checkpoint, theirs.get("model", {}), model)
-    refuse_other_start(checkpoint, theirs, model, lora)
+    settings = arguments_from_file(content.get("hyper_parameters", {}), checkpoint)
+    check_same_tokens(checkpoint, settings.get("model", {}), model)
+    check_same_loftq(checkpoint, settings, model, lora)
     return dict(content["state_dict"])
 
 
-def refuse_other_tokens(source: str, theirs: dict[str, Any], model: ModelConfig) -> None:
+def check_same_tokens(source: str, earlier: dict[str, Any], model: ModelConfig) -> None:
     """Raise UserError unless a run's model settings have the same new tokens in the same order."""
-    tokens = theirs.get("new_tokens") or []
+    tokens = earlier.get("new_tokens") or []
     if tokens != model.new_tokens:
         raise UserError(
             f"adapter={source} was trained with model.new_tokens={tokens}, and this run has "
-            f"{model.new_tokens}: give the same tokens in the same order."
+            f"{model.new_tokens}. Give the same tokens in the same order."
         )
 
 
-def refuse_other_start(
-    source: str, theirs: dict[str, Any], model: ModelConfig, lora: LoraConfig | None
+def check_same_loftq(
+    source: str, earlier: dict[str, Any], model: ModelConfig, lora: LoraConfig | None
 ) -> None:
     """Raise UserError if one run compensates for quantization (LoftQ) and the other does not.
 
     Args:
         source: The adapter or checkpoint for the warm start.
-        theirs: Known settings that the adapter or checkpoint was trained with.
+        earlier: Known settings that the adapter or checkpoint was trained with.
         model: Model settings of this run.
         lora: Adapter settings of this run.
     """
 
-    def made_up_for(init: Any, quantization: Any) -> Any:
+    def corrected(init: Any, quantization: Any) -> Any:
         return quantization if init == "loftq" else None
 
-    known = (theirs.get("lora") or {}).get("init"), (theirs.get("model") or {}).get("quantization")
-    before, now = made_up_for(*known), made_up_for(lora and lora.init, model.quantization)
+    known = (
+        (earlier.get("lora") or {}).get("init"),
+        (earlier.get("model") or {}).get("quantization"),
+    )
+    before, now = corrected(*known), corrected(lora and lora.init, model.quantization)
     if before != now:
-        told = [
-            f"lora.init=loftq on a base in {kind}" if kind else "no such start"
+        runs = [
+            f"with lora.init=loftq on a base in {kind}" if kind else "without LoftQ"
             for kind in (before, now)
         ]
         raise UserError(
-            f"adapter={source} comes from a run with {told[0]}, and this one has {told[1]}: what "
-            "quantisation took away would be missing, or there twice. Give the same lora.init and "
+            f"adapter={source} is from a run {runs[0]}, and this run is {runs[1]}: the correction "
+            "of the quantization would be missing, or applied twice. Give the same lora.init and "
             "model.quantization."
         )

@@ -20,7 +20,7 @@ from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import AdapterSet
 from lora_lightning.training.data_init import earlier_settings
 from lora_lightning.training.run import train
-from lora_lightning.training.run_folder import refuse_others_sweep, refuse_used_folder
+from lora_lightning.training.run_folder import check_sweep_folder, check_unused_folder
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_start_that_was_killed_is_in_no_ones_way(left, tmp_path):
     (path if left.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
     if not left.endswith("/"):
         path.write_text(OmegaConf.to_yaml(compose_config([])))
-    refuse_used_folder(tmp_path)
+    check_unused_folder(tmp_path)
 
 
 def _turn(path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_sweep_replaces_no_file_of_the_users(
 def test_a_sweep_goes_on_where_hydras_file_was_cut(left, tmp_path):
     (tmp_path / "multirun.yaml").write_bytes(left)
     with pytest.raises(UserError) if b"1" in left else nullcontext():
-        refuse_others_sweep(tmp_path)
+        check_sweep_folder(tmp_path)
 
 
 @pytest.mark.parametrize("entry", ["0", "notes.md", "0/notes.md"])
@@ -299,7 +299,7 @@ def test_a_sweep_minds_a_link_for_a_job_and_no_other_files(entry, tmp_path):
     if entry == "0":
         path.symlink_to(tmp_path)
         with pytest.raises(UserError, match="would be lost: 0. Give"):
-            refuse_others_sweep(tmp_path / "sweep")
+            check_sweep_folder(tmp_path / "sweep")
     else:
         path.write_text("mine")
-        refuse_others_sweep(tmp_path / "sweep")
+        check_sweep_folder(tmp_path / "sweep")

@@ -17,10 +17,11 @@ from lora_lightning.lora.target_presets import target_sets
 from lora_lightning.models.loading import load_generator, load_model_config
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.preflight import plan as plan_module
-from lora_lightning.training.preflight.dry_run import most_rows, rehearsal, total
+from lora_lightning.training.preflight import free_memory
+from lora_lightning.training.preflight.dry_run import dry_run, most_rows, total
+from lora_lightning.training.preflight.free_memory import free_bytes
 from lora_lightning.training.preflight.memory import saved_bytes
-from lora_lightning.training.preflight.plan import free_bytes, methods
+from lora_lightning.training.preflight.plan import methods
 
 CPU = torch.device("cpu")
 BASE = ["trainer=cpu", "trainer.precision=32-true", "data.max_tokens=null", "data.batch_size=4"]
@@ -83,14 +84,14 @@ def test_weights_and_activations_are_those_of_the_real_model(request, tmp_path, 
     model, settings = CASES[case]
     folder = request.getfixturevalue(model)
     module = real_module(config_of(folder, *settings))
-    with rehearsal(config_of(bare(folder, tmp_path / "bare"), *settings), CPU) as rehearsed:
-        weights = rehearsed.alive.now["weights"]
+    with dry_run(config_of(bare(folder, tmp_path / "bare"), *settings), CPU) as run:
+        weights = run.tracker.now["weights"]
         kept = {}
         for rows in (2, 6):
-            loss = rehearsed.forward(rows)
-            kept[rows] = rehearsed.alive.now["activations"]
+            loss = run.forward(rows)
+            kept[rows] = run.tracker.now["activations"]
             del loss
-        batches = {rows: rehearsed.batch(rows) for rows in kept}
+        batches = {rows: run.batch(rows) for rows in kept}
     # Between two sizes, so that what does not depend on the rows is left out.
     saved = {rows: saved_bytes(module, with_values(batch)) for rows, batch in batches.items()}
     assert kept[6] - kept[2] == pytest.approx(saved[6] - saved[2], rel=0.02)
@@ -110,20 +111,20 @@ def test_nf4_weights_are_as_large_as_those_of_bitsandbytes(tiny_llama, tmp_path)
             parts = [state.absmax, state.code, state.offset]
             parts += [state.state2.absmax, state.state2.code]
             real += sum(part.untyped_storage().nbytes() for part in parts)
-    with rehearsal(config_of(tiny_llama, *LM, "model.quantization=nf4"), CPU) as rehearsed:
-        adapter = sum(parameter.numel() * 4 for parameter in rehearsed.trained)
-        assert rehearsed.alive.now["weights"] - adapter == pytest.approx(real, rel=0.01)
+    with dry_run(config_of(tiny_llama, *LM, "model.quantization=nf4"), CPU) as run:
+        adapter = sum(parameter.numel() * 4 for parameter in run.trained)
+        assert run.tracker.now["weights"] - adapter == pytest.approx(real, rel=0.01)
 
 
 def test_checkpointing_keeps_less_and_computes_a_layer_again(tiny_llama):
     parts = {}
     for on in ("false", "true"):
         settings = [*INSTRUCT, f"model.gradient_checkpointing={on}"]
-        with rehearsal(config_of(tiny_llama, *settings), CPU) as rehearsed:
-            loss = rehearsed.forward(16)
-            kept = rehearsed.alive.now["activations"]
+        with dry_run(config_of(tiny_llama, *settings), CPU) as run:
+            loss = run.forward(16)
+            kept = run.tracker.now["activations"]
             del loss
-            parts[on] = kept, total(rehearsed.step(16))
+            parts[on] = kept, total(run.step(16))
     assert parts["true"][0] < 0.5 * parts["false"][0]
     assert parts["true"][0] < parts["true"][1] < parts["false"][1]
 
@@ -196,28 +197,28 @@ def test_optimizer_states_are_those_of_a_real_step(tiny_bert, name):
     optimizer.step()
     states = [v for state in optimizer.state.values() for v in state.values()]
     real = sum(v.untyped_storage().nbytes() for v in states if torch.is_tensor(v))
-    with rehearsal(config_of(tiny_bert, *settings), CPU) as rehearsed:
-        assert rehearsed.step(2)["optimizer"] == real
+    with dry_run(config_of(tiny_bert, *settings), CPU) as run:
+        assert run.step(2)["optimizer"] == real
 
 
 def test_micro_batches_bound_the_activations(tiny_llama):
     settings = [*INSTRUCT, "data.max_tokens=64"]
-    with rehearsal(config_of(tiny_llama, *settings), CPU) as rehearsed:
-        assert rehearsed.at_a_time == 2
-        two, many = rehearsed.step(2), rehearsed.step(64)
-        assert many == rehearsed.step(1000)
+    with dry_run(config_of(tiny_llama, *settings), CPU) as run:
+        assert run.at_a_time == 2
+        two, many = run.step(2), run.step(64)
+        assert many == run.step(1000)
         assert many["activations"] == two["activations"]
-        trained = sum(4 * parameter.numel() for parameter in rehearsed.trained)
+        trained = sum(4 * parameter.numel() for parameter in run.trained)
         assert many["gradients"] - two["gradients"] == pytest.approx(trained, rel=0.5)
 
 
 @pytest.mark.parametrize("limit", [5e6, 1e8])
 def test_the_largest_batch_fits_and_one_row_more_does_not(tiny_bert, limit):
-    with rehearsal(config_of(tiny_bert, *SHORT), CPU) as rehearsed:
+    with dry_run(config_of(tiny_bert, *SHORT), CPU) as run:
         sizes = {}
 
         def need(rows: int) -> int:
-            sizes[rows] = total(rehearsed.step(rows))
+            sizes[rows] = total(run.step(rows))
             return sizes[rows]
 
         found = most_rows(need, int(limit), 4)
@@ -293,8 +294,8 @@ def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
     ids=["above its own", "the root's", "version 1", "container"],
 )
 def test_free_memory_is_within_the_limits_of_control_groups(line, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_module, "MEMBERSHIP", tmp_path / "own")
-    monkeypatch.setattr(plan_module, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(free_memory, "MEMBERSHIP", tmp_path / "own")
+    monkeypatch.setattr(free_memory, "CGROUPS", tmp_path / "groups")
     (tmp_path / "own").write_text(f"{line}\n")
     free = free_bytes(CPU)
     assert free > 2**20

@@ -14,7 +14,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lora_lightning.lora import UserError
-from lora_lightning.training.checkpointing import LAST, PREVIOUS, check_kept, check_written
+from lora_lightning.training.checkpointing import (
+    LAST,
+    PREVIOUS,
+    check_trainable_values,
+    check_written,
+)
 from lora_lightning.utils.atomic_write import written_beside
 from lora_lightning.utils.output_folders import made_folder
 
@@ -36,7 +41,7 @@ class BestCheckpoint(ModelCheckpoint):
         if not trainer.is_global_zero:
             return
         try:
-            check_kept(live)
+            check_trainable_values(live)
             check_written(Path(filepath), live)
         except UserError:
             Path(filepath).unlink(missing_ok=True)
@@ -63,7 +68,7 @@ class BestCheckpoint(ModelCheckpoint):
             raise _forged("has no list of the best checkpoints")
         scores = [*best.values(), *(state_dict.get(k) for k in ("best_model_score", "kth_value"))]
         if not all(score is None or isinstance(score, (int, float, Tensor)) for score in scores):
-            raise _forged("holds a score that is no number")
+            raise _forged("holds a score that is not a number")
         moved = dict(state_dict, dirpath=self.dirpath)
         for key in ("best_model_path", "kth_best_model_path"):
             moved[key] = here(moved.get(key))
@@ -75,8 +80,8 @@ class BestCheckpoint(ModelCheckpoint):
 
 def _forged(what: str) -> UserError:
     return UserError(
-        f"the checkpoint {what}, which no run writes: it was changed, or is damaged. Its weights "
-        "are a start for a new run: adapter=CHECKPOINT.ckpt."
+        f"the checkpoint {what}, which no run writes: it was changed, or is damaged. For a new run "
+        "that starts from its weights: adapter=CHECKPOINT.ckpt."
     )
 
 

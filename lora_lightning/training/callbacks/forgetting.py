@@ -66,10 +66,10 @@ class Retention(Callback):
                 f"{option}={self.texts} has no column {' or '.join(COLUMNS)}; its columns are "
                 f"{', '.join(rows.column_names)}."
             )
-        found = [str(text).strip() for text in rows[column][:] if str(text or "").strip()]
-        if len(found) < 3:
-            raise UserError(f"{option}={self.texts} holds {len(found)} texts: give three or more.")
-        return found[: self.count]
+        texts = [str(text).strip() for text in rows[column][:] if str(text or "").strip()]
+        if len(texts) < 3:
+            raise UserError(f"{option}={self.texts} holds {len(texts)} texts: give at least 3.")
+        return texts[: self.count]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._batches or trainer.global_step > 0:
@@ -104,7 +104,7 @@ class Retention(Callback):
         )
         is_list = isinstance(reference, torch.Tensor) and reference.dim() == 1
         if not numbers or not (is_list or reference is None):
-            raise UserError("the checkpoint's state of Retention is not one that a run writes.")
+            raise UserError("the checkpoint's state of Retention was not written by a run.")
         self._reference, self.before = reference, before
 
     def _measure(self, module: LoraModule) -> dict[str, float]:
@@ -160,9 +160,9 @@ def _batches(texts: list[str], tokenizer: Any, max_length: int) -> list[dict[str
     rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     collate = PaddingCollator(tokenizer.pad_token_id)
-    found = []
+    batches = []
     while rows:
         size = max(1, POSITIONS // len(rows[0]))
         chunk, rows = rows[:size], rows[size:]
-        found.append(collate([{"input_ids": ids} for ids in chunk]))
-    return found
+        batches.append(collate([{"input_ids": ids} for ids in chunk]))
+    return batches

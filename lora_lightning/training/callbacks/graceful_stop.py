@@ -63,7 +63,7 @@ class Ended(KeyboardInterrupt):
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
+def raise_on_signals() -> Iterator[None]:
     """Make the signals that end a process raise Ended in the block, so that it can clean up."""
 
     def end(number: int, _: FrameType | None) -> None:
@@ -100,7 +100,7 @@ class SharedNumber:
         """
         if trainer.world_size == 1:
             return number
-        found = self._read()
+        previous = self._read()
         sent = torch.full((), number, device=trainer.strategy.root_device)
         dist.all_reduce(sent, op=dist.ReduceOp.MAX)
         if sent.is_cuda:
@@ -109,12 +109,12 @@ class SharedNumber:
             self._arrives = torch.cuda.Event()
             self._arrives.record()
         self._sent = sent
-        return found
+        return previous
 
     def highest(self, trainer: L.Trainer, number: int) -> int:
         """Return the highest number of all processes now, which waits for the device."""
-        found = self.exchange(trainer, number)
-        return found if trainer.world_size == 1 else self._read()
+        own = self.exchange(trainer, number)
+        return own if trainer.world_size == 1 else self._read()
 
     def _read(self) -> int:
         if self._sent is None:
@@ -124,14 +124,14 @@ class SharedNumber:
         return int(self._sent)
 
 
-def _leave_word(key: str, signum: int) -> None:
+def _announce(key: str, signum: int) -> None:
     """Announce a signal to all processes through their rendezvous store, so that none waits."""
     with suppress(Exception):  # the store may be gone with its process
         if dist.is_available() and dist.is_initialized():
             _store().set(key, str(signum))
 
 
-def _word_left(key: str) -> int:
+def _announced(key: str) -> int:
     """Return the signal that another process has announced, or 0."""
     with suppress(Exception):
         if dist.is_available() and dist.is_initialized() and _store().check([key]):
@@ -205,7 +205,7 @@ class StopSignals(Callback):
                 came = time.monotonic()
                 if number[0] not in self._before:
                     continue
-                _leave_word(self._word, number[0])
+                _announce(self._word, number[0])
                 while self._heard < came - 1.0:  # Python may have handled it first
                     if time.monotonic() - came > UNHEARD:
                         name = signal.Signals(number[0]).name
@@ -238,18 +238,18 @@ class StopSignals(Callback):
         self._heard = time.monotonic()
         self._before[signal.SIGINT](number, frame)
 
-    def is_told(self) -> bool:
+    def is_requested(self) -> bool:
         """Return whether this process got a signal, or another process has announced one.
 
         No process waits for another here, so they need not call this at the same time.
         """
         if not self.received and time.monotonic() - self._asked > ASKED:
             self._asked = time.monotonic()
-            self.received = _word_left(self._word)
+            self.received = _announced(self._word)
         return bool(self.received)
 
-    def is_told_together(self, group: int) -> bool:
-        """Return `is_told`, with the same answer at the same call in all processes of a group.
+    def is_requested_together(self, group: int) -> bool:
+        """Return `is_requested`, with the same answer at the same call in all processes of a group.
 
         They compute each token together. The first that gets a signal therefore names a call that
         none of them has reached.
@@ -259,7 +259,7 @@ class StopSignals(Callback):
         """
         self._tokens += 1
         key = f"{self._word}/{group}"
-        if self.is_told():
+        if self.is_requested():
             stop = _store().compare_set(key, "", str(self._tokens + AHEAD))
         elif _store().check([key]):
             stop = _store().get(key)
@@ -273,10 +273,10 @@ class StopSignals(Callback):
         Tensor-parallel processes, which cut each matrix, must generate the same tokens.
         """
         if shards is not None and shards.tensor > 1:
-            return partial(self.is_told_together, shards.data_rank)
-        return self.is_told
+            return partial(self.is_requested_together, shards.data_rank)
+        return self.is_requested
 
-    def raise_if_told(self, trainer: L.Trainer) -> None:
+    def raise_if_requested(self, trainer: L.Trainer) -> None:
         """Raise Stopped if any process got a signal. All processes must call this."""
         if signum := self._shared.highest(trainer, self.received):
             raise Stopped(signum)
@@ -298,9 +298,9 @@ class StopSignals(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         if not self.saves:
-            self._raise_in_all(trainer)
+            self._raise_on_all_ranks(trainer)
 
-    def _raise_in_all(self, trainer: L.Trainer) -> None:
+    def _raise_on_all_ranks(self, trainer: L.Trainer) -> None:
         """Raise Stopped in all processes, which are at the same batch, if any got a signal."""
         if signum := self._shared.exchange(trainer, self.received):
             raise Stopped(signum)
@@ -323,7 +323,7 @@ class StopSignals(Callback):
         self._has_steps = self._measures = False
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        self._raise_in_all(trainer)
+        self._raise_on_all_ranks(trainer)
 
     def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        self._raise_in_all(trainer)
+        self._raise_on_all_ranks(trainer)

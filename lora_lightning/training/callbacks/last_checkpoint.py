@@ -19,7 +19,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lora_lightning.lora import UserError
-from lora_lightning.training.checkpointing import LAST, PREVIOUS, check_kept, check_written
+from lora_lightning.training.checkpointing import (
+    LAST,
+    PREVIOUS,
+    check_trainable_values,
+    check_written,
+)
 from lora_lightning.training.lightning_internals import (
     can_resume_here,
     counts_after_batch,
@@ -168,7 +173,7 @@ class LastCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io = usual
         if caught.content is not None:  # on rank 0
             content = _copied(caught.content)
-            check_kept(content["state_dict"])
+            check_trainable_values(content["state_dict"])
             self._written = self._writer.submit(
                 _write, self.path, content, keep=self._last_is_whole
             )
@@ -220,6 +225,6 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
                 os.replace(path, path.with_name(PREVIOUS))
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error}. The checkpoint before it is whole: free some space and "
-            "continue with resume=."
+            f"cannot write {path}: {error}. The checkpoint before it is intact: free some space "
+            "and resume the run."
         ) from None

@@ -100,8 +100,10 @@ class ProgressBar(RichProgressBar):
 
     @property
     def _of_the_best(self) -> str:
-        kept = self.trainer.checkpoint_callbacks
-        return " of the best" if any(getattr(one, "best_model_path", "") for one in kept) else ""
+        callbacks = self.trainer.checkpoint_callbacks
+        return (
+            " of the best" if any(getattr(one, "best_model_path", "") for one in callbacks) else ""
+        )
 
 
 class AdapterSummary(RichModelSummary):
@@ -112,10 +114,10 @@ class AdapterSummary(RichModelSummary):
             super().on_fit_start(trainer, pl_module)
             return
         with pl_module.whole_adapter():
-            told = str(pl_module.adapter.summary())
+            summary = str(pl_module.adapter.summary())
         if trainer.is_global_zero:
             console = Console(markup=False, emoji=False, highlight=False)
-            console.print(printable(told), soft_wrap=True)
+            console.print(printable(summary), soft_wrap=True)
 
 
 class UpdateNorms(Callback):
@@ -140,8 +142,8 @@ class UpdateNorms(Callback):
             return
         values = {name: norm.item() for name, norm in norms.items()}
         total = sum(value**2 for value in values.values()) ** 0.5
-        shown = values if self.layers else {}
-        log_after(trainer, {**shown, "update_norm/total": total}, trainer.global_step)
+        by_layer = values if self.layers else {}
+        log_after(trainer, {**by_layer, "update_norm/total": total}, trainer.global_step)
 
 
 class SamplePredictions(Callback):
@@ -190,9 +192,9 @@ class SamplePredictions(Callback):
         """Append the samples of a step, and drop samples of steps that a resumed run repeats."""
         old, damaged = read_samples(path)
         tell_damaged(path, damaged)
-        kept = [row for row in old if row["step"] < step]
+        earlier = [row for row in old if row["step"] < step]
         new = [{"step": step, **sample} for sample in samples]
-        lines = [json.dumps(row, ensure_ascii=False) for row in [*kept, *new]]
+        lines = [json.dumps(row, ensure_ascii=False) for row in [*earlier, *new]]
         atomic_write(path, "".join(f"{printable(line, json=True)}\n" for line in lines))
 
 

@@ -29,9 +29,13 @@ from lora_lightning.models.tokenizer import token_ids
 from lora_lightning.tasks import build_task, to_device
 from lora_lightning.training.components import build_components
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.optim import build_scheduler, refuse_unmeasured
-from lora_lightning.training.run_folder import refuse_used_folder
-from lora_lightning.training.trainer import build_trainer, check_windows, refuse_late_validation
+from lora_lightning.training.optim import build_scheduler, check_schedule_metric
+from lora_lightning.training.run_folder import check_unused_folder
+from lora_lightning.training.trainer import (
+    build_trainer,
+    check_accumulation,
+    check_validation_interval,
+)
 from lora_lightning.utils.quiet import quiet_libraries
 
 from .memory import PROBE_ROWS, Memory
@@ -47,20 +51,20 @@ def check(config: DictConfig) -> str:
         UserError: If the run would fail later.
     """
     quiet_libraries()
-    asked, config = config, with_precision(with_direction(config))
-    told = chosen_for_the_user(asked, config)
+    requested, config = config, with_precision(with_direction(config))
+    choices = chosen_for_the_user(requested, config)
     settings = settings_of(config)
     output = Path(config.output_dir)
-    refuse_used_folder(output)
+    check_unused_folder(output)
     with undone_on_mistake(output, always=True):
         task = build_task(settings.task)
         module, data = build_components(settings, task, seed=config.seed, start_from=config.adapter)
         trainer = build_trainer(config)
-        check_windows(trainer)
-        _refuse_in_shares(trainer.strategy, settings, config.adapter)
+        check_accumulation(trainer)
+        _check_sharded(trainer.strategy, settings, config.adapter)
         data.setup("fit")
-        refuse_late_validation(trainer, len(data.train_dataloader()))
-        refuse_unmeasured(
+        check_validation_interval(trainer, len(data.train_dataloader()))
+        check_schedule_metric(
             settings.optim, validates=data.has("val") and trainer.limit_val_batches != 0
         )
         module.configure_model()
@@ -73,7 +77,7 @@ def check(config: DictConfig) -> str:
             with trainer.precision_plugin.forward_context():
                 check_packing(module.model)
         sections = [
-            *([told] if told else []),
+            *([choices] if choices else []),
             f"Model   {settings.model.name_or_path}, {type(module.model).__name__}, "
             f"{next(module.model.parameters()).dtype}".replace("torch.", ""),
             _modules(module),
@@ -96,7 +100,7 @@ def _planned_steps(trainer: Any, data: LoraDataModule) -> int | None:
     return int(max(1, steps)) if steps < math.inf else None
 
 
-def _refuse_in_shares(strategy: object, settings: Settings, adapter: str | None) -> None:
+def _check_sharded(strategy: object, settings: Settings, adapter: str | None) -> None:
     """Raise UserError for settings that a sharded base does not support.
 
     The check itself loads the base unsharded.
@@ -110,7 +114,7 @@ def _modules(module: LoraModule) -> str:
     if module.adapter is not None:
         return f"Adapter\n{module.adapter.summary()}"
     count = sum(p.numel() for p in module.model.parameters())
-    return f"Full fine-tuning: all {count:,} parameters are trained."
+    return f"Full fine-tuning: all {count:,} parameters are trainable."
 
 
 def _new_tokens(module: LoraModule, data: LoraDataModule) -> list[str]:
@@ -131,7 +135,7 @@ def _new_tokens(module: LoraModule, data: LoraDataModule) -> list[str]:
         for token, number in zip(new, ids, strict=True)
     ]
     lines += [
-        f"WARNING no training row has {token!r}: there is nothing to learn its row from"
+        f"WARNING no training row has {token!r}, so its embedding row does not train"
         for token, number in zip(new, ids, strict=True)
         if not counts[number]
     ]
@@ -184,7 +188,7 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
 
     All-zero A and B get random values first. With B at zero, A's gradient is zero by construction.
     """
-    trained = {n: t for n, t in module.trainable_tensors().items() if t.requires_grad}
+    trainable = {n: t for n, t in module.trainable_tensors().items() if t.requires_grad}
     layers = module.adapter.layers.values() if module.adapter is not None else ()
     for layer in layers:
         for matrix in (layer.lora_A, layer.lora_B):
@@ -196,9 +200,9 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
     (output.total / output.count).backward()
     if module.adapter is not None:
         module.adapter.check_gradients()
-    without = [name for name, tensor in trained.items() if tensor.grad is None]
-    zero = [n for n, t in trained.items() if t.grad is not None and not t.grad.any()]
-    bad = [n for n, t in trained.items() if t.grad is not None and not t.grad.isfinite().all()]
+    without = [name for name, tensor in trainable.items() if tensor.grad is None]
+    zero = [n for n, t in trainable.items() if t.grad is not None and not t.grad.any()]
+    bad = [n for n, t in trainable.items() if t.grad is not None and not t.grad.isfinite().all()]
     module.zero_grad(set_to_none=True)
     if bad:
         raise UserError(
@@ -208,10 +212,11 @@ def _gradients(module: LoraModule, data: LoraDataModule, device: torch.device) -
     note = f", {len(zero)} of them all zero on this batch ({zero[0]})" if zero else ""
     if without:
         return (
-            f"Gradients: {len(trained) - len(without)} of {len(trained)} trained tensors receive "
-            f"one{note}.\nWARNING this batch does not reach {len(without)} tensors ({without[0]})"
+            f"Gradients: {len(trainable) - len(without)} of {len(trainable)} trainable tensors "
+            f"receive one{note}.\nWARNING this batch gives {len(without)} tensors no gradient "
+            f"({without[0]})"
         )
-    return f"Gradients: all {len(trained)} trained tensors receive one{note}."
+    return f"Gradients: all {len(trainable)} trainable tensors receive one{note}."
 
 
 def _memory(
@@ -219,13 +224,13 @@ def _memory(
 ) -> str:
     parts = Memory(module, data, settings, device).parts()
     total = sum(parts.values())
-    shown = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
+    sizes = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in parts.items())
     line = (
-        f"Memory: about {total / 2**20:,.1f} MiB of tensors at the longest micro-batch ({shown}); "
-        "libraries and the data come on top."
+        f"Memory: about {total / 2**20:,.1f} MiB of tensors at the longest micro-batch ({sizes}); "
+        "libraries and data need more."
     )
     if settings.model.offload_activations and device.type == "cpu":
-        line += "\nmodel.offload_activations does nothing here: activations are on the CPU already."
+        line += "\nmodel.offload_activations has no effect: activations are on the CPU already."
     if device.type == "cuda":
         free = torch.cuda.get_device_properties(device).total_memory
         if total > free:

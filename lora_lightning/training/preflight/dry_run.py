@@ -26,7 +26,7 @@ from lora_lightning.tasks import build_task
 from lora_lightning.tasks.generation import GenerativeTask
 from lora_lightning.training.module import LoraModule
 
-from .storage_tracker import Alive
+from .storage_tracker import StorageTracker
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "transient")
 """Parts of a step's memory.
@@ -40,7 +40,7 @@ MOST_ROWS = 2**16
 Bytes = dict[str, int]
 
 
-class Rehearsal:
+class DryRun:
     """A run's model, optimizer and loss on fake tensors, for dry runs of training steps.
 
     Every example has the full length, and all its tokens are targets. No batch needs more memory.
@@ -48,12 +48,12 @@ class Rehearsal:
     Args:
         config: Run config with resolved precision (`with_precision`).
         device: Device that the run would train on.
-        alive: Tracker of live tensors, active before the model is built.
+        tracker: Tracker of live tensors, active before the model is built.
     """
 
-    def __init__(self, config: DictConfig, device: torch.device, alive: Alive) -> None:
+    def __init__(self, config: DictConfig, device: torch.device, tracker: StorageTracker) -> None:
         settings = settings_of(config)
-        self.device, self.alive = device, alive
+        self.device, self.tracker = device, tracker
         self.clip = config.trainer.get("gradient_clip_val")
         self.autocast = AUTOCAST.get(config.trainer.precision)
         self.task = build_task(settings.task)
@@ -67,7 +67,7 @@ class Rehearsal:
         lanes = None if tokens is None else max(1, tokens // (self.rows_in_lane * self.length))
         self.at_a_time = None if lanes is None else lanes * self.rows_in_lane
         """Full-length rows that are computed together; None means the whole batch."""
-        alive.part = "weights"
+        tracker.part = "weights"
         self.module = LoraModule(
             self.task,
             replace(settings.model, compile=None),
@@ -81,7 +81,7 @@ class Rehearsal:
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(
-                lambda p: alive.assign([p.grad], "gradients")
+                lambda p: tracker.assign([p.grad], "gradients")
             )
         self.optimizer_step = self._optimizer_step()
 
@@ -92,38 +92,38 @@ class Rehearsal:
         """
         optimizer = self.module.build_optimizer()
         self._add_gradients()
-        self.alive.part = "optimizer"
+        self.tracker.part = "optimizer"
         try:
             optimizer.step()
-            self.alive.part = "transient"
-            self.alive.peak.clear()
+            self.tracker.part = "transient"
+            self.tracker.peak.clear()
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
             optimizer.step()
         except RuntimeError as error:  # the step reads values, which fake tensors lack
             raise UserError(
-                f"optim.name={self.module.optim_config.name}: its step cannot be gone through "
-                "without values. Take AdamW here; lora-lightning check knows any."
+                f"optim.name={self.module.optim_config.name} is not supported by plan: its step "
+                "reads values. Use AdamW here, or lora-lightning check."
             ) from error
         optimizer.zero_grad()
         self.states = optimizer.state
         return self.peak()
 
     def _add_gradients(self) -> None:
-        self.alive.part = "gradients"
+        self.tracker.part = "gradients"
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
 
     def peak(self) -> Bytes:
         """Return the bytes by part at the memory peak so far."""
-        return {part: self.alive.peak[part] for part in PARTS}
+        return {part: self.tracker.peak[part] for part in PARTS}
 
     def step(self, rows: int) -> Bytes:
         """Return the peak bytes by part of a step over `rows` rows."""
         if self.at_a_time is not None and rows > self.at_a_time:
             rows = self.at_a_time
             self._add_gradients()  # they exist for each micro-batch but the first
-        self.alive.peak.clear()
+        self.tracker.peak.clear()
         self.forward(rows).backward()
         for parameter in self.trained:
             parameter.grad = None
@@ -134,14 +134,14 @@ class Rehearsal:
 
         The activations alive afterwards are the tensors that autograd keeps.
         """
-        self.alive.part = "activations"
+        self.tracker.part = "activations"
         mixed = self.autocast is not None
         with (
             torch.autocast(self.device.type, self.autocast) if mixed else nullcontext(),
             nullcontext() if self.joined else rows_alone(),
         ):
             loss = self.module.training_loss(self.batch(rows))
-        self.alive.part = "transient"
+        self.tracker.part = "transient"
         return loss
 
     def batch(self, rows: int) -> dict[str, Tensor]:
@@ -162,8 +162,8 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(config: DictConfig, device: torch.device) -> Iterator[Rehearsal]:
-    """Yield a `Rehearsal`, which needs the model's config.json but no weights.
+def dry_run(config: DictConfig, device: torch.device) -> Iterator[DryRun]:
+    """Yield a `DryRun`, which needs the model's config.json but no weights.
 
     Args:
         config: Run config with resolved precision.
@@ -172,8 +172,8 @@ def rehearsal(config: DictConfig, device: torch.device) -> Iterator[Rehearsal]:
     Raises:
         UserError: If the settings do not fit the model.
     """
-    with skeletons(device), Alive(device.type) as alive:
-        yield Rehearsal(config, device, alive)
+    with skeletons(device), StorageTracker(device.type) as tracker:
+        yield DryRun(config, device, tracker)
 
 
 def total(parts: Bytes) -> int:

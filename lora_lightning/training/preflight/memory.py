@@ -40,7 +40,7 @@ class Memory:
     ) -> None:
         tensors = list(module.model.parameters())
         self.frozen = sum(p.numel() * p.element_size() for p in tensors if not p.requires_grad)
-        self.trained = sum(p.numel() * p.element_size() for p in tensors if p.requires_grad)
+        self.trainable = sum(p.numel() * p.element_size() for p in tensors if p.requires_grad)
         self.states = STATES.get(settings.optim.name, 2)
         batch = to_device(data.longest_batch("train", PROBE_ROWS), device)
         probed, width = batch["input_ids"].shape
@@ -51,14 +51,14 @@ class Memory:
 
     def parts(self, runs: int = 1) -> dict[str, int]:
         """Return the bytes by part of `runs` runs like this one."""
-        trained = runs * self.trained
+        trainable = runs * self.trainable
         rows = runs * self.batch_size
         if self.at_a_time is not None:
             rows = min(rows, self.at_a_time)
         return {
-            "weights": self.frozen + trained,
-            "gradients": trained,
-            "optimizer": self.states * trained,
+            "weights": self.frozen + trainable,
+            "gradients": trainable,
+            "optimizer": self.states * trainable,
             "activations": int(self.of_a_row * rows),
         }
 
@@ -94,7 +94,7 @@ def memory_advice(config: DictConfig) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, Stopped):
         raise
     except BaseException as error:  # Rust libraries panic with a non-Exception
-        if (said := lack_of_memory(error)) is None:
+        if (reason := lack_of_memory(error)) is None:
             raise
         cpu = not any(isinstance(each, torch.OutOfMemoryError) for each in causes(error))
         helps = {
@@ -104,10 +104,10 @@ def memory_advice(config: DictConfig) -> Iterator[None]:
             "trainer.precision=bf16-true": config.trainer.precision != "bf16-true",
             "model.offload_activations=true": not (cpu or config.model.offload_activations),
             "data.max_length (shorter rows)": True,
-            "trainer=fsdp2 (the base in shares, on several GPUs)": not cpu,
+            "trainer=fsdp2 (a sharded base, on several GPUs)": not cpu,
         }
         raise UserError(
-            f"out of memory: {said.rstrip('.')}. What helps, the cheapest first: "
-            f"{', '.join(name for name, fits in helps.items() if fits)}. What a setting needs: "
-            "lora-lightning check with the same arguments."
+            f"out of memory: {reason.rstrip('.')}. Settings that help, cheapest first: "
+            f"{', '.join(name for name, fits in helps.items() if fits)}. lora-lightning check "
+            "with the same arguments shows the memory of a setting."
         ) from error

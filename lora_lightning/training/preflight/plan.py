@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,20 +26,17 @@ from lora_lightning.utils.quiet import quiet_libraries
 from .dry_run import (
     MOST_ROWS,
     PARTS,
-    Rehearsal,
+    DryRun,
+    dry_run,
     most_rows,
-    rehearsal,
     total,
 )
+from .free_memory import free_bytes
 
 RANKS = (4, 8, 16, 64)
 SHARE = 0.9
 """Share of a device's memory that a plan uses; the rest is for allocators and kernels."""
 MIB, GIB = 2**20, 2**30
-MEMBERSHIP = Path("/proc/self/cgroup")
-"""Lists the control groups of this process."""
-CGROUPS = Path("/sys/fs/cgroup")
-"""Where control groups are mounted."""
 
 
 def plan(config: DictConfig, device_gib: float | None = None) -> str:
@@ -59,29 +53,31 @@ def plan(config: DictConfig, device_gib: float | None = None) -> str:
     quiet_libraries()
     if config.model.quantization == "int8":
         raise UserError(
-            "model.quantization=int8: plan knows nf4. What int8 takes is told by lora-lightning "
-            "check, on the weights."
+            "model.quantization=int8 is not supported by plan, which knows nf4. Use lora-lightning "
+            "check, which loads the weights."
         )
     if config.model.get("new_tokens"):
-        raise UserError("model.new_tokens: plan does not count their rows. Leave it out here.")
+        raise UserError("model.new_tokens is not supported by plan. Leave it out here.")
     device = _device(config)
     available = free_bytes(device) if device_gib is None else int(device_gib * GIB)
-    at_hand = f"{'GPU' if device.type == 'cuda' else 'CPU'} at hand, of which this is free"
+    source = f"free on this {'GPU' if device.type == 'cuda' else 'CPU'}"
     return "\n\n".join(
         [
             _adapters(config),
             _memory(config, device, int(SHARE * available)),
             f"Fits: within nine tenths of {available / GIB:.1f} GiB "
-            f"({at_hand if device_gib is None else 'device_gib'}). Counted are tensors, at the "
-            "moment of a step when there are most; parts that come later or are gone by then are "
-            "0. Transient is what the backward pass or the optimizer holds in passing. Interpreter "
-            "and libraries come on top, and a few per cent that allocators and kernels take.",
-            *_of_this_cpu(config, device, asked=device_gib is not None),
+            f"({source if device_gib is None else 'device_gib'}). The table counts tensors at the "
+            "peak of a step; parts that are freed before it or allocated after it are 0. Transient "
+            "is the temporary memory of the backward pass and the optimizer. The interpreter and "
+            "libraries need more, and allocators and kernels a few per cent.",
+            *_note_cpu_settings(config, device, other_device=device_gib is not None),
         ]
     )
 
 
-def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> list[str]:
+def _note_cpu_settings(
+    config: DictConfig, device: torch.device, *, other_device: bool
+) -> list[str]:
     """Note which "auto" settings resolved for this CPU when the plan is for another device."""
     automatic = [
         f"{key}={value}"
@@ -91,11 +87,9 @@ def _of_this_cpu(config: DictConfig, device: torch.device, *, asked: bool) -> li
         )
         if own == "auto"
     ]
-    if not automatic or not asked or device.type == "cuda":
+    if not automatic or not other_device or device.type == "cuda":
         return []
-    return [
-        f"NOTE This is what the settings come to on this CPU. For a GPU add {' '.join(automatic)}."
-    ]
+    return [f"NOTE These settings were chosen for this CPU. For a GPU add {' '.join(automatic)}."]
 
 
 def adapter_size(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> tuple[int, int]:
@@ -127,55 +121,6 @@ def methods(config: DictConfig) -> dict[str, DictConfig]:
         full.trainer.precision, full.model.dtype = "bf16-mixed", "auto"  # full needs fp32 weights
     each = {"LoRA": lora, "QLoRA": qlora, "full": full}
     return {name: with_precision(variant) for name, variant in each.items()}
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or of this machine within its container's limit.
-
-    Raises:
-        UserError: If the operating system does not report it.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    found += _left_in_groups()
-    if not found:
-        with suppress(AttributeError, ValueError, OSError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if not found:
-        raise UserError("this system does not tell how much memory is free: give device_gib=16.")
-    return min(found)
-
-
-def _left_in_groups() -> list[int]:
-    """Return the bytes left by each memory limit of this process's cgroups, innermost first.
-
-    A SLURM job has its own cgroup below the root. A container sees its own cgroup as the root.
-    Cached files count as free, because the system drops them when memory runs short.
-    """
-    left = []
-    with suppress(OSError):
-        for line in MEMBERSHIP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:  # cgroup version 2
-                root, names = CGROUPS, ("max", "current")
-            elif "memory" in controllers.split(","):
-                root, names = CGROUPS / "memory", ("limit_in_bytes", "usage_in_bytes")
-            else:
-                continue
-            own = root / path.lstrip("/")
-            for group in (own, *own.parents):
-                if not group.is_relative_to(root):
-                    break
-                with suppress(OSError, ValueError):  # no such file, or "max" for no limit
-                    limit, used = (int((group / f"memory.{name}").read_text()) for name in names)
-                    stat = (group / "memory.stat").read_text().split()
-                    cached = dict(zip(stat[::2], map(int, stat[1::2]), strict=True))
-                    left.append(limit - used + cached.get("inactive_file", 0))
-    return left
 
 
 def _device(config: DictConfig) -> torch.device:
@@ -226,38 +171,38 @@ def _typed(targets: Any) -> str:
 
 def _memory(config: DictConfig, device: torch.device, limit: int) -> str:
     """Tabulate parts, their sum, whether it fits, and the largest fitting batch by method."""
-    asked = "full" if config.lora.method == "full" else "LoRA"
-    asked = "QLoRA" if config.model.quantization else asked
+    requested = "full" if config.lora.method == "full" else "LoRA"
+    requested = "QLoRA" if config.model.quantization else requested
     lines: list[str] = []
-    told: list[str] = []
+    failures: list[str] = []
     bar = tqdm(methods(config).items(), file=sys.stderr, disable=None, leave=False)
     for name, variant in bar:
         bar.set_description(f"a step of {name}")
         try:
-            with rehearsal(variant, device) as rehearsed:
+            with dry_run(variant, device) as run:
                 rows = int(variant.data.batch_size)
-                parts = rehearsed.step(rows)
-                batch = _largest(rehearsed, limit, rows)
+                parts = run.step(rows)
+                batch = _largest(run, limit, rows)
         except UserError as error:
-            if name == asked:
+            if name == requested:
                 raise
-            told.append(f"{name}: {error}")
+            failures.append(f"{name}: {error}")
             continue
         if not lines:
-            lines = _head(variant, rehearsed)
+            lines = _head(variant, run)
         sizes = " ".join(f"{parts[part] / MIB:>11,.1f}" for part in PARTS)
         fits = "yes" if total(parts) <= limit else "no"
         lines.append(
             f"{name:<6} {variant.trainer.precision:<10} {sizes} {total(parts) / MIB:>11,.1f} "
             f"{fits:>5} {batch:>7}"
         )
-    return "\n".join([*lines, *told])
+    return "\n".join([*lines, *failures])
 
 
-def _head(config: DictConfig, rehearsed: Rehearsal) -> list[str]:
-    rows = f"{config.data.batch_size} rows of {rehearsed.length} tokens"
-    if rehearsed.at_a_time is not None and rehearsed.at_a_time < config.data.batch_size:
-        rows += f", {rehearsed.at_a_time} computed at a time (data.max_tokens)"
+def _head(config: DictConfig, run: DryRun) -> list[str]:
+    rows = f"{config.data.batch_size} rows of {run.length} tokens"
+    if run.at_a_time is not None and run.at_a_time < config.data.batch_size:
+        rows += f", {run.at_a_time} computed at a time (data.max_tokens)"
     columns = " ".join(f"{part:>11}" for part in (*PARTS, "total"))
     return [
         f"Memory of a step in MiB: {rows}, lora.rank={config.lora.rank}, {config.optim.name}",
@@ -266,10 +211,10 @@ def _head(config: DictConfig, rehearsed: Rehearsal) -> list[str]:
     ]
 
 
-def _largest(rehearsed: Rehearsal, limit: int, rows: int) -> str:
+def _largest(run: DryRun, limit: int, rows: int) -> str:
     """Format the largest batch that fits."""
-    most = rehearsed.at_a_time
-    if most is not None and total(rehearsed.step(most + 1)) <= limit:
+    most = run.at_a_time
+    if most is not None and total(run.step(most + 1)) <= limit:
         return "any"
-    found = most_rows(lambda rows: total(rehearsed.step(rows)), limit, min(rows, most or rows))
-    return "any" if found >= MOST_ROWS else str(found) if found else "none"
+    largest = most_rows(lambda rows: total(run.step(rows)), limit, min(rows, most or rows))
+    return "any" if largest >= MOST_ROWS else str(largest) if largest else "none"

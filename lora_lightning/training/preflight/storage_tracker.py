@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class Alive(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):
     """Dispatch mode that counts the storage of all tensors created under it, until they are freed.
 
     Memory that a kernel allocates and frees internally is not counted. Fake tensors

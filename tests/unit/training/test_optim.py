@@ -13,9 +13,9 @@ from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
 from lora_lightning.training.optim import (
     BY_METRIC,
+    adopt_implementation,
     build_optimizer,
     build_scheduler,
-    keep_implementation,
 )
 
 
@@ -170,6 +170,6 @@ def test_checkpoint_of_another_device_steps_as_this_one_does():
     model = _model()
     saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).state_dict()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    keep_implementation(saved["param_groups"], optimizer)
+    adopt_implementation(saved["param_groups"], optimizer)
     optimizer.load_state_dict(saved)
     assert [group["fused"] for group in optimizer.param_groups] == [None]
