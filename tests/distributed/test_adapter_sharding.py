@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning import UserError
 from lora_lightning.distributed.adapter_sharding import Cut, ShareOfDropout, even_bounds
 from lora_lightning.distributed.strategies import BY_ELEMENT, ShardedStrategy
@@ -44,7 +44,7 @@ def uneven(tiny_llama, tmp_path_factory) -> Path:
 def settings(uneven, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("rows")
     data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    write_jsonl(data, make_rows(40))
     return [
         *("trainer.precision=32-true", "trainer.max_epochs=2", "trainer.enable_progress_bar=false"),
         *("trainer.accelerator=cpu", "trainer.gradient_clip_val=0.1"),

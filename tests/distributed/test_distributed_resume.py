@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def common(tiny_llama, tmp_path_factory) -> list[str]:
     """108 steps of a decoder, saved every other step."""
     folder = tmp_path_factory.mktemp("rows")
     data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows(41)))
+    write_jsonl(data, make_rows(41))
     return [
         *("trainer.precision=32-true", "trainer.enable_progress_bar=false"),
         *("callbacks.progress_bar=null", "callbacks.rich_summary=null", "test_before=false"),

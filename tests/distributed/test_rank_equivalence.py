@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.config.compose import compose_config
 from lora_lightning.training.run import train
 
@@ -121,7 +121,7 @@ def one(request, tmp_path_factory):
     rows = [{**row, "summary": " ".join(row["text"].split()[-3:])} for row in rows]
     parts = {"train": rows[:41], "val": rows[41:58], "test": rows[58:]}
     for split, part in parts.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_jsonl(folder / f"{split}.jsonl", part)
     common = [
         *COMMON,
         *settings,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import printed_overrides
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config, settings_of
 
@@ -29,6 +28,19 @@ SETTINGS_VERBS = ("train", "check", "plan")
 
 def blocks_of(page: str, *kinds: str) -> list[str]:
     return [body for kind, _, body in FENCE.findall(PAGES[page]) if kind in kinds]
+
+
+def printed_overrides(arguments: list[str]) -> list[str]:
+    """What a printed command sets: of a sweep (-m) the first of each of its values.
+
+    Args:
+        arguments: the verb and what follows it.
+    """
+    others = ("-", "resume=", "job", "device_gib=")
+    overrides = [argument for argument in arguments[1:] if not argument.startswith(others)]
+    if "-m" in arguments:
+        overrides = [re.sub(r"=([^\[{,]+),.*", r"=\1", override) for override in overrides]
+    return overrides
 
 
 def commands_of(page: str, *kinds: str) -> list[list[str]]:

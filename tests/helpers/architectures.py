@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of many architectures, with inputs; built once, then copied."""
+"""Tiny, randomly initialized models of many architectures, with inputs; built once, then copied."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor, nn
+
+from helpers.models import adapter_on, logits
+from lora_lightning.lora import Adapter
+from lora_lightning.lora.target_modules import head_modules
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -226,8 +230,14 @@ class Case:
         return copy.deepcopy(self.base)
 
     def logits(self, model: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return model(**self.inputs).logits
+        inputs = {name: tensor for name, tensor in self.inputs.items() if name != "input_ids"}
+        return logits(model, self.inputs["input_ids"], **inputs)
+
+    def adapter(self, model: nn.Module | None = None, **settings) -> Adapter:
+        """Return an adapter on a copy of the base, or on a model, that trains a classifier too."""
+        model = self.copy() if model is None else model
+        heads = head_modules(model) if self.task_type == CLASSIFIER else []
+        return adapter_on(model, **{"modules_to_save": heads, **settings})
 
 
 @cache
@@ -259,11 +269,3 @@ def widen(model: nn.Module) -> None:
         elif "Router" in type(module).__name__ or "Experts" in type(module).__name__:
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.15)
-
-
-def randomise(tensors: dict[str, Tensor], seed: int = 1) -> None:
-    """Gives the tensors of an adapter values that no initialisation gives, reproducibly."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in tensors.values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)

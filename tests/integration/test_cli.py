@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_rows
+from helpers.data import make_rows, to_jsonl, write_jsonl
 from lora_lightning.training.callbacks.progress import ProgressBar
 
 
@@ -173,7 +173,7 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
         for i, row in enumerate(make_rows(25, seed=5))
     ]
     if suffix == "jsonl":
-        content = "".join(json.dumps(row) + "\n" for row in rows)
+        content = to_jsonl(rows)
     else:
         lines = [f'{row["number"]},{row["day"]},"{row["text"]}"\n' for row in rows]
         content = "number,day,text\n" + "".join(lines)
@@ -248,7 +248,7 @@ def test_evaluate_on_other_data(run_cli, adapter):
     from lora_lightning.inference.predictor import Predictor, load_trained
 
     rows = make_rows(30, seed=9)
-    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(Path("other.jsonl"), rows)
     status, out, err = run_cli("evaluate", f"adapter={adapter}", "data.test=other.jsonl")
     assert status == 0, err
     predicted = Predictor(load_trained(adapter, device="cpu"))(rows)
@@ -261,8 +261,8 @@ def test_evaluate_needs_no_training_data(run_cli, fast, tiny_bert, tmp_path, mon
     rows, run = make_rows(40), tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     own = [{"Body Text": row["text"], "answer": row["label"]} for row in rows]
-    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
-    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(Path("own.jsonl"), own)
+    write_jsonl(Path("other.jsonl"), rows)
     train = ["data.train=own.jsonl", "task.text_column=Body Text", "task.label_column=answer"]
     model = f"model.name_or_path={tiny_bert}"
     status, _, err = run_cli("train", *fast, *train, model, f"output_dir={run}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_rows
+from helpers.data import make_rows, to_jsonl
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Case(NamedTuple):
 
 
 def jsonl(*rows: object) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return to_jsonl(rows)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from omegaconf import OmegaConf
 
+from helpers.data import to_jsonl
 from helpers.fuzz import FUZZ
 from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import DataConfig, ModelConfig
@@ -54,7 +55,7 @@ ROWS = st.lists(
 
 
 def as_json_lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return to_jsonl(rows).encode()
 
 
 def as_csv(rows: list[dict]) -> bytes:

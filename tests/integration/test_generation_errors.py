@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 from transformers import AutoTokenizer
 
+from helpers.data import write_jsonl
+
 STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
     "{% endif %}{% endfor %}"
@@ -216,7 +218,7 @@ def test_bad_data_is_one_clear_message(
         (model / "chat_template.jinja").write_text(STRICT)
         for name in ("config.json", "model.safetensors"):
             shutil.copyfile(chat_llama / name, model / name)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in case.rows))
+    write_jsonl(Path("rows.jsonl"), case.rows)
     room = (
         [] if any("max_new_tokens" in item for item in case.settings) else ["task.max_new_tokens=8"]
     )
@@ -273,8 +275,8 @@ def test_rows_that_are_dropped_are_counted(run_cli, tiny_llama, tmp_path, fast):
         {"document": "x", "summary": "good " * 80},
     ]
     train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
-    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    val.write_text("".join(json.dumps(row) + "\n" for row in GOOD[:8]))
+    write_jsonl(train, rows)
+    write_jsonl(val, GOOD[:8])
     status, out, err = run_cli(
         "check",
         *fast,

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from helpers.data import write_jsonl
+
 WORDS = "good bad fine poor lovely awful slow quick warm cold cheap dear clean dirty".split()
 NAMES = ("film", "food", "hotel", "staff", "room", "story", "price")
 
@@ -29,7 +31,7 @@ def pairs(tmp_path_factory) -> Path:
         }
         for i in range(84)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return path
 
 

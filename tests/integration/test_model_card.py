@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.config.compose import compose_config, config_hash
 from lora_lightning.inference.predictor import load_trained
 
@@ -23,7 +23,7 @@ def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
         if kind in ("bert", "full")
         else [{"document": f"a {i}", "summary": "c"} for i in range(24)]
     )
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     base = chat_llama if kind in ("llama", "loftq") else tiny_bert
     settings = [*fast, f"data.train={data}", f"model.name_or_path={base}"]
     if kind in ("llama", "loftq"):

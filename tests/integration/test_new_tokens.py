@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from test_packed_sweep import alone, assert_same, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.data import write_jsonl
+from helpers.models import logits
 from lora_lightning import load_trained
 from lora_lightning.config.compose import compose_config, with_direction
 from lora_lightning.config.instantiate import instantiate_all
@@ -38,7 +40,7 @@ def pairs(tmp_path_factory) -> Path:
         {"document": f"the {NAMES[i % 7]} {'<think>' * (i % 2)} was", "summary": ANSWER}
         for i in range(60)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return path
 
 
@@ -91,10 +93,9 @@ def trained(settings, tmp_path_factory):
     return make
 
 
-def logits(model, tokenizer) -> torch.Tensor:
+def logits_of_new(model, tokenizer) -> torch.Tensor:
     ids = torch.tensor([tokenizer("the film <think> was <think>good</think>")["input_ids"]])
-    with torch.no_grad():
-        return model.eval()(ids).logits
+    return logits(model.eval(), ids)
 
 
 def last_line(out: str) -> str:
@@ -117,12 +118,12 @@ def test_a_model_learns_to_write_a_new_token(name, trained, bases, run_cli, tmp_
     assert ids[3:] == [*old("good", add_special_tokens=False)["input_ids"], len(old) + 1]
 
     module = load_trained(adapter)
-    expected = logits(module.model, tokenizer)
+    expected = logits_of_new(module.model, tokenizer)
     status, out, _ = run_cli("merge", f"adapter={adapter}", f"output={tmp_path / 'merged'}")
     assert status == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, again), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of_new(merged, again), expected, rtol=0, atol=1e-4)
     assert merged.config.vocab_size == len(old) + 2 == len(again)
     assert merged.config.tie_word_embeddings is (name == "tied")
     base = AutoModelForCausalLM.from_pretrained(bases[name])
@@ -140,8 +141,8 @@ def test_the_folder_in_peft(name, trained, bases):
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     base = AutoModelForCausalLM.from_pretrained(bases[name])
     base.resize_token_embeddings(len(tokenizer))
-    theirs = logits(peft.PeftModel.from_pretrained(base, adapter), tokenizer)
-    ours = logits(load_trained(adapter).model, tokenizer)
+    theirs = logits_of_new(peft.PeftModel.from_pretrained(base, adapter), tokenizer)
+    ours = logits_of_new(load_trained(adapter).model, tokenizer)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     card = (adapter / "README.md").read_text()
     assert f"base.resize_token_embeddings({len(tokenizer)})" in card
@@ -245,7 +246,7 @@ def test_classifying_with_new_tokens(tiny_bert, fast, tmp_path, run_cli):
         {"text": f"the {NAMES[i % 7]} was [{'UP' if i % 2 else 'DOWN'}] number", "label": i % 2}
         for i in range(80)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     common = [f"model.name_or_path={tiny_bert}", f"data.train={path}", "optim.lr=1e-2"]
     new = """model.new_tokens=["[UP]","[DOWN]"]"""
     run = tmp_path / "run"
@@ -288,12 +289,12 @@ def test_packed_runs_equal_solo_ones(settings, tmp_path):
 def test_combined_and_exported(trained, run_cli, tmp_path):
     adapter = trained("untied") / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    expected = logits(load_trained(adapter).model, tokenizer)
+    expected = logits_of_new(load_trained(adapter).model, tokenizer)
     status, _, _ = run_cli(
         *("combine", f"adapter={adapter},{adapter}", f"output={tmp_path / 'combined'}")
     )
     assert status == 0
-    found = logits(load_trained(tmp_path / "combined").model, tokenizer)
+    found = logits_of_new(load_trained(tmp_path / "combined").model, tokenizer)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     status, out, err = run_cli("export", f"adapter={adapter}", "check=vllm,lorax")
     assert status == 2
@@ -378,14 +379,14 @@ def test_a_tokenizer_that_knows_more_than_the_model(settings, trained, bases, ru
 def test_imported_from_peft_and_from_a_checkpoint(trained, bases, tmp_path):
     run = trained("tied")
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
-    expected = logits(load_trained(run / "adapter").model, tokenizer)
+    expected = logits_of_new(load_trained(run / "adapter").model, tokenizer)
     (best,) = (run / "checkpoints").glob("best-*.ckpt")
     base = f"model.name_or_path={bases['tied']}"
     for name, source in (("peft", run / "adapter"), ("checkpoint", best)):
         task = ["task=summarization", base] if name == "peft" else []
         import_adapter(source, tmp_path / name, [*task, "trainer.precision=32-true"])
         found = load_trained(tmp_path / name)
-        assert torch.equal(logits(found.model, tokenizer), expected)
+        assert torch.equal(logits_of_new(found.model, tokenizer), expected)
         assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.inference.output_files import refuse_other_file
 from lora_lightning.lora import UserError
 from lora_lightning.utils.locks import locked_output
@@ -36,7 +36,7 @@ def adapters(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> list[Path]:
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_jsonl(Path("in.jsonl"), ROWS)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from helpers.data import write_jsonl
 from lora_lightning.adapters.folder import peak_memory_mib
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
@@ -172,7 +173,7 @@ def test_causal_model_with_accumulation_and_another_seed(fast, tiny_llama, tmp_p
         for i in range(100)
     ]
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     common = [
         *fast,
         *("task=summarization", "task.max_new_tokens=6", "task.generate_rows=4"),

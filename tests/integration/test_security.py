@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from helpers.data import write_jsonl
 from helpers.fuzz import FUZZ
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
@@ -927,7 +928,7 @@ def test_labels_of_the_data_are_plain_text_in_check_and_card(
     label = f"neg\n\n<img src=x onerror=alert(1)>{ATTACK}"
     rows = [{"text": f"text {i}", "label": [label, "pos"][i % 2]} for i in range(24)]
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     asked = [*fast, f"model.name_or_path={tiny_bert}", f"data.train={data}"]
     asked += ["trainer.max_epochs=1", "tags=['${oc.env:SECRET_TOK}']"]
     status, out, err = run_cli("check", *asked, f"output_dir={tmp_path / 'checked'}")

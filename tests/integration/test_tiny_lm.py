@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.data import write_jsonl
 from lora_lightning.config.compose import compose_config
 from lora_lightning.data.docstrings import build_docstrings
 from lora_lightning.models.loading import resolve
@@ -113,7 +114,7 @@ def test_conversations_and_chat(run_cli, tmp_path, monkeypatch):
 
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(40)]
     data = tmp_path / "talks.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     run = tmp_path / "run"
     settings = ["task.max_new_tokens=8", "optim.lr=1e-2", f"output_dir={run}"]
     status, _, err = run_cli(

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from conftest import _word_tokenizer, make_rows
+from helpers.data import make_rows, write_jsonl
+from helpers.models import word_tokenizer
 from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
@@ -40,7 +41,7 @@ def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
     rows = make_rows(400)
     parts = {"train": rows[:320], "val": rows[320:360], "test": rows[360:]}
     for split, part in parts.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_jsonl(folder / f"{split}.jsonl", part)
     config = compose_config(
         [
             *QUIET,
@@ -354,7 +355,7 @@ def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, c
 def test_encoder_decoders_train(kind, small, tmp_path):
     from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
 
-    tokenizer = _word_tokenizer(
+    tokenizer = word_tokenizer(
         ["<pad>", "<unk>", "<s>", "</s>"],
         pad_token="<pad>",
         unk_token="<unk>",
@@ -467,7 +468,7 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
 def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fast):
     rows = [*make_rows(60), *({"text": " ", "label": label} for label in ("negative", "positive"))]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     where = [f"model.name_or_path={tiny_bert}", f"data.train={path}", "trainer.max_steps=1"]
     files = [f"data.{split}={path}" for split in ("val", "test")]
     status, _, err = run_cli("train", *fast, *where, *files, f"output_dir={tmp_path / 'run'}")

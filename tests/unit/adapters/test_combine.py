@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.models import logits, random_adapter_on
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.lora import (
-    Adapter,
-    LoraConfig,
     UserError,
     load_adapter,
     save_adapter,
@@ -141,13 +140,6 @@ def test_dare_drops_and_rescales():
 # Whole adapters ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    from transformers import AutoModelForCausalLM
-
-    return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-
-
 @pytest.fixture
 def folders(base, tmp_path) -> list[Path]:
     """Two adapters of one rank and other scalings, and one of another rank with other targets."""
@@ -159,19 +151,9 @@ def folders(base, tmp_path) -> list[Path]:
             {"rank": 2, "alpha": 6, "targets": ["q_proj", "down_proj"], "use_rslora": True},
         ]
     ):
-        adapter = Adapter(base(), LoraConfig(**settings))
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for tensor in adapter.named_tensors().values():
-                tensor.normal_(std=0.2)
+        adapter = random_adapter_on(base(), seed=seed, std=0.2, **settings)
         made.append(save_adapter(adapter, tmp_path / str(seed), base_model="tiny"))
     return made
-
-
-def logits(model) -> torch.Tensor:
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
 def dense_sum(base, folders, weights):

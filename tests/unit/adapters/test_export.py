@@ -9,19 +9,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
+from helpers.models import logits, random_adapter_on
 from lora_lightning.adapters.export import engine_problems, write_canonical
 from lora_lightning.lora import (
-    Adapter,
-    LoraConfig,
     UserError,
     load_adapter,
     save_adapter,
 )
 from lora_lightning.utils.output_folders import MARK
 
-IDS = torch.arange(12).view(2, 6)
 PATTERNS = {
     "rank": 4,
     "alpha": 6,
@@ -30,23 +27,8 @@ PATTERNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-
-
 def stored(base, folder, **settings):
-    adapter = Adapter(base(), LoraConfig(**settings))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for tensor in adapter.named_tensors().values():
-            tensor.normal_(std=0.2)
-    return save_adapter(adapter, folder)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+    return save_adapter(random_adapter_on(base(), std=0.2, **settings), folder)
 
 
 def read_by_rule(base, folder) -> torch.Tensor:

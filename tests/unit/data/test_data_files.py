@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.data import to_jsonl, write_jsonl
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.data import hub
 from lora_lightning.data.loading import load_splits
@@ -309,7 +310,7 @@ def test_each_of_many_columns_is_described_once(tmp_path, monkeypatch):
     from datasets import features
 
     rows = [{**{f"c{n}": n for n in range(500)}, "text": str(row)} for row in range(8)]
-    (tmp_path / "wide.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "wide.jsonl", rows)
     made = 0
     begin = features.Value.__post_init__
 
@@ -363,7 +364,7 @@ def test_texts_are_as_they_are_written(kind, tmp_path):
     elif kind == "json":
         path.write_text(json.dumps(rows))
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)
     assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
 
 
@@ -414,7 +415,7 @@ def test_what_looks_like_a_time_stays_text_at_any_depth(dates, tmp_path):
         for number, date in enumerate(dates)
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("\ufeff" + to_jsonl(rows), encoding="utf-8")
     assert [dict(row) for row in load_splits(DataConfig(train=str(path)))["train"]] == rows
 
 

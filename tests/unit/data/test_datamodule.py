@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -19,6 +18,7 @@ from datasets import Dataset
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
+from helpers.data import write_jsonl
 from lora_lightning.config.schema import (
     DataConfig,
     LanguageModelConfig,
@@ -74,7 +74,7 @@ def build(tiny_bert, tmp_path):
         path = rows
         if isinstance(rows, list):
             path = tmp_path / "rows.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(path, rows)
         config = DataConfig(train=str(path), cache_dir=str(tmp_path / cache), **settings)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(tiny_bert)
         data = LoraDataModule(

@@ -5,12 +5,12 @@ No network: a folder of files with the hub's splits and columns stands in for th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
 
+from helpers.data import to_jsonl
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.data.loading import load_splits
 from lora_lightning.lora import UserError
@@ -69,7 +69,7 @@ def stand_in(folder: Path, splits: tuple[str, ...], row: dict) -> Path:
     rows = [{**row, "label": i % 2} if "label" in row else dict(row) for i in range(4)]
     for split in splits:
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(line) + "\n" for line in rows)
+        lines = to_jsonl(rows)
         (folder / "data" / f"{split}.jsonl").write_text(lines)
     listed = "\n".join(f"  - split: {s}\n    path: data/{s}.jsonl" for s in splits)
     (folder / "README.md").write_text(

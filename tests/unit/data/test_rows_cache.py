@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.data import docstrings, hub
 from lora_lightning.data.datamodule import LoraDataModule
@@ -188,7 +188,7 @@ def test_damaged_tokens_are_made_again(damage, tiny_bert, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(60)))
+    write_jsonl(path, make_rows(60))
     config = DataConfig(train=str(path), cache_dir=str(tmp_path / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
 

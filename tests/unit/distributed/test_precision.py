@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.adapters.folder import read_sidecar
 from lora_lightning.config.compose import compose_config
 from lora_lightning.distributed import precision
@@ -144,7 +144,7 @@ def test_tf32_stays_on_until_the_last_of_several_threads_has_ended(monkeypatch):
 def runs(tiny_llama, tmp_path_factory):
     """The same three steps in each precision."""
     folder = tmp_path_factory.mktemp("precision")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    write_jsonl(folder / "rows.jsonl", make_rows(40))
     common = [
         "trainer=cpu",
         "trainer.max_steps=3",

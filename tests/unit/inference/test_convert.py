@@ -13,28 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
+from helpers.models import logits
 from lora_lightning.adapters.formats import read_layout
 from lora_lightning.inference.convert import import_adapter
 from lora_lightning.inference.predictor import Predictor, load_trained
 from lora_lightning.lora import UserError, load_adapter
 
-IDS = torch.arange(3, 15).view(2, 6)
 RANK, ALPHA = 3, 6.0
 HIDDEN, HEADS, GROUPS, SIZE = 32, 4, 2, 8
 ROWS = {"q": HEADS * SIZE, "k": GROUPS * SIZE, "v": GROUPS * SIZE}
 FAST = ["trainer=cpu", "trainer.precision=32-true"]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return lambda: AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-
-
-def logits(model) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def drawn(seed: int, out: int, fan_in: int) -> tuple[Tensor, Tensor]:

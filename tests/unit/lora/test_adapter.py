@@ -7,18 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.architectures import case, randomise
+from helpers.architectures import case
+from helpers.models import adapter_on, randomise
 from lora_lightning.lora import (
-    Adapter,
-    LoraConfig,
     UserError,
     load_adapter,
     save_adapter,
 )
-
-
-def adapter_on(model, **settings) -> Adapter:
-    return Adapter(model, LoraConfig(**{"rank": 3, "alpha": 6, **settings}))
 
 
 def trainable_names(model) -> set[str]:

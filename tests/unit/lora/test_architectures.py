@@ -10,27 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from helpers.architectures import ARCHITECTURES, CLASSIFIER, case, randomise
+from helpers.architectures import ARCHITECTURES, case
+from helpers.models import randomise
 from lora_lightning.lora import (
-    Adapter,
-    LoraConfig,
     UserError,
     load_adapter,
     save_adapter,
 )
-from lora_lightning.lora.target_modules import head_modules
 
 # PEFT's own "all-linear" trips over DistilBERT's second head.
 PEFT_TARGETS = {
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
-
-
-def adapter_on(model, task_type, **settings) -> Adapter:
-    """An adapter on all linear layers, its head (where there is one to train) included."""
-    heads = head_modules(model) if task_type == CLASSIFIER else []
-    settings = {"rank": 3, "alpha": 6, "modules_to_save": heads, **settings}
-    return Adapter(model, LoraConfig(**settings))
 
 
 def assert_same(actual, expected) -> None:
@@ -45,7 +36,7 @@ def assert_merged_equals(actual, expected) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ours_loads_in_peft(name, tmp_path):
     this = case(name)
-    adapter = adapter_on(this.copy(), this.task_type)
+    adapter = this.adapter()
     randomise(adapter.named_tensors())
     ours = this.logits(adapter.model)
     assert (ours - this.logits(this.base)).abs().max() > 1e-2
@@ -82,7 +73,7 @@ def test_life_of_an_adapter(name):
     model = this.copy()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     base_logits = this.logits(this.base)
-    adapter = adapter_on(model, this.task_type)
+    adapter = this.adapter(model)
     assert torch.equal(this.logits(model), base_logits)
 
     randomise(adapter.named_tensors())
@@ -129,7 +120,7 @@ def reload(this, model, folder):
 )
 def test_merged_model_stored_and_read(name, tmp_path):
     this = case(name)
-    adapter = adapter_on(this.copy(), this.task_type)
+    adapter = this.adapter()
     randomise(adapter.named_tensors())
     unmerged = this.logits(adapter.model)
     model = adapter.merge_and_unload()
@@ -156,7 +147,7 @@ def test_tied_weights_adapted_on_one_side(name, target, tied, tmp_path):
     model = this.copy()
     other = model.get_submodule(tied).weight
     value = other.clone()
-    adapter = adapter_on(model, this.task_type, targets=[target])
+    adapter = this.adapter(model, targets=[target])
     randomise(adapter.named_tensors())
     unmerged = this.logits(model)
     assert (unmerged - this.logits(this.base)).abs().max() > 1e-2
@@ -179,7 +170,7 @@ def test_tied_weights_adapted_on_one_side(name, target, tied, tmp_path):
 def test_merging_for_good_is_refused_where_ties_cannot_be_cut(target):
     this = case("t5")
     model = this.copy()
-    adapter = adapter_on(model, this.task_type, targets=[target])
+    adapter = this.adapter(model, targets=[target])
     randomise(adapter.named_tensors())
     unmerged = this.logits(model)
     with pytest.raises(UserError, match="always ties its embeddings"):
@@ -190,7 +181,7 @@ def test_merging_for_good_is_refused_where_ties_cannot_be_cut(target):
 
 def both_directions(this, targets, folder):
     """An adapter, PEFT's model with it, and their logits; `theirs` holds what PEFT has written."""
-    adapter = adapter_on(this.copy(), this.task_type, targets=targets)
+    adapter = this.adapter(targets=targets)
     randomise(adapter.named_tensors())
     ours = this.logits(adapter.model)
     save_adapter(adapter, folder / "ours")
@@ -227,7 +218,7 @@ def test_both_ends_of_a_language_model(name, tmp_path):
 
 def test_copies_of_an_adapted_model_are_independent():
     this = case("llama")
-    adapter = adapter_on(this.copy(), this.task_type)
+    adapter = this.adapter()
     randomise(adapter.named_tensors())
     expected = this.logits(adapter.model)
     twin = deepcopy(adapter)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.eva import initialize_lora_eva_weights
-from transformers import AutoModelForCausalLM
 
 from lora_lightning.lora import (
     Adapter,
@@ -69,8 +68,8 @@ def test_what_counts():
 
 
 @pytest.fixture(scope="module")
-def base(tiny_llama):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+def base(base):
+    return base()
 
 
 @pytest.fixture(scope="module")

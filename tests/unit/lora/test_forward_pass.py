@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from helpers.kernels import Kernels, like_a_gpu
+from helpers.gpu import Kernels, like_a_gpu
 from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.casts import Casts
 from lora_lightning.lora.layers.linear import LoraLayer
@@ -685,7 +685,10 @@ def test_threads_that_share_a_model_get_what_is_theirs(gpu, groups):
     def run(place):
         x = inputs[place].clone().requires_grad_()
         output = model(x)
-        found[place] = output, *torch.autograd.grad(output.sin().sum(), [x, *trained(model)])
+        found[place] = (
+            output,
+            *torch.autograd.grad(output.sin().sum(), [x, *trained(model)]),
+        )
 
     threads = [threading.Thread(target=run, args=[place]) for place in (0, 1)]
     for thread in threads:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from transformers.pytorch_utils import Conv1D
 
-from helpers.kernels import Kernels, like_a_gpu
+from helpers.gpu import Kernels, like_a_gpu
 from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.functional import add_low_rank, fused_linear
 from lora_lightning.lora.layers.linear import LoraConv1D, LoraLinear

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from helpers.architectures import case, randomise
+from helpers.architectures import case
+from helpers.models import randomise
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
 from lora_lightning.config.schema import OptimConfig

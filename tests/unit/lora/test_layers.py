@@ -12,7 +12,7 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from conftest import ImitatedGpu
+from helpers.gpu import ImitatedGpu
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers.architectures import DENSE_TOO, case, randomise
+from helpers.architectures import DENSE_TOO, case
+from helpers.models import random_adapter_on, randomise
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import engine_problems, write_canonical
 from lora_lightning.lora import (
@@ -44,12 +45,6 @@ VARIANTS = {
 PREFIX = "base_model.model."
 
 
-def adapter_on(model, **settings) -> Adapter:
-    adapter = Adapter(model, LoraConfig(**{"rank": 3, "alpha": 6, **settings}))
-    randomise(adapter.named_tensors())
-    return adapter
-
-
 def gradients(model, inputs) -> dict[str, torch.Tensor]:
     """Of what is trained, by PEFT's name."""
     model.zero_grad()
@@ -79,7 +74,7 @@ def test_peft_computes_the_same(name, variant, tmp_path):
     settings = VARIANTS[variant]
     if variant == "experts alone":
         settings = {**settings, "target_parameters": [*BOTH, ROUTER[name]]}
-    adapter = adapter_on(this.copy(), **settings)
+    adapter = random_adapter_on(this.copy(), **settings)
     ours = this.logits(adapter.model)
     assert (ours - this.logits(this.base)).abs().max() > 1e-2
     save_adapter(adapter, tmp_path / "ours")
@@ -126,7 +121,7 @@ def test_the_file_by_its_definition_in_float64(name, tmp_path):
     this = case(name)
     base = this.copy().double()
     base.set_experts_implementation("eager")  # grouped_mm knows no float64
-    adapter = adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
+    adapter = random_adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
     adapter.model.double()
     save_adapter(adapter, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -188,7 +183,7 @@ def test_life_of_an_adapter(name):
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_way_to_compute_experts(implementation):
     this = case("mixtral")
-    adapter = adapter_on(this.copy(), target_parameters=BOTH)
+    adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     adapter.model.set_experts_implementation(implementation)
     actual = gradients(adapter.model, this.inputs)
     adapter.model.set_experts_implementation("eager")
@@ -199,7 +194,7 @@ def test_every_way_to_compute_experts(implementation):
 
 def test_gradient_checkpointing_changes_nothing():
     this = case("qwen2-moe")
-    adapter = adapter_on(this.copy(), target_parameters=BOTH)
+    adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     expected = gradients(adapter.model, this.inputs)
     adapter.model.gradient_checkpointing_enable({"use_reentrant": False})
     adapter.model.enable_input_require_grads()
@@ -211,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
     this = case("mixtral")
     base = this.copy().bfloat16()
-    adapter = adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
+    adapter = random_adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
     assert {t.dtype for t in adapter.named_tensors().values()} == {torch.float32}
     save_adapter(adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
@@ -220,7 +215,7 @@ def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
 
 def test_what_is_left_out_is_told():
     this = case("mixtral")
-    summary = adapter_on(this.copy()).summary()
+    summary = random_adapter_on(this.copy()).summary()
     total = sum(p.numel() for p in this.base.parameters() if p.dim() == 3)
     assert sum(summary.left_out.values()) == total
     share = 100 * total / summary.total
@@ -228,13 +223,13 @@ def test_what_is_left_out_is_told():
     assert told.startswith(f"4 expert parameters ({share:.1f} % of all parameters) are not adapted")
     names = "mlp.experts.gate_up_proj,mlp.experts.down_proj"
     assert f"lora.target_parameters=[{names}]" in told
-    part = adapter_on(this.copy(), target_parameters=BOTH[1:]).summary()
+    part = random_adapter_on(this.copy(), target_parameters=BOTH[1:]).summary()
     assert list(part.left_out) == [f"model.layers.{i}.{BOTH[0]}" for i in (0, 1)]
-    whole = adapter_on(this.copy(), target_parameters=BOTH).summary()
+    whole = random_adapter_on(this.copy(), target_parameters=BOTH).summary()
     assert not whole.left_out
     assert "not adapted" not in str(whole)
     assert "2 x 32 -> 96" in str(whole)
-    assert not adapter_on(case("bert").copy()).summary().left_out
+    assert not random_adapter_on(case("bert").copy()).summary().left_out
 
 
 REFUSED = {
@@ -280,7 +275,7 @@ def test_a_quantised_parameter_is_refused(kind):
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0@UNKNOWN", "0.19.1", "0.21.2.dev0", None])
 def test_files_of_an_older_layout_are_refused(version, tmp_path):
     this = case("mixtral")
-    save_adapter(adapter_on(this.copy(), target_parameters=BOTH), tmp_path)
+    save_adapter(random_adapter_on(this.copy(), target_parameters=BOTH), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": version}))
     if version in ("0.18.1", "0.19.0@UNKNOWN"):
@@ -291,7 +286,7 @@ def test_files_of_an_older_layout_are_refused(version, tmp_path):
 
 
 def test_files_of_experts_are_not_taken_apart(tmp_path):
-    save_adapter(adapter_on(case("mixtral").copy(), target_parameters=BOTH), tmp_path / "a")
+    save_adapter(random_adapter_on(case("mixtral").copy(), target_parameters=BOTH), tmp_path / "a")
     for use in (
         lambda: combine_adapters([tmp_path / "a"], tmp_path / "b"),
         lambda: write_canonical(tmp_path / "a", tmp_path / "b"),
@@ -304,7 +299,7 @@ def test_files_of_experts_are_not_taken_apart(tmp_path):
 
 def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
     this = case("mixtral")
-    adapter = adapter_on(this.copy(), target_parameters=BOTH)
+    adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     save_adapter(adapter, tmp_path)
     adapters = AdapterSet(this.copy())
     assert torch.equal(this.logits(adapters.add("one", tmp_path)), this.logits(adapter.model))
@@ -318,11 +313,11 @@ def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
     """PEFT reads gate_proj, up_proj and down_proj as experts, wherever they are."""
     base = case(kind).base
     settings = {"dropout": 0.1, "rank_pattern": {"down_proj": 4}}
-    adapter = adapter_on(deepcopy(base), **settings).model.eval()
+    adapter = random_adapter_on(deepcopy(base), **settings).model.eval()
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         ours = adapter(ids).logits
-        save_adapter(adapter_on(deepcopy(base), **settings), tmp_path / "ours")
+        save_adapter(random_adapter_on(deepcopy(base), **settings), tmp_path / "ours")
         theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path / "ours")
         assert (ours - base(ids).logits).abs().max() > 1e-2
         assert_close(theirs(ids).logits, ours)
@@ -342,7 +337,7 @@ def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
     with pytest.raises(UserError, match=r"PEFT takes down_proj, gate_proj, up_proj for experts"):
         Adapter(this.copy(), LoraConfig(**setting))
     others = {"exclude": ["gate_proj", "up_proj", "down_proj"], **setting}
-    adapter = adapter_on(this.copy(), **others)
+    adapter = random_adapter_on(this.copy(), **others)
     save_adapter(adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path)
     assert_close(this.logits(theirs), this.logits(adapter.model))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.architectures import randomise
+from helpers.models import randomise
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.layers.linear import LoraEmbedding, LoraLinear
 

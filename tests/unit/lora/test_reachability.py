@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 
 import pytest
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import make_rows
+from helpers.data import make_rows, write_jsonl
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.target_modules import match_targets
 
@@ -117,7 +116,7 @@ def arguments(folders, fast, tmp_path, monkeypatch):
     """Of a run on one of these models."""
     monkeypatch.chdir(tmp_path)
     rows = [{"text": row["text"]} for row in make_rows(60)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
 
     def of(verb: str, name: str, *more: str) -> list[str]:
         return [

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.architectures import case, randomise
+from helpers.architectures import case
+from helpers.models import randomise
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,

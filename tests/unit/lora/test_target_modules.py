@@ -10,7 +10,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer as PeftLoraLayer
 from torch import nn
 
-from helpers.architectures import case, randomise
+from helpers.architectures import case
+from helpers.models import randomise
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,

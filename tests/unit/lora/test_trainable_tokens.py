@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers.architectures import VOCABULARY, case, randomise
+from helpers.architectures import VOCABULARY, case
+from helpers.models import logits, randomise
 from lora_lightning.lora import (
     Adapter,
     AdapterSet,
@@ -49,9 +50,9 @@ def inputs_of(this):
     return found
 
 
-def logits(this, model):
-    with torch.no_grad():
-        return model(**inputs_of(this)).logits
+def logits_of(this, model):
+    inputs = inputs_of(this)
+    return logits(model, inputs.pop("input_ids"), **inputs)
 
 
 def grown(this, rows=ROWS):
@@ -75,13 +76,13 @@ def test_our_files_in_peft(name, tmp_path):
     this = case(name)
     adapter = with_rows(grown(this))
     save_adapter(adapter, tmp_path)
-    expected = logits(this, adapter.model)
+    expected = logits_of(this, adapter.model)
     base = this.copy()
     base.resize_token_embeddings(ROWS)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(logits(this, theirs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits_of(this, theirs), expected, rtol=0, atol=1e-6)
     loaded = load_adapter(this.copy(), tmp_path)
-    assert torch.equal(logits(this, loaded.model), expected)
+    assert torch.equal(logits_of(this, loaded.model), expected)
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -126,7 +127,7 @@ def test_files_of_peft(name, by_name, tmp_path):
         output = loaded.model.lm_head.weight
         output.data.copy_(base.get_output_embeddings().weight.data)
     torch.testing.assert_close(
-        logits(this, loaded.model), logits(this, theirs), rtol=1e-6, atol=5e-6
+        logits_of(this, loaded.model), logits_of(this, theirs), rtol=1e-6, atol=5e-6
     )
 
 
@@ -146,7 +147,7 @@ def test_files_of_peft_that_hold_the_whole_grown_matrix(name, tmp_path):
     loaded = load_adapter(this.copy(), tmp_path / "adapter")
     assert loaded.model.config.vocab_size == 64
     torch.testing.assert_close(
-        logits(this, loaded.model), logits(this, theirs), rtol=1e-6, atol=1e-6
+        logits_of(this, loaded.model), logits_of(this, theirs), rtol=1e-6, atol=1e-6
     )
     other = this.copy()
     other.get_input_embeddings().weight.data[5] += 0.1
@@ -244,27 +245,27 @@ def test_no_copy_of_the_matrix_is_made():
 @pytest.mark.parametrize("name", FIRST)
 def test_merged_and_taken_away(name, tmp_path):
     this = case(name)
-    base = logits(this, grown(this))
+    base = logits_of(this, grown(this))
     adapter = with_rows(grown(this))
-    unmerged = logits(this, adapter.model)
+    unmerged = logits_of(this, adapter.model)
     with adapter.disabled():
-        assert torch.equal(logits(this, adapter.model), base)
+        assert torch.equal(logits_of(this, adapter.model), base)
     adapter.merge()
-    torch.testing.assert_close(logits(this, adapter.model), unmerged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(this, adapter.model), unmerged, rtol=0, atol=1e-5)
     with adapter.disabled():
-        assert torch.equal(logits(this, adapter.model), base)
+        assert torch.equal(logits_of(this, adapter.model), base)
     adapter.unmerge()
-    assert torch.equal(logits(this, adapter.model), unmerged)
+    assert torch.equal(logits_of(this, adapter.model), unmerged)
     merged = adapter.merge_and_unload()
     assert set(merged.state_dict()) == set(this.base.state_dict())
     merged.save_pretrained(tmp_path)
     stored = type(merged).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(this, stored), unmerged, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(this, stored), unmerged, rtol=0, atol=1e-5)
     assert stored.config.vocab_size == ROWS
     assert stored.config.tie_word_embeddings == this.base.config.tie_word_embeddings
 
     model = with_rows(grown(this)).remove()
-    assert torch.equal(logits(this, model), base)
+    assert torch.equal(logits_of(this, model), base)
     assert not any("token_adapter" in key for key in model.state_dict())
 
 
@@ -283,7 +284,7 @@ def test_several_adapters_on_one_grown_base(tmp_path):
         adapter = with_rows(grown(this), targets=["q_proj"] if number else "all-linear")
         randomise(adapter.named_tensors(), seed=number)
         save_adapter(adapter, tmp_path / str(number))
-        expected[str(number)] = logits(this, adapter.model)
+        expected[str(number)] = logits_of(this, adapter.model)
     with pytest.raises(UserError, match="has new tokens, up to row 64, and the base .* 61 rows"):
         AdapterSet(this.copy()).add("0", tmp_path / "0")
     base = grown(this)

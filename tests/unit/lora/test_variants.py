@@ -11,7 +11,8 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers.architectures import ARCHITECTURES, CLASSIFIER, case, randomise
+from helpers.architectures import ARCHITECTURES, case
+from helpers.models import randomise, trainable
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import (
     Adapter,
@@ -22,7 +23,6 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.layers.dora import DoraConv1D, DoraEmbedding, DoraLinear
 from lora_lightning.lora.layers.linear import LoraLinear
-from lora_lightning.lora.target_modules import head_modules
 from lora_lightning.training.optim import build_optimizer
 
 VARIANTS = {
@@ -41,26 +41,15 @@ PAIRS = [
 ]
 
 
-def adapter_on(this, **settings) -> Adapter:
-    heads = head_modules(this.base) if this.task_type == CLASSIFIER else []
-    settings = {"rank": 3, "alpha": 6, "modules_to_save": heads, **settings}
-    return Adapter(this.copy(), LoraConfig(**settings))
-
-
-def trained(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """What an optimizer changes: not the first values that are taken off."""
-    return {name: t for name, t in adapter.named_tensors().items() if t.requires_grad}
-
-
 @pytest.mark.parametrize(("name", "variant"), PAIRS)
 def test_a_round_trip_through_peft(name, variant, tmp_path):
     """The file of each is read by PEFT with the same logits; what PEFT writes of it, by us."""
     this = case(name)
-    adapter = adapter_on(this, **VARIANTS[variant])
+    adapter = this.adapter(**VARIANTS[variant])
     torch.testing.assert_close(
         this.logits(adapter.model), this.logits(this.base), rtol=0, atol=2e-5
     )
-    randomise(trained(adapter))
+    randomise(trainable(adapter))
     ours = this.logits(adapter.model)
     assert (ours - this.logits(this.base)).abs().max() > 1e-2
     save_adapter(adapter, tmp_path / "ours")
@@ -81,8 +70,8 @@ GRADIENTS += [(name, {"use_rslora": True}) for name in ("bert", "gpt2", "llama",
 @pytest.mark.parametrize(("name", "settings"), GRADIENTS)
 def test_gradients_are_those_of_peft(name, settings, tmp_path):
     this = case(name)
-    adapter = adapter_on(this, **settings)
-    randomise(trained(adapter))
+    adapter = this.adapter(**settings)
+    randomise(trainable(adapter))
     save_adapter(adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(this.copy(), tmp_path, is_trainable=True)
     for model in (adapter.model, theirs):
@@ -94,7 +83,7 @@ def test_gradients_are_those_of_peft(name, settings, tmp_path):
         for key, parameter in theirs.named_parameters()
         if "lora_" in key
     }
-    own = {name: t.grad for name, t in trained(adapter).items() if "lora_" in name}
+    own = {name: t.grad for name, t in trainable(adapter).items() if "lora_" in name}
     assert own.keys() == expected.keys()
     assert any("magnitude" in name for name in own) == bool(settings.get("use_dora"))
     largest = max(grad.abs().max().item() for grad in own.values())
@@ -106,7 +95,7 @@ def test_gradients_are_those_of_peft(name, settings, tmp_path):
 def test_training_from_the_weights_is_that_of_peft(init, rslora):
     """Steps of gradient descent: PEFT's on a changed base, ours on the base as it was."""
     this = case("llama")
-    adapter = adapter_on(this, init=init, use_rslora=rslora)
+    adapter = this.adapter(init=init, use_rslora=rslora)
     before = {key: layer.base_layer.weight.clone() for key, layer in adapter.layers.items()}
     config = peft.LoraConfig(
         r=3,
@@ -267,7 +256,7 @@ def test_the_norm_of_dora_is_a_constant_in_the_backward_pass():
 def test_a_frozen_A_keeps_no_input():
     """LoRA-FA trains what PEFT's optimizer for it trains, and keeps x A^T in the place of x."""
     this = case("llama")
-    adapter = adapter_on(this, freeze_A=True)
+    adapter = this.adapter(freeze_A=True)
     own = {name for name, t in adapter.named_tensors().items() if t.requires_grad}
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(adapter.layers))
     theirs = peft.get_peft_model(this.copy(), config)
@@ -323,8 +312,8 @@ def test_what_is_exported_has_the_settings_that_are_said_of_it(tmp_path):
     this = case("llama")
     for rslora in (False, True):
         settings = {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3.0}}
-        adapter = adapter_on(this, init="pissa", use_rslora=rslora, **settings)
-        randomise(trained(adapter))
+        adapter = this.adapter(init="pissa", use_rslora=rslora, **settings)
+        randomise(trainable(adapter))
         folder = save_adapter(adapter, tmp_path / str(rslora))
         plain = Adapter(this.copy(), adapter.config.exported())
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -346,4 +335,4 @@ def test_what_is_exported_has_the_settings_that_are_said_of_it(tmp_path):
 )
 def test_mistakes_are_told(settings, message):
     with pytest.raises(UserError, match=message):
-        adapter_on(case("llama"), **settings)
+        case("llama").adapter(**settings)

@@ -23,7 +23,7 @@ from transformers import (
     RobertaModel,
 )
 
-from conftest import ImitatedGpu
+from helpers.gpu import ImitatedGpu
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.distributed.sharded_loading import loading_options
 from lora_lightning.lora import Adapter, LoraConfig, UserError

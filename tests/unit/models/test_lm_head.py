@@ -17,8 +17,8 @@ from helpers.architectures import (
     SEQUENCE_TO_SEQUENCE,
     VOCABULARY,
     case,
-    randomise,
 )
+from helpers.models import randomise
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.models import lm_head as head_module

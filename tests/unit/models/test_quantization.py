@@ -20,6 +20,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from helpers.models import IDS, logits
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.inference.predictor import PROBES, load_trained
@@ -37,17 +38,11 @@ from lora_lightning.tasks.language_modeling import LanguageModelTask
 from lora_lightning.training.module import LoraModule
 
 KINDS = ("nf4", "int8")
-IDS = torch.arange(3, 15).view(2, 6)
 
 
 def generator(folder, kind=None) -> nn.Module:
     config = ModelConfig(str(folder), quantization=kind, dtype="float32")
     return load_generator(config, AutoTokenizer.from_pretrained(folder)).eval()
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def dense_twin(model, folder) -> nn.Module:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from conftest import make_rows
+from helpers.data import make_rows
 from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import ModelConfig, SentimentConfig
 from lora_lightning.data.collators import PaddingCollator

@@ -11,7 +11,7 @@ import transformers as tf
 from datasets import Dataset
 from torch.nn import functional as F
 
-from conftest import ImitatedGpu, OnImitatedGpu, Waits
+from helpers.gpu import ImitatedGpu, OnImitatedGpu, Waits
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.data.collators import MicroBatches, PackingCollator, PaddingCollator
 from lora_lightning.lora import Adapter, LoraConfig, UserError

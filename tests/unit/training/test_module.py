@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM
 
-from conftest import Waits
+from helpers.gpu import Waits
 from helpers.modules import LABELS, LORA, SGD, batches_of, encoded_rows, make_module
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.schema import ModelConfig, OptimConfig
@@ -65,7 +65,7 @@ def fit(module, batches, *, val=None, epochs=1, callbacks=(), **kwargs) -> L.Tra
     return trainer
 
 
-def trained(module) -> dict[str, torch.Tensor]:
+def snapshot(module) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in module.trainable_tensors().items()}
 
 
@@ -90,9 +90,9 @@ def test_optimizer_holds_exactly_the_adapter(tiny_bert):
 
 def test_base_is_unchanged_bit_for_bit(tiny_bert):
     module = make_module(tiny_bert)
-    before = trained(module)
+    before = snapshot(module)
     fit(module, batches_of(encoded_rows(24), [8, 8, 8]), epochs=3)
-    after = trained(module)
+    after = snapshot(module)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     truth = base_weights(tiny_bert, AutoModel)
     found = {
@@ -108,14 +108,14 @@ def test_base_is_unchanged_bit_for_bit(tiny_bert):
 def test_full_fine_tuning_trains_every_tensor(tiny_bert):
     module = make_module(tiny_bert, lora=None)
     assert module.adapter is None
-    before = trained(module)
+    before = snapshot(module)
     trainer = fit(module, batches_of(encoded_rows(24), [8, 8, 8]))
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.model.parameters()}
     assert all(p.requires_grad for p in module.model.parameters())
     # A bias of attention's keys shifts all scores of a query alike, which softmax takes out.
     without_effect = {f"bert.encoder.layer.{i}.attention.self.key.bias" for i in range(2)}
-    changed = {name for name, t in trained(module).items() if not torch.equal(t, before[name])}
+    changed = {name for name, t in snapshot(module).items() if not torch.equal(t, before[name])}
     assert set(before) - changed <= without_effect
 
 
@@ -187,7 +187,7 @@ def test_running_statistics_of_the_base_are_in_a_checkpoint(tiny_bert, tmp_path)
 
 def test_bf16_base_with_fp32_adapter_learns(tiny_llama):
     module = make_module(tiny_llama, optim=OptimConfig(lr=3e-2), dtype="bfloat16")
-    assert {t.dtype for t in trained(module).values()} == {torch.float32}
+    assert {t.dtype for t in snapshot(module).values()} == {torch.float32}
     frozen = [p for p in module.model.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
     before = [p.clone() for p in frozen]
@@ -246,7 +246,7 @@ def test_initialisation_depends_on_the_seed_alone(tiny_bert):
         model = module.model
         module.configure_model()
         assert module.model is model, "a second call must not build again"
-        return trained(module)
+        return snapshot(module)
 
     torch.manual_seed(1)
     one = tensors(0)
@@ -272,8 +272,8 @@ def test_training_starts_from_a_given_adapter(tiny_bert, tmp_path):
         start_from=str(tmp_path / "adapter"),
     )
     second.configure_model()
-    expected = trained(first)
-    assert all(torch.equal(t, expected[name]) for name, t in trained(second).items())
+    expected = snapshot(first)
+    assert all(torch.equal(t, expected[name]) for name, t in snapshot(second).items())
 
 
 # One optimizer step ------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def reference(folder, steps: list[list[dict]], *, clip: float | None = None):
         with torch.no_grad():
             for parameter in parameters:
                 parameter -= SGD.lr * parameter.grad
-    return trained(module), gradients
+    return snapshot(module), gradients
 
 
 class LastGradients(L.Callback):
@@ -330,7 +330,7 @@ def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
         module, batches_of(rows, sizes), accumulate_grad_batches=accumulate, callbacks=[last]
     )
     assert trainer.global_step == 1
-    assert_near(trained(module), expected)
+    assert_near(snapshot(module), expected)
     assert max(g.abs().max() for g in gradients.values()) > 1e-2
     assert trainer.callback_metrics["train/loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(
@@ -359,7 +359,7 @@ def test_micro_batches_of_a_batch_equal_the_whole(tiny_llama, accumulate):
         gradient_clip_val=0.3,
     )
     assert trainer.global_step == 2 * len(a_step)
-    assert_near(trained(module), expected)
+    assert_near(snapshot(module), expected)
 
 
 def test_short_last_window_over_several_epochs(tiny_llama):
@@ -370,7 +370,7 @@ def test_short_last_window_over_several_epochs(tiny_llama):
     batches = batches_of(rows, [4, 4, 3, 1, 1])
     trainer = fit(module, batches, accumulate_grad_batches=3, epochs=2)
     assert trainer.global_step == 4
-    assert_near(trained(module), expected)
+    assert_near(snapshot(module), expected)
 
 
 @pytest.mark.parametrize(("sizes", "accumulate"), [([8], 1), ([4, 3, 1], 3), ([4, 3, 1], 8)])
@@ -387,7 +387,7 @@ def test_clipping_sees_the_normalised_gradient(tiny_llama, sizes, accumulate):
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
         )
-        assert_near(trained(module), expected)
+        assert_near(snapshot(module), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
@@ -397,7 +397,7 @@ def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
         block = module.model.model.layers[0]
         block.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         fit(module, batches_of(encoded_rows(8), [8]))
-        results.append(trained(module))
+        results.append(snapshot(module))
         assert len(calls) == (2 if checkpointing else 1), "the forward pass is to run again"
     assert_near(results[1], results[0], atol=1e-7)
 
@@ -731,7 +731,7 @@ def checkpoint(tiny_bert, tmp_path):
 def test_checkpoint_holds_the_adapter_alone_and_no_code(checkpoint):
     module, path = checkpoint
     content = torch.load(path, weights_only=True)
-    expected = trained(module)
+    expected = snapshot(module)
     assert set(content["state_dict"]) == {
         name
         for name, parameter in module.named_parameters()
@@ -761,7 +761,7 @@ def test_loading_is_strict(checkpoint, damage):
     module, path = checkpoint
     state = torch.load(path, weights_only=True)["state_dict"]
     name = next(name for name in state if "lora_A" in name)
-    before = trained(module)
+    before = snapshot(module)
     if damage == "missing":
         del state[name]
     elif damage == "unexpected":
@@ -773,7 +773,7 @@ def test_loading_is_strict(checkpoint, damage):
         state[name][0, 0] = float("nan")
     with pytest.raises(UserError, match=name.rpartition("model.")[2].replace(".", r"\.")):
         module.load_state_dict(state)
-    assert all(torch.equal(t, before[n]) for n, t in trained(module).items())
+    assert all(torch.equal(t, before[n]) for n, t in snapshot(module).items())
 
 
 def test_checkpoint_of_other_labels_is_refused(checkpoint, tiny_bert):
@@ -794,8 +794,8 @@ def test_full_checkpoint_round_trip(tiny_bert, tmp_path):
     module = make_module(tiny_bert, lora=None)
     fit(module, batches_of(encoded_rows(8), [8])).save_checkpoint(tmp_path / "full.ckpt")
     loaded = LoraModule.load_from_checkpoint(tmp_path / "full.ckpt", map_location="cpu")
-    expected = trained(module)
-    assert all(torch.equal(t, expected[name]) for name, t in trained(loaded).items())
+    expected = snapshot(module)
+    assert all(torch.equal(t, expected[name]) for name, t in snapshot(loaded).items())
 
 
 def test_adapter_off_is_the_base(tiny_llama):
