@@ -18,7 +18,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 
 # PEFT's own "all-linear" trips over DistilBERT's second head.
 PEFT_TARGETS = {

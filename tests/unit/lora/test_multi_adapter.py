@@ -14,7 +14,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 
 SETTINGS = {
     "small": {"rank": 1, "alpha": 3},
