@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_lightning.errors import did_you_mean
 from lora_lightning.lora import UserError
 from lora_lightning.lora.arithmetic import METHODS, Update, combine
-from lora_lightning.lora.config import exact_pattern, exact_targets
+from lora_lightning.lora.name_patterns import exact_pattern, exact_targets
 from lora_lightning.lora.serialization.checksums import SIDECAR
 
 from .files import Stored, key_of, write_like

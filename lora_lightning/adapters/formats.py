@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora import UserError
 from lora_lightning.lora.arithmetic import Update
+from lora_lightning.lora.module_index import ModuleIndex
 from lora_lightning.lora.serialization.peft_folder import read_tensors
-from lora_lightning.lora.target_modules import adaptable
 
 PICKLES = (".pt", ".pth", ".bin", ".lora")
 PARTS = ("q", "k", "v")
@@ -56,7 +56,7 @@ class Source:
 
     def layer(self, name: str) -> str:
         """Return the only layer of the model with this name or name ending."""
-        found = [own for own in adaptable(self.model) if f".{own}".endswith(f".{name}")]
+        found = [own for own in ModuleIndex(self.model).adaptable if f".{own}".endswith(f".{name}")]
         if len(found) != 1:
             raise UserError(
                 f"{self.path} has an adapter for {name}, and {type(self.model).__name__} has "
@@ -125,7 +125,7 @@ def _kohya(source: Source) -> dict[str, Update]:
     A layer's name is a prefix (lora_te_...) and then its path, with underscores for dots.
     """
     written: dict[str, list[str]] = {}
-    for name in adaptable(source.model):
+    for name in ModuleIndex(source.model).adaptable:
         written.setdefault(name.replace(".", "_"), []).append(name)
     updates, prefixes = {}, set()
     for key, (a, b) in _pairs(source, ".lora_down.weight", ".lora_up.weight", ".alpha").items():

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_lightning.errors import UserError, did_you_mean
-
+from .config_checks import check_config
 from .layers.fused_parts import Part, parse_parts
-
-ALL_LINEAR = "all-linear"
-BIAS_MODES = ("none", "all", "lora_only")
-PISSA = re.compile(r"pissa_niter_[1-9]\d*")
-INITS = ("kaiming", "gaussian", "pissa", "olora", "eva", "loftq")
+from .name_patterns import ALL_LINEAR, parse_names, parse_patterns, pattern_for
 
 
 @dataclass
@@ -109,78 +102,13 @@ class LoraConfig:
     """
 
     def __post_init__(self) -> None:
-        _positive_int("lora.rank", self.rank)
-        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora.dropout must be a number in [0, 1), got {self.dropout!r}.")
-        _choice("lora.bias", self.bias, BIAS_MODES)
-        if not PISSA.fullmatch(str(self.init)):
-            _choice("lora.init", self.init, INITS)
-        if self.freeze_A and (self.starts_from_weight or self.init == "loftq"):
-            raise UserError(
-                f"lora.freeze_A trains B from zero on a random A, which lora.init={self.init} does "
-                "not have: use lora.init=kaiming, or lora.freeze_A=false."
-            )
-        self.modules_to_save = _names(self.modules_to_save)
-        self.target_parameters = _names(self.target_parameters)
-        self._check_patterns()
-        self._check_scaling()
-        for name in ("modules_to_save", "layers_pattern", "target_parameters", "layers"):
-            _list_of(f"lora.{name}", getattr(self, name), int if name == "layers" else str)
-        self.targets = _patterns("lora.targets", self.targets)
-        self.exclude = _patterns("lora.exclude", self.exclude)
-        if not self.targets and not self.target_parameters:
-            raise UserError("lora.targets is empty: give 'all-linear', module names or a regex.")
-        self._check_plain()
-        if self.layers is not None and not self.layers:
-            raise UserError("lora.layers is empty: give layer indices, or null for all layers.")
-        _token_indices(self.trainable_token_indices)
+        self.targets = parse_patterns(self.targets)
+        self.exclude = parse_patterns(self.exclude)
+        self.modules_to_save = parse_names(self.modules_to_save)
+        self.target_parameters = parse_names(self.target_parameters)
         if isinstance(self.layers_pattern, str):
             self.layers_pattern = [self.layers_pattern]
-        for pattern in self.layers_pattern or []:
-            _compiles("lora.layers_pattern", pattern)
-        if self.layers_pattern and self.layers is None:
-            raise UserError(
-                "lora.layers_pattern says where lora.layers counts: give lora.layers too."
-            )
-
-    def _check_patterns(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern", "parts"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise UserError(
-                    f"lora.{name} must hold values by name, got {getattr(self, name)!r}."
-                )
-        for name, rank in self.rank_pattern.items():
-            _positive_int(f"lora.rank_pattern[{name!r}]", rank)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _compiles("lora.rank_pattern / lora.alpha_pattern", pattern)
-
-    def _check_plain(self) -> None:
-        """Raise UserError for settings that target_parameters or parts do not support."""
-        variant = "use_dora=true" if self.use_dora else ""
-        if self.init not in ("kaiming", "gaussian"):
-            variant = f"init={self.init}"
-        if self.init == "loftq" and self.use_dora:
-            raise UserError(
-                "lora.init=loftq brings the weights nearer to the unquantised ones, and "
-                "lora.use_dora takes their magnitudes from the quantised: leave out one of them."
-            )
-        for pattern, value in self.parts.items():
-            _compiles("lora.parts", pattern)
-            parse_parts(f"lora.parts[{pattern!r}]", value)
-        if self.parts and variant:
-            raise UserError(
-                f"lora.{variant} takes a fused layer as a whole, and lora.parts its parts: leave "
-                "out one of them."
-            )
-        if self.dropout:
-            variant = f"dropout={self.dropout:g}"
-        if self.bias != "none":
-            variant = f"bias={self.bias}"
-        if self.target_parameters and variant:
-            raise UserError(
-                f"lora.target_parameters takes plain LoRA without dropout and biases, as in PEFT: "
-                f"leave out lora.{variant}, or adapt linear layers alone (lora.targets)."
-            )
+        check_config(self)
 
     def parts_of(self, name: str) -> tuple[Part, ...] | None:
         """Return the parts of the fused layer `name`, or None if it is adapted as a whole."""
@@ -197,38 +125,16 @@ class LoraConfig:
         if not self.starts_from_weight:
             return self
         factor = math.sqrt(2) if self.use_rslora else 2.0  # factor of alpha that keeps the scaling
+        by_ratio = self.alpha is None and self.scale is None
         return replace(
             self,
             init="kaiming",
             rank=2 * self.rank,
             alpha=None if self.alpha is None else factor * self.alpha,
-            alpha_ratio=self.alpha_ratio * (factor / 2 if self.alpha is None else 1),
+            alpha_ratio=self.alpha_ratio * (factor / 2 if by_ratio else 1),
             rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
             alpha_pattern={name: factor * alpha for name, alpha in self.alpha_pattern.items()},
         )
-
-    def _check_scaling(self) -> None:
-        if self.alpha is not None:
-            _positive("lora.alpha", self.alpha)
-        _positive("lora.alpha_ratio", self.alpha_ratio)
-        if not isinstance(self.eva_rho, (int, float)) or not 1 <= self.eva_rho < math.inf:
-            raise UserError(f"lora.eva_rho must be a number of at least 1, got {self.eva_rho!r}.")
-        if self.alpha is not None and self.alpha_ratio != LoraConfig.alpha_ratio:
-            raise UserError(
-                f"lora.alpha={self.alpha:g} and lora.alpha_ratio={self.alpha_ratio:g} both say how "
-                "the update is scaled: leave out one of them."
-            )
-        if self.scale is not None:
-            _positive("lora.scale", self.scale)
-            others = {"alpha": None, "alpha_ratio": LoraConfig.alpha_ratio}
-            for name, default in others.items():
-                if getattr(self, name) != default:
-                    raise UserError(
-                        f"lora.scale={self.scale:g} and lora.{name}={getattr(self, name):g} both "
-                        "say how the update is scaled: leave out one of them."
-                    )
-        for name, alpha in self.alpha_pattern.items():
-            _positive(f"lora.alpha_pattern[{name!r}]", alpha)
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the module `name`."""
@@ -255,104 +161,3 @@ class LoraConfig:
     def divisor(self, rank: int) -> float:
         """Return the divisor of alpha in the scaling, which is r, or sqrt(r) with rsLoRA."""
         return math.sqrt(rank) if self.use_rslora else rank
-
-
-def pattern_for(patterns: dict[str, Any], name: str) -> str | None:
-    """Return the first key that matches the end of `name`, as in PEFT's rank_pattern."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
-
-
-def exact_pattern(pattern: str, name: str, others: Iterable[str]) -> str:
-    """Return a key for `rank_pattern` that matches `name` and none of `others`.
-
-    Args:
-        pattern: the end of `name`. It is the key if it does not match any of the others.
-        name: name of a module. It may be the end of another name, and ^ then distinguishes them.
-        others: names of modules.
-    """
-    if not pattern_for({pattern: 0}, name):  # it contains regex metacharacters
-        pattern = re.escape(pattern)
-    if any(pattern_for({pattern: 0}, other) for other in others):
-        return f"^{re.escape(name)}"
-    return pattern
-
-
-def exact_targets(names: Iterable[str]) -> str:
-    """Return targets that match only these modules, as one regex.
-
-    Other names that end in one of these names do not match.
-    """
-    return f"^({'|'.join(re.escape(name) for name in sorted(names))})$"
-
-
-def _patterns(where: str, value: Any) -> str | list[str]:
-    """Return a list of suffixes, or a string that is "all-linear" or a regex."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        # A name or comma-separated names, as typed on a command line.
-        if value.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", value) and ".*" not in value:
-            return [part.strip() for part in value.split(",")]
-        _compiles(where, value)
-        return value
-    if isinstance(value, Sequence) and all(isinstance(item, str) and item for item in value):
-        return list(value)
-    raise UserError(f"{where} must be a string or a list of names, got {value!r}.")
-
-
-def _names(value: Any) -> Any:
-    """Return names as a list, from one name or comma-separated names of a command line."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return [] if value is None else value
-
-
-def _list_of(where: str, value: Any, kind: type) -> None:
-    if value is None or (kind is str and isinstance(value, str) and value):
-        return
-    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [None]
-    if not all(
-        isinstance(item, kind) and not isinstance(item, bool) and item != "" for item in items
-    ):
-        what = "names" if kind is str else "numbers"
-        raise UserError(f"{where} must be a list of {what}, got {value!r}.")
-
-
-def _token_indices(value: Any) -> None:
-    """Raise UserError unless `value` is None, a list of distinct ids, or such lists by name."""
-    if value is None:
-        return
-    for ids in value.values() if isinstance(value, dict) and value else [value]:
-        numbers = isinstance(ids, list) and all(type(item) is int and item >= 0 for item in ids)
-        if not (numbers and ids) or len(set(ids)) < len(ids):
-            raise UserError(
-                "lora.trainable_token_indices must be a list of token ids, each once, or lists "
-                f"by names of modules, got {value!r}."
-            )
-
-
-def _compiles(where: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"{where}: {pattern!r} is not a valid regular expression: {error}."
-        ) from None
-
-
-def _positive_int(where: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where} must be a whole number of at least 1, got {value!r}.")
-
-
-def _positive(where: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{where} must be a positive number, got {value!r}.")
-
-
-def _choice(where: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        hint = did_you_mean(str(value), known)
-        raise UserError(f"{where} must be one of {', '.join(known)}, got {value!r}.{hint}")

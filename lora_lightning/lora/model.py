@@ -28,17 +28,14 @@ from .layers.trainable_tokens import (
     TokenRows,
     match_rows,
 )
+from .module_index import ModuleIndex
 from .moe import refuse_what_peft_mistakes
+from .name_patterns import ALL_LINEAR
 from .reachability import keep_off_fast_paths, refuse_unreached, refuse_what_peft_refuses
 from .running_statistics import running_statistics
 from .serialization.validation import check_tensors
 from .summary import Summary, summarise
-from .target_modules import (
-    Match,
-    left_out,
-    match_targets,
-    modules_to_save,
-)
+from .target_modules import Match, match_targets
 from .tied_weights import can_untie, tied_pairs, untie_all
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -68,10 +65,11 @@ class Adapter:
     def __init__(self, model: nn.Module, config: LoraConfig, *, strict: bool = True) -> None:
         if any(isinstance(module, LoraLayer) for module in model.modules()):
             raise UserError("the model already carries a LoRA adapter: remove that one first.")
-        matches = match_targets(model, config, strict=strict)
+        index = ModuleIndex(model, config.modules_to_save)
+        matches = match_targets(model, config, strict=strict, index=index)
         self.model = model
         self.config = config
-        self.saved_modules = modules_to_save(model, config.modules_to_save)
+        self.saved_modules = index.saved
         self.removed = False
         """Whether the adapter was removed from the model."""
         self.layers: dict[str, LoraLayer] = {}
@@ -84,7 +82,7 @@ class Adapter:
         every = model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: p.requires_grad for name, p in every}
         self._tied = tied_pairs(model)
-        self.passed_over = left_out(model, config)
+        self.passed_over = index.left_out if config.targets == ALL_LINEAR else {}
         """Layers that `all-linear` leaves out, with the reason."""
         self._check_bias_precision(matches)
         refuse_what_peft_mistakes(model, config, [match.name for match in matches])

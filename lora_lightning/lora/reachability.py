@@ -23,14 +23,17 @@ KERNELS = "kernels of state space models read their weights without calling them
 OTHERS = "text does not reach them, only images or sound do (lora.targets can name them)"
 
 
-def read_behind(model: nn.Module) -> set[str]:
+def read_behind(modules: Mapping[str, nn.Module]) -> set[str]:
     """Return names of layers whose parent always reads their weight without calling them.
 
     A wrapper around such a layer has no effect.
+
+    Args:
+        modules: all modules of a model, by all their names.
     """
     return {
         f"{path}.{leaf}".removeprefix(".")
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in modules.items()
         if isinstance(module, nn.MultiheadAttention)
         for leaf, _ in module.named_children()
     }

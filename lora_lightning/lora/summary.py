@@ -13,7 +13,7 @@ from .layers.fused_qkv import SplitLayer
 from .layers.linear import LoraLayer
 from .layers.parameter import LoraParameter
 from .moe import expert_parameters
-from .target_modules import within_layer
+from .name_patterns import within_layer
 
 if TYPE_CHECKING:
     from .model import Adapter

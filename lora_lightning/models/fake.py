@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 
 BLOCK, BLOCK_OF_SCALES = 64, 256
 """Weights per scale in NF4, and scales per second-level scale."""

@@ -26,7 +26,7 @@ from lora_lightning.distributed.sharded_loading import (
     whole,
 )
 from lora_lightning.errors import UserError, lack_of_memory
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 from lora_lightning.utils.output_folders import expanded
 
 from .cpu_kernels import prepare_for_cpu

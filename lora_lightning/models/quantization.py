@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora import UserError
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 
 KEY = "quantization_config"
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers.models import adapter_on, logits
 from lora_lightning.lora import Adapter
-from lora_lightning.lora.target_modules import head_modules
+from lora_lightning.lora.module_index import head_modules
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 0}

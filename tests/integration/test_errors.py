@@ -262,8 +262,8 @@ LORA = [
     Case(
         "parameter with dropout",
         lambda p: p.train("lora.target_parameters=[query.weight]", "lora.dropout=0.1"),
-        "plain LoRA without dropout",
-        "leave out lora.dropout=0.1",
+        "lora.target_parameters: not supported",
+        "lora.dropout=0.1",
     ),
     Case(
         "parts of a layer",
@@ -274,7 +274,7 @@ LORA = [
     Case(
         "parts of no layer",
         lambda p: p.train("+lora.parts={quary:[a,b]}"),
-        "lora.parts: the name 'quary'",
+        "lora.parts: 'quary'",
         "'query'",
     ),
     Case("regex", lambda p: p.train("lora.targets='(query'"), "lora.targets", "regular expression"),
@@ -303,7 +303,7 @@ LORA = [
         "eva on parts",
         lambda p: p.train("lora=eva", "+lora.parts={query: [a, b]}"),
         "lora.parts",
-        "leave out one of them",
+        "lora.init=eva",
     ),
     Case(
         "eva without a linear layer",

@@ -100,7 +100,7 @@ def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def refuse_interleaved(where: str, name: str, model_config: Any) -> None:
+def check_contiguous(where: str, name: str, model_config: Any) -> None:
     """Raise UserError for a fused layer whose parts are known not to be contiguous rows."""
     kind = getattr(model_config, "model_type", None)
     kinds = INTERLEAVED.get(name.rpartition(".")[2])

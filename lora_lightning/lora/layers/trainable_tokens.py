@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.lora.config import LoraConfig
-from lora_lightning.lora.target_modules import ends_with
+from lora_lightning.lora.name_patterns import ends_with
 from lora_lightning.lora.tied_weights import tied_layers
 
 from .base import Wrapper

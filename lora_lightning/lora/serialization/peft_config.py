@@ -6,12 +6,16 @@ import math
 from typing import Any
 
 from lora_lightning.errors import UserError
-from lora_lightning.lora.config import exact_pattern, exact_targets
 from lora_lightning.lora.layers.linear import LoraConv1D, LoraLayer
 from lora_lightning.lora.layers.parameter import LoraParameter
 from lora_lightning.lora.model import Adapter
 from lora_lightning.lora.moe import named_like_experts
-from lora_lightning.lora.target_modules import ends_with, shortest_suffix
+from lora_lightning.lora.name_patterns import (
+    ends_with,
+    exact_pattern,
+    exact_targets,
+    shortest_suffix,
+)
 
 
 def to_peft_config(

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lightning.errors import UserError
-from lora_lightning.lora.config import ALL_LINEAR, LoraConfig
+from lora_lightning.lora.config import LoraConfig
 from lora_lightning.lora.embeddings import make_room
 from lora_lightning.lora.model import Adapter
+from lora_lightning.lora.name_patterns import ALL_LINEAR
 from lora_lightning.utils.output_folders import replaced_folder
 
 from .base_copies import without_copies
@@ -228,7 +230,8 @@ def adapter_from(
         together: whether tied layers get one update (`is_together`). False by default.
     """
     _refuse_absent_rank(config, tensors, folder)
-    config.modules_to_save = whole_modules(model, config.modules_to_save, tensors)
+    whole = whole_modules(model, config.modules_to_save, tensors)
+    config = replace(config, modules_to_save=whole)
     adapter = Adapter(model, config, strict=False)  # each tensor is checked instead
     source = f"adapter {folder}"
     try:

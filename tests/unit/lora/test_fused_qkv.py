@@ -264,12 +264,6 @@ def test_what_is_refused(what):
         Adapter(case(name).copy(), LoraConfig(parts=parts))
 
 
-@pytest.mark.parametrize("setting", [{"use_dora": True}, {"init": "pissa"}])
-def test_variants_that_take_a_layer_as_a_whole_are_refused(setting):
-    with pytest.raises(UserError, match="takes a fused layer as a whole"):
-        LoraConfig(parts={"c_attn": ["q", "k", "v"]}, **setting)
-
-
 def test_embeddings_have_no_parts():
     with pytest.raises(UserError, match="Embedding has no parts"):
         Adapter(case("gpt2").copy(), LoraConfig(targets=["wte"], parts={"wte": ["a", "b"]}))

@@ -233,17 +233,20 @@ def test_what_is_left_out_is_told():
 
 
 REFUSED = {
-    "dropout": ({"target_parameters": BOTH, "dropout": 0.1}, "leave out lora.dropout=0.1"),
-    "dora": ({"target_parameters": BOTH, "use_dora": True}, "leave out lora.use_dora=true"),
-    "pissa": ({"target_parameters": BOTH, "init": "pissa"}, "leave out lora.init=pissa"),
-    "bias": ({"target_parameters": BOTH, "bias": "all"}, "leave out lora.bias=all"),
+    "dropout": ({"target_parameters": BOTH, "dropout": 0.1}, "with lora.dropout=0.1, "),
+    "dora": ({"target_parameters": BOTH, "use_dora": True}, "with lora.use_dora=true, "),
+    "pissa": ({"target_parameters": BOTH, "init": "pissa"}, "with lora.init=pissa, "),
+    "bias": ({"target_parameters": BOTH, "bias": "all"}, "with lora.bias=all, "),
     "typo": ({"target_parameters": ["gate_up_prj"]}, "Did you mean 'gate_up_proj'.*down_proj"),
     "module": ({"target_parameters": ["mlp.experts"]}, "matches no parameter.*gate_up_proj"),
-    "vector": ({"target_parameters": ["norm.weight"]}, r"\(32,\), float32: LoRA takes"),
-    "twice": ({"target_parameters": ["q_proj.weight"]}, "adapted by lora.targets already"),
+    "vector": (
+        {"target_parameters": ["norm.weight"]},
+        r"\(32,\), float32: must be an unquantized matrix",
+    ),
+    "twice": ({"target_parameters": ["q_proj.weight"]}, "already adapted by lora.targets"),
     "whole": (
         {"target_parameters": BOTH, "modules_to_save": ["mlp"]},
-        "which is trained whole already",
+        "which is already trained whole",
     ),
     "pattern": (
         {"target_parameters": BOTH, "rank_pattern": {"gate_up_prj": 2}},
@@ -268,7 +271,7 @@ def test_a_quantised_parameter_is_refused(kind):
     for layer in model.model.layers:
         weight = layer.mlp.experts.down_proj
         layer.mlp.experts.down_proj = nn.Parameter(weight.to(kind), requires_grad=False)
-    with pytest.raises(UserError, match=f"{str(kind)[6:]}: LoRA takes unquantised matrices"):
+    with pytest.raises(UserError, match=f"{str(kind)[6:]}: must be an unquantized matrix"):
         Adapter(model, LoraConfig(target_parameters=["down_proj"]))
 
 

@@ -26,6 +26,7 @@ from lora_lightning.lora import (
     save_adapter,
 )
 from lora_lightning.lora.serialization import peft_folder as state
+from lora_lightning.lora.serialization.peft_folder import adapter_from, from_peft_config
 from lora_lightning.utils import output_folders as outputs
 from lora_lightning.utils.output_folders import MARK
 
@@ -377,11 +378,11 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"peft_type": "LOHA"}, r"describes no LoRA adapter \(peft_type is 'LOHA'\)"),
         ({"target_modules": None}, "names no target_modules"),
         ({"target_modules": ["q_proj"]}, "leaves no module to adapt"),
-        ({"r": "eight"}, "lora.rank must be a whole number"),
+        ({"r": "eight"}, "lora.rank='eight': must be a whole number"),
         ({"r": 4}, "tensors have the wrong shape"),
-        ({"lora_alpha": 0}, "lora.alpha must be a positive number"),
-        ({"lora_dropout": "x"}, "lora.dropout must be a number"),
-        ({"rank_pattern": [1]}, r"lora.rank_pattern must hold values by name, got \[1\]"),
+        ({"lora_alpha": 0}, "lora.alpha=0: must be a positive number"),
+        ({"lora_dropout": "x"}, "lora.dropout='x': must be a number"),
+        ({"rank_pattern": [1]}, r"lora.rank_pattern=\[1\]: must be a mapping"),
         ({"modules_to_save": 7}, "a value of the wrong type"),
         ({"modules_to_save": None}, "brings its own classifier.bias, which differs"),
         ({"bias": "all"}, "lacks .* tensors"),
@@ -609,6 +610,14 @@ def test_a_vocabulary_that_had_grown_is_said(settings, message, tmp_path):
         }
     )
     assert load_adapter(grown, tmp_path).layers
+
+
+def test_adapter_from_leaves_the_given_config_unchanged(folder):
+    raw, tensors = read_adapter(folder)
+    config = from_peft_config({**raw, "modules_to_save": ["classifier", "score"]})
+    adapter = adapter_from(case("bert").copy(), config, tensors, folder)
+    assert config.modules_to_save == ["classifier", "score"]
+    assert adapter.config.modules_to_save == ["classifier"]
 
 
 def test_whole_weights_that_no_setting_names_are_said(folder):

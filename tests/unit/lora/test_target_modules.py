@@ -18,12 +18,10 @@ from lora_lightning.lora import (
     UserError,
     save_adapter,
 )
-from lora_lightning.lora.target_modules import (
-    adaptable,
-    head_modules,
-    match_targets,
-    shortest_suffix,
-)
+from lora_lightning.lora.config_checks import CONFLICTS
+from lora_lightning.lora.module_index import ModuleIndex, head_modules
+from lora_lightning.lora.name_patterns import shortest_suffix
+from lora_lightning.lora.target_modules import match_targets
 
 LLAMA_BLOCK = [
     "self_attn.q_proj",
@@ -163,7 +161,7 @@ def test_order_and_names():
             "lora.layers_pattern",
             "'layrs'",
             "'layers'",
-            "Lists that could be named: layers.",
+            "Lists that can be matched: layers.",
         ),
         (
             {"rank_pattern": {"q_proj": 2, "kproj": 2}},
@@ -189,7 +187,7 @@ def test_order_and_names():
         (
             {"targets": ["q_proj"], "exclude": ["self_attn.q_proj"]},
             "lora.targets",
-            "['q_proj'] less lora.exclude ['self_attn.q_proj']",
+            "=['q_proj'] without lora.exclude=['self_attn.q_proj']",
             "leaves no module",
             "o_proj (x2)",
         ),
@@ -216,33 +214,69 @@ def test_what_matches_nothing_is_an_error(settings, option, wrong, near, listed)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "lora.rank must be a whole number of at least 1, got 0"),
-        ({"rank": 2.5}, "lora.rank must be a whole number"),
-        ({"rank": True}, "lora.rank must be a whole number"),
-        ({"alpha": -1}, "lora.alpha must be a positive number, got -1"),
-        ({"alpha": float("nan")}, "lora.alpha must be a positive number"),
-        ({"alpha_ratio": 0}, "lora.alpha_ratio must be a positive number"),
-        ({"scale": 0}, "lora.scale must be a positive number"),
-        ({"scale": 2.0, "alpha": 8}, "lora.scale=2 and lora.alpha=8 both say"),
-        ({"scale": 2.0, "alpha_ratio": 1.0}, "lora.scale=2 and lora.alpha_ratio=1 both say"),
-        ({"dropout": 1.0}, "lora.dropout must be a number in"),
-        ({"dropout": "much"}, "lora.dropout must be a number in"),
-        ({"bias": "some"}, "lora.bias must be one of none, all, lora_only"),
+        ({"rank": 0}, "lora.rank=0: must be a whole number of at least 1"),
+        ({"rank": 2.5}, "lora.rank=2.5: must be a whole number"),
+        ({"rank": True}, "lora.rank=True: must be a whole number"),
+        ({"alpha": -1}, "lora.alpha=-1: must be a positive number"),
+        ({"alpha": float("nan")}, "lora.alpha=nan: must be a positive number"),
+        ({"alpha_ratio": 0}, "lora.alpha_ratio=0: must be a positive number"),
+        ({"scale": 0}, "lora.scale=0: must be a positive number"),
+        ({"scale": 2.0, "alpha": 8}, "lora.scale=2: not supported with lora.alpha=8,"),
+        (
+            {"scale": 2.0, "alpha_ratio": 1.0},
+            "lora.scale=2: not supported with lora.alpha_ratio=1,",
+        ),
+        ({"dropout": 1.0}, "lora.dropout=1.0: must be a number in"),
+        ({"dropout": "much"}, "lora.dropout='much': must be a number in"),
+        ({"bias": "some"}, "lora.bias='some': must be one of none, all, lora_only"),
         ({"init": "kaimin"}, "Did you mean 'kaiming'?"),
         ({"targets": []}, "lora.targets is empty"),
         ({"targets": "q_(proj"}, "lora.targets: .* is not a valid regular expression"),
-        ({"targets": [1]}, "lora.targets must be a string or a list of names"),
-        ({"rank_pattern": {"q_proj": 0}}, r"lora.rank_pattern\['q_proj'\] must be"),
-        ({"alpha_pattern": {"q_proj": 0}}, r"lora.alpha_pattern\['q_proj'\] must be"),
+        ({"targets": [1]}, r"lora.targets=\[1\]: must be a string or a list of names"),
+        ({"rank_pattern": {"q_proj": 0}}, r"lora.rank_pattern\['q_proj'\]=0: must be"),
+        ({"alpha_pattern": {"q_proj": 0}}, r"lora.alpha_pattern\['q_proj'\]=0: must be"),
         ({"rank_pattern": {"(": 1}}, "not a valid regular expression"),
-        ({"layers": []}, "lora.layers is empty"),
-        ({"layers_pattern": "layers"}, "give lora.layers too"),
+        ({"layers": []}, r"lora.layers=\[\]: must be a list of layer indices"),
+        ({"layers_pattern": "layers"}, "lora.layers_pattern: requires lora.layers"),
         ({"layers": [0], "layers_pattern": "("}, "not a valid regular expression"),
     ],
 )
-def test_settings_out_of_range(settings, message):
+def test_config_value_out_of_range_raises(settings, message):
     with pytest.raises(UserError, match=message):
         LoraConfig(**settings)
+
+
+def test_config_several_mistakes_are_reported_together():
+    with pytest.raises(UserError) as out_of_range:
+        LoraConfig(rank=0, dropout=1.5, rank_pattern={"q": 0})
+    assert str(out_of_range.value).splitlines() == [
+        "lora.rank=0: must be a whole number of at least 1.",
+        "lora.dropout=1.5: must be a number in [0, 1).",
+        "lora.rank_pattern['q']=0: must be a whole number of at least 1.",
+    ]
+    with pytest.raises(UserError) as conflicts:
+        LoraConfig(target_parameters=["mlp.experts"], use_dora=True, dropout=0.1, bias="all")
+    lines = str(conflicts.value).splitlines()
+    others = ["lora.use_dora=true", "lora.dropout=0.1", "lora.bias=all"]
+    resets = ["lora.use_dora=false", "lora.dropout=0", "lora.bias=none"]
+    assert len(lines) == 3
+    for line, other, reset in zip(lines, others, resets, strict=True):
+        assert line.startswith(f"lora.target_parameters: not supported with {other}, ")
+        assert line.endswith(f". Set {reset} or lora.target_parameters=[].")
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS, ids=lambda c: f"{c.setting}-{c.other}")
+def test_config_each_conflict_is_reported(conflict):
+    values = {
+        **{"scale": 2.0, "alpha": 8, "alpha_ratio": 1.0, "freeze_A": True, "use_dora": True},
+        **{"parts": {"qkv": ["q", "k"]}, "target_parameters": ["w"], "dropout": 0.1, "bias": "all"},
+    }
+    first = {conflict.setting: values[conflict.setting]}
+    for prefix in conflict.values:
+        second = {conflict.other: prefix or values[conflict.other]}
+        with pytest.raises(UserError, match=f"not supported with lora.{conflict.other}="):
+            LoraConfig(**first, **second)
+    LoraConfig(**first)
 
 
 class Images(nn.Module):
@@ -252,7 +286,7 @@ class Images(nn.Module):
 
 
 def test_layers_that_lora_is_not_for_are_named():
-    with pytest.raises(UserError, match="no linear .* LoRA is not for BatchNorm2d, Conv2d"):
+    with pytest.raises(UserError, match="no linear .* LoRA does not support BatchNorm2d, Conv2d"):
         match_targets(Images(), LoraConfig(targets=["conv"]))
     mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
     with pytest.raises(UserError, match=r"a Conv2d, .* by last name: 1 \(x1\)"):
@@ -269,7 +303,7 @@ def test_a_name_alone_is_a_list_of_it(given, names):
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern", "parts"])
 def test_patterns_that_are_no_dict_are_refused(option):
-    with pytest.raises(UserError, match=f"lora.{option} must hold values by name, got 'q'"):
+    with pytest.raises(UserError, match=f"lora.{option}='q': must be a mapping"):
         LoraConfig(**{option: "q"})
 
 
@@ -278,7 +312,9 @@ def test_a_pattern_that_another_shadows_is_refused(option):
     """The first that matches counts, in PEFT too."""
     model = case("llama").copy()
     wide, narrow = "q_proj", "layers.1.self_attn.q_proj"
-    with pytest.raises(UserError, match=rf"lora.{option}: '{narrow}' never acts.* is '{wide}'"):
+    with pytest.raises(
+        UserError, match=rf"lora.{option}: '{narrow}' has no effect, since '{wide}'"
+    ):
         match_targets(model, LoraConfig(**{option: {wide: 3, narrow: 5}}))
     assert match_targets(model, LoraConfig(**{option: {narrow: 5, wide: 3}}))
 
@@ -286,8 +322,17 @@ def test_a_pattern_that_another_shadows_is_refused(option):
 def test_parts_that_others_shadow_are_refused():
     model = case("gpt2").copy()
     parts = {"c_attn": ["q", "-k", "v"], "h.1.attn.c_attn": ["q", "k", "v"]}
-    with pytest.raises(UserError, match=r"lora.parts: 'h.1.attn.c_attn' never acts"):
+    with pytest.raises(UserError, match=r"lora.parts: 'h.1.attn.c_attn' has no effect"):
         match_targets(model, LoraConfig(targets=["c_attn"], parts=parts))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_config_exported_keeps_the_scaling(use_rslora):
+    for scaling in ({"scale": 1.5}, {"alpha": 3.0}, {"alpha_ratio": 0.5}):
+        config = LoraConfig(rank=4, init="pissa", use_rslora=use_rslora, **scaling)
+        exported = config.exported()
+        assert exported.rank == 8
+        assert exported.scaling_of("q") == pytest.approx(config.scaling_of("q"), rel=1e-12)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -312,13 +357,13 @@ class WithTorchLayers(nn.Module):
 
 def test_layers_that_are_never_called_are_never_wrapped():
     model = WithTorchLayers()
-    assert list(adaptable(model)) == ["block.linear1", "block.linear2", "out"]
+    assert list(ModuleIndex(model).adaptable) == ["block.linear1", "block.linear2", "out"]
     with pytest.raises(UserError, match="'out_proj' is .* reads its weight without calling it"):
         match_targets(model, LoraConfig(targets=["out_proj", "out"]))
     parameters = ["attention.in_proj_weight", "attention.out_proj.weight"]
     with pytest.raises(UserError, match="attention.out_proj.weight: .* without calling it"):
         match_targets(model, LoraConfig(target_parameters=parameters))
-    with pytest.raises(UserError, match=r"no linear .* without calling it; .*in_proj_weight"):
+    with pytest.raises(UserError, match=r"no linear .* without calling it. .*in_proj_weight"):
         match_targets(nn.MultiheadAttention(8, 2), LoraConfig())
 
 

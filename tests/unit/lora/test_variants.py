@@ -329,8 +329,11 @@ def test_what_is_exported_has_the_settings_that_are_said_of_it(tmp_path):
     [
         ({"init": "pissa", "rank": 40}, r"its rank cannot be 40 on a weight of \d+ x \d+"),
         ({"init": "pisa"}, "Did you mean 'pissa'"),
-        ({"init": "pissa_niter_0"}, "lora.init must be one of"),
-        ({"init": "olora", "freeze_A": True}, "lora.freeze_A trains B from zero on a random A"),
+        ({"init": "pissa_niter_0"}, "lora.init='pissa_niter_0': must be one of"),
+        (
+            {"init": "olora", "freeze_A": True},
+            "lora.freeze_A=true: not supported with lora.init=olora",
+        ),
     ],
 )
 def test_mistakes_are_told(settings, message):
