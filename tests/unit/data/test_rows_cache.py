@@ -179,7 +179,7 @@ def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
     assert "is made again" not in capsys.readouterr().err
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: None)
     file.write_bytes(content.replace(b"row 50", b"row 05"))
-    with pytest.raises(UserError, match="are damaged, and nothing is there to make them again"):
+    with pytest.raises(UserError, match="are damaged, and cannot be prepared again without"):
         read_all()
 
 
