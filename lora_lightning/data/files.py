@@ -17,6 +17,7 @@ from lora_lightning.utils.terminal import is_text
 from .readers import (
     BUILDERS,
     COMPRESSED,
+    MAY_LOSE,
     as_written,
     check_text,
     csv_as_written,
@@ -145,13 +146,17 @@ def _read_plain(option: str, path: Path, file: Path, cache: Path) -> Any:
     if builder == "text":
         text = read_text(option, path, file)
         return Dataset.from_dict({"text": text.removesuffix("\n").split("\n") if text else []})
-    if builder != "parquet":
-        check_text(option, path, file)
     if kind == ".json":
+        check_text(option, path, file)
         return _read_json(option, path, file, cache)
+
+    def check() -> None:
+        if builder != "parquet":
+            check_text(option, path, file)
+
     reader = {"csv": csv_as_written, "json": json_as_written, "parquet": Dataset.from_parquet}
     try:
-        return by_content(reader[builder], file, cache, **kwargs)
+        return by_content(reader[builder], file, cache, check=check, **kwargs)
     except UserError as error:
         if builder == "csv" and str(error).startswith("its "):
             raise UserError(f"{option}: {path}: {error}") from None
@@ -172,7 +177,8 @@ def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
         content = _table(json.loads(text))
     except (ValueError, RecursionError):
         return _read_as_lines(option, path, file, cache)
-    _keep_numbers(content, _table(with_numbers(text)))
+    if MAY_LOSE.search(text.encode()):
+        _keep_numbers(content, _table(with_numbers(text)))
     try:
         if isinstance(content, list):
             return Dataset.from_list(content)

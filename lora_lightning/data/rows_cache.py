@@ -45,7 +45,14 @@ def unwritable_cache(folder: Path, error: OSError) -> UserError:
     )
 
 
-def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: Any) -> Any:
+def by_content(
+    reader: Callable[..., Any],
+    path: Path,
+    cache: Path,
+    *,
+    check: Callable[[], None] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Return the rows of a file, cached by the file's content.
 
     The reader's own cache depends on path and modification time, which copies and archives keep.
@@ -54,6 +61,8 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
         reader: function that reads a file into a dataset of `datasets`.
         path: file to read.
         cache: cache folder.
+        check: function that raises UserError for a file that must not be read. It is called before
+            the reader, and not for cached rows (default: none).
         kwargs: further arguments of the reader.
 
     Raises:
@@ -67,6 +76,8 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
     folder = cache / f"rows-{key}"
     try:
         if not is_kept(folder):
+            if check is not None:
+                check()
             shutil.rmtree(folder, ignore_errors=True)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}-") as work:
