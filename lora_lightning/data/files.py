@@ -11,6 +11,7 @@ from typing import Any
 from lora_lightning.config.paths import absent
 from lora_lightning.config.untrusted import lies_elsewhere
 from lora_lightning.errors import UserError
+from lora_lightning.utils.cache_folder import cache_folder
 from lora_lightning.utils.output_folders import expanded
 from lora_lightning.utils.terminal import is_text
 
@@ -30,7 +31,7 @@ from .readers import (
     reason_of,
     with_numbers,
 )
-from .rows_cache import by_content, cache_folder, stored
+from .rows_cache import by_content, stored
 
 _ADVICE = {
     "csv": "A text that holds the separator must stand in double quotes.",
@@ -57,7 +58,7 @@ HIDDEN = (".", "__MACOSX")
 
 def load_rows(option: str, path: Path) -> Any:
     """Return the rows of one file or folder. Messages name it by `option`."""
-    return load_files(option, path, cache_folder(None))
+    return load_files(option, path, cache_folder())
 
 
 def load_files(option: str, value: Any, cache: Path) -> Any:

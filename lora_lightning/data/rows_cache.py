@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import UserError, causes
-from lora_lightning.utils.output_folders import digest, expanded
+from lora_lightning.utils.output_folders import digest
 
 from .cache import is_whole, tell_damage, write_sums
 
@@ -26,15 +26,6 @@ READERS = 2
 
 PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages")
 """Column types of `datasets` with values stored in the rows. Others may name files and URLs."""
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Return the folder for data that was built or tokenized on this machine."""
-    if cache_dir is not None:
-        return expanded(cache_dir, "data.cache_dir")
-    import datasets
-
-    return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"
 
 
 def unwritable_cache(folder: Path, error: OSError) -> UserError:

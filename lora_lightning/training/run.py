@@ -40,12 +40,9 @@ from lora_lightning.config.saved import to_be_typed
 from lora_lightning.config.schema import PAUSE
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.distributed.environment import has_lost_another, leave
-from lora_lightning.distributed.precision import (
-    chosen_for_the_user,
-    fast_products,
-    is_on_cpu,
-    with_precision,
-)
+from lora_lightning.distributed.hardware_speed import is_on_cpu
+from lora_lightning.distributed.precision import automatic_precision_message, with_precision
+from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.errors import ProcessLost
 from lora_lightning.lora import UserError
 from lora_lightning.lora.serialization.checksums import SIDECAR, check_files
@@ -169,7 +166,7 @@ def _train(
                 refuse_used_folder(run_dir)
             refuse_loss(run_dir / ADAPTER, by="train")  # fail before training, not after it
             write_json(run_dir / RESULT, result)
-            if told := chosen_for_the_user(asked, config):
+            if told := automatic_precision_message(asked, config):
                 print(told, file=sys.stderr)
             accelerator = str(config.trainer.get("accelerator", "auto"))
             if is_on_cpu(accelerator) and (told := crowded(torch.get_num_threads())):
@@ -202,7 +199,7 @@ def _run_to_its_end(
     """Execute the run, and store in `result` how it ended."""
     try:
         accelerator = str(config.trainer.get("accelerator", "auto"))
-        products = fast_products(config.trainer.precision, accelerator)
+        products = tf32_matmuls(config.trainer.precision, accelerator)
         with signals, memory_advice(config), products:
             _run(config, settings, run_dir, checkpoint, result, signals, changes, beat)
         result["status"] = "completed"

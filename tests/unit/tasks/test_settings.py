@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 
 import pytest
-from compatibility.make import FILES
 from omegaconf import OmegaConf
 
+from compatibility.make import FILES
 from lora_lightning import ClassificationConfig, ClassificationTask, SentimentConfig, SentimentTask
 from lora_lightning.config.compose import (
     compose_config,
