@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lightning.config.schema import (
+        ClassificationConfig,
         DataConfig,
         ModelConfig,
         OptimConfig,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from lora_lightning.models.loading import load_tokenizer, resolve
-    from lora_lightning.tasks import SentimentTask
+    from lora_lightning.tasks import ClassificationTask, SentimentTask
     from lora_lightning.training.module import LoraModule
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "lora",
     "AdapterSet": "lora",
+    "ClassificationConfig": "config.schema",
+    "ClassificationTask": "tasks",
     "DataConfig": "config.schema",
     "DataParallelStrategy": "distributed.strategies",
     "LoraConfig": "lora",
@@ -54,6 +57,8 @@ _HOME = {
 __all__ = [
     "Adapter",
     "AdapterSet",
+    "ClassificationConfig",
+    "ClassificationTask",
     "DataConfig",
     "DataParallelStrategy",
     "LoraConfig",

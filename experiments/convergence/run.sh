@@ -9,7 +9,7 @@ task=$1 train=$2 dev=$3 texts=$4 folder=$5
 shift 5
 case $task in
   sst2)
-    own=(task=sentiment data.limit_train=3200 data.limit_val=400 data.batch_size=32 data.max_length=128
+    own=(task=classification data.limit_train=3200 data.limit_val=400 data.batch_size=32 data.max_length=128
       trainer.max_epochs=1 trainer.val_check_interval=10)
     lora=3e-4,1e-3,3e-3 full=3e-5,1e-4,3e-4
     ;;

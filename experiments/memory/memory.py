@@ -54,7 +54,7 @@ def overrides_of(model: Path, method: str, rows: int, length: int) -> list[str]:
         *("task=lm", f"model.name_or_path={model}", f"data.train={model}/rows.jsonl"),
         *("trainer.precision=32-true", "data.max_tokens=null"),
         *("lora.rank=8", f"data.batch_size={rows}", f"data.max_length={length}"),
-        *("task.max_new_tokens=8", *METHODS[method]),
+        *("task.generation.max_new_tokens=8", *METHODS[method]),
     ]
 
 

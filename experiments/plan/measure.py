@@ -101,7 +101,7 @@ def cases(work: Path) -> dict[str, list[str]]:
         if not folder.exists():
             make(kind, folder)
         common = [f"model.name_or_path={folder}", f"data.train={folder}/rows.jsonl", *SETTINGS]
-        common.append("task=sentiment" if kind == "bert" else "task=lm")
+        common.append("task=classification" if kind == "bert" else "task=lm")
         for method, overrides in METHODS.items():
             found[f"{kind} {method}"] = [*common, *overrides]
     for name, overrides in FURTHER.items():

@@ -138,7 +138,7 @@ STUDIES = {
 
 
 def bf16() -> bool:
-    from lora_lightning.distributed.precision import bf16_is_fast
+    from lora_lightning.distributed.hardware_speed import bf16_is_fast
 
     return bf16_is_fast()
 

@@ -129,7 +129,7 @@ def run(contestant: Contestant, work: Work, folder: Path, timeout: float) -> dic
 
 
 def ours_command(contestant: Contestant, work: Work, output: Path) -> list[str]:
-    task = ["task=sentiment", "model=minilm"]
+    task = ["task=classification", "model=minilm"]
     if work.kind == "decoder":
         task = ["task=summarization", "task.generate_rows=0"]
     return [

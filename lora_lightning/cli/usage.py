@@ -21,7 +21,7 @@ Verbs
 The settings used most (train, plan, check)
   data.train=FILE          CSV, TSV, JSON, JSONL, Parquet, text file or folder; data.val, data.test
   data.path=ORG/NAME       a dataset of the Hugging Face hub
-  task=NAME                sentiment; summarization, instruct, lm write text
+  task=NAME                classification; summarization, instruct, lm write text
   task.text_column=NAME    which column holds the text; task.label_column for the label
   model.name_or_path=X     hub name or local folder of any encoder, decoder or encoder-decoder
   lora.rank=8 lora.alpha=16 lora.targets=all-linear     or lora=full for full fine-tuning

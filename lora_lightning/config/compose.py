@@ -28,7 +28,9 @@ from .paths import anchor
 from .presets import primary, searched
 from .saved import RENAMED, leaves
 from .schema import (
+    GENERATION,
     OWN_GROUPS,
+    TASK_ALIASES,
     TASK_CONFIGS,
     DataConfig,
     ModelConfig,
@@ -206,7 +208,7 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
     Raises:
         UserError: an override is wrong.
     """
-    start = [f"task={saved['task'].get('name', 'sentiment')}"]
+    start = [f"task={saved['task'].get('name', 'classification')}"]
     asked = compose_config([*start, *overrides])
     default = compose_config(start)
     plain = default.copy()
@@ -219,7 +221,10 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
     for override in OverridesParser.create().parse_overrides(overrides):
         key = str(override.key_or_group)
         if key.partition(".")[0] in asked:
-            OmegaConf.update(default, key, OmegaConf.select(asked, key), merge=False)
+            value = OmegaConf.select(asked, key)
+            if key.removeprefix("task.") in GENERATION:
+                key = key.replace("task.", "task.generation.")
+            OmegaConf.update(default, key, value, merge=False)
         elif not key.startswith("hydra."):  # a preset of several groups
             before = dict(leaves(OmegaConf.to_container(plain)))
             for changed, value in leaves(OmegaConf.to_container(asked)):
@@ -239,10 +244,23 @@ def config_hash(config: DictConfig) -> str:
     assert isinstance(plain, dict)
     for key in ("output_dir", "tags", "logger"):
         plain.pop(key, None)
+    plain["task"] = _with_earlier_names(plain["task"])
     text = json.dumps(plain, sort_keys=True)
     for old, new in RENAMED.items():  # so that stopped sweeps and runs are found again
         text = text.replace(new, old)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _with_earlier_names(task: Any) -> Any:
+    """Return a task's settings under the names that they had before 0.1."""
+    if not isinstance(task, dict):
+        return task
+    earlier = {current: alias for alias, current in TASK_ALIASES.items()}
+    aliases = {name: task[name] for name in GENERATION if task.get(name) is not None}
+    named = {"name": earlier.get(str(task.get("name")), task.get("name"))}
+    generation = task.get("generation") or {}
+    rest = {name: value for name, value in task.items() if name not in (*GENERATION, "generation")}
+    return {**rest, **named, **generation, **aliases}
 
 
 def _as_object(node: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lora_lightning.lora.config import LoraConfig
 
 from .presets import primary
 from .schema import (
+    TASK_ALIASES,
     TASK_CONFIGS,
     DataConfig,
     ModelConfig,
@@ -84,6 +85,8 @@ def register_schemas() -> None:
     store.store(name="base_schema", node=Schema)
     for name, schema in TASK_CONFIGS.items():
         store.store(group="task", name=f"{name}_schema", node=schema)
+    for alias, name in TASK_ALIASES.items():  # for presets of users
+        store.store(group="task", name=f"{alias}_schema", node=TASK_CONFIGS[name])
     OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # for sweep=optuna
 
 

@@ -19,6 +19,7 @@ from .groups import Schema
 from .messages import explain
 from .schema import (
     OWN_GROUPS,
+    TASK_ALIASES,
     TASK_CONFIGS,
 )
 from .untrusted import is_installed_attention
@@ -194,6 +195,7 @@ def read_run_config(path: Path) -> DictConfig:
             if isinstance(node, DictConfig) and node.get("_target_") in RENAMED:
                 node._target_ = RENAMED[node._target_]
         name = config.task.get("name")
+        config.task.name = name = TASK_ALIASES.get(name, name)
         if not isinstance(name, str) or name not in TASK_CONFIGS:
             raise UserError(f"task.name={name}: there is no such task")
         schema.task = OmegaConf.structured(TASK_CONFIGS[name])

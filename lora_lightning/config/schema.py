@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lora_lightning.errors import UserError, did_you_mean
@@ -135,10 +136,10 @@ class ModelConfig:
 
 
 @dataclass
-class SentimentConfig:
-    """Settings of the task `sentiment` (any text classification)."""
+class ClassificationConfig:
+    """Settings of the task `classification` (one of N labels for a text)."""
 
-    name: str = "sentiment"
+    name: str = "classification"
     """The task's name."""
     text_column: str | None = None
     """Column with the text. None means the first of text, sentence, review, content ..."""
@@ -163,12 +164,14 @@ class SentimentConfig:
             raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
 
 
-@dataclass
-class GenerativeConfig:
-    """Settings common to all tasks whose target is text."""
+SentimentConfig = ClassificationConfig
+"""Earlier name of `ClassificationConfig`."""
 
-    name: str = ""
-    """The task's name."""
+
+@dataclass
+class GenerationSettings:
+    """How text is generated, under the names of transformers' GenerationConfig."""
+
     max_new_tokens: int = 64
     """Longest generated text in tokens. An input leaves that much room."""
     do_sample: bool = False
@@ -179,6 +182,42 @@ class GenerativeConfig:
     """Draw only from the most probable tokens that together have this share of probability."""
     num_beams: int = 1
     """Width of beam search. 1 means no beam search."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"task.generation.{name}={value}: must be at least 1.")
+        if not self.temperature > 0:
+            raise UserError(
+                f"task.generation.temperature={self.temperature}: must be positive. "
+                "For the most probable text: task.generation.do_sample=false."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"task.generation.top_p={self.top_p}: must be in (0, 1].")
+
+
+GENERATION = tuple(option.name for option in fields(GenerationSettings))
+"""Names of the settings of `task.generation`, which may also stand in `task` itself."""
+
+
+@dataclass
+class GenerativeConfig:
+    """Settings common to all tasks whose target is text."""
+
+    name: str = ""
+    """The task's name."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How text is generated, in validation and by predict."""
+    max_new_tokens: int | None = None
+    """Alias of generation.max_new_tokens."""
+    do_sample: bool | None = None
+    """Alias of generation.do_sample."""
+    temperature: float | None = None
+    """Alias of generation.temperature."""
+    top_p: float | None = None
+    """Alias of generation.top_p."""
+    num_beams: int | None = None
+    """Alias of generation.num_beams."""
     generate_rows: int = 64
     """Validation and test rows to generate text for. 0 means none, and -1 means all."""
     text_metrics: list[str] = field(default_factory=lambda: ["rouge"])
@@ -189,16 +228,7 @@ class GenerativeConfig:
     """"max" or "min", whichever is best for `monitor`. None follows the metric's meaning."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise UserError(f"task.{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.temperature > 0:
-            raise UserError(
-                f"task.temperature must be positive, got {self.temperature}; "
-                "for the most probable text: task.do_sample=false."
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"task.top_p must be in (0, 1], got {self.top_p}.")
+        self._settle_generation()
         if self.generate_rows < -1:
             raise UserError(
                 f"task.generate_rows must be 0 or more, or -1 for all, got {self.generate_rows}."
@@ -211,6 +241,23 @@ class GenerativeConfig:
                 )
         if self.mode not in (None, "max", "min"):
             raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
+
+    def _settle_generation(self) -> None:
+        """Move aliases to `generation`, which may be a dict of some of its settings."""
+        default = self.__dataclass_fields__["generation"].default_factory()  # type: ignore[operator]
+        given = self.generation if isinstance(self.generation, dict) else vars(self.generation)
+        for name in GENERATION:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if given.get(name) not in (None, value, getattr(default, name)):
+                raise UserError(
+                    f"task.{name}={value} contradicts task.generation.{name}={given[name]}, whose "
+                    "alias it is. Give the latter alone."
+                )
+            given = {**given, name: value}
+            setattr(self, name, None)
+        self.generation = replace(default, **given)
 
 
 @dataclass
@@ -246,6 +293,10 @@ class LanguageModelConfig(GenerativeConfig):
     """Column with the text. None means the first of text, content, document ..."""
     blocks: bool = True
     """Fill each example up to data.max_length with documents, which do not see each other."""
+    generation: GenerationSettings = field(
+        default_factory=lambda: GenerationSettings(do_sample=True, temperature=0.8, top_p=0.95)
+    )
+    """How text is generated by predict, drawn by default."""
     generate_rows: int = 0
     """Always 0. Nothing is generated, because there is no target to compare with."""
 
@@ -267,17 +318,33 @@ class InstructConfig(GenerativeConfig):
     """Column with lists of {role, content}. None means messages or conversations, if present."""
     system: str | None = None
     """System message put before conversations that have none."""
-    max_new_tokens: int = 256
-    """Longest generated answer in tokens. An input leaves that much room."""
+    generation: GenerationSettings = field(
+        default_factory=lambda: GenerationSettings(max_new_tokens=256)
+    )
+    """How answers are generated, in validation and by predict."""
 
 
 TASK_CONFIGS: dict[str, type[Any]] = {
-    "sentiment": SentimentConfig,
+    "classification": ClassificationConfig,
     "summarization": SummarizationConfig,
     "instruct": InstructConfig,
     "lm": LanguageModelConfig,
 }
 """Settings classes by task name."""
+TASK_ALIASES = {"sentiment": "classification"}
+"""Current names of tasks by their aliases."""
+
+
+def current_task(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a task's settings, such as those in a file, with current names for aliases."""
+    task = dict(settings)
+    if isinstance(name := task.get("name"), str):
+        task["name"] = TASK_ALIASES.get(name, name)
+    aliases = {name: task.pop(name) for name in GENERATION if name in task}
+    given = {name: value for name, value in aliases.items() if value is not None}
+    if given and isinstance(generation := task.get("generation", {}), dict):
+        task["generation"] = {**generation, **given}
+    return task
 
 
 @dataclass

@@ -25,6 +25,7 @@ from .schema import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    current_task,
 )
 
 ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -64,7 +65,8 @@ def settings_from_file(settings: Mapping[str, Any], source: object) -> dict[str,
         if not isinstance(values, dict):
             raise UserError(f"{source}: its settings of {group!r} must be a mapping.")
         check_plain(values, f"{source}: {group}")
-        kept[group] = _typed(group, values, source)
+        current = current_task(values) if group == "task" else values
+        kept[group] = _typed(group, current, source)
     for group, key in ONLY_TYPED:
         kept.get(group, {}).pop(key, None)
     if not is_installed_attention(kept.get("model", {}).get("attn_implementation")):
@@ -164,6 +166,9 @@ def arguments_from_file(
     check_plain(plain, str(source))
     found |= plain
     for name, value in typed.items():
+        if name == "task" and isinstance(value, dict):
+            value = current_task(value)
+            value["generation"] = found["task"].get("generation", {}) | value.get("generation", {})
         merges = isinstance(value, dict) and isinstance(found.get(name), dict)
         found[name] = {**found[name], **value} if merges else value
     return found

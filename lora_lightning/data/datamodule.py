@@ -21,6 +21,7 @@ from lora_lightning.errors import UserError
 from lora_lightning.models.forward import uses_flash
 from lora_lightning.models.tokenizer import refuse_unknown
 from lora_lightning.tasks import IGNORE, Task
+from lora_lightning.utils.cache_folder import cache_folder
 from lora_lightning.utils.terminal import say
 
 from .collators import (
@@ -31,7 +32,7 @@ from .collators import (
 )
 from .loading import load_splits
 from .row_counts import doubts
-from .rows_cache import cache_folder, unwritable_cache
+from .rows_cache import unwritable_cache
 from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
 from .splits import make_splits
 from .tokenization import (

@@ -11,12 +11,14 @@ from typing import Any
 from lora_lightning.config.paths import absent
 from lora_lightning.config.untrusted import lies_elsewhere
 from lora_lightning.errors import UserError
+from lora_lightning.utils.cache_folder import cache_folder
 from lora_lightning.utils.output_folders import expanded
 from lora_lightning.utils.terminal import is_text
 
 from .readers import (
     BUILDERS,
     COMPRESSED,
+    MAY_LOSE,
     as_written,
     check_text,
     csv_as_written,
@@ -29,7 +31,7 @@ from .readers import (
     reason_of,
     with_numbers,
 )
-from .rows_cache import by_content, cache_folder, stored
+from .rows_cache import by_content, stored
 
 _ADVICE = {
     "csv": "A text that holds the separator must stand in double quotes.",
@@ -56,7 +58,7 @@ HIDDEN = (".", "__MACOSX")
 
 def load_rows(option: str, path: Path) -> Any:
     """Return the rows of one file or folder. Messages name it by `option`."""
-    return load_files(option, path, cache_folder(None))
+    return load_files(option, path, cache_folder())
 
 
 def load_files(option: str, value: Any, cache: Path) -> Any:
@@ -145,13 +147,17 @@ def _read_plain(option: str, path: Path, file: Path, cache: Path) -> Any:
     if builder == "text":
         text = read_text(option, path, file)
         return Dataset.from_dict({"text": text.removesuffix("\n").split("\n") if text else []})
-    if builder != "parquet":
-        check_text(option, path, file)
     if kind == ".json":
+        check_text(option, path, file)
         return _read_json(option, path, file, cache)
+
+    def check() -> None:
+        if builder != "parquet":
+            check_text(option, path, file)
+
     reader = {"csv": csv_as_written, "json": json_as_written, "parquet": Dataset.from_parquet}
     try:
-        return by_content(reader[builder], file, cache, **kwargs)
+        return by_content(reader[builder], file, cache, check=check, **kwargs)
     except UserError as error:
         if builder == "csv" and str(error).startswith("its "):
             raise UserError(f"{option}: {path}: {error}") from None
@@ -172,7 +178,8 @@ def _read_json(option: str, path: Path, file: Path, cache: Path) -> Any:
         content = _table(json.loads(text))
     except (ValueError, RecursionError):
         return _read_as_lines(option, path, file, cache)
-    _keep_numbers(content, _table(with_numbers(text)))
+    if MAY_LOSE.search(text.encode()):
+        _keep_numbers(content, _table(with_numbers(text)))
     try:
         if isinstance(content, list):
             return Dataset.from_list(content)

@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.config.untrusted import lies_elsewhere
 from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import digest, expanded
-from lora_lightning.utils.terminal import say
 
 from .cache import is_whole, tell_damage, write_sums
 from .files import SPLITS_OF_SAVED, STATE, load_files, load_saved
@@ -73,32 +73,80 @@ def _splits_of_saved(config: DataConfig, path: Path) -> dict[str, Any]:
 
 
 def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
-    """Load the splits of a hub dataset. Its cache is checked, and rebuilt if damaged."""
+    """Return the splits of a hub dataset.
+
+    Tables without types are read as local files are, with each cell as text. The downloaded files
+    of such a table are recorded, for later runs without a network.
+    """
+    from datasets import DownloadConfig, DownloadManager, load_dataset_builder
+
+    which = json.dumps([str(config.path), config.name, config.revision])
+    record = cache / f"files-{hashlib.sha256(which.encode()).hexdigest()[:32]}.json"
+    try:
+        builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
+    except Exception:
+        if not record.is_file():
+            raise
+        return _load_recorded(config, record, cache)
+    if builder.name == "cache" and record.is_file():  # rows of `datasets`, if there is no network
+        return _load_recorded(config, record, cache)
+    # The last part of a chain (zip://a.csv::hf://...) locates the file.
+    _check_files(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
+    if builder.name != "csv" or not _is_plain_set(builder):
+        return _prepared_rows(config, builder, cache)
+    urls = {str(split): list(map(str, files)) for split, files in builder.config.data_files.items()}
+    settings = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    copies = DownloadManager(builder.dataset_name, download_config=settings).download(urls)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        files = {
+            split: [_with_ending(*pair, cache) for pair in zip(copies[split], names, strict=True)]
+            for split, names in urls.items()
+        }
+        atomic_write(record, json.dumps(files, indent=2) + "\n")
+    except OSError as error:
+        raise unwritable_cache(cache, error) from None
+    return _load_recorded(config, record, cache)
+
+
+def _with_ending(file: str, url: str, cache: Path) -> str:
+    """Return the path of a downloaded file, through a link if it lacks the ending of its URL."""
+    if is_known(Path(file)):
+        return file
+    link = cache / f"{Path(file).name}-{PurePosixPath(url).name}"
+    with suppress(FileExistsError):
+        link.symlink_to(file)
+    return str(link)
+
+
+def _load_recorded(config: DataConfig, record: Path, cache: Path) -> dict[str, Any]:
+    """Return the rows of the files that a record names by split."""
+    files = json.loads(record.read_text(encoding="utf-8"))
+    option = f"data.path={config.path}"
+    return {split: load_files(option, names, cache) for split, names in files.items()}
+
+
+def _prepared_rows(config: DataConfig, builder: Any, cache: Path) -> dict[str, Any]:
+    """Return the splits that `datasets` prepares. Its cache is checked, and rebuilt if damaged."""
     from datasets import load_dataset_builder
 
-    def fetch(**how: Any) -> Any:
-        builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
-        # The last part of a chain (zip://a.csv::hf://...) locates the file.
-        _refuse_elsewhere(config, builder, lambda file: file.split("::")[-1].startswith(REMOTE))
-        guesses = builder.name == "csv" and _is_plain_set(builder)
-        builder.download_and_prepare(**how)
-        rows = builder.as_dataset()
-        if guesses:
-            _tell_numbers(config, rows)
-        return rows
-
-    found = fetch()
-    files = sorted({Path(part["filename"]) for rows in found.values() for part in rows.cache_files})
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    files = sorted(
+        {Path(part["filename"]) for rows in splits.values() for part in rows.cache_files}
+    )
     key = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:32]
     sums = cache / f"hub-{key}.json"
     if sums.exists() and not is_whole(files, sums):
         tell_damage(files[0].parent)
         before = [digest(file) for file in files]
-        found = fetch(download_mode="reuse_cache_if_exists")
+        builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
+        builder.download_and_prepare(download_mode="reuse_cache_if_exists")
+        splits = builder.as_dataset()
         if [digest(file) for file in files] == before:
             raise UserError(
-                f"data.path={config.path}: its rows in {files[0].parent} are damaged, and nothing "
-                "is there to make them again from. Delete that folder, and run with a network."
+                f"data.path={config.path}: its rows in {files[0].parent} are damaged, and cannot "
+                "be prepared again without a network. Delete that folder, and run with a network."
             )
         sums.unlink()
     if files and not sums.exists():
@@ -109,22 +157,8 @@ def _hub(config: DataConfig, cache: Path) -> dict[str, Any]:
             raise unwritable_cache(cache, error) from None
     return {
         split: stored(rows.data, rows.info.copy(), rows.split, rows._fingerprint)
-        for split, rows in found.items()
+        for split, rows in splits.items()
     }
-
-
-def _tell_numbers(config: DataConfig, found: Any) -> None:
-    """Report the columns of a hub table that `datasets` reads as numbers or the like."""
-    kinds = next(iter(found.values())).features
-    texts = ("string", "large_string")
-    guessed = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") not in texts]
-    if guessed:
-        say(
-            f"data.path={config.path} is a table without types, and {', '.join(guessed)} was read "
-            "as numbers, truth or times: 01 is 1 there, and 0.10 is 0.1. To have cells as they are "
-            "written download the set, and give its folder: data.path=FOLDER.",
-            file=sys.stderr,
-        )
 
 
 def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, Any]:
@@ -138,7 +172,7 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
         raise unwritable_cache(cache, error) from None
     with tempfile.TemporaryDirectory(dir=cache, prefix=".set-") as work:
         builder = load_dataset_builder(str(inside), config.name, cache_dir=work)
-        files = _refuse_elsewhere(
+        files = _check_files(
             config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
         )
         if _is_plain_set(builder):
@@ -179,10 +213,8 @@ def _is_plain_set(builder: Any) -> bool:
     return all(map(is_known, files)) and all(usual.get(key) == asked[key] for key in asked)
 
 
-def _refuse_elsewhere(
-    config: DataConfig, builder: Any, belongs: Callable[[str], bool]
-) -> list[str]:
-    """Return the files of a dataset, and refuse files that do not belong to it.
+def _check_files(config: DataConfig, builder: Any, belongs: Callable[[str], bool]) -> list[str]:
+    """Return the files of a dataset, after a check that they belong to it.
 
     The description of a dataset may name any file on the user's machine.
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.cache_folder import cache_folder
 
 from .docstrings import docstring_files
 from .files import load_files
 from .hub import load_hub
-from .rows_cache import cache_folder, unwritable_cache
+from .rows_cache import unwritable_cache
 
 SPLITS = ("train", "val", "test")
 

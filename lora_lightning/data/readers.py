@@ -32,7 +32,7 @@ PART, FREE = 2**23, 2**30
 """Bytes to decompress at a time, and bytes to leave free on a large disk."""
 LARGEST = 2**63
 """Integers from this value up, and below its negative, have no exact column type."""
-_MAY_LOSE = re.compile(rb"-?(?:\d+\.\d|\d+[eE]|(?<=-)0)")
+MAY_LOSE = re.compile(rb"-?(?:\d+\.\d|\d+[eE]|(?<=-)0)")
 """Pattern in a line of JSON with a number that Python may write differently."""
 _LIKE_A_TIME = re.compile(rb'"(?=\d{4}-\d\d-\d\d[^"\\]*"\s*[,}\]])')
 
@@ -147,7 +147,7 @@ def json_as_written(path: str, cache_dir: str) -> Any:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines):
             times = times or _LIKE_A_TIME.search(line) is not None
-            if _MAY_LOSE.search(line):
+            if MAY_LOSE.search(line):
                 found.update(odd_numbers(_text(number, line)))
     odd = sorted(found)
     if not times and not odd:

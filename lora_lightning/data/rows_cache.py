@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import UserError, causes
-from lora_lightning.utils.output_folders import digest, expanded
+from lora_lightning.utils.output_folders import digest
 
 from .cache import is_whole, tell_damage, write_sums
 
@@ -28,15 +28,6 @@ PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLangu
 """Column types of `datasets` with values stored in the rows. Others may name files and URLs."""
 
 
-def cache_folder(cache_dir: str | None) -> Path:
-    """Return the folder for data that was built or tokenized on this machine."""
-    if cache_dir is not None:
-        return expanded(cache_dir, "data.cache_dir")
-    import datasets
-
-    return Path(os.fspath(datasets.config.HF_DATASETS_CACHE)) / "lora_lightning"
-
-
 def unwritable_cache(folder: Path, error: OSError) -> UserError:
     """Return the error for a cache that cannot be written."""
     return UserError(
@@ -45,7 +36,14 @@ def unwritable_cache(folder: Path, error: OSError) -> UserError:
     )
 
 
-def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: Any) -> Any:
+def by_content(
+    reader: Callable[..., Any],
+    path: Path,
+    cache: Path,
+    *,
+    check: Callable[[], None] | None = None,
+    **kwargs: Any,
+) -> Any:
     """Return the rows of a file, cached by the file's content.
 
     The reader's own cache depends on path and modification time, which copies and archives keep.
@@ -54,6 +52,8 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
         reader: function that reads a file into a dataset of `datasets`.
         path: file to read.
         cache: cache folder.
+        check: function that raises UserError for a file that must not be read. It is called before
+            the reader, and not for cached rows (default: none).
         kwargs: further arguments of the reader.
 
     Raises:
@@ -67,6 +67,8 @@ def by_content(reader: Callable[..., Any], path: Path, cache: Path, **kwargs: An
     folder = cache / f"rows-{key}"
     try:
         if not is_kept(folder):
+            if check is not None:
+                check()
             shutil.rmtree(folder, ignore_errors=True)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}-") as work:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from lora_lightning.lora import UserError
 from lora_lightning.lora.running_statistics import is_statistic
 
-from .precision import refuse_scaled_loss
+from .precision import check_unscaled_loss
 from .sharded_loading import Shards
 
 BY_ELEMENT = (
@@ -148,7 +148,7 @@ class ShardedStrategy(ModelParallelStrategy):
             )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        refuse_scaled_loss(str(self.precision_plugin.precision))
+        check_unscaled_loss(str(self.precision_plugin.precision))
         super().setup_optimizers(trainer)
         if Shards(self.device_mesh).tensor > 1:
             for optimizer in self.optimizers:

@@ -43,7 +43,7 @@ from lora_lightning.training.module import LoraModule
 from lora_lightning.utils.output_folders import refuse_loss
 from lora_lightning.utils.quiet import quiet_libraries
 
-TASKS = {"SEQ_CLS": "sentiment", "SEQ_2_SEQ_LM": "summarization"}
+TASKS = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "summarization"}
 """Tasks by PEFT task type, if the type has only one task."""
 
 

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from lora_lightning.adapters.folder import read_sidecar
 from lora_lightning.config.compose import over_saved, settings_of
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.distributed.precision import fast_products, with_precision
+from lora_lightning.distributed.precision import with_precision
+from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.lora import UserError
 from lora_lightning.lora.embeddings import vocabulary_rows
 from lora_lightning.models.loading import load_model_config, max_positions
@@ -58,7 +59,7 @@ def evaluate(folder: Path, config: DictConfig) -> dict[str, Any]:
         length_limit=max_positions(load_model_config(module.model_config)),
         rows=vocabulary_rows(module.model),
     )
-    with fast_products(config.trainer.precision, str(config.trainer.accelerator)):
+    with tf32_matmuls(config.trainer.precision, str(config.trainer.accelerator)):
         found = trainer.test(module, data, verbose=False)
     if not found:
         raise UserError("there is no test data: give data.test=FILE.")

@@ -126,7 +126,7 @@ class InstructTask(GenerativeTask):
             messages = messages[:-1]
         head = [m for m in messages[:1] if m["role"] == "system"]
         body = messages[len(head) :]
-        room = max_length if targets else max_length - self.config.max_new_tokens
+        room = max_length if targets else max_length - self.config.generation.max_new_tokens
         truncated = False
         while body:
             ids, labels = self.render([*head, *body], targets=targets)

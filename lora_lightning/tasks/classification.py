@@ -1,4 +1,4 @@
-"""Text classification, for sentiment and any other task that gives a text one of N labels."""
+"""Text classification: sentiment, topics, intents, and others with one of N labels for a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
-from lora_lightning.config.schema import ModelConfig, SentimentConfig
+from lora_lightning.config.schema import ClassificationConfig, ModelConfig
 from lora_lightning.distributed.sharded_loading import Shards
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.models.forward import classification_logits
@@ -43,19 +43,19 @@ LABEL_COLUMNS = (
 )
 
 
-class SentimentTask(Task):
+class ClassificationTask(Task):
     """Task for any text classification, on encoders, decoders and encoder-decoders alike.
 
     Labels may be names or numbers, of any number of classes. The class names are stored in the
     model's config (`id2label`).
     """
 
-    name = "sentiment"
+    name = "classification"
     headline = "accuracy"
     peft_task_type = "SEQ_CLS"
 
-    def __init__(self, config: SentimentConfig | None = None) -> None:
-        self.config = config or SentimentConfig()
+    def __init__(self, config: ClassificationConfig | None = None) -> None:
+        self.config = config or ClassificationConfig()
         self.text_column: str | None = None
         self.pair_column: str | None = None
         self.label_column: str | None = None
@@ -398,6 +398,10 @@ class SentimentTask(Task):
         """Return the number of rows of each class in a raw dataset."""
         counts = Counter(self.label_id(value) for value in raw[self.label_column][:])
         return {label: counts.get(index, 0) for index, label in enumerate(self.labels)}
+
+
+SentimentTask = ClassificationTask
+"""Earlier name of `ClassificationTask`."""
 
 
 def _which_column(what: str, columns: list[str]) -> UserError:

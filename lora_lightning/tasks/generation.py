@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +68,9 @@ class GenerativeTask(Task):
         return None
 
     def signature(self) -> dict[str, Any]:
-        encoding = ("prompt", "system", "max_new_tokens", "blocks")
+        encoding = ("prompt", "system", "blocks")
         settings = {name: getattr(self.config, name, None) for name in encoding}
+        settings["max_new_tokens"] = self.config.generation.max_new_tokens
         return {"task": self.name, **settings, **self.state()}
 
     def encode(
@@ -80,10 +82,11 @@ class GenerativeTask(Task):
                 f"task={self.name}: the tokenizer has no end-of-sequence token, so a model could "
                 "never learn to stop. Choose another: model.tokenizer=NAME."
             )
-        if not self.encoder_decoder and max_length - self.config.max_new_tokens < MIN_PROMPT:
+        new = self.config.generation.max_new_tokens
+        if not self.encoder_decoder and max_length - new < MIN_PROMPT:
             raise UserError(
-                f"data.max_length={max_length} leaves no room for a prompt beside "
-                f"task.max_new_tokens={self.config.max_new_tokens}: lower that, or raise the other."
+                f"task.generation.max_new_tokens={new}: must leave room for a prompt in "
+                f"data.max_length={max_length}. Lower the former or raise the latter."
             )
         examples = self.examples(rows, max_length, targets=targets)
         names = {name for example in examples for name in example}
@@ -225,7 +228,7 @@ class GenerativeTask(Task):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 super().on_finalized_text(printable(text), stream_end=stream_end)
 
-        beams = self.config.num_beams > 1
+        beams = self.config.generation.num_beams > 1
         printer = Printer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.inference_mode():
             ids = self.generate(model, [prompt], **({} if beams else {"streamer": printer}))[0]
@@ -366,16 +369,14 @@ class GenerativeTask(Task):
         return {token for token in (self.tokenizer.eos_token_id, *others) if token is not None}
 
     def _generation(self, ends: set[int]) -> dict[str, Any]:
-        config = self.config
-        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        settings = {**asdict(self.config.generation), "top_k": 0}
+        if not settings["do_sample"]:
+            settings |= dict.fromkeys(("temperature", "top_p", "top_k"))
         return {
-            "max_new_tokens": config.max_new_tokens,
-            "do_sample": config.do_sample,
-            "num_beams": config.num_beams,
+            **settings,
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": sorted(ends),
             "use_cache": True,
-            **(sampled if config.do_sample else dict.fromkeys(sampled)),
         }
 
     def decode(self, ids: list[int]) -> str:

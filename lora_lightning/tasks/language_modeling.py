@@ -65,7 +65,7 @@ class LanguageModelTask(GenerativeTask):
         assert self.text_column is not None
         texts = [text.strip() for text in texts_of(rows, self.text_column)]
         if not targets:
-            room = max_length - self.config.max_new_tokens - self.special_count()
+            room = max_length - self.config.generation.max_new_tokens - self.special_count()
             return [
                 self.example(ids[-room:], None, truncated=len(ids) > room)
                 if ids

@@ -22,13 +22,16 @@ SUMS = torch.float32 if torch.backends.mps.is_available() else torch.float64
 """Type of sums over many tokens. Apple's GPUs have no float64."""
 
 
-class MeanLoss(Metric):
-    """Mean loss per target, from sums that are added without waiting for their device."""
+class _MeanPerTarget(Metric):
+    """Mean over targets, from sums that are added without waiting for their device.
+
+    torchmetrics 1.9 has MeanMetric. It waits for the device to look for NaN, and drops NaN. With
+    nan_strategy="disable" it takes every weight for 1.
+    """
 
     total: Tensor
     count: Tensor
     full_state_update = False
-    higher_is_better = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +39,19 @@ class MeanLoss(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
-        """Add a summed loss and its number of targets."""
+        """Add a sum over targets and their number."""
         self.total += total.detach().to(self.total)
         self.count += count.to(self.count)
 
     def compute(self) -> Tensor:
         """Return the mean so far, or nan without any target."""
         return (self.total / self.count).float()
+
+
+class MeanLoss(_MeanPerTarget):
+    """Mean loss per target."""
+
+    higher_is_better = False
 
 
 class Perplexity(MeanLoss):
@@ -53,27 +62,10 @@ class Perplexity(MeanLoss):
         return (self.total / self.count).exp().float()
 
 
-class TokenAccuracy(Metric):
+class TokenAccuracy(_MeanPerTarget):
     """Share of target tokens that the model finds most probable, given all tokens before them."""
 
-    correct: Tensor
-    count: Tensor
-    full_state_update = False
     higher_is_better = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, correct: Tensor, count: Tensor) -> None:
-        """Add the number of correct tokens and the number of all tokens."""
-        self.correct += correct.to(self.correct)
-        self.count += count.to(self.count)
-
-    def compute(self) -> Tensor:
-        """Return the share so far, or nan without any token."""
-        return self.correct / self.count
 
 
 class Rouge(Metric):

@@ -86,7 +86,7 @@ class SummarizationTask(GenerativeTask):
             length = len(answer or [])
             room = max_length - self.special_count() - len(before) - len(after)
             if not self.encoder_decoder:
-                room -= max(self.config.max_new_tokens, length)
+                room -= max(self.config.generation.max_new_tokens, length)
             lost = room < 1 or length > max_length - self.special_count()
             if not source or answer == [] or lost:
                 found.append(self.nothing(targets=targets))

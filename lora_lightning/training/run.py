@@ -31,12 +31,9 @@ from lora_lightning.config.compose import (
     with_direction,
 )
 from lora_lightning.config.schema import PAUSE
-from lora_lightning.distributed.precision import (
-    chosen_for_the_user,
-    fast_products,
-    is_on_cpu,
-    with_precision,
-)
+from lora_lightning.distributed.hardware_speed import is_on_cpu
+from lora_lightning.distributed.precision import automatic_precision_message, with_precision
+from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.lora import UserError
 from lora_lightning.models.cpu_kernels import crowded
 from lora_lightning.tasks import build_task
@@ -155,7 +152,7 @@ class Run:
             stack.enter_context(recorded_outcome(self.result, self.dir, self.config, self.signals))
             stack.enter_context(self.signals)
             stack.enter_context(memory_advice(self.config))
-            stack.enter_context(fast_products(trainer_config.precision, accelerator))
+            stack.enter_context(tf32_matmuls(trainer_config.precision, accelerator))
             self._prepare(heartbeat, changes)
             self._test_before()
             self._fit()
@@ -172,7 +169,7 @@ class Run:
             check_unused_folder(self.dir)
         refuse_loss(self.dir / ADAPTER, by="train")  # fail before training, not after it
         write_json(self.dir / RESULT, self.result)
-        if message := chosen_for_the_user(self.requested, self.config):
+        if message := automatic_precision_message(self.requested, self.config):
             print(message, file=sys.stderr)
         if is_on_cpu(accelerator) and (message := crowded(torch.get_num_threads())):
             say(message, file=sys.stderr)

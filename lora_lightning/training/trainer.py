@@ -19,7 +19,7 @@ from lora_lightning.config.instantiate import instantiate_all, instantiate_one
 from lora_lightning.config.schema import MOST_PROCESSES
 from lora_lightning.distributed.deepspeed import ZeroStrategy
 from lora_lightning.distributed.environment import check_nodes
-from lora_lightning.distributed.precision import for_lightning
+from lora_lightning.distributed.precision import lightning_precision
 from lora_lightning.distributed.strategies import (
     ShardedStrategy,
     refuse_full,
@@ -52,7 +52,7 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     if isinstance(strategy, ShardedStrategy) and strategy.asked != 1:
         strategy.check(config.optim.name)
     arguments |= changes
-    precision = for_lightning(str(arguments.pop("precision", "32-true")))
+    precision = lightning_precision(str(arguments.pop("precision", "32-true")))
     if precision == "16-mixed":
         plugins = arguments.get("plugins") or []
         given = plugins if isinstance(plugins, list) else [plugins]

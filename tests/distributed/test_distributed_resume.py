@@ -154,7 +154,11 @@ def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tin
     arguments = [
         *common,
         *("task=summarization", "task.generate_rows=40", "data.eval_batch_size=10"),
-        *("task.max_new_tokens=200000", "data.max_length=200064", "trainer.max_epochs=1"),
+        *(
+            "task.generation.max_new_tokens=200000",
+            "data.max_length=200064",
+            "trainer.max_epochs=1",
+        ),
         *(f"model.name_or_path={base}", f"data.cache_dir={tmp_path / 'cache'}"),
         *(f"data.{split}={rows}" for split in ("train", "val", "test")),
         *(f"test_before={str(moment == 'test').lower()}", "callbacks.samples=null"),

@@ -800,7 +800,7 @@ TRAINING = [
         "trainer.val_check_interval=3",
         "multiple",
     ),
-    Case("task", lambda p: p.train("task.name=sentimnt"), "task.name", "'sentiment'"),
+    Case("task", lambda p: p.train("task.name=clasification"), "task.name", "'classification'"),
     Case(
         "start from nothing", lambda p: p.train("adapter=no"), "no does not exist", "<run>/adapter"
     ),
@@ -1102,7 +1102,7 @@ ADAPTERS = [
         lambda p: [
             "import",
             f"source={tensors_of(p, 'lora_te_x.lora_down.weight')}",
-            *(f"model.name_or_path={p.bert}", "task=sentiment", "output=new"),
+            *(f"model.name_or_path={p.bert}", "task=classification", "output=new"),
         ],
         "name the classes",
         "task.labels=[",

@@ -42,7 +42,13 @@ def loss_of(model, tokenizer) -> float:
 def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path):
     run = tmp_path / "run"
     status, out, err = run_cli(
-        *("train", "task=lm", "task.max_new_tokens=8", *fast, f"model.name_or_path={tiny_llama}"),
+        *(
+            "train",
+            "task=lm",
+            "task.generation.max_new_tokens=8",
+            *fast,
+            f"model.name_or_path={tiny_llama}",
+        ),
         *(f"data.train={rows_jsonl}", f"output_dir={run}", "optim.lr=0.02"),
         f"callbacks.retention.texts={texts}",
     )

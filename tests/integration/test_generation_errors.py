@@ -106,9 +106,9 @@ REFUSED = [
         "no room for a prompt",
         "summarization",
         GOOD,
-        ["task.max_new_tokens=64"],
-        "leaves no room",
-        "lower that",
+        ["task.generation.max_new_tokens=64"],
+        "must leave room for a prompt",
+        "Lower the former",
     ),
     Case(
         "prompt without source", "summarization", GOOD, ["task.prompt=Summary"], "{source}", "once"
@@ -136,12 +136,26 @@ REFUSED = [
         "temperature",
         "summarization",
         GOOD,
-        ["task.temperature=0"],
-        "task.temperature",
+        ["task.generation.temperature=0"],
+        "task.generation.temperature",
         "do_sample=false",
     ),
-    Case("top_p", "summarization", GOOD, ["task.top_p=1.5"], "task.top_p", "(0, 1]"),
-    Case("beams", "summarization", GOOD, ["task.num_beams=0"], "task.num_beams", "at least 1"),
+    Case(
+        "top_p",
+        "summarization",
+        GOOD,
+        ["task.generation.top_p=1.5"],
+        "task.generation.top_p",
+        "(0, 1]",
+    ),
+    Case(
+        "beams",
+        "summarization",
+        GOOD,
+        ["task.generation.num_beams=0"],
+        "task.generation.num_beams",
+        "at least 1",
+    ),
     Case("no text", "lm", [{"a": "b"}] * 9, [], "the text?", "task.text_column"),
     Case(
         "nothing to compare",
@@ -220,7 +234,9 @@ def test_bad_data_is_one_clear_message(
             shutil.copyfile(chat_llama / name, model / name)
     write_jsonl(Path("rows.jsonl"), case.rows)
     room = (
-        [] if any("max_new_tokens" in item for item in case.settings) else ["task.max_new_tokens=8"]
+        []
+        if any("max_new_tokens" in item for item in case.settings)
+        else ["task.generation.max_new_tokens=8"]
     )
     before = sorted(Path().rglob("*"))
     status, _, err = run_cli(
@@ -281,7 +297,7 @@ def test_rows_that_are_dropped_are_counted(run_cli, tiny_llama, tmp_path, fast):
         "check",
         *fast,
         "task=summarization",
-        "task.max_new_tokens=8",
+        "task.generation.max_new_tokens=8",
         f"model.name_or_path={tiny_llama}",
         f"data.train={train}",
         f"data.val={val}",

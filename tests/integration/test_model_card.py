@@ -27,7 +27,7 @@ def test_card(kind, fast, tiny_bert, chat_llama, tmp_path, run_cli):
     base = chat_llama if kind in ("llama", "loftq") else tiny_bert
     settings = [*fast, f"data.train={data}", f"model.name_or_path={base}"]
     if kind in ("llama", "loftq"):
-        settings += ["task=summarization", "task.max_new_tokens=4"]
+        settings += ["task=summarization", "task.generation.max_new_tokens=4"]
     if kind == "loftq":
         pytest.importorskip("bitsandbytes")
         settings += ["lora=loftq", "model.quantization=nf4", "lora.rank=3"]

@@ -64,7 +64,7 @@ def settings(bases, pairs, fast):
             *(item for item in fast if not item.startswith(("trainer.max_epochs", "data."))),
             "task=summarization",
             'task.prompt="{source}"',
-            "task.max_new_tokens=6",
+            "task.generation.max_new_tokens=6",
             f"model.name_or_path={bases[name]}",
             f"data.train={pairs}",
             "trainer.max_epochs=6",
@@ -264,7 +264,7 @@ def test_an_encoder_decoder(tiny_t5, pairs, fast, tmp_path, run_cli):
     run = tmp_path / "run"
     overrides = [*fast, "task=summarization", f"model.name_or_path={tiny_t5}", NEW]
     overrides += [f"data.train={pairs}", "optim.lr=3e-2", f"output_dir={run}"]
-    train(compose_config([*overrides, "trainer.max_epochs=8", "task.max_new_tokens=6"]))
+    train(compose_config([*overrides, "trainer.max_epochs=8", "task.generation.max_new_tokens=6"]))
     stored = load_file(run / "adapter" / "adapter_model.safetensors")
     assert [n for n in stored if "token_adapter" in n] == [
         "base_model.model.shared.token_adapter.trainable_tokens_delta"

@@ -176,7 +176,7 @@ def test_causal_model_with_accumulation_and_another_seed(fast, tiny_llama, tmp_p
     write_jsonl(data, rows)
     common = [
         *fast,
-        *("task=summarization", "task.max_new_tokens=6", "task.generate_rows=4"),
+        *("task=summarization", "task.generation.max_new_tokens=6", "task.generate_rows=4"),
         *(f"model.name_or_path={tiny_llama}", f"data.train={data}", "data.batch_size=4"),
         *("trainer.accumulate_grad_batches=2", "trainer.max_epochs=3", "optim.lr=3e-3"),
         *("trainer.log_every_n_steps=1", "callbacks.samples.count=2"),

@@ -63,7 +63,7 @@ def with_values(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 SHORT = ["data.max_length=32"]
-TEXT = [*SHORT, "task.max_new_tokens=8"]
+TEXT = [*SHORT, "task.generation.max_new_tokens=8"]
 LM, INSTRUCT = ["task=lm", *TEXT], ["task=instruct", *TEXT]
 IN_16_BITS = ["trainer.precision=bf16-true", "model.dtype=bfloat16"]
 EXPERTS = "lora.target_parameters=[experts.gate_up_proj,experts.down_proj]"
@@ -264,7 +264,7 @@ def test_target_sets_are_found_by_name(tiny_bert, tiny_llama, tiny_t5):
 def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where nobody has trained before
     place = bare(tiny_llama, tmp_path / "bare")
-    where = [f"model.name_or_path={place}", "task=instruct", "task.max_new_tokens=8"]
+    where = [f"model.name_or_path={place}", "task=instruct", "task.generation.max_new_tokens=8"]
     status, out, err = run_cli("plan", *BASE, *where, "device_gib=0.001")
     assert status == 0, err
     rows = {line.split()[0]: line.split() for line in out.splitlines() if "32-true" in line}

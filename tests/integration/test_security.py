@@ -418,7 +418,7 @@ def test_checkpoint_with_interpolation_is_refused(run, tmp_path, monkeypatch):
     raw = json.loads((peft / CONFIG).read_text())
     (peft / CONFIG).write_text(json.dumps({**raw, "base_model_name_or_path": text}))
     with pytest.raises(UserError, match="settings must be plain"):
-        import_adapter(peft, tmp_path / "out", ["task=sentiment"])
+        import_adapter(peft, tmp_path / "out", ["task=classification"])
 
 
 @pytest.mark.parametrize("kind", ["sidecar", "checkpoint"])

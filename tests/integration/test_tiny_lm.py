@@ -84,7 +84,12 @@ def test_tasks_that_write_text_bring_it_and_the_docstrings(task):
 @pytest.mark.slow
 def test_summarization_with_nothing_else_typed(run_cli, tmp_path):
     run = tmp_path / "run"
-    limits = ["debug=limit", "data.limit_train=64", "task.max_new_tokens=16", f"output_dir={run}"]
+    limits = [
+        "debug=limit",
+        "data.limit_train=64",
+        "task.generation.max_new_tokens=16",
+        f"output_dir={run}",
+    ]
     status, out, err = run_cli("train", "task=summarization", *limits, *QUIET)
     assert status == 0, err
     result = json.loads((run / "result.json").read_text())
@@ -116,7 +121,7 @@ def test_conversations_and_chat(run_cli, tmp_path, monkeypatch):
     data = tmp_path / "talks.jsonl"
     write_jsonl(data, rows)
     run = tmp_path / "run"
-    settings = ["task.max_new_tokens=8", "optim.lr=1e-2", f"output_dir={run}"]
+    settings = ["task.generation.max_new_tokens=8", "optim.lr=1e-2", f"output_dir={run}"]
     status, _, err = run_cli(
         "train", "task=instruct", "model=tiny_lm", f"data.train={data}", *settings, *QUIET
     )

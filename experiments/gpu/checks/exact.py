@@ -165,7 +165,11 @@ def verbs(lab: Lab) -> Figures:
     rows = lab.rows(lab.pick(120, 40))
     common = ["model=tiny_lm", f"data.train={rows}", f"data.test={rows}", "test_before=false"]
     common += [f"trainer.max_steps={lab.pick(30, 4)}", "data.batch_size=8", "optim.lr=3e-3"]
-    common += ["trainer.precision=32-true", "task.max_new_tokens=8", "task.generate_rows=0"]
+    common += [
+        "trainer.precision=32-true",
+        "task.generation.max_new_tokens=8",
+        "task.generate_rows=0",
+    ]
     trained = lab.train("task=summarization", *common)
     talks = lab.train("task=instruct", *common)
     adapter = f"adapter={trained.folder / 'adapter'}"

@@ -74,7 +74,7 @@ QUIET = (
     *("logger.tensorboard=null", "trainer.log_every_n_steps=1"),
 )
 BRIEF = ("test_before=false", "data.test_fraction=0", "trainer.limit_val_batches=1")
-SHORT = ("data.max_length=64", "task.max_new_tokens=8")
+SHORT = ("data.max_length=64", "task.generation.max_new_tokens=8")
 MIB = 2**20
 ADAPTER = "adapter/adapter_model.safetensors"
 

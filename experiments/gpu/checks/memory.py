@@ -35,7 +35,7 @@ def longest(lab: Lab) -> Figures:
         run = lab.train(
             *("task=lm", f"model.name_or_path={lab.model('8b')}", "model.quantization=nf4"),
             *("model.gradient_checkpointing=true", "lora.rank=32", "data.batch_size=1"),
-            "task.max_new_tokens=8",
+            "task.generation.max_new_tokens=8",
             *(f"data.train={rows}", f"data.val={val}", f"data.max_length={length}"),
             *("trainer.max_steps=1", "trainer.precision=bf16-true", *BRIEF),
         )

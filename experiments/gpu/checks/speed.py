@@ -368,7 +368,7 @@ def validation(lab: Lab) -> Figures:
         probe = lab.train(
             *("task=summarization", f"model.name_or_path={lab.model('1b')}"),
             *(f"data.train={file}", f"data.val={file}", f"task.generate_rows={rows}"),
-            *(f"task.max_new_tokens={tokens}", f"data.eval_batch_size={batch}"),
+            *(f"task.generation.max_new_tokens={tokens}", f"data.eval_batch_size={batch}"),
             *("trainer.max_steps=1", "data.batch_size=4", "trainer.precision=bf16-true"),
             *("test_before=false", "data.test_fraction=0"),
             probe="Validations",

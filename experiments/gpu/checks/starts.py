@@ -120,7 +120,7 @@ def tasks(lab: Lab) -> Figures:
                 run = lab.train(
                     *(f"task={task}", "model=tiny_lm", f"data.train={rows}", "data.batch_size=8"),
                     *(f"trainer.precision={precision}", f"trainer.max_steps={steps}", *BRIEF),
-                    *([] if task == "sentiment" else ["task.max_new_tokens=8"]),
+                    *([] if task == "sentiment" else ["task.generation.max_new_tokens=8"]),
                     probe="Scale",
                 )
             except Failure as failure:

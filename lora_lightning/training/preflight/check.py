@@ -18,7 +18,7 @@ from lora_lightning.config.compose import settings_of, with_direction
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.row_counts import class_counts, doubts
-from lora_lightning.distributed.precision import chosen_for_the_user, with_precision
+from lora_lightning.distributed.precision import automatic_precision_message, with_precision
 from lora_lightning.distributed.sharded_loading import check_heads
 from lora_lightning.distributed.strategies import ShardedStrategy
 from lora_lightning.lora import UserError
@@ -52,7 +52,7 @@ def check(config: DictConfig) -> str:
     """
     quiet_libraries()
     requested, config = config, with_precision(with_direction(config))
-    choices = chosen_for_the_user(requested, config)
+    choices = automatic_precision_message(requested, config)
     settings = settings_of(config)
     output = Path(config.output_dir)
     check_unused_folder(output)

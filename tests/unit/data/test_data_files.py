@@ -242,31 +242,57 @@ def test_a_set_of_the_hub_names_no_file_of_the_user(tmp_path, monkeypatch):
         load_splits(DataConfig(path="me/rows"))
 
 
-@pytest.mark.parametrize(
-    ("cells", "read", "told"),
-    [
-        ("01", 1, "label, half was read as"),
-        ("bad", "bad", "me/rows is a table without types, and half was read as"),
-    ],
-)
-def test_guessed_types_of_a_table_of_the_hub_are_told(
-    cells, read, told, tmp_path, monkeypatch, capsys
-):
-    path = tmp_path / "set" / "train.csv"
-    path.parent.mkdir()
-    path.write_text(f"text,label,half\ngood,{cells},0.10\n")
-    found = datasets.load_dataset_builder(
-        "csv", data_files=str(path), cache_dir=str(tmp_path / "hub")
+CELLS = ({"train.csv": ","}, {"train.tsv": "\t"}, {"train-0.csv": ",", "train-1.csv": ","})
+
+
+@pytest.mark.parametrize("files", CELLS, ids=["csv", "tsv", "two files"])
+def test_load_hub_table_keeps_cells_as_written(files, tmp_path, monkeypatch, capsys):
+    """A hub table gives the same rows as its folder does, later without a network too."""
+    for name, separator in files.items():
+        path = tmp_path / "set" / name
+        path.parent.mkdir(exist_ok=True)
+        lines = (("text", "label", "half"), ("good", "01", "0.10"), ("NA", "1e5", "true"))
+        path.write_text("".join(separator.join(line) + "\n" for line in lines))
+    builder = datasets.load_dataset_builder(
+        "csv",
+        data_files=sorted(str(tmp_path / "set" / name) for name in files),
+        cache_dir=str(tmp_path / "hub"),
+        **({"sep": "\t"} if "train.tsv" in files else {}),
     )
     monkeypatch.setattr(hub, "REMOTE", ("/",))
+    config = DataConfig(path="me/rows", cache_dir=str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "load_dataset_builder", lambda *_, **__: found)
-        rows = load_splits(DataConfig(path="me/rows"))["train"]
-    assert rows[:] == {"text": ["good"], "label": [read], "half": [0.1]}
-    assert told in capsys.readouterr().err
-    rows = load_splits(DataConfig(path=str(path.parent)))["train"]  # as the message advises
-    assert rows[:] == {"text": ["good"], "label": [cells], "half": ["0.10"]}
-    assert "without types" not in capsys.readouterr().err
+        patch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+        rows = load_splits(config)["train"]
+    assert rows[:] == {
+        "text": ["good", "NA"] * len(files),
+        "label": ["01", "1e5"] * len(files),
+        "half": ["0.10", "true"] * len(files),
+    }
+    local = load_splits(DataConfig(path=str(tmp_path / "set")))["train"]
+    assert local[:] == rows[:]
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
+    assert load_splits(config)["train"][:] == rows[:]
+    with pytest.raises(UserError, match="Couldn't reach the hub"):
+        load_splits(DataConfig(path="me/rows", revision="v2", cache_dir=config.cache_dir))
+
+
+def test_load_hub_table_from_a_website_keeps_cells_as_written(tmp_path, monkeypatch):
+    """`datasets` keeps a download of a website under a name without its ending."""
+    (tmp_path / "3fa0").write_text("text,label\ngood,01\n")
+    builder = datasets.load_dataset_builder("csv", data_files=str(tmp_path / "3fa0"))
+    builder.config.data_files = {"train": ["https://example.org/rows/train.csv"]}
+    monkeypatch.setattr(
+        datasets.DownloadManager, "download", lambda *_: {"train": [str(tmp_path / "3fa0")]}
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    config = DataConfig(path="me/rows", cache_dir=str(tmp_path / "cache"))
+    for _ in range(2):
+        assert load_splits(config)["train"][:] == {"text": ["good"], "label": ["01"]}
 
 
 @pytest.mark.parametrize("name", ["pos/2.txt", "deep/er/2.txt", "part2.jsonl"])

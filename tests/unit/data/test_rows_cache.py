@@ -13,9 +13,9 @@ from lora_lightning.config.schema import DataConfig
 from lora_lightning.data import docstrings, hub
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.loading import load_splits
-from lora_lightning.data.rows_cache import cache_folder
 from lora_lightning.lora import UserError
 from lora_lightning.tasks import build_task
+from lora_lightning.utils.cache_folder import cache_folder
 
 
 def write_rows(path: Path, words: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_endings_are_part_of_the_content(tmp_path):
 def test_rows_of_one_content_are_read_once(tmp_path, capsys):
     """Neither another time nor another place of the file makes them new, or damaged."""
     words = ["not", "new", "not", "damaged"]
-    before = set(cache_folder(None).rglob("*.*"))
+    before = set(cache_folder().rglob("*.*"))
     for turn in range(4):
         path = tmp_path / str(turn % 2) / "rows.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def test_rows_of_one_content_are_read_once(tmp_path, capsys):
         os.utime(path, ns=(10**18 + turn, 10**18 + turn))
         assert read(path) == words
     assert capsys.readouterr().err.count("is damaged") == 0
-    made = set(cache_folder(None).rglob("*.*")) - before
+    made = set(cache_folder().rglob("*.*")) - before
     assert sorted(path.name for path in made) == ["00000.arrow", "sums.json"]
 
 
@@ -121,9 +121,9 @@ DAMAGES = {
 def test_damaged_copies_of_rows_are_made_again(ending, damage, tmp_path, capsys):
     path, words = tmp_path / f"rows.{ending}", [f"{ending} {damage} {n}" for n in range(99)]
     write_rows(path, words)
-    before = set(cache_folder(None).rglob("*.arrow"))
+    before = set(cache_folder().rglob("*.arrow"))
     assert read(path) == words
-    (made,) = set(cache_folder(None).rglob("*.arrow")) - before
+    (made,) = set(cache_folder().rglob("*.arrow")) - before
     DAMAGES[damage](made)
     capsys.readouterr()
     assert read(path) == words
@@ -135,7 +135,7 @@ def test_damaged_copies_of_rows_are_made_again(ending, damage, tmp_path, capsys)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_splits_of_a_folder_are_those_of_its_files_now(damage, tmp_path, capsys):
     """data.path: by content, and whole; a file's name and time may stay."""
-    before = set(cache_folder(None).rglob("*.arrow"))
+    before = set(cache_folder().rglob("*.arrow"))
     for word in (f"old {damage}", f"new {damage}"):
         for split in ("train", "validation"):
             write_rows(tmp_path / f"{split}.jsonl", [f"{split} {word}"] * 9)
@@ -144,7 +144,7 @@ def test_splits_of_a_folder_are_those_of_its_files_now(damage, tmp_path, capsys)
             found = load_splits(DataConfig(path=str(tmp_path)))
             rows = {split: rows["text"][:] for split, rows in found.items()}
             assert rows == {"train": [f"train {word}"] * 9, "val": [f"validation {word}"] * 9}
-            made = sorted(set(cache_folder(None).rglob("*.arrow")) - before)
+            made = sorted(set(cache_folder().rglob("*.arrow")) - before)
             if turn == 0:
                 DAMAGES[damage](made[0])
                 capsys.readouterr()
@@ -179,7 +179,7 @@ def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
     assert "is made again" not in capsys.readouterr().err
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: None)
     file.write_bytes(content.replace(b"row 50", b"row 05"))
-    with pytest.raises(UserError, match="are damaged, and nothing is there to make them again"):
+    with pytest.raises(UserError, match="are damaged, and cannot be prepared again without"):
         read_all()
 
 

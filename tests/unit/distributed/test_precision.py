@@ -13,12 +13,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from helpers.data import make_rows, write_jsonl
 from lora_lightning.adapters.folder import read_sidecar
 from lora_lightning.config.compose import compose_config
-from lora_lightning.distributed import precision
+from lora_lightning.distributed import hardware_speed, precision
 from lora_lightning.distributed.precision import (
-    chosen_for_the_user,
-    settle_precision,
+    automatic_precision_message,
+    resolve_precision,
     with_precision,
 )
+from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.lora import UserError
 from lora_lightning.models.cpu_kernels import attend
 from lora_lightning.training.run import train
@@ -41,10 +42,12 @@ from lora_lightning.training.run import train
         ("bf16-mixed", "auto", True, False, ("bf16-mixed", "float32")),
     ],
 )
-def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
+def test_resolve_precision_returns_the_name_and_dtype(
+    monkeypatch, asked, dtype, full, fast, expected
+):
     monkeypatch.setattr(precision, "fp16_is_fast", lambda accelerator: False)
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
-    found = settle_precision(asked, dtype, full=full)
+    found = resolve_precision(asked, dtype, full=full)
     assert (found.name, found.dtype) == expected
 
 
@@ -52,17 +55,18 @@ def test_what_is_chosen(monkeypatch, asked, dtype, full, fast, expected):
     ("asked", "dtype", "full", "message"),
     [
         ("16-true", "auto", False, "must stay fp32"),
-        ("bf17", "auto", False, "no such precision"),
-        ("bf16-true", "float32", False, "contradicts"),
-        ("auto", "float16", False, "model.dtype=float16 needs a GPU"),
-        ("tf32", "auto", False, "trainer.precision=tf32 needs a GPU"),
+        ("bf17", "auto", False, "precision not found"),
+        ("bf16-true", "float32", False, "is not supported with trainer.precision=bf16-true"),
+        ("bf16-true", "float16", False, "model.dtype=float16: is not supported"),
+        ("auto", "float16", False, "model.dtype=float16: requires a GPU"),
+        ("tf32", "auto", False, "trainer.precision=tf32: requires a GPU"),
         ("auto", "bfloat16", True, "round away"),
         ("bf16-true", "auto", True, "round away"),
     ],
 )
-def test_types_that_would_go_wrong_are_refused(asked, dtype, full, message):
+def test_resolve_precision_with_wrong_types_raises(asked, dtype, full, message):
     with pytest.raises(UserError, match=message):
-        settle_precision(asked, dtype, full=full, accelerator="cpu")
+        resolve_precision(asked, dtype, full=full, accelerator="cpu")
 
 
 @pytest.mark.parametrize(
@@ -76,23 +80,25 @@ def test_types_that_would_go_wrong_are_refused(asked, dtype, full, message):
         ("tf32", "auto", True, False, ("tf32", "float32")),
     ],
 )
-def test_gpu_without_bf16_takes_fp16(monkeypatch, asked, dtype, full, sharded, expected):
-    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+def test_resolve_precision_on_a_gpu_without_bf16_takes_fp16(
+    monkeypatch, asked, dtype, full, sharded, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    found = settle_precision(asked, dtype, full=full, sharded=sharded)
+    found = resolve_precision(asked, dtype, full=full, sharded=sharded)
     assert (found.name, found.dtype) == expected
 
 
-def test_scaled_losses_are_refused_where_processes_hold_shares(monkeypatch):
-    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+def test_with_precision_16_mixed_under_sharding_raises(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("fsdp2", "tp", "deepspeed"):
         config = compose_config([f"trainer={name}", "trainer.precision=16-mixed"])
-        with pytest.raises(UserError, match=r"trainer\.precision=16-mixed skips steps"):
+        with pytest.raises(UserError, match=r"trainer\.precision=16-mixed: skips steps"):
             with_precision(config)
 
 
-def test_adapter_trained_in_fp16_is_evaluated_on_a_cpu_in_fp32():
+def test_with_precision_fp16_adapter_on_a_cpu_is_fp32():
     config = compose_config(["trainer=cpu", "model.dtype=float16"])
     found = with_precision(config, trains=False)
     assert (found.trainer.precision, found.model.dtype) == ("32-true", "float32")
@@ -101,22 +107,22 @@ def test_adapter_trained_in_fp16_is_evaluated_on_a_cpu_in_fp32():
 @pytest.mark.parametrize(
     ("name", "within"), [("32-true", "highest"), ("tf32", "high"), ("bf16-true", "high")]
 )
-def test_fp32_products_use_tf32_unless_the_precision_is_32_true(monkeypatch, name, within):
-    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: accelerator == "gpu")
+def test_tf32_matmuls_sets_tf32_unless_the_precision_is_32_true(monkeypatch, name, within):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert torch.get_float32_matmul_precision() == "highest"
-    with precision.fast_products(name, "cpu"):
+    with tf32_matmuls(name, "cpu"):
         assert torch.get_float32_matmul_precision() == "highest"
-    with precision.fast_products(name, "gpu"):
+    with tf32_matmuls(name, "gpu"):
         assert torch.get_float32_matmul_precision() == within
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_tf32_stays_on_until_the_last_of_several_threads_has_ended(monkeypatch):
-    monkeypatch.setattr(precision, "_on_gpu", lambda accelerator: True)
+def test_tf32_matmuls_stays_on_until_the_last_thread_leaves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = []
 
     def block(entered, may_leave):
-        with precision.fast_products("bf16-true", "gpu"):
+        with tf32_matmuls("bf16-true", "gpu"):
             entered.set()
             assert may_leave.wait(60)
 
@@ -166,7 +172,7 @@ def runs(tiny_llama, tmp_path_factory):
     }
 
 
-def test_every_precision_trains_an_fp32_adapter_to_nearly_the_same(runs):
+def test_train_in_each_precision_gives_nearly_the_same_fp32_adapter(runs):
     folder, results = runs
     adapters = {
         name: load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in results
@@ -181,7 +187,7 @@ def test_every_precision_trains_an_fp32_adapter_to_nearly_the_same(runs):
         assert not torch.equal(adapters[other][name], adapters["32-true"][name])
 
 
-def test_an_adapter_remembers_the_type_of_its_base(runs):
+def test_saved_settings_hold_the_dtype_of_the_base(runs):
     folder, _ = runs
     types = {
         name: read_sidecar(folder / name / "adapter")["settings"]["model"]["dtype"]
@@ -190,7 +196,7 @@ def test_an_adapter_remembers_the_type_of_its_base(runs):
     assert types == {"32-true": "float32", "bf16-true": "bfloat16"}
 
 
-def test_bf16_true_holds_the_base_in_bf16(runs):
+def test_load_trained_of_bf16_true_has_a_bf16_base(runs):
     from lora_lightning.inference.predictor import load_trained
 
     folder, _ = runs
@@ -200,7 +206,7 @@ def test_bf16_true_holds_the_base_in_bf16(runs):
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
 
 
-def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
+def test_with_precision_of_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: False)
     config = compose_config([])
     assert with_precision(config).trainer.precision == "32-true"
@@ -218,14 +224,14 @@ def test_a_resumed_run_keeps_its_precision(runs, tmp_path, monkeypatch):
         (True, ["trainer.precision=bf16-true"], False),
     ],
 )
-def test_what_was_chosen_for_the_user_is_said(monkeypatch, fast, overrides, said):
+def test_automatic_precision_message_names_the_alternative(monkeypatch, fast, overrides, said):
     monkeypatch.setattr(precision, "bf16_is_fast", lambda accelerator: fast)
     config = compose_config(overrides)
-    told = chosen_for_the_user(config, with_precision(config))
+    told = automatic_precision_message(config, with_precision(config))
     assert ("trainer.precision=32-true" in str(told)) == said
 
 
-def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
+def test_trainer_that_casts_the_adapter_raises(tiny_bert):
     import lightning as L
     from torch.utils.data import DataLoader
 
@@ -247,7 +253,7 @@ def test_a_trainer_that_casts_the_adapter_is_refused(tiny_bert):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_bf16_training_on_a_cpu_is_computed_in_fp32(autocast, masked):
+def test_attend_in_bf16_on_a_cpu_computes_in_fp32(autocast, masked):
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 2, not masked
     torch.manual_seed(0)
@@ -294,7 +300,7 @@ def timed(monkeypatch, tmp_path):
             asked.append(dtype)
             return {torch.float32: float32, torch.bfloat16: bfloat16}[dtype]
 
-        monkeypatch.setattr(precision, "_seconds", seconds)
+        monkeypatch.setattr(hardware_speed, "_seconds", seconds)
         return asked
 
     return give
@@ -303,47 +309,50 @@ def timed(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("float32", "bfloat16", "chosen"), [(0.005, 0.008, "32-true"), (0.005, 0.002, "bf16-true")]
 )
-def test_a_cpu_takes_what_it_is_faster_at(timed, float32, bfloat16, chosen):
+def test_with_precision_on_a_cpu_takes_the_faster_dtype(timed, float32, bfloat16, chosen):
     asked = timed(float32, bfloat16)
     config = compose_config(["trainer=cpu"])
     settled = with_precision(config)
     assert settled.trainer.precision == chosen
-    told = chosen_for_the_user(config, settled)
+    told = automatic_precision_message(config, settled)
     assert told.startswith(f"Precision: {chosen}")
     assert f"took {bfloat16 * 1e3:g} ms in bf16 and {float32 * 1e3:g} ms in fp32" in told
     timed(bfloat16, float32)  # another day it may be otherwise, and the choice stays
     assert with_precision(config).trainer.precision == chosen
     assert asked == [torch.float32, torch.bfloat16]
     typed = compose_config(["trainer=cpu", "trainer.precision=32-true"])
-    assert chosen_for_the_user(typed, with_precision(typed)) is None
+    assert automatic_precision_message(typed, with_precision(typed)) is None
 
 
-def test_times_that_are_damaged_are_taken_again(timed):
+def test_bf16_is_fast_with_damaged_times_measures_again(timed):
     asked = timed(0.005, 0.002)
-    assert precision.bf16_is_fast("cpu")
-    kept = precision._kept_times()
+    assert hardware_speed.bf16_is_fast("cpu")
+    kept = hardware_speed._cache_file()
     kept.write_text("{")
     timed(0.002, 0.005)
-    assert not precision.bf16_is_fast("cpu")
+    assert not hardware_speed.bf16_is_fast("cpu")
     assert json.loads(kept.read_text()) == {"float32": 0.002, "bfloat16": 0.005}
     assert len(asked) == 4
 
 
-def test_a_cpu_without_bf16_is_not_timed(timed, monkeypatch):
+def test_with_precision_on_a_cpu_without_bf16_measures_nothing(timed, monkeypatch):
     asked = timed(0.005, 0.002)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     config = compose_config(["trainer=cpu"])
     settled = with_precision(config)
-    assert (settled.trainer.precision, chosen_for_the_user(config, settled)) == ("32-true", None)
+    assert (settled.trainer.precision, automatic_precision_message(config, settled)) == (
+        "32-true",
+        None,
+    )
     assert asked == []
 
 
-def test_times_are_kept_nowhere_where_nothing_can_be_written(timed, tmp_path):
+def test_bf16_is_fast_without_a_cache_folder_measures(timed, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     timed(0.005, 0.002)
-    assert precision.bf16_is_fast("cpu")
+    assert hardware_speed.bf16_is_fast("cpu")
 
 
-def test_products_of_both_types_are_timed():
-    assert precision._seconds(torch.float32) > 0
-    assert precision._seconds(torch.bfloat16) > 0
+def test_seconds_are_positive_for_both_dtypes():
+    assert hardware_speed._seconds(torch.float32) > 0
+    assert hardware_speed._seconds(torch.bfloat16) > 0

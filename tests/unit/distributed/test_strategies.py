@@ -146,7 +146,7 @@ def test_scaled_loss_is_refused_for_a_sharded_base_in_any_trainer():
         plugins=[half_precision("cpu")],
         **{"accelerator": "cpu", "devices": 2, "logger": False},
     )
-    with pytest.raises(UserError, match=r"trainer\.precision=16-mixed skips steps"):
+    with pytest.raises(UserError, match=r"trainer\.precision=16-mixed: skips steps"):
         trainer.strategy.setup_optimizers(trainer)
 
 

@@ -211,7 +211,7 @@ def test_head_that_is_not_there(tiny_bert, tmp_path):
     save_file(
         {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b}, tmp_path / "k.safetensors"
     )
-    own = ["task=sentiment", f"model.name_or_path='{tiny_bert}'", "task.labels=[a,b]", *FAST]
+    own = ["task=classification", f"model.name_or_path='{tiny_bert}'", "task.labels=[a,b]", *FAST]
     with pytest.raises(UserError, match="holds no classifier"):
         import_adapter(tmp_path / "k.safetensors", tmp_path / "new", own, alpha=ALPHA)
     assert not (tmp_path / "new").exists()

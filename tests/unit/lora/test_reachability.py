@@ -126,7 +126,7 @@ def arguments(folders, fast, tmp_path, monkeypatch):
             "task=lm",
             "data.train=rows.jsonl",
             "data.max_length=32",
-            "task.max_new_tokens=4",
+            "task.generation.max_new_tokens=4",
             "task.blocks=false",
             "data.packing=false",
             f"output_dir={verb}",

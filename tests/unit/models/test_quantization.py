@@ -274,7 +274,14 @@ def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
     """It trains, PEFT has its logits on the same base, and merged it is the model trained."""
     run = tmp_path / "run"
     status, _, err = run_cli(
-        *("train", *fast, "task=lm", "task.max_new_tokens=8", "lora=loftq", "model.dtype=float32"),
+        *(
+            "train",
+            *fast,
+            "task=lm",
+            "task.generation.max_new_tokens=8",
+            "lora=loftq",
+            "model.dtype=float32",
+        ),
         *("model.quantization=nf4", f"model.name_or_path={tiny_llama}", "optim.lr=0.01"),
         *(f"data.train={rows_jsonl}", f"output_dir={run}"),
     )
@@ -302,7 +309,9 @@ def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
         assert "lora.init=loftq" in err
         assert "lora-lightning merge" in err
 
-    again = [*("train", *fast, "task=lm", "task.max_new_tokens=8", "model.dtype=float32")]
+    again = [
+        *("train", *fast, "task=lm", "task.generation.max_new_tokens=8", "model.dtype=float32")
+    ]
     again += [f"model.name_or_path={tiny_llama}", f"data.train={rows_jsonl}"]
     again += [f"output_dir={tmp_path / 'other'}"]
     last = f"adapter={run / 'checkpoints' / 'last.ckpt'}"

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from datasets import Dataset
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from helpers.gpu import ImitatedGpu, OnImitatedGpu, Waits
 from lora_lightning.config.schema import ModelConfig
@@ -736,6 +737,24 @@ def test_perplexity_and_token_accuracy():
     assert float(accuracy.compute()) == pytest.approx(
         float((logits.argmax(-1) == labels).float().mean())
     )
+
+
+def test_token_accuracy_is_the_rounded_quotient():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        count = torch.randint(1, 2**24, (), generator=generator)
+        correct = torch.randint(2**24, (), generator=generator) % (count + 1)
+        accuracy = TokenAccuracy()
+        accuracy.update(correct, count)
+        assert torch.equal(accuracy.compute(), correct / count)
+
+
+def test_mean_metric_of_torchmetrics_ignores_weights_without_its_check_for_nan():
+    """The reason for own metrics. If this fails, torchmetrics' MeanMetric can replace them."""
+    metric = MeanMetric(nan_strategy="disable")
+    metric.update(torch.tensor(1.0), torch.tensor(3.0))
+    metric.update(torch.tensor(5.0), torch.tensor(1.0))
+    assert float(metric.compute()) == 3  # and not 2
 
 
 def test_an_encoder_is_refused(tiny_bert):
