@@ -56,7 +56,10 @@ RESUMES_WITH = (
     r"|hydra\.searchpath="
 )
 """Settings that a resumed run accepts, because they do not change the result."""
-TYPED_AGAIN = r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
+TYPED_AGAIN = (
+    r"\._target_=|\$\{|^model\.(trust_remote_code|attn_implementation)="
+    r"|^(logger|callbacks|trainer|data\.cache_dir)\b"
+)
 """Settings that a resume may have to repeat, because the saved config may be somebody else's."""
 AUTO = "resume=auto"
 """Resume the run in output_dir if there is one, else begin it."""

@@ -17,6 +17,7 @@ from lora_lightning.errors import UserError
 
 from .groups import Schema
 from .messages import explain
+from .paths import FILES, MADE
 from .schema import (
     OWN_GROUPS,
     TASK_ALIASES,
@@ -30,7 +31,13 @@ KNOWN_TARGETS = re.compile(
     r"|torch\.optim\.|transformers\.(optimization\.|get_scheduler$)"
 )
 """Modules with classes that a saved config may build without being typed again."""
-
+WRITING_GROUPS = ("logger", "callbacks", "trainer")
+"""Groups whose objects write files. Their classes are free, so any of their texts may be a path."""
+ADDRESS = re.compile(r":[/\\]|::")
+ELSEWHERE = re.compile(rf"^[/~\\]|(^|[/\\])\.\.([/\\]|$)|{ADDRESS.pattern}")
+"""Texts that name an absolute path, a path through a parent folder, or an address."""
+FOLDER_KEY = re.compile(r"(dir|dirpath|directory|folder|path|root)$")
+"""Keys of these groups whose relative paths start from the working folder."""
 
 RENAMED = {
     "lora_lightning.retention.Retention": "lora_lightning.callbacks.Retention",
@@ -70,7 +77,8 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
     """Return the overrides that must be typed again to resume a run, with the effect of each.
 
     They cover classes outside of Lightning, torch and this package, and code that comes with a base
-    model. They also cover interpolations that call something, such as `${oc.env:NAME}`.
+    model. They also cover interpolations that call something, such as `${oc.env:NAME}`, and folders
+    and addresses outside of the run's folder that the run would write to.
 
     Args:
         config: config as it was saved.
@@ -88,8 +96,11 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
         values = dict(leaves(OmegaConf.to_container(config, resolve=True))) if resolve else raw
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+    run_dir = Path(str(values["output_dir"]))
     for key, value in values.items():
-        does = None if isinstance(value, str) and "${" in value else _runs(key, value)
+        if isinstance(value, str) and "${" in value:
+            continue
+        does = _runs(key, value) or _writes(key, value, run_dir)
         if does is not None:
             shown = str(value).lower() if isinstance(value, bool) else value
             found[f"{key}={shown}"] = does
@@ -108,6 +119,26 @@ def _runs(key: str, value: Any) -> str | None:
     if key == "model.attn_implementation" and value and not is_installed_attention(value):
         return f"takes attention kernels from elsewhere: {value}"
     return None
+
+
+def _writes(key: str, value: Any, run_dir: Path) -> str | None:
+    """Return where a setting makes a run write outside of its folder, or None if nowhere."""
+    if not isinstance(value, str) or (key in FILES and key not in MADE):
+        return None
+    group, name = key.partition(".")[0], re.sub(r"(\.\d+)+$", "", key).rpartition(".")[2]
+    is_path = group in WRITING_GROUPS and (FOLDER_KEY.search(name) or ELSEWHERE.search(value))
+    if (is_path or key in MADE) and not _is_inside(value, run_dir):
+        return f"writes to {value} ({key}), outside of the run's folder"
+    return None
+
+
+def _is_inside(value: str, folder: Path) -> bool:
+    """Return whether a path is a folder or inside of it. An address never is."""
+    try:
+        path = Path(value).expanduser().resolve()
+        return not ADDRESS.search(value) and path.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # no such home folder, links in a ring
+        return False
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

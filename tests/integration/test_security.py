@@ -64,7 +64,7 @@ from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpoint_validation import check_resumable
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import train
+from lora_lightning.training.run import Interrupted, train
 from lora_lightning.training.warm_start import values_of
 from lora_lightning.utils.locks import is_abandoned
 from lora_lightning.utils.terminal import printable
@@ -625,6 +625,68 @@ def test_resume_has_what_runs_or_reads_more_than_the_config_typed_again(key, run
     typed = shlex.split(" ".join(err.split()).partition("type it again: ")[2])[1:]
     if key in ("model.trust_remote_code", "model.attn_implementation", "data.train"):
         assert refuse_untyped(saved, typed, "resume=X") == []
+
+
+OUTSIDE = {
+    "data.cache_dir": "{home}/cache",
+    "logger.csv.save_dir": "{home}/curves",
+    "logger.csv.name": "../../curves",
+    "logger.tensorboard.version": "{home}/events",
+    "logger.tensorboard.save_dir": "${{output_dir}}/../other",
+    "logger.csv.root_dir": "curves",
+    "callbacks.best.dirpath": "{home}/checkpoints",
+    "callbacks.best.filename": "../../best",
+    "callbacks.samples.folder": "~/samples",
+    "callbacks.last.folder": "",
+    "callbacks.mine.places.0.folder": "{run}2",
+    "trainer.default_root_dir": "{home}",
+    "trainer.profiler.dirpath": "{run}/link",
+    "logger.mlflow.tracking_uri": "file:{home}",
+    "logger.wandb.settings.base_url": "https://example.org",
+}
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_resume_config_that_writes_outside_of_its_run_is_refused(key, run_cli, tmp_path):
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    config = compose_config([f"output_dir={folder}"])
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path)
+    value = OUTSIDE[key].format(home=tmp_path, run=folder)
+    if ".0." in key:
+        OmegaConf.update(config, "callbacks.mine", {"places": [{"folder": value}]}, force_add=True)
+    else:
+        OmegaConf.update(config, key, value, force_add=True)
+    saved = folder / ".hydra" / "config.yaml"
+    OmegaConf.save(config, saved)
+    (item,) = to_be_typed(read_config(saved))
+    assert item.partition("=")[0] == key
+    status, out, err = run_cli("train", f"resume={folder}")
+    assert (status, out) == (2, "")
+    told = " ".join(err.split())
+    assert f"({key}), outside of the run's folder" in told
+    assert told.endswith(f"type it again: resume={folder} {shlex.quote(item)}")
+    assert refuse_untyped(read_config(saved), [item], "resume=X") == []
+    assert sorted(path.name for path in folder.iterdir()) == [".hydra", "link"]
+    assert not cache.exists()
+    assert str(Interrupted(folder, 2, config)).endswith(f"resume={folder} {shlex.quote(item)}")
+    (folder / "result.json").write_text('{"status": "completed"}')
+    assert run_cli("train", f"resume={folder}", item)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "data.cache_dir={run}/cache",
+        "callbacks.retention.texts=/texts.txt",  # only read
+        "logger.csv.save_dir={run}/deep/../curves",
+        "logger.csv.name=a/b",
+        "+callbacks.best.note='of 3..4 kinds'",
+    ],
+)
+def test_resume_config_that_writes_inside_of_its_run_is_accepted(item, tmp_path):
+    run = tmp_path / "run"
+    assert to_be_typed(compose_config([f"output_dir={run}", item.format(run=run)])) == {}
 
 
 def test_a_plain_interpolation_need_not_be_typed_again():
