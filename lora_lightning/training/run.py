@@ -50,7 +50,7 @@ from .callbacks.heartbeat import Heartbeat
 from .callbacks.last_checkpoint import LastCheckpoint
 from .callbacks.loggers import count_from
 from .callbacks.throughput import RunClock
-from .checkpoint_validation import check_resumable
+from .checkpoint_validation import check_checkpoint_folders, check_resumable
 from .checkpointing import read_checkpoint
 from .components import build_components
 from .outcome import recorded_outcome
@@ -238,7 +238,7 @@ class Run:
         """Check that the run can resume from a checkpoint, and cut its log to that step."""
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
-        _check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
+        check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
         step = content["global_step"]
 
         def resumed() -> None:
@@ -282,17 +282,3 @@ class Run:
             write_card(adapter, self.dir, self.settings, self.module, self.data, self.result)
             self.result["adapter_bytes"] = folder_bytes(adapter)
             print_result(self.result, self.dir, self.data)
-
-
-def _check_checkpoint_folders(callbacks: list[L.Callback], run_dir: Path) -> None:
-    """Raise UserError if a callback that deletes older checkpoints keeps them outside the run.
-
-    The checkpoint names these files, and they may belong to others.
-    """
-    for callback in callbacks:
-        place = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-        if place and not Path(place).resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(
-                f"the run keeps its best checkpoints in {place}, outside of its folder, and a "
-                "resumed run may delete files there. Start a new run: adapter=CHECKPOINT.ckpt."
-            )
