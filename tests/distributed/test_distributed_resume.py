@@ -112,7 +112,7 @@ def stopped(request, common, tmp_path_factory):
     os.kill(second, signal.SIGTERM)
     said = finish(process, 128 + signal.SIGTERM)
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
-    assert "To go on: lora-lightning train resume=" in said
+    assert "To resume: lora-lightning train resume=" in said
     assert "Traceback" not in said
     return request.param, folder
 
@@ -171,7 +171,7 @@ def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tin
     wait_for(lambda: all(file.exists() for file in files), process)
     os.kill([process.pid, *children(process.pid)][told], signal.SIGTERM)
     said = finish(process, 128 + signal.SIGTERM)
-    assert "interrupted. To go on" in said
+    assert "interrupted. To resume" in said
     assert "Traceback" not in said
     assert "ended while waiting" not in said
 
@@ -197,7 +197,7 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
         pytest.skip("its two processes see the same rows, as one does")
     shutil.copytree(folder / "run", folder / "alone")
     said = finish(start([*TRAIN, "resume=alone", "trainer=cpu"], folder), 2)
-    assert "2 processes saw different rows when this checkpoint was written, and 1 do now" in said
+    assert "written by 2 processes with different rows, and this run has 1" in said
     new = [*common, "trainer=cpu", "trainer.max_epochs=1", f"adapter=alone/{LAST}"]
     finish(start([*TRAIN, *new, "output_dir=begun"], folder))
     learned = torch.load(folder / "alone" / LAST, weights_only=True)["state_dict"]
@@ -219,7 +219,7 @@ def test_one_that_is_killed_takes_the_others_along(victim, common, tmp_path):
     process.wait(timeout=30)
     assert process.returncode == (1 if victim == 1 else -signal.SIGKILL)  # nobody's mistake
     if victim == 1:
-        assert "error: another process of this run has died, or was killed. To go on:" in said
+        assert "error: another process of this run has died, or was killed. To resume:" in said
         assert "Traceback" not in said
     while Path(f"/proc/{second}").exists() and time.monotonic() < killed + 30:
         time.sleep(0.1)

@@ -388,7 +388,7 @@ def test_check_shows_what_a_run_would_do(run_cli, request, rows_jsonl, fast, nam
     assert cut == pytest.approx(sum(length > 8 for length in lengths), abs=0.2)
     assert "negative 32, positive 32" in out
     layers = {"tiny_bert": 12, "tiny_llama": 14}[name]
-    assert re.search(r"Gradients: all \d+ trained tensors receive one", out)
+    assert re.search(r"Gradients: all \d+ trainable tensors receive one", out)
     counts = [int(n) for n in re.findall(r"^\S+ +(\d+)  +\d+ -> \d+ +2 ", out, re.MULTILINE)]
     assert sum(counts) - ("pooler" in out) == layers
     assert out.rstrip().endswith("All checks passed.")

@@ -301,7 +301,7 @@ def test_an_exit_in_a_run_keeps_its_last_words(settings, tmp_path, run_cli, monk
     status, _, err = run_cli("train", *settings, *ends, f"output_dir={tmp_path / 'run'}")
     assert status == 130
     assert "last words\n" in err
-    assert "interrupted. To go on" in err
+    assert "interrupted. To resume" in err
 
 
 @pytest.mark.parametrize("content", [b"", b'{"at": 0.', ZEROS, b'{"at": "x", "rungs": []}'])

@@ -646,7 +646,7 @@ TRAINING = [
     Case("optimizer, check", lambda p: p.check("optim.name=Adamw"), "optim.name", "'AdamW'"),
     Case("its options", lambda p: p.train("+optim.options.beta=1"), "AdamW", "beta"),
     Case("schedule", lambda p: p.train("optim.scheduler=linea"), "optim.scheduler", "'linear'"),
-    Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "'linea'", "'linear'"),
+    Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "=linea:", "'linear'"),
     Case("rate", lambda p: p.train("optim.lr=-1"), "optim.lr", "positive"),
     Case("rate not a number", lambda p: p.train("optim.lr=nan"), "optim.lr", "positive"),
     Case("rate beyond use", lambda p: p.train("optim.lr=1e38"), "optim.lr", "at most 1e+30"),
@@ -759,7 +759,7 @@ TRAINING = [
         Case(
             f"no training, {key}",
             lambda p, key=key: p.train(f"trainer.{key}=0"),
-            f"trainer.{key}=0: nothing would be trained",
+            f"trainer.{key}=0: the run would not train",
             "Leave it out",
         )
         for key in ("max_epochs", "max_steps", "limit_train_batches")

@@ -77,7 +77,7 @@ def stopped(settings, tmp_path_factory) -> Path:
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1, err
-    assert "interrupted. To go on: lora-lightning train resume=" in err
+    assert "interrupted. To resume: lora-lightning train resume=" in err
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
     assert not list((folder / "run" / "checkpoints").glob(".*")), "nothing half written is left"
     return folder / "run"
@@ -218,10 +218,10 @@ def change(content: dict, key: str, value: object) -> None:
         ("global_step", 10**12, "steps, and its 'global_step' is 10000"),
         ("loops", {"fit_loop": {}}, "loops have made None steps"),
         ("pytorch-lightning_version", "garbage", "version"),
-        ("hyper_parameters", [1], "no checkpoint of lora_lightning"),
+        ("hyper_parameters", [1], "not a checkpoint of lora_lightning"),
         ("optimizer_states/0/state/0/exp_avg", torch.zeros(3), "exp_avg of tensor 0 is (3,)"),
         ("optimizer_states/0/state/0/exp_avg", torch.tensor(math.nan), "not finite"),
-        ("optimizer_states/0/param_groups/0/lr", "x", "a learning rate is no number"),
+        ("optimizer_states/0/param_groups/0/lr", "x", "a learning rate is not a number"),
         ("optimizer_states/0/param_groups/0/params", [0], "it has groups of"),
     ],
 )
@@ -269,7 +269,7 @@ def test_other_batches_are_told(stopped, tmp_path, run_cli):
     torch.save({**state, "data_ranks": 2}, run / LAST)
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 2
-    assert "2 processes saw different rows when this checkpoint was" in " ".join(err.split())
+    assert "the checkpoint was written by 2 processes with different rows" in " ".join(err.split())
 
 
 class KillsWorkers(Callback):
@@ -327,7 +327,7 @@ def test_a_folder_that_is_taken_away_is_told(settings, tmp_path):
         f"+callbacks.takes.folder={run}",
     ]
     config = compose_config([*settings, *more])
-    with pytest.raises(UserError, match=r"is gone: was .*run moved or deleted"):
+    with pytest.raises(UserError, match=r"is missing: was .*run moved or deleted"):
         train(config)
 
 
@@ -395,7 +395,7 @@ def test_two_that_start_at_once_into_one_folder(settings, tmp_path):
     ]
     said = [process.communicate(timeout=240)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
-    assert any("in use by another process" in err or "holds a run already" in err for err in said)
+    assert any("in use by another process" in err or "already holds a run" in err for err in said)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "completed"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -327,7 +327,7 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     if moment != "test":
         arguments.append("test_before=true")
     assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
-    told = f"interrupted. To go on: lora-lightning train resume={run_dir} {OWN}\n"
+    told = f"interrupted. To resume: lora-lightning train resume={run_dir} {OWN}\n"
     assert errors.read_text() == DOUBTS + told
     stopped = json.loads((run_dir / "result.json").read_text())
     assert stopped["status"] == "interrupted"
@@ -391,7 +391,7 @@ def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_
     assert told == status, errors.read_text()
     said = errors.read_text().splitlines()
     assert [line[:8] for line in said[:-1]] == ["WARNING "] * (len(said) - 1)  # of few rows
-    assert said[-1].startswith("interrupted. To go on")
+    assert said[-1].startswith("interrupted. To resume")
     last = run_dir / "checkpoints" / "last.ckpt"
     assert last.exists() == (moment != "setup:fit")
     assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"

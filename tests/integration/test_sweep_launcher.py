@@ -459,7 +459,7 @@ def test_a_sweep_by_another_launcher_goes_on(run_cli, tmp_path, monkeypatch, swe
     weights.unlink()
     status, out, err = run_cli(*command)
     assert status == 0, err
-    assert "goes on from step" in out
+    assert "resumes from step" in out
     assert first.stat().st_mtime_ns == before
     assert json.loads(second.read_text())["status"] == "completed"
     assert weights.read_bytes() == trained

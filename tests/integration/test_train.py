@@ -347,8 +347,8 @@ def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, c
     monkeypatch.setattr(LoraModule, "adopt", with_a_spare_part)
     small("lora=full", "trainer.max_steps=2", "optim.lr=1e-4")
     said = capsys.readouterr().err
-    assert "the first step does not reach 2 trained tensors, such as spare.weight: " in said
-    assert "2 trained tensors never got a gradient, such as spare.bias" in said
+    assert "the first step gives 2 trainable tensors no gradient, such as spare.weight: " in said
+    assert "2 trainable tensors never got a gradient, such as spare.bias" in said
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -418,7 +418,7 @@ def test_max_steps_may_end_before_the_first_validation(small):
 def test_a_used_folder_is_refused(small, tmp_path):
     small("trainer.max_epochs=1", "trainer.limit_train_batches=1")
     before = (tmp_path / "run" / "result.json").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         small("trainer.max_epochs=1")
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
@@ -457,7 +457,7 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     monkeypatch.setattr(
         LoraModule, "on_test_end", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=False
     )
-    told = r"To go on \(from the start: no checkpoint was due yet\): lora-lightning train resume="
+    told = r"To resume \(from the start: no checkpoint was due yet\): lora-lightning train resume="
     with pytest.raises(KeyboardInterrupt, match=told):
         small("test_before=true")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -481,8 +481,8 @@ def test_early_stopping_says_why_it_ends_a_run(small, capsys):
     result = small(*more)
     best = f"{result['objective']:.4f}"
     assert (
-        f"stopped early, after step {result['steps']}: val/accuracy has not been better than "
-        f"{best} in 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
+        f"stopped early, after step {result['steps']}: val/accuracy has not improved on "
+        f"{best} for 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
     ) in capsys.readouterr().out
     assert result["epochs"] == 3
 
