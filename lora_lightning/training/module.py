@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.config.schema import ModelConfig, OptimConfig, direction_of
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.models.forward import masks_without_waiting
 from lora_lightning.models.loading import load_tokenizer
-from lora_lightning.models.offload import offloaded_activations
 from lora_lightning.tasks import Task, build_task
 
 from .adapter_module import AdapterModule
@@ -32,7 +29,7 @@ from .optim import (
     step_by_metric,
 )
 from .stage_metrics import StageMetrics, check_monitor
-from .step_loss import FiniteLossCheck, StepLoss
+from .step_loss import FiniteLossCheck, StepLoss, task_loss
 from .trainer import planned_steps
 from .warm_start import values_of
 
@@ -142,7 +139,7 @@ class LoraModule(AdapterModule):
         )
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
-        check_monitor(self.task)
+        check_monitor(self.task, self.val_metrics.metrics)
 
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
         """Set the model and its adapter, and the metrics of its task."""
@@ -184,10 +181,8 @@ class LoraModule(AdapterModule):
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the summed loss of a batch, and add it to the totals of its step."""
-        offloads = self.model_config.offload_activations
-        offloaded = offloaded_activations(self.model) if offloads else nullcontext()
-        with offloaded, masks_without_waiting(self.device):
-            output = self.task.loss(self.model, batch)
+        offload = self.model_config.offload_activations
+        output = task_loss(self.task, self.model, batch, self.device, offload=offload)
         self._step_loss.add(output)
         return output.total
 

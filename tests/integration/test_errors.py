@@ -165,7 +165,7 @@ COMMAND = [
         "plan, an optimizer that looks at values",
         lambda p: ["plan", f"model.name_or_path={p.bert}", "optim.name=ASGD"],
         "optim.name=ASGD",
-        "Take AdamW",
+        "Use AdamW",
     ),
     Case(
         "plan, too long",
