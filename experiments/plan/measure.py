@@ -115,7 +115,7 @@ def make(kind: str, folder: Path) -> None:
     import transformers as t
 
     import lora_lightning
-    from lora_lightning.models.loading import resolve
+    from lora_lightning.models.resolve import resolve
 
     shipped = Path(lora_lightning.__file__).parent / "embedded" / "tiny_lm"
     tokenizer = t.AutoTokenizer.from_pretrained(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_lightning.config.schema import ModelConfig, OptimConfig, direction_of
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.models.forward import masks_without_waiting
-from lora_lightning.models.loading import load_tokenizer
 from lora_lightning.models.offload import offloaded_activations
+from lora_lightning.models.private_api import masks_without_waiting
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import Task, build_task
 
 from .adapter_module import AdapterModule

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lora_lightning.inference.predictor import load_trained
+from lora_lightning.inference.loading import load_trained
 
 TEXTS = ["good film", "bad", "a thing of two words", "film film film", "awful number"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.data import make_rows, write_jsonl
-from lora_lightning.inference.output_files import refuse_other_file
+from lora_lightning.inference.output_files import check_output_file
 from lora_lightning.lora import UserError
 from lora_lightning.utils.locks import locked_output
 
@@ -42,7 +42,7 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def _impatient(monkeypatch):
     """Has no process wait for another's output."""
-    for module in ("utils.locks", "inference.predictor"):
+    for module in ("utils.locks", "inference.predict_file"):
         monkeypatch.setattr(
             f"lora_lightning.{module}.locked_output", partial(locked_output, patience=0)
         )
@@ -54,8 +54,8 @@ def texts(path: Path) -> list[str]:
 
 def predictions(pipe, adapter: Path, stop_at: int | None) -> None:
     """Predicts row by row in a process of its own, which waits at one until it is told to go on."""
-    from lora_lightning.inference.evaluate import predictor_for
-    from lora_lightning.inference.predictor import Predictor, predict_file
+    from lora_lightning.inference.predict_file import predict_file
+    from lora_lightning.inference.predictor import Predictor, predictor_for
 
     answer = Predictor.__call__
 
@@ -172,7 +172,7 @@ def test_predict_follows_no_link(run_cli, adapters):
     command = ["predict", f"adapter={adapters[0]}", "input=in.jsonl", "output=out.jsonl"]
     status, _, err = run_cli(*command, "data.eval_batch_size=1")
     assert status == 2
-    assert "output=out.jsonl cannot be written" in " ".join(err.split())
+    assert "output=out.jsonl: cannot be written" in " ".join(err.split())
     assert Path("victim").read_bytes() == before
 
 
@@ -187,17 +187,17 @@ MINE = {
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("in.jsonl", "output=in.jsonl is what predict reads"),
-        ("linked.jsonl", "output=linked.jsonl is what predict reads"),
+        ("in.jsonl", "output=in.jsonl: is what predict reads"),
+        ("linked.jsonl", "output=linked.jsonl: is what predict reads"),
         ("rows.jsonl", "predict did not write it: it holds text, label"),
         ("broken.jsonl", "predict did not write it: it holds something else"),
         ("notes.json", "evaluate did not write it: it holds done"),
         ("list.json", "evaluate did not write it: it holds something else"),
         ("peft/adapter_config.json", "evaluate did not write it: it holds alpha_pattern"),
-        ("RUN/result.json", "lies in the run"),
-        ("RUN/pause.json", "lies in the run"),
-        ("RUN/samples.jsonl", "lies in the run"),
-        ("RUN/adapter/scores.json", "lies in the run"),
+        ("RUN/result.json", "is in the run"),
+        ("RUN/pause.json", "is in the run"),
+        ("RUN/samples.jsonl", "is in the run"),
+        ("RUN/adapter/scores.json", "is in the run"),
     ],
 )
 def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tmp_path, run_cli):
@@ -233,9 +233,9 @@ def test_an_output_is_not_among_what_is_read(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text('{"prediction": "by hand"}\n')
     for source in (tmp_path / "in", tmp_path / "in" / "a.jsonl"):
-        with pytest.raises(UserError, match=r"(is|lies in) what predict reads"):
-            refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", sources=[source])
-    refuse_other_file(
+        with pytest.raises(UserError, match=r"is (in )?what predict reads"):
+            check_output_file(tmp_path / "in" / "a.jsonl", by="predict", sources=[source])
+    check_output_file(
         tmp_path / "in" / "a.jsonl", by="predict", sources=[tmp_path / "absent.jsonl"]
     )
 

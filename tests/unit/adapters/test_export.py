@@ -89,12 +89,12 @@ def test_what_is_canonical_already_keeps_its_bytes(base, tmp_path):
     [
         ({"rank": 8}, "", ""),
         ({"rank": 8, "use_rslora": True, "init": "pissa"}, "", ""),
-        (PATTERNS, "ranks or alphas of single modules", "ranks or alphas of single modules"),
+        (PATTERNS, "ranks and alphas of single modules", "ranks and alphas of single modules"),
         ({"use_dora": True}, "DoRA", "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)", "trained whole (lm_head)"),
-        ({"rank": 600, "targets": ["q_proj"]}, "rank 600, above --max-lora-rank's most", ""),
-        ({"layers": [1]}, "", "only some layers of mlp.down_proj"),
-        ({"targets": ["embed_tokens", "q_proj"]}, "", "an adapter on an embedding"),
+        ({"modules_to_save": ["lm_head"]}, "modules (lm_head)", "modules (lm_head)"),
+        ({"rank": 600, "targets": ["q_proj"]}, "rank 600 is above the maximum", ""),
+        ({"layers": [1]}, "", "mlp.down_proj, mlp.gate_proj"),
+        ({"targets": ["embed_tokens", "q_proj"]}, "", "adapters on embeddings"),
     ],
 )
 def test_rules(settings, vllm, lorax, base, tmp_path):
@@ -110,7 +110,7 @@ def test_the_command(base, tmp_path, run_cli):
     where = f"adapter={source}"
     status, out, err = run_cli("export", where, "check=vllm,lorax")
     assert status == 2
-    assert "vllm: ranks or alphas of single modules, which it does not read" in out
+    assert "vllm: ranks and alphas of single modules are ignored" in out
     assert "is not for vllm, lorax" in " ".join(err.split())
     output = tmp_path / "new"
     arguments = ("export", where, f"output={output}", "format=canonical", "check=vllm,lorax")
@@ -121,7 +121,7 @@ def test_the_command(base, tmp_path, run_cli):
     no = f"output={tmp_path / 'no'}"
     status, out, err = run_cli("export", where, no, "check=vllm")
     assert (status, (tmp_path / "no").exists()) == (2, False)
-    assert "vllm: ranks or alphas of single modules" in out
+    assert "vllm: ranks and alphas of single modules" in out
     assert "is not for vllm, for the reasons above. Nothing was written." in " ".join(err.split())
     status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
     assert status == 0
@@ -148,5 +148,5 @@ def test_an_encoder_decoders_adapter_is_for_neither(base, tmp_path):
 
 def test_dora_is_refused(base, tmp_path):
     folder = stored(base, tmp_path / "a", use_dora=True)
-    with pytest.raises(UserError, match="is a DoRA adapter"):
+    with pytest.raises(UserError, match="DoRA is not supported here"):
         write_canonical(folder, tmp_path / "new")

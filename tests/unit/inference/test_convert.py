@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from helpers.models import logits
 from lora_lightning.adapters.formats import read_layout
 from lora_lightning.inference.convert import import_adapter
-from lora_lightning.inference.predictor import Predictor, load_trained
+from lora_lightning.inference.loading import load_trained
+from lora_lightning.inference.predictor import Predictor
 from lora_lightning.lora import UserError, load_adapter
 
 RANK, ALPHA = 3, 6.0
@@ -94,7 +95,7 @@ def test_half_a_pair_is_told(a, b, name, base, tmp_path):
         tensors |= {name.format(layer) + a: down.clone(), name.format(layer) + b: up.clone()}
         del tensors[name.format(layer) + lost]
         save_file(tensors, tmp_path / "half.safetensors")
-        with pytest.raises(UserError, match=f"and no {re.escape(name.format(layer) + lost)}"):
+        with pytest.raises(UserError, match=f"but no {re.escape(name.format(layer) + lost)}"):
             read_layout(tmp_path / "half.safetensors", base(), alpha=ALPHA)
 
 
@@ -200,7 +201,9 @@ def test_peft_classifier(tiny_bert, tmp_path):
     torch.testing.assert_close(
         torch.tensor(list(row["scores"].values())), expected, rtol=0, atol=2e-6
     )
-    with pytest.raises(UserError, match="is for SEQ_CLS, and task=lm for CAUSAL_LM"):
+    with pytest.raises(
+        UserError, match="task=lm: is for CAUSAL_LM, but the adapter is for SEQ_CLS"
+    ):
         import_adapter(tmp_path / "peft", tmp_path / "other", [*FAST, "task=lm"])
 
 

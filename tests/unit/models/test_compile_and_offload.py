@@ -30,7 +30,8 @@ from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.models import loading as modeling
 from lora_lightning.models import offload
 from lora_lightning.models.forward import compile_layers, uncompiled
-from lora_lightning.models.loading import load_classifier, load_tokenizer
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
 

@@ -23,7 +23,8 @@ from transformers import (
 from helpers.models import IDS, logits
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.data.collators import PaddingCollator
-from lora_lightning.inference.predictor import PROBES, load_trained
+from lora_lightning.inference.loading import load_trained
+from lora_lightning.inference.merge import PROBES
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,
@@ -33,7 +34,7 @@ from lora_lightning.lora import (
 from lora_lightning.lora.initialization.loftq import make_up, weight_of
 from lora_lightning.lora.layers.linear import dequantized
 from lora_lightning.models.loading import load_classifier, load_generator
-from lora_lightning.models.quantization import experts_left
+from lora_lightning.models.quantization import note_on_experts
 from lora_lightning.tasks.language_modeling import LanguageModelTask
 from lora_lightning.training.module import LoraModule
 
@@ -147,8 +148,8 @@ def test_experts_that_stay_as_they_are_are_told(tiny_llama, tmp_path):
     kinds = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
     assert kinds["gate_up_proj"] == kinds["down_proj"] == torch.float32
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
-    assert "the weights of experts are not quantised and stay float32" in experts_left(model)
-    assert experts_left(generator(tiny_llama, "nf4").requires_grad_(False)) == ""
+    assert "The weights of experts stay float32" in note_on_experts(model)
+    assert note_on_experts(generator(tiny_llama, "nf4").requires_grad_(False)) == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,7 +344,7 @@ def test_a_base_is_quantised_where_its_weights_are(shards, tiny_llama, tmp_path)
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "plain")
     for kind in (None, "int8"):
-        with pytest.raises(UserError, match=r"layers \(bitsandbytes\), but its weights are not"):
+        with pytest.raises(UserError, match=r"layers \(bitsandbytes\), but the weights are not"):
             generator(tmp_path / "plain", kind)
 
 
@@ -353,5 +354,5 @@ def test_a_base_with_an_adapter_beside_it_is_refused(tiny_llama, tmp_path):
     save_adapter(adapted(generator(tiny_llama)), tmp_path / "adapter")
     for path in (tmp_path / "adapter").glob("adapter_*"):
         shutil.copy(path, base)
-    with pytest.raises(UserError, match="holds an adapter beside the base model"):
+    with pytest.raises(UserError, match="holds an adapter, which would"):
         generator(base)
