@@ -26,36 +26,18 @@ class AdapterFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    @property
-    def config(self) -> Path:
+        self.config = self.path / CONFIG_NAME
         """PEFT's settings."""
-        return self.path / CONFIG_NAME
-
-    @property
-    def weights(self) -> Path:
+        self.weights = self.path / WEIGHTS_NAME
         """PEFT's tensors."""
-        return self.path / WEIGHTS_NAME
-
-    @property
-    def sidecar(self) -> Path:
+        self.sidecar = self.path / SIDECAR
         """Task, labels, fingerprint of the base, settings and checksums of the run."""
-        return self.path / SIDECAR
-
-    @property
-    def card(self) -> Path:
+        self.card = self.path / CARD
         """Model card."""
-        return self.path / CARD
-
-    @property
-    def tokenizer(self) -> Path:
+        self.tokenizer = self.path / "tokenizer.json"
         """Vocabulary and rules of a fast tokenizer."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def tokenizer_config(self) -> Path:
+        self.tokenizer_config = self.path / "tokenizer_config.json"
         """Settings of a tokenizer of any kind."""
-        return self.path / "tokenizer_config.json"
 
     def other_files(self) -> list[Path]:
         """Return the files that do not depend on the weights, such as the tokenizer's."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lora_lightning.config.groups import Settings
 from lora_lightning.config.saved import read_overrides
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.errors import UserError
-from lora_lightning.lora.config import LoraConfig
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.terminal import fenced, one_line, printable
 from lora_lightning.utils.versions import versions
@@ -92,31 +90,28 @@ def write_card(
         data: Data that it was trained on.
         result: Numbers of the run.
     """
-    share = 100 * result["trainable_parameters"] / result["total_parameters"]
-    values = {} if settings.lora is None else _lora_values(settings.lora, folder)
-    values |= {
-        "learning rate": settings.optim.lr,
-        "optimizer": settings.optim.name,
-        "steps": result["steps"],
-        "trained parameters": f"{result['trainable_parameters']:,} ({share:.2f} %)",
-        "seconds": round(result["seconds"]),
-        "peak memory, MiB": round(result["peak_memory_mib"]),
-        "seed": result["seed"],
-    }
-    source = _source(settings)
+    files = [getattr(settings.data, key) for key in SPLITS]
+    names = dict.fromkeys(Path(str(value)).name for value in files if value)
+    source = settings.data.path or ", ".join(map(one_line, names)) or "the package's own"
     counts = [f"{len(data.encoded[key]):,} {name}" for key, name in SPLITS.items() if data.has(key)]
-    _write(
+    share = 100 * result["trainable_parameters"] / result["total_parameters"]
+    _write_with_settings(
         folder,
-        settings.model.name_or_path,
-        module.task.peft_task_type,
-        title=_title(settings),
-        is_adapter=settings.lora is not None,
-        evaluation=(settings, source, result),
-        **usage(settings, module),
+        settings,
+        module,
+        evaluated=(source, result),
         data=f"{source}: {', '.join(counts)} rows.",
         results=_results(result),
         command=_command(run_dir),
-        values=values,
+        values={
+            "learning rate": settings.optim.lr,
+            "optimizer": settings.optim.name,
+            "steps": result["steps"],
+            "trained parameters": f"{result['trainable_parameters']:,} ({share:.2f} %)",
+            "seconds": round(result["seconds"]),
+            "peak memory, MiB": round(result["peak_memory_mib"]),
+            "seed": result["seed"],
+        },
     )
 
 
@@ -129,16 +124,7 @@ def write_import_card(folder: Path, settings: Settings, module: Trained, command
         module: Module with the adapter.
         command: Command that imported it.
     """
-    _write(
-        folder,
-        settings.model.name_or_path,
-        module.task.peft_task_type,
-        title=_title(settings),
-        is_adapter=settings.lora is not None,
-        **usage(settings, module),
-        command="\n".join(fenced(command)),
-        values={} if settings.lora is None else _lora_values(settings.lora, folder),
-    )
+    _write_with_settings(folder, settings, module, command=command, values={})
 
 
 def write_derived_card(folder: Path, command: str) -> None:
@@ -149,94 +135,90 @@ def write_derived_card(folder: Path, command: str) -> None:
         command: Command that made it.
     """
     files = AdapterFolder(folder)
-    raw = json.loads(files.config.read_text(encoding="utf-8"))
-    base = str(raw.get("base_model_name_or_path") or "an unknown base")
+    config = json.loads(files.config.read_text(encoding="utf-8"))
+    base = str(config.get("base_model_name_or_path") or "an unknown base")
     _write(
         folder,
-        base,
-        raw.get("task_type"),
+        _metadata(base, config.get("task_type")),
         title=f"A LoRA adapter of {base}",
-        is_adapter=True,
         predict=files.sidecar.is_file(),
-        command="\n".join(fenced(command)),
-        values={"rank": raw["r"], "alpha": raw["lora_alpha"]},
+        command=command,
+        values={"rank": config["r"], "alpha": config["lora_alpha"]},
     )
 
 
-def _write(
+def _write_with_settings(
     folder: Path,
-    base: str,
-    task_type: str | None,
+    settings: Settings,
+    module: Trained,
     *,
-    title: str,
-    is_adapter: bool,
-    evaluation: tuple[Settings, str, dict[str, Any]] | None = None,
+    values: dict[str, Any],
+    evaluated: tuple[str, dict[str, Any]] | None = None,
     **content: Any,
 ) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
+    """Write a card with the settings and the use of an adapter or a whole model."""
+    base, lora, task_type = settings.model.name_or_path, settings.lora, module.task.peft_task_type
+    title = f"{settings.task['name']}: {base}, fully fine-tuned"
+    if lora is not None:
+        title = f"{settings.task['name']}: a LoRA adapter of {base}"
+        stored = json.loads(AdapterFolder(folder).config.read_text(encoding="utf-8"))
+        values = {
+            "rank": lora.rank,
+            "alpha": lora.alpha_of(""),
+            "scaling": lora.scaling_of(""),
+            "targets": lora.targets,
+            "initial values": lora.init,
+            "stored as": f"rank {stored['r']}, alpha {stored['lora_alpha']}",
+            "DoRA": lora.use_dora,
+            "dropout": lora.dropout,
+            **values,
+        }
+    metadata = _metadata(base, task_type, is_adapter=lora is not None)
+    if evaluated is not None:
+        metadata["datasets"] = [settings.data.path] if settings.data.path else None
+        metadata["model_name"] = title
+        metadata["eval_results"] = [
+            {
+                "task_type": metadata["pipeline_tag"],
+                "dataset_type": settings.data.path or "local",
+                "dataset_name": evaluated[0],
+                "dataset_split": SPLITS[name.partition("/")[0]],
+                "metric_type": name.partition("/")[2],
+                "metric_value": round(float(evaluated[1][name]), 6),
+            }
+            for name in _metrics(evaluated[1])
+        ]
+    _write(folder, metadata, title=title, values=values, **usage(settings, module), **content)
 
-    pipeline = PIPELINES.get(str(task_type), "text-generation")
-    datasets = None
-    evaluated: dict[str, Any] = {}
-    if evaluation is not None:
-        settings, source, result = evaluation
-        datasets = [settings.data.path] if settings.data.path else None
-        evaluated["eval_results"] = _eval_results(pipeline, settings, source, result)
-        evaluated["model_name"] = title
-    card_data = ModelCardData(
+
+def _metadata(base: str, task_type: str | None, *, is_adapter: bool = True) -> dict[str, Any]:
+    """Return arguments of ModelCardData."""
+    return {
         # The hub refuses a base that is not one of its names.
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
-        datasets=datasets,
-        library_name="peft" if is_adapter else None,
-        pipeline_tag=pipeline,
-        tags=[*(["lora"] if is_adapter else []), "lora_lightning"],
-        **evaluated,
-    )
-    software = ", ".join(f"{name} {number}" for name, number in versions().items())
+        "base_model": base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        "library_name": "peft" if is_adapter else None,
+        "pipeline_tag": PIPELINES.get(str(task_type), "text-generation"),
+        "tags": ["lora", "lora_lightning"] if is_adapter else ["lora_lightning"],
+    }
+
+
+def _write(folder: Path, metadata: dict[str, Any], *, command: str, **content: Any) -> None:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    if "eval_results" in metadata:
+        metadata["eval_results"] = [EvalResult(**result) for result in metadata["eval_results"]]
     card = ModelCard.from_template(
-        card_data, template_str=TEMPLATE, title=title, versions=software, **content
+        ModelCardData(**metadata),
+        template_str=TEMPLATE,
+        command="\n".join(fenced(command)) if command else "",
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+        **content,
     )
     atomic_write(AdapterFolder(folder).card, printable(card.content) + "\n")
 
 
-def _eval_results(
-    pipeline: str, settings: Settings, source: str, result: dict[str, Any]
-) -> list[Any]:
-    """Return the final metrics for the hub's model-index."""
-    from huggingface_hub import EvalResult
-
-    results = []
-    for name in _metrics(result):
-        split, _, metric = name.partition("/")
-        results.append(
-            EvalResult(
-                task_type=pipeline,
-                dataset_type=settings.data.path or "local",
-                dataset_name=source,
-                dataset_split=SPLITS[split],
-                metric_type=metric,
-                metric_value=round(float(result[name]), 6),
-            )
-        )
-    return results
-
-
 def _metrics(result: dict[str, Any]) -> list[str]:
     return sorted(name for name in result if name.startswith(("val/", "test/")))
-
-
-def _title(settings: Settings) -> str:
-    task, base = settings.task["name"], settings.model.name_or_path
-    if settings.lora is None:
-        return f"{task}: {base}, fully fine-tuned"
-    return f"{task}: a LoRA adapter of {base}"
-
-
-def _source(settings: Settings) -> str:
-    """Return the name of the data: a hub name, or file names without their folders."""
-    files = [getattr(settings.data, key) for key in SPLITS]
-    names = dict.fromkeys(Path(str(value)).name for value in files if value)
-    return settings.data.path or ", ".join(map(one_line, names)) or "the package's own"
 
 
 def _results(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -252,30 +234,14 @@ def _results(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _command(run_dir: Path) -> str:
-    """Return the command of a run as Markdown, or "" if it is not known."""
+    """Return the command of a run, or "" if it is not known."""
     path = run_dir / ".hydra" / "overrides.yaml"
+    try:
+        overrides = read_overrides(path)  # unresolved, so without values of the environment
+    except UserError:
+        return ""
     if not path.is_file():
         return ""
-    with suppress(UserError):  # if damaged, the card omits the command
-        # Unresolved: a shared card must not show values of environment variables.
-        overrides = [
-            item
-            for item in read_overrides(path)
-            if not item.lstrip("+").startswith(("output_dir=", "hydra"))
-        ]
-        return "\n".join(fenced(shlex.join(["lora-lightning", "train", *overrides])))
-    return ""
-
-
-def _lora_values(lora: LoraConfig, folder: Path) -> dict[str, Any]:
-    stored = json.loads(AdapterFolder(folder).config.read_text(encoding="utf-8"))
-    return {
-        "rank": lora.rank,
-        "alpha": lora.alpha_of(""),
-        "scaling": lora.scaling_of(""),
-        "targets": lora.targets,
-        "initial values": lora.init,
-        "stored as": f"rank {stored['r']}, alpha {stored['lora_alpha']}",
-        "DoRA": lora.use_dora,
-        "dropout": lora.dropout,
-    }
+    hidden = ("output_dir=", "hydra")
+    words = [item for item in overrides if not item.lstrip("+").startswith(hidden)]
+    return shlex.join(["lora-lightning", "train", *words])

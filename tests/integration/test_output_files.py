@@ -95,7 +95,7 @@ def written() -> bool:
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_an_output_is_refused_that_another_writes(run_cli, adapters):
+def test_predict_refuses_an_output_that_another_process_writes(run_cli, adapters):
     """Whatever adapter the other one has; what it writes is whole."""
     process, pipe = start(adapters[0], stop_at=51)
     try:
@@ -113,7 +113,7 @@ def test_an_output_is_refused_that_another_writes(run_cli, adapters):
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_evaluate_is_refused_an_output_that_another_writes(run_cli, adapters, rows_jsonl):
+def test_evaluate_refuses_an_output_that_another_process_writes(run_cli, adapters, rows_jsonl):
     command = ["evaluate", f"adapter={adapters[0]}", f"data.test={rows_jsonl}", "output=out.json"]
     with locked_output(Path("out.json")):
         status, out, err = run_cli(*command)
@@ -125,7 +125,7 @@ def test_evaluate_is_refused_an_output_that_another_writes(run_cli, adapters, ro
     assert sorted(os.listdir()) == ["in.jsonl", "out.json"]
 
 
-def test_predict_goes_on_after_a_kill(adapters):
+def test_predict_after_a_kill_resumes(adapters):
     process, _ = start(adapters[0], stop_at=101)
     process.kill()
     process.join(60)
@@ -138,7 +138,9 @@ def test_predict_goes_on_after_a_kill(adapters):
 
 
 @pytest.mark.parametrize("change", [lambda lines: lines * 2, lambda lines: lines[:-1]])
-def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
+def test_predict_refuses_partial_output_that_another_program_changed(
+    change, run_cli, adapters, monkeypatch
+):
     """What another program has done to them is told, and no output is made of it."""
     from lora_lightning.inference.predictor import Predictor
 
@@ -161,7 +163,7 @@ def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
     assert not Path("out.jsonl").exists()
 
 
-def test_predict_follows_no_link(run_cli, adapters):
+def test_predict_refuses_partial_output_that_is_a_link(run_cli, adapters):
     process, _ = start(adapters[0], stop_at=51)
     process.kill()
     process.join(60)
@@ -200,7 +202,9 @@ MINE = {
         ("RUN/adapter/scores.json", "is in the run"),
     ],
 )
-def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tmp_path, run_cli):
+def test_output_that_another_program_wrote_is_refused(
+    output, told, adapters, rows_jsonl, tmp_path, run_cli
+):
     shutil.copytree(adapters[0], tmp_path / "peft")
     for name, content in MINE.items():
         Path(name).write_text(content)
@@ -216,7 +220,7 @@ def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tm
     assert (Path(output).read_bytes() if Path(output).exists() else None) == before
 
 
-def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jsonl, run_cli):
+def test_output_of_the_same_command_or_an_empty_file_is_replaced(adapters, rows_jsonl, run_cli):
     commands = {
         "out.jsonl": ["predict", "input=in.jsonl"],
         "out.json": ["evaluate", f"data.test={rows_jsonl}"],
@@ -228,7 +232,7 @@ def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jso
             assert status == 0, err
 
 
-def test_an_output_is_not_among_what_is_read(tmp_path):
+def test_check_output_file_refuses_files_that_the_command_reads(tmp_path):
     """Nor is a source that is not there a traceback."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text('{"prediction": "by hand"}\n')
@@ -241,7 +245,7 @@ def test_an_output_is_not_among_what_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_a_lock_with_a_content_is_left_alone(verb, run_cli, adapters, rows_jsonl):
+def test_output_lock_with_content_is_refused_and_kept(verb, run_cli, adapters, rows_jsonl):
     name = {"predict": "out.jsonl", "evaluate": "out.json"}[verb]
     reads = {"predict": "input=in.jsonl", "evaluate": f"data.test={rows_jsonl}"}[verb]
     mine = Path(f".{name}.lock")
@@ -253,7 +257,7 @@ def test_a_lock_with_a_content_is_left_alone(verb, run_cli, adapters, rows_jsonl
     assert not Path(name).exists()
 
 
-def test_a_lock_that_is_written_to_meanwhile_stays():
+def test_output_lock_that_gets_content_is_kept():
     lock = Path(".out.jsonl.lock")
     with locked_output(Path("out.jsonl")):
         lock.write_text("mine")
@@ -261,7 +265,7 @@ def test_a_lock_that_is_written_to_meanwhile_stays():
 
 
 @pytest.mark.parametrize("key", ["data.test", "data.val", "data.path", "data.test in a list"])
-def test_evaluate_does_not_write_to_what_it_reads(key, run_cli, adapters):
+def test_evaluate_refuses_an_output_that_it_reads(key, run_cli, adapters):
     """Even a file that looks like an evaluation of its own."""
     content = json.dumps({"rows": 1, "test/loss": 1.0, "text": "a", "label": "good"})
     Path("in.json").write_text(content)
@@ -326,7 +330,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("said", PATHS)
-def test_a_path_that_leads_nowhere_is_told_by_its_setting(said, run_cli, adapters, tiny_bert):
+def test_path_that_cannot_be_resolved_is_refused_by_its_setting(said, run_cli, adapters, tiny_bert):
     for end in ("", ".json", ".jsonl"):
         Path(f"{RING}{end}").symlink_to(f"other{end}")
         Path(f"other{end}").symlink_to(f"{RING}{end}")
