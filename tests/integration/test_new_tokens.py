@@ -322,7 +322,7 @@ def test_check_shows_new_tokens(settings, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ('["<think>","good"]', "the tokenizer has 'good' already.*trainable_token_indices=\\["),
+        ('["<think>","good"]', "the tokenizer already has 'good'.*trainable_token_indices=\\["),
         ('["<think>","<think>"]', "model.new_tokens names '<think>' more than once"),
         ('["<think>",""]', "must be a list of texts, none of them empty"),
         ('["<think>"," "]', "must be a list of texts, none of them empty"),
@@ -364,8 +364,8 @@ def test_tokenizer_with_more_tokens_than_the_model_is_refused_by_its_texts(
     for verb in ("train", "check"):
         status, _, err = run_cli(verb, *run, f"output_dir={tmp_path / 'out'}")
         assert status == 2
-        assert "the train data holds the token '</think>', id 54" in err
-        assert "embeddings for 53 tokens" in err
+        assert "the train data: holds the token '</think>', id 54" in err
+        assert "the model has 53 embeddings" in err
         assert "model.new_tokens=[...]" in err
     assert not (tmp_path / "out").exists()
 
