@@ -65,7 +65,8 @@ from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpoint_validation import check_resumable
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import Interrupted, train
+from lora_lightning.training.outcome import Interrupted
+from lora_lightning.training.run import train
 from lora_lightning.training.warm_start import values_of
 from lora_lightning.utils.locks import is_abandoned
 from lora_lightning.utils.terminal import printable
