@@ -19,7 +19,7 @@ from lora_lightning.config.schema import DataConfig
 from lora_lightning.distributed.strategies import data_ranks, in_step
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import uses_flash
-from lora_lightning.models.tokenizer import refuse_unknown
+from lora_lightning.models.tokenizer import check_tokens_known
 from lora_lightning.tasks import IGNORE, Task
 from lora_lightning.utils.cache_folder import cache_folder
 from lora_lightning.utils.terminal import say
@@ -183,7 +183,7 @@ class LoraDataModule(L.LightningDataModule):
             encoded = self._encode(rows)
             if self.rows is not None:
                 ids = _highest_ids(encoded)
-                refuse_unknown(ids, self.rows, self.tokenizer, where=f"the {split} data")
+                check_tokens_known(ids, self.rows, self.tokenizer, where=f"the {split} data")
             kept = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
             self.dropped[split] = len(encoded) - len(kept)
             if not kept:

@@ -16,7 +16,8 @@ from lora_lightning.config.schema import ClassificationConfig, ModelConfig
 from lora_lightning.distributed.sharded_loading import Shards
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.models.forward import classification_logits
-from lora_lightning.models.loading import class_names, load_classifier
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.model_config import class_names
 
 from .base import (
     IGNORE,

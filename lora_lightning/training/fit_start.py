@@ -11,9 +11,9 @@ import torch
 from lora_lightning.distributed.sharded_loading import broadcast, same_everywhere
 from lora_lightning.lora import UserError
 from lora_lightning.lora.functional import joins_products
+from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.models.forward import check_packing, run_once
-from lora_lightning.models.loading import fingerprint
-from lora_lightning.models.quantization import experts_left
+from lora_lightning.models.quantization import note_on_experts
 from lora_lightning.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def prepare_fit(module: LoraModule) -> None:
     check_packed_rows(module)
     check_trainable_types(module)
     if module.model_config.quantization is not None and trainer.is_global_zero:
-        say(experts_left(module.model), end="", file=sys.stderr)
+        say(note_on_experts(module.model), end="", file=sys.stderr)
     if trainer.world_size > 1:
         with module.whole_adapter():
             broadcast(module.trainable_tensors().values())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.config.schema import ModelConfig, OptimConfig, direction_of
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import Task, build_task
 
 from .adapter_module import AdapterModule

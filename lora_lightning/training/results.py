@@ -10,11 +10,12 @@ import lightning as L
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.adapters.folder import ADAPTER, peak_memory_mib
+from lora_lightning.adapters.run_entries import ADAPTER
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.row_counts import doubts
 from lora_lightning.tasks import Task
+from lora_lightning.utils.memory import peak_memory_mib
 from lora_lightning.utils.terminal import command, say
 
 from .callbacks.loggers import EventsLogger

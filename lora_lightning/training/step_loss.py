@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.folder import BAD_STEP
+from lora_lightning.adapters.run_entries import BAD_STEP
 from lora_lightning.distributed.strategies import scale_gradients, sum_over_ranks
 from lora_lightning.lora import UserError
 from lora_lightning.models.forward import masks_without_waiting

@@ -61,4 +61,4 @@ def test_adapter_and_checkpoint_of_an_earlier_version_predict(tmp_path, run_cli)
     for adapter in (FILES / "adapter", imported):
         status, out, err = run_cli("predict", f"adapter={adapter}", "text=A lovely day.")
         assert status == 0, err
-        assert sum(json.loads(out)["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(json.loads(out)["prediction"]["scores"].values()) == pytest.approx(1, abs=1e-5)

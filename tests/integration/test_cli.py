@@ -159,11 +159,51 @@ def test_completion(run_cli, monkeypatch, line, expected):
 def test_predict_takes_the_text_verbatim(run_cli, adapter, text):
     status, out, err = run_cli("predict", f"adapter={adapter}", f"text={text}")
     assert status == 0, err
-    answer = json.loads(out)
-    assert answer["text"] == text
+    row = json.loads(out)
+    assert row.keys() == {"text", "prediction"}  # as a line of predict input=FILE
+    assert row["text"] == text
+    answer = row["prediction"]
     assert answer["label"] in ("negative", "positive")
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert answer["score"] == max(answer["scores"].values())
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "advice"),
+    [
+        ("predict text=good", "task.text_column=review", "or read a column of a file: input=FILE"),
+        ("predict text=good", "data.batch_size=2", "Leave it out."),
+        ("predict text=good", "task.monitor=val/loss", "Leave it out."),
+        ("predict text=good", "trainer=cpu", "Leave it out."),
+        ("predict text=good", "seed=3", "Leave it out."),
+        ("predict text=good", "model.compile=layer", "Leave it out."),
+        ("predict input=in.jsonl", "data.limit_test=2", "Leave it out."),
+        ("predict input=in.jsonl", "task.label_column=text", "Leave it out."),
+        ("evaluate", "trainer.max_epochs=2", "Leave it out."),
+        ("evaluate", "lora.rank=2", "Leave it out."),
+        ("evaluate", "task.labels=[a,b]", "Leave it out."),
+        ("merge output=merged", "data.batch_size=2", "Leave it out."),
+    ],
+)
+def test_override_without_an_effect_is_refused(run_cli, adapter, verb, override, advice):
+    Path("in.jsonl").write_text('{"text": "good"}\n')
+    status, out, err = run_cli(*verb.split(), f"adapter={adapter}", override)
+    assert (status, out) == (2, "")
+    assert f"error: {override}: no effect on {verb.split()[0]}" in err
+    assert advice in " ".join(err.split())
+
+
+def test_override_of_the_text_column_decides_what_predict_reads_of_a_file(run_cli, adapter):
+    Path("in.jsonl").write_text('{"text": "good", "review": "never again"}\n')
+    command = ["predict", f"adapter={adapter}", "input=in.jsonl"]
+    default, other = (
+        json.loads(run_cli(*command, *more)[1])["prediction"]["scores"]
+        for more in ([], ["task.text_column=review"])
+    )
+    status, out, err = run_cli("predict", f"adapter={adapter}", "text=never again")
+    assert status == 0, err
+    assert json.loads(out)["prediction"]["scores"] == pytest.approx(other, abs=2e-6)
+    assert other != pytest.approx(default, abs=2e-6)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -192,11 +232,12 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
         expected = other["prediction"]["scores"]
         assert one["prediction"]["scores"] == pytest.approx(expected, abs=2e-6)
 
-    from lora_lightning.inference.predictor import Predictor, load_trained, predict_text
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.predictor import Predictor, predict_text
 
     alone = Predictor(load_trained(adapter, device="cpu"))
     for row in found[:8]:
-        single = predict_text(alone, row["text"])
+        single = predict_text(alone, row["text"])["prediction"]
         assert single["label"] == row["prediction"]["label"]
         assert single["scores"] == pytest.approx(row["prediction"]["scores"], abs=2e-6)
 
@@ -245,7 +286,8 @@ def test_evaluate_uses_one_device_and_loads_onto_it(run_cli, adapter, monkeypatc
 
 
 def test_evaluate_on_other_data(run_cli, adapter):
-    from lora_lightning.inference.predictor import Predictor, load_trained
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.predictor import Predictor
 
     rows = make_rows(30, seed=9)
     write_jsonl(Path("other.jsonl"), rows)
@@ -306,7 +348,9 @@ def test_every_monitor_is_measured(runs):
 def test_merge_gives_a_plain_model(run_cli, runs, name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    from lora_lightning.inference.predictor import PROBES, Predictor, load_trained
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.merge import PROBES
+    from lora_lightning.inference.predictor import Predictor
     from lora_lightning.models.forward import classification_logits
 
     adapter = runs[name] / "adapter"

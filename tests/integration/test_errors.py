@@ -525,7 +525,7 @@ MODEL = [
             f"model.name_or_path={p.model(lambda m: shutil.copy(p.llama / 'config.json', m))}"
         ),
         "lacks most weights",
-        "another kind of model",
+        "another model",
     ),
     Case(
         "no such architecture",
@@ -1067,19 +1067,19 @@ ADAPTERS = [
         "import of what is not there",
         lambda p: ["import", "source=no", "output=new"],
         "source=no",
-        "no such file",
+        "not found",
     ),
     Case(
         "import of a pickle",
         lambda p: ["import", f"source={p.write('lit_model.pth.lora', 'x')}", *to_llama(p)],
         "is a pickle",
-        "Convert it once",
+        "Convert it if you trust it",
     ),
     Case(
         "import of another layout",
         lambda p: ["import", f"source={tensors_of(p, 'a.weight')}", *to_llama(p)],
-        "it holds a.weight",
-        "Known: PEFT",
+        "unknown layout, with a.weight",
+        "Known layouts: kohya",
     ),
     Case(
         "import of another model",
@@ -1095,7 +1095,7 @@ ADAPTERS = [
             *to_llama(p),
         ],
         "holds no alpha",
-        "give alpha=A",
+        "alpha=A",
     ),
     Case(
         "import of a classifier without its classes",
@@ -1122,8 +1122,8 @@ ADAPTERS = [
     Case(
         "import with an alpha too many",
         lambda p: ["import", f"source={p.run / 'adapter'}", "output=new", "alpha=8"],
-        "says its alpha itself",
-        "leave it out",
+        "holds its own alpha",
+        "Leave it out",
     ),
     Case(
         "import of a folder of checkpoints",

@@ -72,7 +72,7 @@ def test_no_command_replaces_what_it_did_not_write(command, output, place, run_c
     assert status == 2, err
     assert "Traceback" not in err
     told = " ".join(err.split())
-    assert any(words in told for words in ("This would be lost:", "lies in the run", "reads:"))
+    assert any(words in told for words in ("This would be lost:", "is in the run", "reads:"))
     assert contents(place) == before
 
 
@@ -252,7 +252,7 @@ def test_weights_of_an_older_folder_are_checked(place):
     sums = content.pop("sha256")
     del content["content_sha256"]
     path.write_text(json.dumps({**content, "weights_sha256": sums["adapter_model.safetensors"]}))
-    from lora_lightning.inference.predictor import load_trained
+    from lora_lightning.inference.loading import load_trained
 
     load_trained(adapter, device="cpu")
     _turn(adapter / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lora_lightning.inference.predictor import load_trained
+from lora_lightning.inference.loading import load_trained
 
 TEXTS = ["good film", "bad", "a thing of two words", "film film film", "awful number"]
 
@@ -39,7 +39,9 @@ def loss_of(model, tokenizer) -> float:
     return total / count
 
 
-def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path):
+def test_forgetting_of_a_language_model_is_the_loss_on_other_texts(
+    tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path
+):
     run = tmp_path / "run"
     status, out, err = run_cli(
         *(
@@ -81,7 +83,9 @@ def similarities(model, tokenizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_similarity_in_an_encoder(method, tiny_bert, rows_jsonl, texts, run_cli, fast, tmp_path):
+def test_forgetting_of_an_encoder_is_the_similarity_of_its_vectors(
+    method, tiny_bert, rows_jsonl, texts, run_cli, fast, tmp_path
+):
     run = tmp_path / "run"
     status, _, err = run_cli(
         *("train", *fast, f"lora={'full' if method == 'full' else 'default'}"),
@@ -100,7 +104,9 @@ def test_similarity_in_an_encoder(method, tiny_bert, rows_jsonl, texts, run_cli,
     assert math.isclose(result["val/retained_similarity"], expected, abs_tol=1e-3)
 
 
-def test_texts_in_no_known_column(tiny_bert, rows_jsonl, run_cli, fast, tmp_path):
+def test_forgetting_texts_without_a_known_column_are_refused(
+    tiny_bert, rows_jsonl, run_cli, fast, tmp_path
+):
     path = tmp_path / "other.jsonl"
     path.write_text('{"words": "a"}\n' * 3)
     status, _, err = run_cli(

@@ -30,7 +30,7 @@ from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import DataConfig, ModelConfig
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.sweeps.packed.__main__ import main as packed
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule

@@ -182,7 +182,7 @@ def test_predict_goes_on_after_an_interruption(trained, run_cli, pairs, tmp_path
     monkeypatch.setattr(Predictor, "__call__", interrupted)
     status, _, err = run_cli(*command, "output=part.jsonl", "data.batch_size=2")
     assert status == 130
-    assert "The same command goes on" in err
+    assert "The same command resumes" in err
     assert not Path("part.jsonl").exists()
     (partial,) = Path().glob("part.jsonl.*.partial")
     written = partial.read_text()
@@ -267,7 +267,7 @@ def test_chat_with_a_classifier_is_refused(run_cli, tiny_bert, rows_jsonl, fast,
     assert run_cli("train", *fast, *settings, f"output_dir={run}")[0] == 0
     status, _, err = run_cli("chat", f"adapter={run / 'adapter'}")
     assert status == 2
-    assert "chat needs a task that writes text" in err
+    assert "chat: requires a task that writes text" in err
 
 
 def test_packed_training_gives_the_same_adapter(trained):

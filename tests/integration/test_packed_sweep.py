@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from helpers.data import write_jsonl
-from lora_lightning.adapters.folder import peak_memory_mib
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.packed.__main__ import main
@@ -25,6 +24,7 @@ from lora_lightning.sweeps.packed.pack import Pack
 from lora_lightning.sweeps.packed_launcher import PackedLauncher
 from lora_lightning.sweeps.queue import Job
 from lora_lightning.training.run import train
+from lora_lightning.utils.memory import peak_memory_mib
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

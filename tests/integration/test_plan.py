@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora.target_presets import target_sets
-from lora_lightning.models.loading import load_generator, load_model_config
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.model_config import load_model_config
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.preflight import free_memory

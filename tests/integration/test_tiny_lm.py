@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.data import write_jsonl
 from lora_lightning.config.compose import compose_config
 from lora_lightning.data.docstrings import build_docstrings
-from lora_lightning.models.loading import resolve
+from lora_lightning.models.resolve import resolve
 
 NAME = "pkg://lora_lightning/embedded/tiny_lm"
 QUIET = [

@@ -217,7 +217,7 @@ def test_wheel_runs_its_commands_from_any_folder(installed, tiny_bert):
         f"train experiment=full_reviews debug=limit {model} output_dir=full",
     )
     predicted, merged, checked, _, _ = out.split("<end>\n")
-    assert sum(json.loads(predicted)["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert sum(json.loads(predicted)["prediction"]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert float(re.search(r"merged model: ([\d.e-]+)$", merged, flags=re.M)[1]) < 0.01
     with safe_open(installed.folder / "merged" / "model.safetensors", "pt") as weights:
         assert not [name for name in weights.keys() if "lora" in name]  # noqa: SIM118

@@ -19,9 +19,10 @@ from lora_lightning.config.schema import OptimConfig
 from lora_lightning.data.collators import LANE
 from lora_lightning.data.datamodule import longest_input, tokens_at_a_time
 from lora_lightning.lora import UserError
-from lora_lightning.models.fake import rows_alone, skeletons
+from lora_lightning.models.fake import fake_models
 from lora_lightning.models.lm_head import trust_head
-from lora_lightning.models.loading import load_model_config, max_positions
+from lora_lightning.models.model_config import load_model_config, max_positions
+from lora_lightning.models.private_api import unpacked_rows
 from lora_lightning.tasks import build_task
 from lora_lightning.tasks.generation import GenerativeTask
 from lora_lightning.training.build import build_adapted_model
@@ -144,7 +145,7 @@ class DryRun:
         mixed = self.autocast is not None
         with (
             torch.autocast(self.device.type, self.autocast) if mixed else nullcontext(),
-            nullcontext() if self.joined else rows_alone(),
+            nullcontext() if self.joined else unpacked_rows(),
         ):
             batch = self.batch(rows)
             loss = task_loss(self.task, self.model, batch, self.device, offload=self.offload).total
@@ -179,7 +180,7 @@ def dry_run(config: DictConfig, device: torch.device) -> Iterator[DryRun]:
     Raises:
         UserError: If the settings do not fit the model.
     """
-    with skeletons(device), StorageTracker(device.type) as tracker:
+    with fake_models(device), StorageTracker(device.type) as tracker:
         yield DryRun(config, device, tracker)
 
 

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
-from lora_lightning.models.loading import load_generator, load_tokenizer
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.tokenizer import load_tokenizer
 
 
 def anonymous() -> float:

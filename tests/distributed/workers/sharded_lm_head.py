@@ -23,7 +23,8 @@ from lora_lightning.config.schema import ModelConfig
 from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
 from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.models import lm_head as head
-from lora_lightning.models.loading import load_generator, load_tokenizer
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.tokenizer import load_tokenizer
 
 ROWS = 4
 """Of logits, at a time."""

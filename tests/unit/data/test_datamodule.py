@@ -32,7 +32,7 @@ from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
 from lora_lightning.distributed.strategies import ShardedStrategy
 from lora_lightning.errors import UserError
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import (
     IGNORE,
     LanguageModelTask,

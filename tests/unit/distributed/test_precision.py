@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from helpers.data import make_rows, write_jsonl
-from lora_lightning.adapters.folder import read_sidecar
+from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.compose import compose_config
 from lora_lightning.distributed import hardware_speed, precision
 from lora_lightning.distributed.precision import (
@@ -190,14 +190,14 @@ def test_train_in_each_precision_gives_nearly_the_same_fp32_adapter(runs):
 def test_saved_settings_hold_the_dtype_of_the_base(runs):
     folder, _ = runs
     types = {
-        name: read_sidecar(folder / name / "adapter")["settings"]["model"]["dtype"]
+        name: AdapterFolder(folder / name / "adapter").read_sidecar()["settings"]["model"]["dtype"]
         for name in ("32-true", "bf16-true")
     }
     assert types == {"32-true": "float32", "bf16-true": "bfloat16"}
 
 
 def test_load_trained_of_bf16_true_has_a_bf16_base(runs):
-    from lora_lightning.inference.predictor import load_trained
+    from lora_lightning.inference.loading import load_trained
 
     folder, _ = runs
     module = load_trained(folder / "bf16-true" / "adapter")

@@ -23,7 +23,8 @@ from transformers import (
 from helpers.models import IDS, logits
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.data.collators import PaddingCollator
-from lora_lightning.inference.predictor import PROBES, load_trained
+from lora_lightning.inference.loading import load_trained
+from lora_lightning.inference.merge import PROBES
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,
@@ -33,7 +34,7 @@ from lora_lightning.lora import (
 from lora_lightning.lora.initialization.loftq import make_up, weight_of
 from lora_lightning.lora.layers.linear import dequantized
 from lora_lightning.models.loading import load_classifier, load_generator
-from lora_lightning.models.quantization import experts_left
+from lora_lightning.models.quantization import note_on_experts
 from lora_lightning.tasks.language_modeling import LanguageModelTask
 from lora_lightning.training.module import LoraModule
 
@@ -75,7 +76,7 @@ def gradients(adapter) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_it_is_lora_on_what_the_weights_stand_for(kind, settings, tiny_llama):
+def test_quantized_base_computes_lora_on_dequantized_weights(kind, settings, tiny_llama):
     """Logits and gradients; those after an evaluation too, in which nothing may be repacked."""
     model = generator(tiny_llama, kind)
     twin = dense_twin(model, tiny_llama)
@@ -92,7 +93,7 @@ def test_it_is_lora_on_what_the_weights_stand_for(kind, settings, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_start_from_the_weights(kind, tiny_llama):
+def test_quantized_base_with_pissa_keeps_its_outputs(kind, tiny_llama):
     """PiSSA's part is that of the dequantised weight, and the model is what it was."""
     model = generator(tiny_llama, kind)
     base = logits(model)
@@ -106,7 +107,7 @@ def test_a_start_from_the_weights(kind, tiny_llama):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_is_pefts_on_the_same_base(kind, tiny_llama, tmp_path):
+def test_quantized_base_with_an_adapter_equals_peft(kind, tiny_llama, tmp_path):
     model = generator(tiny_llama, kind)
     adapter = adapted(model)
     save_adapter(adapter, tmp_path)
@@ -115,7 +116,7 @@ def test_the_adapter_is_pefts_on_the_same_base(kind, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "least", "most"), [("nf4", 0.12, 0.16), ("int8", 0.24, 0.28)])
-def test_bytes(kind, least, most, tiny_llama):
+def test_quantized_weights_take_the_bytes_of_their_format(kind, least, most, tiny_llama):
     """Of the linear layers: 4 bits or 8 of 32; heads as they were."""
 
     def size(model) -> float:
@@ -136,7 +137,7 @@ def test_bytes(kind, least, most, tiny_llama):
         adapter.merge()
 
 
-def test_experts_that_stay_as_they_are_are_told(tiny_llama, tmp_path):
+def test_note_on_experts_names_their_dtype(tiny_llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
@@ -147,12 +148,12 @@ def test_experts_that_stay_as_they_are_are_told(tiny_llama, tmp_path):
     kinds = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters()}
     assert kinds["gate_up_proj"] == kinds["down_proj"] == torch.float32
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
-    assert "the weights of experts are not quantised and stay float32" in experts_left(model)
-    assert experts_left(generator(tiny_llama, "nf4").requires_grad_(False)) == ""
+    assert "The weights of experts stay float32" in note_on_experts(model)
+    assert note_on_experts(generator(tiny_llama, "nf4").requires_grad_(False)) == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_head_is_not_quantised(kind, tiny_bert):
+def test_quantized_base_leaves_its_new_head_in_full_precision(kind, tiny_bert):
     config = ModelConfig(str(tiny_bert), quantization=kind)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     model, whole = load_classifier(config, tokenizer, ["a", "b"])
@@ -161,7 +162,9 @@ def test_a_new_head_is_not_quantised(kind, tiny_bert):
     Adapter(model, LoraConfig(modules_to_save=whole))
 
 
-def test_a_run_with_all_that_follows(fast, tiny_bert, rows_jsonl, tmp_path, run_cli):
+def test_quantized_run_trains_predicts_resumes_and_merges(
+    fast, tiny_bert, rows_jsonl, tmp_path, run_cli
+):
     """Train, predict on the quantised base, go on exactly, and merge into the base as it was."""
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
     where += ["model.quantization=nf4", "trainer.max_epochs=2", "optim.lr=1e-2"]
@@ -201,14 +204,16 @@ def test_a_run_with_all_that_follows(fast, tiny_bert, rows_jsonl, tmp_path, run_
         (["model.quantization=int8", "model.compile=layer"], "do not go together"),
     ],
 )
-def test_mistakes_are_told(settings, message, fast, tiny_bert, rows_jsonl, tmp_path, run_cli):
+def test_quantization_with_a_wrong_setting_is_refused(
+    settings, message, fast, tiny_bert, rows_jsonl, tmp_path, run_cli
+):
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", *fast]
     status, _, err = run_cli("train", *where, *settings, f"output_dir={tmp_path / 'run'}")
     assert status == 2
     assert message in " ".join(err.split())
 
 
-def test_the_library_that_is_missing_is_told(tiny_llama, monkeypatch):
+def test_quantization_without_bitsandbytes_is_refused(tiny_llama, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
@@ -220,7 +225,7 @@ def test_the_library_that_is_missing_is_told(tiny_llama, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
 @torch.no_grad()
-def test_loftq_starts_nearer_to_the_weights(kind, model, request):
+def test_loftq_starts_nearer_to_the_original_weights(kind, model, request):
     """By r singular values of what is missing, as Eckart and Young have it."""
     folder = request.getfixturevalue(model)
     original, quantised = generator(folder), generator(folder, kind)
@@ -249,7 +254,7 @@ def tiny_gpt2(tiny_llama, tmp_path_factory):
     return folder
 
 
-def test_loftq_loads_the_unquantised_base_on_the_cpu(tiny_llama, monkeypatch):
+def test_loftq_loads_the_original_base_on_the_cpu(tiny_llama, monkeypatch):
     """A GPU, which "meta" stands for, may have no room for it beside the quantised one."""
 
     def build_model(task, config, tokenizer, shards=None):
@@ -270,7 +275,7 @@ def test_loftq_loads_the_unquantised_base_on_the_cpu(tiny_llama, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
+def test_loftq_run_fits_its_quantized_base_alone(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
     """It trains, PEFT has its logits on the same base, and merged it is the model trained."""
     run = tmp_path / "run"
     status, _, err = run_cli(
@@ -331,7 +336,7 @@ def test_a_loftq_run(tiny_llama, rows_jsonl, run_cli, fast, tmp_path):
 
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
-def test_a_base_is_quantised_where_its_weights_are(shards, tiny_llama, tmp_path):
+def test_base_with_a_quantization_config_requires_quantized_weights(shards, tiny_llama, tmp_path):
     """And not because its config says so; what was saved quantised is loaded so."""
     asks = generator(tiny_llama, "nf4")
     asks.save_pretrained(tmp_path / "saved")
@@ -343,15 +348,15 @@ def test_a_base_is_quantised_where_its_weights_are(shards, tiny_llama, tmp_path)
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "plain")
     for kind in (None, "int8"):
-        with pytest.raises(UserError, match=r"layers \(bitsandbytes\), but its weights are not"):
+        with pytest.raises(UserError, match=r"layers \(bitsandbytes\), but the weights are not"):
             generator(tmp_path / "plain", kind)
 
 
-def test_a_base_with_an_adapter_beside_it_is_refused(tiny_llama, tmp_path):
+def test_base_folder_with_an_adapter_is_refused(tiny_llama, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     save_adapter(adapted(generator(tiny_llama)), tmp_path / "adapter")
     for path in (tmp_path / "adapter").glob("adapter_*"):
         shutil.copy(path, base)
-    with pytest.raises(UserError, match="holds an adapter beside the base model"):
+    with pytest.raises(UserError, match="holds an adapter, which would"):
         generator(base)

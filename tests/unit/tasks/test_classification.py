@@ -18,7 +18,9 @@ from lora_lightning.config.schema import ModelConfig, SentimentConfig
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import classification_logits
-from lora_lightning.models.loading import load_classifier, load_model_config, load_tokenizer
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.model_config import load_model_config
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import (
     IGNORE,
     LossOutput,
