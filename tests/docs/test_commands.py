@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.runs import result_of
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config, settings_of
 
@@ -209,7 +210,7 @@ def check_results(page: str, said: str, folder: Path) -> None:
         assert stored["r"] == 8  # the page's --max-lora-rank
     if page == "docs/multi-gpu.md":
         assert "complete" in said  # as the page says
-        assert json.loads((folder / "rehearsal/result.json").read_text())["status"] == "completed"
+        assert result_of(folder / "rehearsal")["status"] == "completed"
     if page == "docs/sweeps.md":
         assert len((folder / "ranks/results.csv").read_text().splitlines()) == 1 + 4
         assert (folder / "ranks/report.html").is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora.target_presets import target_sets
@@ -146,7 +146,7 @@ def test_adapters_are_as_large_as_a_runs_files(
         "callbacks.samples=null",
     )
     assert status == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     written = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
     place = bare(tiny_bert, tmp_path / "bare")
     status, out, err = run_cli("plan", *common, f"model.name_or_path={place}")

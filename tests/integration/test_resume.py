@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
 import re
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from helpers.runs import QUIET, csv_rows, result_of
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config
 from lora_lightning.training.callbacks import last_checkpoint
@@ -26,14 +25,10 @@ from lora_lightning.training.run import train
 
 # 64 training rows in batches of 6: 11 batches, so windows of 2 leave a last one of a single batch.
 SETTINGS = [
-    "trainer=cpu",
-    "trainer.precision=32-true",
+    *QUIET,
     "trainer.max_epochs=5",
     "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false",
-    "callbacks.progress_bar=null",
-    "callbacks.rich_summary=null",
     "callbacks.last.every_n_steps=1",
     "callbacks.early_stopping.patience=2",
     "test_before=false",
@@ -124,7 +119,7 @@ def settings(tiny_bert, rows_jsonl, output: Path, *more: str) -> list[str]:
 
 
 def outcome(run_dir: Path) -> tuple[bytes, dict]:
-    result = json.loads((run_dir / "result.json").read_text())
+    result = result_of(run_dir)
     assert result["status"] == "completed"
     kept = {
         name: value
@@ -134,12 +129,10 @@ def outcome(run_dir: Path) -> tuple[bytes, dict]:
     return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(), kept
 
 
-def logged(run_dir: Path) -> dict[int, dict[str, str]]:
+def logged_by_step(run_dir: Path) -> dict[int, dict[str, str]]:
     """What the CSV log holds for each step."""
-    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
     steps: dict[int, dict[str, str]] = {}
-    for row in rows:
+    for row in csv_rows(run_dir):
         values = {name: value for name, value in row.items() if value and LOGGED.match(name)}
         steps.setdefault(int(row["step"]), {}).update(values)
     return steps
@@ -211,13 +204,13 @@ def test_every_save_point_goes_on_exactly(
         f"+callbacks.keep.copies={copies}",
     ]
     train(compose_config([*overrides, *keep]))
-    expected, expected_log = outcome(run_dir), logged(run_dir)
+    expected, expected_log = outcome(run_dir), logged_by_step(run_dir)
     found = sorted(copies.iterdir())
     assert len(found) >= 8
     assert best_step(run_dir) > 6, "the best is to come of more than the first epoch"
     for copy in dict.fromkeys([*found[::every], found[-1]]):
         assert resume(copy, run_dir, overrides) == expected, copy.name
-        assert logged(run_dir) == expected_log, copy.name
+        assert logged_by_step(run_dir) == expected_log, copy.name
     torn = found[len(found) // 2] / "checkpoints" / "last.ckpt"
     torn.write_bytes(torn.read_bytes()[:-100])
     write = last_checkpoint._write
@@ -228,7 +221,7 @@ def test_every_save_point_goes_on_exactly(
 
     monkeypatch.setattr(last_checkpoint, "_write", watched)
     assert resume(torn.parent.parent, run_dir, overrides) == expected, "by the one before it"
-    assert logged(run_dir) == expected_log
+    assert logged_by_step(run_dir) == expected_log
     assert f"{run_dir / 'checkpoints' / 'last.ckpt'} is truncated" in capsys.readouterr().err
 
 
@@ -329,11 +322,11 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
     assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
     told = f"interrupted. To go on: lora-lightning train resume={run_dir} {OWN}\n"
     assert errors.read_text() == DOUBTS + told
-    stopped = json.loads((run_dir / "result.json").read_text())
+    stopped = result_of(run_dir)
     assert stopped["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
-    resumed = json.loads((run_dir / "result.json").read_text())
+    resumed = result_of(run_dir)
     retained = resumed["before"].pop("val/retained_similarity")  # is in the checkpoint
     assert retained == pytest.approx(1.0, abs=1e-6)
     assert resumed["before"] == stopped["before"]
@@ -365,11 +358,11 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     assert (died, read_checkpoint(last)["global_step"]) == (1, saved)
     told = f"saved the state after step {saved}: {last}\n"
     assert (told in errors.read_text()) == (saved != 6)
-    failed = json.loads((run_dir / "result.json").read_text())
+    failed = result_of(run_dir)
     assert (failed["status"], failed["error"]) == ("failed", f"RuntimeError: died at {moment}")
     assert run_cli("train", f"resume={run_dir}", OWN, "data.num_workers=0")[0] == 0
     assert outcome(run_dir) == outcome(whole_run)
-    found, expected = logged(run_dir), logged(whole_run)
+    found, expected = logged_by_step(run_dir), logged_by_step(whole_run)
     if moment == "end:16":  # Lightning logs what a step has measured after its hooks
         del found[9], expected[9]
     assert found == expected
@@ -394,7 +387,7 @@ def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_
     assert said[-1].startswith("interrupted. To go on")
     last = run_dir / "checkpoints" / "last.ckpt"
     assert last.exists() == (moment != "setup:fit")
-    assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(run_dir)["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -20,20 +19,12 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from helpers.data import make_rows, write_jsonl
 from helpers.models import word_tokenizer
+from helpers.runs import QUIET, csv_rows, result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
-
-QUIET = [
-    "trainer=cpu",
-    "trainer.precision=32-true",
-    "trainer.enable_progress_bar=false",
-    "callbacks.progress_bar=null",
-    "callbacks.rich_summary=null",
-    "data.batch_size=8",
-]
 
 
 def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
@@ -45,6 +36,7 @@ def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
     config = compose_config(
         [
             *QUIET,
+            "data.batch_size=8",
             f"model.name_or_path={model}",
             *(f"data.{split}={folder / split}.jsonl" for split in parts),
             f"output_dir={folder / 'run'}",
@@ -75,16 +67,11 @@ def predictions(run, split: str, run_cli) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def csv_rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
 # result.json and the folder ----------------------------------------------------------------------
 
 
 def test_result_is_what_was_returned(run):
-    assert json.loads((run.dir / "result.json").read_text()) == run.result
+    assert result_of(run.dir) == run.result
 
 
 def test_result_counts(run, tiny_bert):
@@ -311,6 +298,7 @@ def small(tiny_bert, rows_jsonl, tmp_path):
             compose_config(
                 [
                     *QUIET,
+                    "data.batch_size=8",
                     "test_before=false",
                     f"model.name_or_path={model}",
                     f"data.train={rows_jsonl}",
@@ -426,7 +414,7 @@ def test_a_used_folder_is_refused(small, tmp_path):
 def test_a_run_that_fails_says_so(small, tmp_path):
     with pytest.raises(UserError, match="training loss is"):
         small("optim.lr=1e30", "optim.warmup=0", "trainer.max_epochs=2")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["status"] == "failed"
     assert "lower optim.lr" in result["error"]
     assert not (tmp_path / "run" / "adapter").exists()
@@ -460,7 +448,7 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     told = r"To go on \(from the start: no checkpoint was due yet\): lora-lightning train resume="
     with pytest.raises(KeyboardInterrupt, match=told):
         small("test_before=true")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["status"] == "interrupted"
     assert not list((tmp_path / "run").rglob("*.ckpt"))  # not a step of training was done
 
@@ -531,7 +519,7 @@ def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, r
     assert status == 0, err
     for text in (err, out):  # at its start and at its end
         assert [line[8:] for line in text.splitlines() if line.startswith("WARNING")] == told
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["warnings"] == told
     assert result["rows"] == {split: len(part) for split, part in parts.items()}
     assert result["baseline"].pop("name") == "majority class"

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from helpers.models import IDS, logits
+from helpers.runs import result_of
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.inference.predictor import PROBES, load_trained
@@ -170,7 +171,7 @@ def test_a_run_with_all_that_follows(fast, tiny_bert, rows_jsonl, tmp_path, run_
     assert status == 0, err
     module = load_trained(run / "adapter")
     assert type(module.model.bert.encoder.layer[0].attention.self.query.base_layer) is not nn.Linear
-    assert json.loads((run / "result.json").read_text())["total_parameters"] > 20_000
+    assert result_of(run)["total_parameters"] > 20_000
 
     status, out, err = run_cli(
         "merge", f"adapter={run / 'adapter'}", f"output={tmp_path / 'merged'}"

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM
 
+from helpers.asserts import assert_tensors_close
 from helpers.gpu import Waits
 from helpers.modules import LABELS, LORA, SGD, batches_of, encoded_rows, make_module
 from lora_lightning.config.compose import compose_config, settings_of
@@ -310,12 +311,6 @@ class LastGradients(L.Callback):
             self.gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
 
 
-def assert_near(found: dict, expected: dict, atol: float = 1e-6) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("sizes", "accumulate"),
     [([8], 1), ([1] * 8, 8), ([4, 3, 1], 3), ([4, 3, 1], 8), ([2, 6], 2)],
@@ -330,7 +325,7 @@ def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
         module, batches_of(rows, sizes), accumulate_grad_batches=accumulate, callbacks=[last]
     )
     assert trainer.global_step == 1
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
     assert max(g.abs().max() for g in gradients.values()) > 1e-2
     assert trainer.callback_metrics["train/loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(
@@ -359,7 +354,7 @@ def test_micro_batches_of_a_batch_equal_the_whole(tiny_llama, accumulate):
         gradient_clip_val=0.3,
     )
     assert trainer.global_step == 2 * len(a_step)
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
 
 
 def test_short_last_window_over_several_epochs(tiny_llama):
@@ -370,7 +365,7 @@ def test_short_last_window_over_several_epochs(tiny_llama):
     batches = batches_of(rows, [4, 4, 3, 1, 1])
     trainer = fit(module, batches, accumulate_grad_batches=3, epochs=2)
     assert trainer.global_step == 4
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
 
 
 @pytest.mark.parametrize(("sizes", "accumulate"), [([8], 1), ([4, 3, 1], 3), ([4, 3, 1], 8)])
@@ -387,7 +382,7 @@ def test_clipping_sees_the_normalised_gradient(tiny_llama, sizes, accumulate):
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
         )
-        assert_near(snapshot(module), expected)
+        assert_tensors_close(snapshot(module), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
@@ -399,7 +394,7 @@ def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
         fit(module, batches_of(encoded_rows(8), [8]))
         results.append(snapshot(module))
         assert len(calls) == (2 if checkpointing else 1), "the forward pass is to run again"
-    assert_near(results[1], results[0], atol=1e-7)
+    assert_tensors_close(results[1], results[0], atol=1e-7)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
