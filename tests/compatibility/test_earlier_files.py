@@ -38,7 +38,7 @@ def assert_ended_as_then(run) -> None:
     assert {key: result[key] for key in measured} == pytest.approx(measured, abs=1e-4)
 
 
-def test_run_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
+def test_run_of_an_earlier_version_resumes(tmp_path, run_cli):
     run = shutil.copytree(FILES / "run", tmp_path / "run")
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 0, err
@@ -46,7 +46,7 @@ def test_run_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
 
 
 @pytest.mark.slow
-def test_sweep_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
+def test_sweep_of_an_earlier_version_resumes(tmp_path, run_cli):
     sweep = shutil.copytree(FILES / "sweep", tmp_path / "sweep")
     status, _, err = run_cli("train", "-m", *RUN, "seed=0,1", f"hydra.sweep.dir={sweep}")
     assert status == 0, err

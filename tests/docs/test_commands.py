@@ -103,14 +103,14 @@ def run_process(arguments: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_every_shell_line_is_of_a_kind_that_is_tested():
+def test_shell_lines_are_all_of_a_tested_kind():
     other = ("pip install -c constraints.txt", "tensorboard ", "pytest", "ruff ", "python tests/")
     for page in PAGES:
         for line in "".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines():
             assert line.startswith(("lora-lightning ", *other)), line
 
 
-def test_set_up_commands_are_two_and_ci_calls_them():
+def test_ci_calls_the_two_set_up_commands():
     lines = "".join(blocks_of("README.md", "bash")).splitlines()
     setup = [line for line in lines if line.startswith("pip install")]
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
@@ -131,7 +131,7 @@ def test_index_names_every_page():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", PAGES[page]):
         path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
         assert path.exists(), target

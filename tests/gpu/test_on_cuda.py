@@ -26,7 +26,7 @@ def command(tiny_bert, rows_jsonl, tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), TYPES, ids=str)
-def test_fused_step_on_cuda_is_as_near_to_float64_as_autograd(dtype, autocast):
+def test_fused_step_on_cuda_is_as_close_to_float64_as_autograd(dtype, autocast):
     for case in CASES:
         if (case.dtype, case.autocast) == (dtype, autocast):
             assert fused.excess(case, fused.compare(case, "cuda")) <= 1.0, str(case)

@@ -192,7 +192,7 @@ EVERY_STEP = ("epochs", "validation in mid-epoch", "validation every second epoc
         *(pytest.param(v, 1 if v in EVERY_STEP else 5, marks=pytest.mark.slow) for v in VARIANTS),
     ],
 )
-def test_every_save_point_goes_on_exactly(
+def test_resume_from_every_save_point_equals_the_uninterrupted_run(
     variant, every, request, rows_jsonl, tmp_path, capsys, monkeypatch
 ):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
@@ -289,7 +289,9 @@ def _in_fork(
     ["train:3", "train:17", "save:6", "validation:1", "epoch:2", "test"],
     ids=["before a checkpoint", "mid-epoch", "saving", "validation", "between epochs", "test"],
 )
-def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_a_kill_equals_the_uninterrupted_run(
+    moment, killable, uninterrupted, run_cli, tmp_path
+):
     run_dir = tmp_path / "run"
     assert _in_fork(killable(run_dir), {"DIE_AT": moment}) == -signal.SIGKILL
     assert (run_dir / "adapter").exists() == (moment == "test")
@@ -299,7 +301,9 @@ def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
     assert outcome(run_dir) == uninterrupted
 
 
-def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_two_kills_equals_the_uninterrupted_run(
+    killable, uninterrupted, run_cli, tmp_path
+):
     run_dir = tmp_path / "run"
     assert _in_fork(killable(run_dir), {"DIE_AT": "train:14"}) == -signal.SIGKILL
     again = _in_fork(["train", f"resume={run_dir}", OWN], {"DIE_AT": "train:25"})
@@ -313,7 +317,9 @@ def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["train:17", "validation:1", "test"])
-def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_an_interrupt_equals_the_uninterrupted_run(
+    moment, killable, uninterrupted, run_cli, tmp_path
+):
     """Ctrl-C: exit status 130 and one line that says how to go on."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     arguments = killable(run_dir)
@@ -349,7 +355,9 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
         pytest.param("train:11", 6, marks=pytest.mark.slow),
     ],
 )
-def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_path):
+def test_resume_after_an_error_equals_the_uninterrupted_run(
+    moment, saved, killable, whole_run, run_cli, tmp_path
+):
     """An exception loses no whole step, but where it comes amid one, or in a validation."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     arguments = [*killable(run_dir), "callbacks.last.every_n_steps=null"]
@@ -377,7 +385,9 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
         ("SIGHUP", "train:17", 129),
     ],
 )
-def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_sigterm_equals_the_uninterrupted_run(
+    how, moment, status, killable, uninterrupted, run_cli, tmp_path
+):
     """At once where no step is near, else after one; the same run comes of it."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     told = _in_fork(killable(run_dir), {"DIE_AT": moment, "DIE_OF": how}, errors)
@@ -392,12 +402,14 @@ def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_
     assert outcome(run_dir) == uninterrupted
 
 
-def test_a_closed_terminal_ends_no_run_of_nohup(killable, tmp_path):
+def test_sighup_under_nohup_ends_no_run(killable, tmp_path):
     died = {"DIE_AT": "train:17", "DIE_OF": "SIGHUP", "NOHUP": "1"}
     assert _in_fork([*killable(tmp_path / "run"), "trainer.max_epochs=2"], died) == 0
 
 
-def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):
+def test_resume_of_a_killed_command_equals_the_uninterrupted_run(
+    killable, uninterrupted, run_cli, tmp_path
+):
     """A fresh interpreter, killed by another process at whatever step it has come to."""
     run_dir = tmp_path / "run"
     last = run_dir / "checkpoints" / "last.ckpt"
