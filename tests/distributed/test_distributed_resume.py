@@ -49,6 +49,11 @@ def common(tiny_llama, tmp_path_factory) -> list[str]:
     ]
 
 
+def cache_of(common: list[str]) -> list[str]:
+    """Return the folder of the cache, which a resumed run needs typed again."""
+    return [item for item in common if item.startswith("data.cache_dir=")]
+
+
 def pair(way: str) -> list[str]:
     trainer, *others = WAYS[way]
     return [trainer, "trainer.accelerator=cpu", "trainer.devices=2", *others]
@@ -116,10 +121,10 @@ def whole(stopped, common) -> Path:
     return folder / "whole"
 
 
-def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
+def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, common, whole):
     _, folder = stopped
     shutil.copytree(folder / "run", folder / "same")
-    finish(start([*TRAIN, "resume=same"], folder))
+    finish(start([*TRAIN, "resume=same", *cache_of(common)], folder))
     assert_runs_equal(folder / "same", whole)
 
 
@@ -167,7 +172,7 @@ def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tin
     assert "ended while waiting" not in said
 
 
-def test_it_goes_on_by_another_strategy(stopped, whole):
+def test_it_goes_on_by_another_strategy(stopped, common, whole):
     """As many rows at a time give the same run, whoever holds the base; dropout is drawn again."""
     way, folder = stopped
     if way == "ddp":
@@ -178,7 +183,7 @@ def test_it_goes_on_by_another_strategy(stopped, whole):
         "deepspeed": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
     }[way]
     shutil.copytree(folder / "run", folder / "other")
-    finish(start([*TRAIN, "resume=other", *other], folder))
+    finish(start([*TRAIN, "resume=other", *other, *cache_of(common)], folder))
     assert_runs_equal(folder / "other", whole, error=1e-5)
 
 
@@ -187,7 +192,7 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
     if way == "tp":
         pytest.skip("its two processes see the same rows, as one does")
     shutil.copytree(folder / "run", folder / "alone")
-    said = finish(start([*TRAIN, "resume=alone", "trainer=cpu"], folder), 2)
+    said = finish(start([*TRAIN, "resume=alone", "trainer=cpu", *cache_of(common)], folder), 2)
     assert "2 processes saw different rows when this checkpoint was written, and 1 do now" in said
     new = [*common, "trainer=cpu", "trainer.max_epochs=1", f"adapter=alone/{LAST}"]
     finish(start([*TRAIN, *new, "output_dir=begun"], folder))
