@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters.run_entries import BAD_STEP
 from lora_lightning.distributed.strategies import scale_gradients, sum_over_ranks
 from lora_lightning.lora import UserError
-from lora_lightning.models.forward import masks_without_waiting
 from lora_lightning.models.offload import offloaded_activations
+from lora_lightning.models.private_api import masks_without_waiting
 from lora_lightning.tasks import Task
 from lora_lightning.tasks.base import LossOutput
 from lora_lightning.utils.atomic_write import atomic_write

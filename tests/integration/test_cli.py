@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.data import make_rows, to_jsonl, write_jsonl
+from helpers.runs import result_of
 from lora_lightning.training.callbacks.progress import ProgressBar
 
 
@@ -24,20 +25,12 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_bert, tiny_llama, rows_jsonl, fast) -> dict[str, Path]:
+def runs(trained_run, tiny_llama) -> dict[str, Path]:
     """A run on the tiny encoder, one on the tiny decoder, and a full fine-tuning."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    found = {}
-    kinds = {"bert": (tiny_bert, []), "llama": (tiny_llama, []), "full": (tiny_bert, ["lora=full"])}
-    for name, (model, changes) in kinds.items():
-        found[name] = tmp_path_factory.mktemp(name) / "run"
-        where = [f"model.name_or_path={model}", f"data.train={rows_jsonl}"]
-        more = ["data.test_fraction=0.3", "optim.lr=3e-2", "trainer.max_epochs=3"]
-        more += ["callbacks.early_stopping=null", f"output_dir={found[name]}"]
-        train(compose_config([*fast, *where, *more, *changes]))
-    return found
+    more = ["data.test_fraction=0.3", "optim.lr=3e-2", "trainer.max_epochs=3"]
+    more.append("callbacks.early_stopping=null")
+    kinds = {"bert": [], "llama": [f"model.name_or_path={tiny_llama}"], "full": ["lora=full"]}
+    return {name: trained_run(*more, *changes) for name, changes in kinds.items()}
 
 
 @pytest.fixture
@@ -247,7 +240,7 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "full"])
 def test_evaluate_gives_the_metrics_of_the_run(run_cli, runs, name):
-    result = json.loads((runs[name] / "result.json").read_text())
+    result = result_of(runs[name])
     status, out, err = run_cli("evaluate", f"adapter={runs[name] / 'adapter'}", "output=m.json")
     assert status == 0, err
     metrics = json.loads(out)
@@ -337,7 +330,7 @@ def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, 
 def test_every_monitor_is_measured(runs):
     from lora_lightning.config.schema import MONITORS
 
-    result = json.loads((runs["bert"] / "result.json").read_text())
+    result = result_of(runs["bert"])
     assert {key for key in result if key.startswith("val/")} == set(MONITORS)
 
 
@@ -449,7 +442,7 @@ def test_check_decodes_rows_as_the_model_sees_them(run_cli, tiny_bert, rows_json
 def test_check_counts_the_trained_parameters_that_training_trains(run_cli, tiny_bert, runs, fast):
     rows = json.loads((runs["bert"] / "adapter/lora_lightning.json").read_text())
     out = check_report(run_cli, tiny_bert, rows["settings"]["data"]["train"], fast)
-    result = json.loads((runs["bert"] / "result.json").read_text())
+    result = result_of(runs["bert"])
     assert f"trainable {result['trainable_parameters']:,} of {result['total_parameters']:,}" in out
 
 
@@ -487,9 +480,9 @@ def test_warm_start_begins_with_exactly_these_weights(run_cli, runs, adapter, fa
     command = ["train", *fast, *where, *same]
     assert run_cli(*command, f"adapter={adapter}", "output_dir=warm")[0] == 0
     assert run_cli(*command, "output_dir=cold")[0] == 0
-    first = json.loads((runs["bert"] / "result.json").read_text())
-    warm = json.loads(Path("warm/result.json").read_text())
-    cold = json.loads(Path("cold/result.json").read_text())
+    first = result_of(runs["bert"])
+    warm = result_of(Path("warm"))
+    cold = result_of(Path("cold"))
     for name in ("test/loss", "test/accuracy", "test/f1", "test/auroc"):
         assert warm["before"][name] == pytest.approx(first[name], abs=1e-6)
     # It went on from there, and a start without the adapter is elsewhere.
@@ -512,7 +505,7 @@ def test_output_dir_with_blanks_and_quotes(run_cli, tiny_bert, rows_jsonl, fast)
     folder = Path("my runs, it's")
     status, out, err = run_cli("train", *fast, *where, f'output_dir="{folder}"')
     assert status == 0, err
-    steps = json.loads((folder / "result.json").read_text())["steps"]
+    steps = result_of(folder)["steps"]
     assert (f"Only {steps} optimizer steps were taken" in out) == (steps < 20)
     assert " MB with the tokenizer)" in out
     assert (folder / "result.json").is_file()
@@ -528,7 +521,7 @@ def test_a_log_that_is_no_terminal_tells_how_far_a_run_is(
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", "output_dir=run"]
     status, out, err = run_cli("train", *shown, *where)
     assert status == 0, err
-    steps = json.loads(Path("run/result.json").read_text())["steps"]
+    steps = result_of(Path("run"))["steps"]
     told = re.findall(r"^epoch 1, step (\d+) of (\d+), train/loss \d\.\d{4}$", out, flags=re.M)
     assert told == [(str(step), str(steps)) for step in range(1, steps + 1)]
 

@@ -15,6 +15,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config, config_hash
 from lora_lightning.sweeps.launcher import _own
 from lora_lightning.sweeps.live_table import JobTable
@@ -394,7 +395,7 @@ def test_a_sweep_writes_a_damaged_config_again(contents, sweep):
     ]
     whole = [file.read_text() for file in files]
     for state, content in zip(("completed", "interrupted", "waiting"), contents, strict=True):
-        result = json.loads((folders[1] / "result.json").read_text())
+        result = result_of(folders[1])
         (folders[1] / "result.json").write_text(json.dumps({**result, "status": state}))
         if state == "waiting":
             (folders[1] / "result.json").unlink()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.asserts import contents
 from helpers.data import make_rows, to_jsonl
+from helpers.runs import result_of
 
 
 @dataclass
@@ -1142,37 +1144,10 @@ ADAPTERS = [
 CASES = [*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS, *ADAPTERS]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> Path:
-    """A run on the tiny model."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    overrides = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        config = compose_config([*fast, *overrides, f"output_dir={folder}"])
-        train(config)
-    (folder / ".hydra").mkdir()
-    from omegaconf import OmegaConf
-
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    return folder
-
-
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_bert, tiny_llama, rows_jsonl, fast, trained) -> Place:
+def place(tmp_path, monkeypatch, tiny_bert, tiny_llama, rows_jsonl, fast, trained_run) -> Place:
     monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, tiny_bert, tiny_llama, rows_jsonl, fast, trained)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder below `folder`, with the bytes of the files."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
+    return Place(tmp_path, tiny_bert, tiny_llama, rows_jsonl, fast, trained_run())
 
 
 def assert_clear(status: int, err: str, case: Case) -> None:
@@ -1298,7 +1273,7 @@ def test_second_try_into_the_same_folder(place, run_cli):
     assert contents(place.root) == {"out": None, "out/notes.txt": b"mine"}
     status, _, err = run_cli(*right)
     assert status == 0, err
-    assert json.loads((place.root / "out/result.json").read_text())["status"] == "completed"
+    assert result_of(place.root / "out")["status"] == "completed"
     assert mine.read_text() == "mine"
 
 
@@ -1322,7 +1297,7 @@ def test_job_of_a_sweep(place, run_cli):
     assert message == "error: 1 of 2 jobs failed."
     assert job.startswith(f"  job 1 (data.train={files[1]}): data.train")
     assert "line 1" in job
-    results = [json.loads((place.root / f"sweep/{job}/result.json").read_text()) for job in (0, 1)]
+    results = [result_of(place.root / f"sweep/{job}") for job in (0, 1)]
     assert [result["status"] for result in results] == ["completed", "failed"]
 
 
@@ -1335,7 +1310,7 @@ def test_what_is_no_mistake_of_the_user_shows_its_traceback(place, run_cli, monk
     assert status == 1
     assert "\nTraceback (most recent call last):\n" in err
     assert err.splitlines()[-1] == "ZeroDivisionError: a \\x1b[31mbug\\x07"
-    assert json.loads((place.root / "out/result.json").read_text())["status"] == "failed"
+    assert result_of(place.root / "out")["status"] == "failed"
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError, match="bug"):
         run_cli(*place.train("output_dir=other"))

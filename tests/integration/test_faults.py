@@ -27,6 +27,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from helpers.runs import result_of, wait_for
 from lora_lightning.config.compose import compose_config
 from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
@@ -54,14 +55,6 @@ def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
     ]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def stopped(settings, tmp_path_factory) -> Path:
     """A run that SIGUSR1 has stopped in mid-training; its exit status says so."""
@@ -73,12 +66,12 @@ def stopped(settings, tmp_path_factory) -> Path:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(folder / "run" / LAST, process)
+    wait_for((folder / "run" / LAST).exists, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1, err
     assert "interrupted. To resume: lora-lightning train resume=" in err
-    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(folder / "run")["status"] == "interrupted"
     assert not list((folder / "run" / "checkpoints").glob(".*")), "nothing half written is left"
     return folder / "run"
 
@@ -112,7 +105,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert not list((run / "checkpoints").glob(".last*"))
     whole = resumed(run)
     assert whole.returncode == 0, whole.stderr
-    assert json.loads((run / "result.json").read_text())["status"] == "completed"
+    assert result_of(run)["status"] == "completed"
 
 
 def test_a_disk_that_is_full_for_a_log_is_told(settings, tmp_path, run_cli, monkeypatch):
@@ -305,7 +298,7 @@ def test_a_terminal_that_is_closed_ends_a_run_as_its_signal_does(settings, tmp_p
             said += os.read(master, 4096)
     os.close(master)
     assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 128 + signal.SIGHUP, said
-    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(run)["status"] == "interrupted"
 
 
 class TakesAway(Callback):
@@ -396,7 +389,7 @@ def test_two_that_start_at_once_into_one_folder(settings, tmp_path):
     said = [process.communicate(timeout=240)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     assert any("in use by another process" in err or "already holds a run" in err for err in said)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["status"] == "completed"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -540,11 +533,11 @@ def test_a_run_ends_that_has_no_step_to_save_at(change, settings, tmp_path):
     long = ["trainer.max_epochs=100000", "callbacks.best=null", "callbacks.samples=null"]
     command = [*TRAIN, *settings, *long, change, "trainer.log_every_n_steps=1", "output_dir=run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "run" / "csv" / "metrics.csv", process)
+    wait_for((tmp_path / "run" / "csv" / "metrics.csv").exists, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(tmp_path / "run")["status"] == "interrupted"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from helpers.runs import logged, result_of
 from lora_lightning.inference.loading import load_trained
 
 TEXTS = ["good film", "bad", "a thing of two words", "film film film", "awful number"]
@@ -20,12 +20,6 @@ def texts(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
-
-
-def curve(run, name):
-    with (run / "csv" / "metrics.csv").open(newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if row.get(name)]
-    return [float(row[name]) for row in rows]
 
 
 def loss_of(model, tokenizer) -> float:
@@ -56,13 +50,13 @@ def test_forgetting_of_a_language_model_is_the_loss_on_other_texts(
     )
     assert status == 0, err
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    first, *_, last = curve(run, "val/retained_loss")
+    first, *_, last = logged(run, "val/retained_loss")
     base = loss_of(AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), tokenizer)
     assert math.isclose(first, base, rel_tol=1e-5)
     trained = loss_of(load_trained(run / "adapter").model, tokenizer)
     assert abs(trained - base) > 0.01
     assert math.isclose(last, trained, rel_tol=1e-4)
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert math.isclose(result["val/retained_loss"], trained, rel_tol=1e-4)
     assert math.isclose(result["before"]["val/retained_loss"], base, rel_tol=1e-5)
     told = f"{base:.4f} -> {result['val/retained_loss']:.4f}"
@@ -93,14 +87,14 @@ def test_forgetting_of_an_encoder_is_the_similarity_of_its_vectors(
         *(f"callbacks.retention.texts={texts}", "optim.lr=0.02", "trainer.max_epochs=2"),
     )
     assert status == 0, err
-    found = curve(run, "val/retained_similarity")
+    found = logged(run, "val/retained_similarity")
     assert math.isclose(found[0], 1.0, abs_tol=1e-6)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     base = similarities(AutoModel.from_pretrained(tiny_bert).eval(), tokenizer)
     trained = similarities(load_trained(run / "adapter").model.bert, tokenizer)
     expected = float(torch.corrcoef(torch.stack([base, trained]))[0, 1])
     assert expected < 0.999
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert math.isclose(result["val/retained_similarity"], expected, abs_tol=1e-3)
 
 

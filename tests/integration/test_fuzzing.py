@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 
 from helpers.data import to_jsonl
 from helpers.fuzz import FUZZ
-from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import DataConfig, ModelConfig
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
@@ -34,7 +33,6 @@ from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.sweeps.packed.__main__ import main as packed
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import train
 
 VALUES = st.recursive(
     st.none()
@@ -147,17 +145,16 @@ class Reached(UserError):
 
 
 @pytest.fixture(scope="module")
-def begun(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
+def begun(trained_run, tmp_path_factory) -> Path:
     """A run that was stopped after its first epoch, as its files say."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    config = compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"])
-    train(config)
-    (folder / ".hydra").mkdir()
+    run = tmp_path_factory.mktemp("begun") / "run"
+    shutil.copytree(trained_run(), run)
+    config = OmegaConf.load(run / ".hydra" / "config.yaml")
     config.trainer.max_epochs = 2
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    (folder / "result.json").write_text("{}")
-    return folder
+    config.output_dir = str(run)
+    OmegaConf.save(config, run / ".hydra" / "config.yaml")
+    (run / "result.json").write_text("{}")
+    return run
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 
@@ -11,6 +10,7 @@ import torch
 import yaml
 
 from helpers.data import make_rows, write_jsonl
+from helpers.runs import result_of
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
 from lora_lightning.config.compose import compose_config, config_hash
@@ -43,7 +43,7 @@ def test_card_of_a_run_holds_true_numbers_command_and_code(
     status, _, err = run_cli("train", *settings, f"output_dir={run}")
     assert status == 0, err
     card = (run / "adapter" / "README.md").read_text()
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
 
     _, front, text = card.split("---\n", 2)
     front = yaml.safe_load(front)

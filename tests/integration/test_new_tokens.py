@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_packed_sweep import alone, assert_same, make_run
+from test_packed_sweep import alone, assert_runs_equal, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.data import write_jsonl
 from helpers.models import logits
+from helpers.runs import result_of
 from lora_lightning import load_trained
 from lora_lightning.config.compose import compose_config, with_direction
 from lora_lightning.config.instantiate import instantiate_all
@@ -58,39 +59,35 @@ def bases(tiny_llama, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def settings(bases, pairs, fast):
+def changes(bases, pairs):
+    """A function that returns what a run changes of fast ones."""
+
     def make(name: str, *more: str) -> list[str]:
         return [
-            *(item for item in fast if not item.startswith(("trainer.max_epochs", "data."))),
-            "task=summarization",
-            'task.prompt="{source}"',
-            "task.generation.max_new_tokens=6",
-            f"model.name_or_path={bases[name]}",
-            f"data.train={pairs}",
-            "trainer.max_epochs=6",
-            "optim.lr=1.5e-2",
-            "data.batch_size=4",
-            "task.generate_rows=0",
-            "callbacks.samples=null",
-            NEW,
-            *more,
+            *(
+                "task=summarization",
+                'task.prompt="{source}"',
+                "task.generation.max_new_tokens=6",
+                NEW,
+            ),
+            *(f"model.name_or_path={bases[name]}", f"data.train={pairs}", "data.batch_size=4"),
+            *("trainer.max_epochs=6", "optim.lr=1.5e-2", "task.generate_rows=0"),
+            *("callbacks.samples=null", *more),
         ]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def trained(settings, tmp_path_factory):
-    made: dict[tuple[str, ...], Path] = {}
+def settings(changes, fast):
+    """A function that returns the settings of a run."""
+    return lambda name, *more: [*fast, *changes(name, *more)]
 
-    def make(name: str, *more: str) -> Path:
-        key = (name, *more)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("runs") / f"{name}{len(made)}"
-            train(compose_config(settings(name, *more, f"output_dir={made[key]}")))
-        return made[key]
 
-    return make
+@pytest.fixture(scope="module")
+def trained(trained_run, changes):
+    """A function that returns the run of a model by its name."""
+    return lambda name, *more: trained_run(*changes(name, *more))
 
 
 def logits_of_new(model, tokenizer) -> torch.Tensor:
@@ -109,7 +106,7 @@ def test_new_tokens_are_learned_and_merged(name, trained, bases, run_cli, tmp_pa
     adapter = run / "adapter"
     status, out, _ = run_cli("predict", f"adapter={adapter}", "text=the room was")
     assert (status, last_line(out)) == (0, ANSWER)
-    assert json.loads((run / "result.json").read_text())["test/token_accuracy"] == 1.0
+    assert result_of(run)["test/token_accuracy"] == 1.0
 
     old = AutoTokenizer.from_pretrained(bases[name])
     tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -158,7 +155,7 @@ def test_new_tokens_train_on_a_16_bit_base_with_checkpointed_layers(trained):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     rows = stored["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
     assert not torch.equal(rows, rows.bfloat16().float())
-    assert json.loads((run / "result.json").read_text())["test/token_accuracy"] == 1.0
+    assert result_of(run)["test/token_accuracy"] == 1.0
     # The base is told to be the same in either precision, of which a grown row would not be.
     for dtype in ("float32", "bfloat16"):
         model = load_trained(run / "adapter", model={"dtype": dtype}).model
@@ -282,7 +279,7 @@ def test_new_tokens_in_packed_runs_equal_solo_runs(settings, tmp_path):
     pack.run()
     assert [slot.error for slot in pack.slots] == [None, None]
     for index, rank in enumerate(ranks):
-        assert_same(folders[index], alone(tmp_path / f"alone{index}", [*common, rank]))
+        assert_runs_equal(folders[index], alone(tmp_path / f"alone{index}", [*common, rank]))
 
 
 @pytest.mark.slow

@@ -21,16 +21,9 @@ ROWS = make_rows(120, seed=5)
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> list[Path]:
+def adapters(trained_run) -> list[Path]:
     """Two of the same task."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    found = [tmp_path_factory.mktemp("runs") / str(seed) for seed in (0, 1)]
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    for seed, run in enumerate(found):
-        train(compose_config([*fast, *where, f"seed={seed}", f"output_dir={run}"]))
-    return [run / "adapter" for run in found]
+    return [trained_run(*more) / "adapter" for more in ([], ["seed=1"])]
 
 
 @pytest.fixture(autouse=True)

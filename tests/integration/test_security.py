@@ -99,11 +99,8 @@ def adapter(model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    train(compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"]))
-    return folder
+def run(trained_run) -> Path:
+    return trained_run()
 
 
 def write_sidecar(folder: Path, content: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from helpers.runs import result_of
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.folder import note, sweep_folder
 from lora_lightning.sweeps.launcher import (
@@ -29,10 +30,6 @@ from lora_lightning.sweeps.queue import (
     Work,
     environment_of_job,
 )
-
-
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
 
 
 def jobs_without_config(root: Path, count: int) -> list[Job]:

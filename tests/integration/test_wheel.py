@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors import safe_open
 
+from helpers.runs import result_of
 from lora_lightning.utils.locks import locked
 
 ROOT = Path(__file__).parents[2]
@@ -175,10 +176,6 @@ for line in sys.argv[1:]:
     print("<end>")
 """
 """Runs several commands in one process, which imports the libraries once."""
-
-
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
 
 
 def test_wheel_holds_every_file_of_the_package(built):

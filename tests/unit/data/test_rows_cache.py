@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.asserts import flip_bit
 from helpers.data import make_rows, write_jsonl
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.data import docstrings, hub
@@ -101,14 +102,8 @@ def test_a_damaged_parquet_file_is_the_files_fault(tmp_path):
         read(tmp_path / "rows.parquet")
 
 
-def _turn(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGES = {
-    "turned bit": _turn,
+    "turned bit": flip_bit,
     "emptied": lambda path: path.write_bytes(b""),
     "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -218,7 +213,7 @@ def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys, mo
     monkeypatch.setattr(docstrings, "build_docstrings", lambda _: rows)
     paths = docstrings.docstring_files(tmp_path)
     contents = {split: path.read_bytes() for split, path in paths.items()}
-    _turn(paths["test"])
+    flip_bit(paths["test"])
     docstrings.docstring_files(tmp_path)
     assert {split: path.read_bytes() for split, path in paths.items()} == contents
     assert "is made again" in capsys.readouterr().err

@@ -221,18 +221,8 @@ def test_import_without_the_head_of_its_task_is_refused(tiny_bert, tmp_path):
 
 
 @pytest.fixture
-def run(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
-    """The folder of a run on the tiny model."""
-    folder = tmp_path / "run"
-    status, _, err = run_cli(
-        "train",
-        *fast,
-        f"model.name_or_path='{tiny_bert}'",
-        f"output_dir='{folder}'",
-        f"data.train='{rows_jsonl}'",
-    )
-    assert status == 0, err
-    return folder
+def run(trained_run):
+    return trained_run()
 
 
 def test_import_of_the_best_checkpoint_equals_the_adapter_of_the_run(run, run_cli, tmp_path):

@@ -58,7 +58,7 @@ def gradients(module: LoraModule, length: int) -> tuple[torch.Tensor, dict[str, 
     return loss.detach(), {name: t.grad for name, t in module.trainable_tensors().items()}
 
 
-def assert_same(module: LoraModule, reference: LoraModule, length: int) -> None:
+def assert_gradients_equal(module: LoraModule, reference: LoraModule, length: int) -> None:
     expected_loss, expected = gradients(reference, length)
     loss, found = gradients(module, length)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
@@ -68,13 +68,15 @@ def assert_same(module: LoraModule, reference: LoraModule, length: int) -> None:
 
 
 def test_checkpointing_gives_the_same_gradients(tiny_llama):
-    assert_same(module_of(tiny_llama, gradient_checkpointing=True), module_of(tiny_llama), length=9)
+    assert_gradients_equal(
+        module_of(tiny_llama, gradient_checkpointing=True), module_of(tiny_llama), length=9
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_offloaded_activations_give_the_same_gradients(tiny_llama, checkpointing):
     module = module_of(tiny_llama, offload_activations=True, gradient_checkpointing=checkpointing)
-    assert_same(module, module_of(tiny_llama), length=50)
+    assert_gradients_equal(module, module_of(tiny_llama), length=50)
 
 
 class Copies(TorchDispatchMode):
@@ -238,7 +240,7 @@ def test_compiled_layers_give_the_same_gradients_at_all_lengths(tiny_llama):
     layers = [m for m in module.model.modules() if m._compiled_call_impl is not None]
     assert len(layers) == len(reference.model.model.layers)
     for length in (9, 14, 23):
-        assert_same(module, reference, length)
+        assert_gradients_equal(module, reference, length)
     prompts = [[5, 6, 7], [8, 9]]
     texts = [
         this.task.generate(this.model, prompts, max_new_tokens=5) for this in (module, reference)
