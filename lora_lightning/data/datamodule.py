@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.distributed.strategies import data_ranks, in_step
+from lora_lightning.distributed.strategy_internals import uses_distributed_sampler
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import uses_flash
 from lora_lightning.models.tokenizer import refuse_unknown
@@ -126,8 +127,7 @@ class LoraDataModule(L.LightningDataModule):
             )
         trainer = self.trainer
         if trainer is not None and trainer.world_size > 1:
-            connector = trainer._accelerator_connector
-            if connector.use_distributed_sampler:
+            if uses_distributed_sampler(trainer):
                 raise UserError(
                     "LoraDataModule spreads the rows over the ranks itself: "
                     "give the Trainer use_distributed_sampler=False."

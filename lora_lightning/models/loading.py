@@ -19,12 +19,8 @@ from lora_lightning.config.untrusted import (
     refuse_links,
     refuse_outside_shards,
 )
-from lora_lightning.distributed.sharded_loading import (
-    Shards,
-    loading_options,
-    take_whole,
-    whole,
-)
+from lora_lightning.distributed.parallel_dims import ParallelDims, full_tensor
+from lora_lightning.distributed.sharded_loading import loading_options, take_whole
 from lora_lightning.errors import UserError, lack_of_memory
 from lora_lightning.lora.module_index import head_modules
 from lora_lightning.utils.output_folders import expanded
@@ -128,7 +124,7 @@ def load_classifier(
     config: ModelConfig,
     tokenizer: Any,
     labels: list[str],
-    shards: Shards | None = None,
+    shards: ParallelDims | None = None,
     *,
     new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
@@ -173,7 +169,7 @@ def load_classifier(
         # as transformers does on a CPU.
         torch.set_rng_state(random)
         for name in [name for name, _ in model.named_modules() if name in trained]:
-            take_whole(model, name, draw_again=name in new)
+            take_whole(model, name, reinitialize=name in new)
     return model, trained
 
 
@@ -194,7 +190,9 @@ def class_names(model_config: Any) -> list[str] | None:
     return [str(names[number]) for number in sorted(names)]
 
 
-def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = None) -> nn.Module:
+def load_generator(
+    config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
+) -> nn.Module:
     """Load a causal or encoder-decoder language model in train mode.
 
     Raises:
@@ -284,7 +282,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = whole(tensor.detach()).reshape(-1)
+        flat = full_tensor(tensor.detach()).reshape(-1)
         if not flat.is_floating_point() or flat.is_meta or not flat.numel():
             continue
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).cpu()
@@ -294,7 +292,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _from_pretrained(
-    auto_class: Any, config: ModelConfig, tokenizer: Any, shards: Shards | None, **kwargs: Any
+    auto_class: Any, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """Load the model in train mode, with the names of the parameters its checkpoint lacks."""
     with _loading(config.name_or_path, "model"):

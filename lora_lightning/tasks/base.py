@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.errors import UserError, did_you_mean
 
 IGNORE = -100
@@ -141,7 +141,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_model(
-        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+        self, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
     ) -> tuple[nn.Module, list[str]]:
         """Return the base model in train mode, and the names of the modules to train whole.
 

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.config.schema import ClassificationConfig, ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.models.forward import classification_logits
 from lora_lightning.models.loading import class_names, load_classifier
@@ -284,7 +284,7 @@ class ClassificationTask(Task):
     # Model, loss, metrics --------------------------------------------------------------------
 
     def build_model(
-        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+        self, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
     ) -> tuple[nn.Module, list[str]]:
         return load_classifier(config, tokenizer, self.labels, shards, new_head=self._new_head)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_lightning.config.schema import GenerativeConfig, ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards, gathers_layers, most
+from lora_lightning.distributed.parallel_dims import ParallelDims, gathers_layers, max_over_ranks
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import causal_inputs, uncompiled
 from lora_lightning.models.lm_head import logits_at, loss_at
@@ -146,7 +146,7 @@ class GenerativeTask(Task):
     # Model and loss --------------------------------------------------------------------------
 
     def build_model(
-        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+        self, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
     ) -> tuple[nn.Module, list[str]]:
         self.tokenizer = tokenizer
         return load_generator(config, tokenizer, shards), []
@@ -275,7 +275,7 @@ class GenerativeTask(Task):
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         predictions = [""] * len(rows)
-        for number in range(most(model, len(batches))):
+        for number in range(max_over_ranks(model, len(batches))):
             if (
                 self.stop_requested is not None
                 and self.stop_requested()

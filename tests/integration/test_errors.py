@@ -568,7 +568,7 @@ MODEL = [
     Case(
         "nodes",
         lambda p: p.train("trainer.num_nodes=2"),
-        "num_nodes=2: nothing has told this process where",
+        "num_nodes=2: requires the address of the other machines",
         "MASTER_ADDR",
     ),
     Case(
@@ -591,7 +591,7 @@ MODEL = [
     Case(
         "tensor parallel size",
         lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
-        "tensor_parallel_size=2 does not divide",
+        "tensor_parallel_size=2: must divide",
         "1 processes",
     ),
     Case(
@@ -1249,7 +1249,7 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
         (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
         (
             ["trainer=tp", "trainer.devices=3"],
-            "num_attention_heads is 4, which cannot be cut evenly",
+            "tensor_parallel_size=3: must divide the model's num_attention_heads, 4",
         ),
     ],
 )
