@@ -27,7 +27,7 @@ from lora_lightning.config.compose import settings_saved
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import refuse_links
 from lora_lightning.data.collators import PaddingCollator
-from lora_lightning.data.files import load_rows
+from lora_lightning.data.local_files import load_rows
 from lora_lightning.lora import UserError, load_adapter
 from lora_lightning.lora.embeddings import vocabulary_rows
 from lora_lightning.lora.initialization.loftq import take_over_values

@@ -52,11 +52,11 @@ def check_packed_rows(module: LoraModule) -> None:
 
 
 def report_doubts(trainer: L.Trainer) -> None:
-    """Print the data module's doubts about the data.
+    """Print the data module's warnings about its rows.
 
     This follows the building of the model, so that an error in the model is reported alone.
     """
-    tell = getattr(getattr(trainer, "datamodule", None), "tell_doubts", None)
+    tell = getattr(getattr(trainer, "datamodule", None), "warn_about_rows", None)
     if tell is not None and trainer.is_global_zero:
         tell()
 

@@ -323,8 +323,8 @@ DATA = [
     Case(
         "missing folder", lambda p: p.train("data.train=no/a.csv"), "folder no ", "path of a file"
     ),
-    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv is empty", "rows"),
-    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "holds no rows", "data.train"),
+    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv: is empty", "rows"),
+    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "must hold rows", "data.train"),
     Case("ending", lambda p: p.on("a.xlsx", "x"), "a.xlsx", ".jsonl"),
     Case("zero byte", lambda p: p.on("a.csv", b"text,label\na\0b,x\n"), "line 2", "UTF-8"),
     Case("encoding", lambda p: p.on("a.csv", b"text,label\nsch\xf6n,x\n"), "line 2", "iconv"),
@@ -343,8 +343,8 @@ DATA = [
     Case(
         "unclosed quote in CSV",
         lambda p: p.on("a.csv", 'text,label\n"a,x\nb,y\n'),
-        "not readable as CSV",
-        "in double quotes",
+        "cannot be read as CSV",
+        "double quotes",
     ),
     Case("ragged CSV", lambda p: p.on("a.csv", "text,label\na,x\nb,y,z,w\n"), "line 3", "quotes"),
     Case(
@@ -358,7 +358,7 @@ DATA = [
     Case(
         "empty folder",
         lambda p: p.train(f"data.train={p.write('d/x.md', '').parent}"),
-        "holds no .txt",
+        "must hold .txt",
         ".csv",
     ),
     Case(
@@ -459,8 +459,18 @@ DATA = [
         "no row to train on",
         "data.val_fraction",
     ),
-    Case("too few rows", lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])), "only 4 rows", "data.val"),
-    Case("no validation", lambda p: p.train("data.val_fraction=0"), "no val data", "data.val=FILE"),
+    Case(
+        "too few rows",
+        lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])),
+        "4 rows are too few",
+        "data.val",
+    ),
+    Case(
+        "no validation",
+        lambda p: p.train("data.val_fraction=0"),
+        "data.val: must be given",
+        "data.val=FILE",
+    ),
     Case("no training data", lambda p: p.train("data.train=null", "data=files"), "no data", "FILE"),
     Case(
         "only test data",
@@ -582,7 +592,7 @@ MODEL = [
         lambda p: p.train(
             *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")
         ),
-        "there are 1 test rows for 2 processes",
+        "at least 2 rows for 2 processes, and holds 1",
         "fewer trainer.devices",
     ),
     Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lightning.config.compose import settings_of
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.data.collators import LANE
-from lora_lightning.data.datamodule import longest_input, tokens_at_a_time
+from lora_lightning.data.examples import longest_input, tokens_at_a_time
 from lora_lightning.lora import UserError
 from lora_lightning.models.fake import rows_alone, skeletons
 from lora_lightning.models.lm_head import trust_head
