@@ -195,7 +195,7 @@ def _bare(
             f"the adapter is for {kind}, and task={task.name} for {task.peft_task_type}: give the "
             "task that it was trained for, task=NAME."
         )
-    task.learn_nothing()
+    task.learn_from_settings()
     module = LoraModule(task, settings.model, None, settings.optim, tokenizer=loaded)
     model, whole = task.build_model(settings.model, loaded)
     module.adopt(model, None)

@@ -373,7 +373,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"x": row["text"], "label": row["label"]} for row in ROWS))
         ),
-        "holds the text",
+        "usual name for the text",
         "task.text_column=",
     ),
     Case(
@@ -381,7 +381,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"text": row["text"], "y": row["label"]} for row in ROWS))
         ),
-        "holds the label",
+        "usual name for the label",
         "task.label_column=",
     ),
     Case(
@@ -401,20 +401,20 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*ROWS, {"text": "a", "label": None}), "data.val_fraction=0"
         ),
-        "the first is row",
-        "fill it in",
+        "first row 41",
+        "Fill it in",
     ),
     Case(
         "no label in val",
         lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl({'text': 'a'}))}"),
-        "val data has no column 'label'",
+        "val data: column 'label' not found",
         "text",
     ),
     Case(
         "no label anywhere",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": ""} for row in ROWS))),
-        "column 'label' is empty in all",
-        "fill it in",
+        "column 'label': is empty in all",
+        "Fill it in",
     ),
     Case(
         "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
@@ -422,20 +422,20 @@ DATA = [
     Case(
         "label is a list",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": [row["label"]]} for row in ROWS))),
-        "a list as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is a list",
         "task.label_column=NAME",
     ),
     Case(
         "label is an object",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": {"is": 1}} for row in ROWS))),
-        "an object as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is an object",
         "task.label_column=NAME",
     ),
     Case("no UTF-8", lambda p: p.train("data.train=caf\udce9"), "caf\\udce9", "rename"),
     Case(
         "labels all distinct",
         lambda p: p.on("a.jsonl", jsonl(*({**ROWS[0], "label": f"{i} x"} for i in range(80)))),
-        "no class label",
+        "too many for a class label",
         "task.label_column=",
     ),
     Case("class named twice", lambda p: p.train("task.labels=[a,b,a]"), "twice", "task.labels"),

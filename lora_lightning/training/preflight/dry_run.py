@@ -59,7 +59,7 @@ class DryRun:
         self.task = build_task(settings.task)
         model_config = load_model_config(settings.model)
         self.task.prepare(model_config)
-        self.task.suppose()
+        self.task.assume_labels()
         self.length = longest_input(settings.data, max_positions(model_config))
         self.joined = settings.data.packing or self.task.joins_rows
         self.rows_in_lane = max(1, LANE // self.length) if self.joined else 1
