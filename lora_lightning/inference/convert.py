@@ -205,7 +205,7 @@ def _bare(
             f"task={task.name}: is for {task.peft_task_type}, but the adapter is for {kind}. Name "
             "the task that it was trained for: task=NAME."
         )
-    task.learn_nothing()
+    task.learn_from_settings()
     module = LoraModule(task, settings.model, None, settings.optim, tokenizer=loaded)
     model, whole = task.build_model(settings.model, loaded)
     module.adopt(model, None)

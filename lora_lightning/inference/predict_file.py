@@ -11,7 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from lora_lightning.data.files import load_rows
+from lora_lightning.data.local_files import load_rows
 from lora_lightning.lora import UserError
 from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.utils.atomic_write import replace_synced

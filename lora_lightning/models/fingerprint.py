@@ -8,8 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lora_lightning.distributed.sharded_loading import whole
-
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a short hash of a base model, from names, shapes and a few values of each tensor.
@@ -18,7 +16,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        flat = whole(tensor.detach()).reshape(-1)
+        flat = full_tensor(tensor.detach()).reshape(-1)
         if not flat.is_floating_point() or flat.is_meta or not flat.numel():
             continue
         sample = flat[:: max(1, flat.numel() // 16)][:16].to(torch.bfloat16).cpu()

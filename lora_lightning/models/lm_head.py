@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.distributed.sharded_loading import gathered, gathers_layers, most
+from lora_lightning.distributed.parallel_dims import gathers_layers, max_over_ranks
+from lora_lightning.distributed.sharded_loading import gathered
 from lora_lightning.lora.functional import refuse_second_derivatives
 
 CHUNK = 2**25
@@ -94,7 +95,7 @@ def loss_at(
         if model not in _REPLAYED:
             with torch.no_grad():
                 differs = not _close(_finish(model, head(hidden_states[0][:1])), first_logits)
-            _REPLAYED[model] = not most(model, int(differs))
+            _REPLAYED[model] = not max_over_ranks(model, int(differs))
         if _REPLAYED[model]:
             trained = [p for p in head.parameters() if learns and p.requires_grad]
             total = _ChunkedLoss.apply(part, rows, targets, hidden_states[0], *trained)

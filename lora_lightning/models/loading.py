@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards, loading_options, take_whole
+from lora_lightning.distributed.parallel_dims import ParallelDims
+from lora_lightning.distributed.sharded_loading import loading_options, take_whole
 from lora_lightning.errors import UserError
 from lora_lightning.lora.module_index import head_modules
 
@@ -24,7 +25,7 @@ def load_classifier(
     config: ModelConfig,
     tokenizer: Any,
     labels: list[str],
-    shards: Shards | None = None,
+    shards: ParallelDims | None = None,
     *,
     new_head: bool = False,
 ) -> tuple[nn.Module, list[str]]:
@@ -69,11 +70,13 @@ def load_classifier(
         # as transformers does on a CPU.
         torch.set_rng_state(random)
         for name in [name for name, _ in model.named_modules() if name in trained]:
-            take_whole(model, name, draw_again=name in new)
+            take_whole(model, name, reinitialize=name in new)
     return model, trained
 
 
-def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = None) -> nn.Module:
+def load_generator(
+    config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
+) -> nn.Module:
     """Load a causal or encoder-decoder language model in train mode.
 
     Raises:
@@ -96,7 +99,7 @@ def load_generator(config: ModelConfig, tokenizer: Any, shards: Shards | None = 
 
 
 def _from_pretrained(
-    auto_class: Any, config: ModelConfig, tokenizer: Any, shards: Shards | None, **kwargs: Any
+    auto_class: Any, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None, **kwargs: Any
 ) -> tuple[nn.Module, list[str]]:
     """Load the model in train mode, with the names of the parameters its checkpoint lacks."""
     with reported_failure(config.name_or_path, "model"):

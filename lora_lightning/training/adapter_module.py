@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lora_lightning.distributed.adapter_sharding import Placement
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.lora.serialization.validation import check_tensors
 
@@ -24,7 +24,7 @@ class AdapterModule(L.LightningModule):
         self.strict_loading = False  # the base is missing on purpose; load_state_dict checks
         self.adapter: Adapter | None = None
         """The adapter, or None before the model is built and in full fine-tuning."""
-        self.shards: Shards | None = None
+        self.shards: ParallelDims | None = None
         """Processes that the base is sharded over, or None."""
         self.placement: Placement | None = None
         """The part of the adapter that this rank holds when the base is sharded."""

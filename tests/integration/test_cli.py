@@ -312,7 +312,7 @@ def test_evaluate_needs_no_training_data(run_cli, fast, tiny_bert, tmp_path, mon
     assert json.loads(out) == json.loads(same)
     status, _, err = run_cli(*evaluate, "data.test=other.jsonl")
     assert status == 2
-    assert "task.text_column=Body Text: the data has no such column" in err
+    assert "task.text_column=Body Text: column not found" in err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -325,8 +325,8 @@ DATA = [
     Case(
         "missing folder", lambda p: p.train("data.train=no/a.csv"), "folder no ", "path of a file"
     ),
-    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv is empty", "rows"),
-    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "holds no rows", "data.train"),
+    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv: is empty", "rows"),
+    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "must hold rows", "data.train"),
     Case("ending", lambda p: p.on("a.xlsx", "x"), "a.xlsx", ".jsonl"),
     Case("zero byte", lambda p: p.on("a.csv", b"text,label\na\0b,x\n"), "line 2", "UTF-8"),
     Case("encoding", lambda p: p.on("a.csv", b"text,label\nsch\xf6n,x\n"), "line 2", "iconv"),
@@ -345,8 +345,8 @@ DATA = [
     Case(
         "unclosed quote in CSV",
         lambda p: p.on("a.csv", 'text,label\n"a,x\nb,y\n'),
-        "not readable as CSV",
-        "in double quotes",
+        "cannot be read as CSV",
+        "double quotes",
     ),
     Case("ragged CSV", lambda p: p.on("a.csv", "text,label\na,x\nb,y,z,w\n"), "line 3", "quotes"),
     Case(
@@ -360,7 +360,7 @@ DATA = [
     Case(
         "empty folder",
         lambda p: p.train(f"data.train={p.write('d/x.md', '').parent}"),
-        "holds no .txt",
+        "must hold .txt",
         ".csv",
     ),
     Case(
@@ -375,7 +375,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"x": row["text"], "label": row["label"]} for row in ROWS))
         ),
-        "holds the text",
+        "usual name for the text",
         "task.text_column=",
     ),
     Case(
@@ -383,7 +383,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"text": row["text"], "y": row["label"]} for row in ROWS))
         ),
-        "holds the label",
+        "usual name for the label",
         "task.label_column=",
     ),
     Case(
@@ -403,20 +403,20 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*ROWS, {"text": "a", "label": None}), "data.val_fraction=0"
         ),
-        "the first is row",
-        "fill it in",
+        "first row 41",
+        "Fill it in",
     ),
     Case(
         "no label in val",
         lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl({'text': 'a'}))}"),
-        "val data has no column 'label'",
+        "val data: column 'label' not found",
         "text",
     ),
     Case(
         "no label anywhere",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": ""} for row in ROWS))),
-        "column 'label' is empty in all",
-        "fill it in",
+        "column 'label': is empty in all",
+        "Fill it in",
     ),
     Case(
         "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
@@ -424,20 +424,20 @@ DATA = [
     Case(
         "label is a list",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": [row["label"]]} for row in ROWS))),
-        "a list as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is a list",
         "task.label_column=NAME",
     ),
     Case(
         "label is an object",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": {"is": 1}} for row in ROWS))),
-        "an object as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is an object",
         "task.label_column=NAME",
     ),
     Case("no UTF-8", lambda p: p.train("data.train=caf\udce9"), "caf\\udce9", "rename"),
     Case(
         "labels all distinct",
         lambda p: p.on("a.jsonl", jsonl(*({**ROWS[0], "label": f"{i} x"} for i in range(80)))),
-        "no class label",
+        "too many for a class label",
         "task.label_column=",
     ),
     Case("class named twice", lambda p: p.train("task.labels=[a,b,a]"), "twice", "task.labels"),
@@ -461,8 +461,18 @@ DATA = [
         "no row to train on",
         "data.val_fraction",
     ),
-    Case("too few rows", lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])), "only 4 rows", "data.val"),
-    Case("no validation", lambda p: p.train("data.val_fraction=0"), "no val data", "data.val=FILE"),
+    Case(
+        "too few rows",
+        lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])),
+        "4 rows are too few",
+        "data.val",
+    ),
+    Case(
+        "no validation",
+        lambda p: p.train("data.val_fraction=0"),
+        "data.val: must be given",
+        "data.val=FILE",
+    ),
     Case("no training data", lambda p: p.train("data.train=null", "data=files"), "no data", "FILE"),
     Case(
         "only test data",
@@ -570,7 +580,7 @@ MODEL = [
     Case(
         "nodes",
         lambda p: p.train("trainer.num_nodes=2"),
-        "num_nodes=2: nothing has told this process where",
+        "num_nodes=2: requires the address of the other machines",
         "MASTER_ADDR",
     ),
     Case(
@@ -584,7 +594,7 @@ MODEL = [
         lambda p: p.train(
             *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")
         ),
-        "there are 1 test rows for 2 processes",
+        "at least 2 rows for 2 processes, and holds 1",
         "fewer trainer.devices",
     ),
     Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),
@@ -593,7 +603,7 @@ MODEL = [
     Case(
         "tensor parallel size",
         lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
-        "tensor_parallel_size=2 does not divide",
+        "tensor_parallel_size=2: must divide",
         "1 processes",
     ),
     Case(
@@ -1224,7 +1234,7 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
         (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
         (
             ["trainer=tp", "trainer.devices=3"],
-            "num_attention_heads is 4, which cannot be cut evenly",
+            "tensor_parallel_size=3: must divide the model's num_attention_heads, 4",
         ),
     ],
 )

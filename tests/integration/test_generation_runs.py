@@ -318,5 +318,5 @@ def test_packing_a_classifier_is_refused(run_cli, tiny_bert, rows_jsonl, tmp_pat
         f"output_dir={tmp_path / 'o'}",
     )
     assert status == 2
-    assert "data.packing=true needs a causal model" in err
+    assert "data.packing=true: is not supported" in err
     assert not (tmp_path / "o").exists()

@@ -37,7 +37,7 @@ def real_module(config) -> LoraModule:
     settings = settings_of(config)
     task = build_task(settings.task)
     task.prepare(load_model_config(settings.model))
-    task.suppose()
+    task.assume_labels()
     tokenizer = AutoTokenizer.from_pretrained(settings.model.name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     module = LoraModule(task, settings.model, settings.lora, settings.optim, tokenizer=tokenizer)

@@ -233,8 +233,7 @@ OWN = f"callbacks.die._target_={__name__}.Die"
 
 
 DOUBTS = "".join(
-    f"WARNING only 8 {split} rows: each makes 12 % of what is measured\n"
-    for split in ("val", "test")
+    f"WARNING only 8 {split} rows: each makes 12 % of the metrics\n" for split in ("val", "test")
 )
 
 

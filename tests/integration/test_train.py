@@ -461,7 +461,7 @@ def test_train_with_dropped_rows_reports_their_number(tmp_path, run_cli, tiny_be
     files = [f"data.{split}={path}" for split in ("val", "test")]
     status, _, err = run_cli("train", *fast, *where, *files, f"output_dir={tmp_path / 'run'}")
     assert status == 0, err
-    assert err.count("2 of 62 rows are left out: empty text.") == 3
+    assert err.count("2 of 62 rows are dropped: empty text.") == 3
 
 
 def test_early_stopping_prints_its_reason(small, capsys):
@@ -505,10 +505,10 @@ def test_few_and_uneven_rows_are_reported_by_train_as_by_check(tiny_bert, tmp_pa
     command = [*fast, f"model.name_or_path={tiny_bert}", *files]
     counts = Counter(row["label"] for row in parts["train"])
     told = [
-        "only 20 val rows: each makes 5 % of what is measured",
-        "only 10 test rows: each makes 10 % of what is measured",
-        "uneven classes: the answer 'negative' to all has an accuracy of "
-        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, counts each class alike: "
+        "only 20 val rows: each makes 5 % of the metrics",
+        "only 10 test rows: each makes 10 % of the metrics",
+        "imbalanced classes: to answer 'negative' always has an accuracy of "
+        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, weighs all classes equally: "
         "task.monitor=val/f1",
     ]
     status, out, err = run_cli("check", *command, f"output_dir={tmp_path / 'no'}")

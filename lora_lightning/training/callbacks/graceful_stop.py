@@ -18,7 +18,7 @@ import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.training.lightning_internals import skip_sigterm_broadcast
 
 from .rank_messages import SharedNumber, announce, announced, store
@@ -207,7 +207,7 @@ class StopSignals(Callback):
             return False
         return self._tokens >= int(stop)
 
-    def check_for(self, shards: Shards | None) -> Callable[[], bool]:
+    def check_for(self, shards: ParallelDims | None) -> Callable[[], bool]:
         """Return the check to call amid text generation, for processes that share a base.
 
         Tensor-parallel processes, which cut each matrix, must generate the same tokens.

@@ -17,7 +17,7 @@ from lora_lightning.config.compatibility import refuse_combinations
 from lora_lightning.config.compose import settings_of, with_direction
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.row_counts import class_counts, doubts
+from lora_lightning.data.row_counts import class_counts, row_warnings
 from lora_lightning.distributed.precision import automatic_precision_message, with_precision
 from lora_lightning.distributed.sharded_loading import check_heads
 from lora_lightning.distributed.strategies import ShardedStrategy
@@ -160,7 +160,7 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
     counts = class_counts(data)
     if counts:
         lines.append(f"classes {', '.join(f'{label} {n:,}' for label, n in counts.items())}")
-    lines += [f"WARNING {line}" for line in doubts(data)]
+    lines += [f"WARNING {line}" for line in row_warnings(data)]
     return "\n".join(lines)
 
 

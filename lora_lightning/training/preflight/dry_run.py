@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lightning.config.compose import settings_of
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.data.collators import LANE
-from lora_lightning.data.datamodule import longest_input, tokens_at_a_time
+from lora_lightning.data.examples import longest_input, tokens_at_a_time
 from lora_lightning.lora import UserError
 from lora_lightning.models.fake import fake_models
 from lora_lightning.models.lm_head import trust_head
@@ -62,7 +62,7 @@ class DryRun:
         self.task = build_task(settings.task)
         model_config = load_model_config(settings.model)
         self.task.prepare(model_config)
-        self.task.suppose()
+        self.task.assume_labels()
         self.length = longest_input(settings.data, max_positions(model_config))
         self.joined = settings.data.packing or self.task.joins_rows
         self.rows_in_lane = max(1, LANE // self.length) if self.joined else 1

@@ -134,7 +134,7 @@ def _adapters(config: DictConfig) -> str:
     assert settings.lora is not None
     task = build_task(settings.task)
     task.prepare(load_model_config(settings.model))
-    task.suppose()
+    task.assume_labels()
     with fake_models(torch.device("meta")):
         model, head = task.build_model(settings.model, SimpleNamespace(pad_token_id=0))
         count = sum(parameter.numel() for parameter in model.parameters())

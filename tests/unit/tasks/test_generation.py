@@ -292,11 +292,14 @@ def test_template_without_an_end_gets_eos(chat_llama):
 
 
 BAD = {
-    "no role": ({"messages": [{"content": "a"}]}, "message 1 has no role"),
-    "unknown role": ({"messages": [{"role": "boss", "content": "a"}]}, "unknown role 'boss'"),
-    "no text": ({"messages": [{"role": "user", "content": None}]}, "has no text but NoneType"),
+    "no role": ({"messages": [{"content": "a"}]}, "message 1 must have a role"),
+    "unknown role": ({"messages": [{"role": "boss", "content": "a"}]}, "role 'boss' not found"),
+    "no text": (
+        {"messages": [{"role": "user", "content": None}]},
+        "must hold text, and holds NoneType",
+    ),
     "not a list": ({"messages": "hello"}, "must be a list of messages"),
-    "no columns": ({"a": "b"}, "finds no conversations"),
+    "no columns": ({"a": "b"}, "no conversations found"),
 }
 
 
@@ -317,7 +320,7 @@ def test_no_assistant_turn_is_nothing_to_learn(chat_llama):
 def test_no_template_is_told(chat_llama):
     task, tokenizer = chat(chat_llama)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="needs a chat template"):
+    with pytest.raises(UserError, match="requires a tokenizer with a chat template"):
         encode(task, tokenizer, [{"prompt": "food ?", "completion": "good"}])
 
 
