@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lora_lightning.distributed.parallel_dims import full_tensor
+
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a short hash of a base model, from names, shapes and a few values of each tensor.
