@@ -255,7 +255,7 @@ def test_a_sweep_replaces_no_file_of_the_users(
     )
     assert status == 2, err
     lost = entry if entry.endswith((".txt", ".jsonl", "n", "multirun.yaml")) else "0/csv"
-    assert f"This would be lost: {lost}." in " ".join(err.split())
+    assert f"would overwrite: {lost}." in " ".join(err.split())
     assert sorted(folder.rglob("*")) == before
     assert mine.read_text() == path.read_text() == '{"mine": 1}'
 

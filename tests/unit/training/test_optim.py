@@ -37,7 +37,7 @@ def test_weight_decay_applies_to_matrices_alone():
 
 
 def test_loraplus_without_an_adapter_raises():
-    with pytest.raises(UserError, match="there is none to train"):
+    with pytest.raises(UserError, match="requires an adapter"):
         build_optimizer(_model().named_parameters(), OptimConfig(loraplus_lr_ratio=16))
 
 
@@ -114,7 +114,7 @@ def test_stable_schedule_decays_in_its_last_tenth():
     [
         ({"scheduler": "linear", "scheduler_options": {"foo": 1}}, "foo"),
         ({"scheduler": "greedy", "scheduler_options": {"foo": 1}}, "foo"),
-        ({"scheduler": "constant", "scheduler_options": {"num_cycles": 2}}, "leave them out"),
+        ({"scheduler": "constant", "scheduler_options": {"num_cycles": 2}}, "Leave them out"),
     ],
 )
 def test_schedule_option_that_is_unknown_raises(settings, said):
