@@ -60,7 +60,7 @@ def test_memory_is_that_of_the_device_that_trained(monkeypatch):
     """Also where a strategy, such as DeepSpeed's, has moved the module away at the end."""
     gpu, used = torch.device("cuda", 3), {torch.device("cuda", 3): 7 * 2**20}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", used.__getitem__)
-    module = SimpleNamespace(device="cpu", trained_parameters=1, total_parameters=2)
+    module = SimpleNamespace(device="cpu", trainable_parameters=1, total_parameters=2)
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=gpu), current_epoch=1, global_step=2, world_size=4
     )
