@@ -53,7 +53,7 @@ def test_no_command_replaces_what_it_did_not_write(command, output, place, run_c
     assert status == 2, err
     assert "Traceback" not in err
     told = " ".join(err.split())
-    assert any(words in told for words in ("This would be lost:", "is in the run", "reads:"))
+    assert any(words in told for words in ("This would be lost:", "is in the run", " reads, "))
     assert contents(place) == before
 
 
