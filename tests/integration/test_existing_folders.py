@@ -273,7 +273,7 @@ def test_a_sweep_minds_a_link_for_a_job_and_no_other_files(entry, tmp_path):
     path.parent.mkdir(parents=True)
     if entry == "0":
         path.symlink_to(tmp_path)
-        with pytest.raises(UserError, match="would be lost: 0. Give"):
+        with pytest.raises(UserError, match="would overwrite: 0. Give"):
             check_sweep_folder(tmp_path / "sweep")
     else:
         path.write_text("mine")

@@ -348,7 +348,7 @@ def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(UserError, match="The checkpoint before it is whole"):
+        with pytest.raises(UserError, match="The checkpoint before it is intact"):
             last_checkpoint._write(path, content(3.0), keep=True)
     found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
     assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}
