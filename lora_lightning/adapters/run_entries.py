@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_lightning.config.schema import PAUSE
 from lora_lightning.errors import UserError
 from lora_lightning.utils.locks import LOCK, locked
-from lora_lightning.utils.output_folders import made_folder
+from lora_lightning.utils.output_folders import create_folder
 
 ADAPTER = "adapter"
 """Entry of a run's folder: the folder of the trained adapter or model."""
@@ -85,7 +85,7 @@ def check_writable(run_dir: Path) -> None:
         UserError: The folder cannot be written, or the disk is nearly full.
     """
     try:
-        made_folder(run_dir)
+        create_folder(run_dir)
         probe, path = tempfile.mkstemp(prefix=".writable-", dir=run_dir)  # follows no link
         os.close(probe)
         os.unlink(path)

@@ -16,7 +16,7 @@ from lora_lightning.lora.serialization.checksums import write_checksums
 from lora_lightning.lora.serialization.validation import check_trained
 from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.tasks import Task
-from lora_lightning.utils.output_folders import refuse_loss, replaced_folder
+from lora_lightning.utils.output_folders import check_replaceable, replaced_folder
 from lora_lightning.utils.versions import versions
 
 from .folder import AdapterFolder
@@ -66,7 +66,7 @@ def save_trained(
     Raises:
         UserError: The weights are not finite, or the folder cannot be written.
     """
-    refuse_loss(folder, by=by, sources=sources)
+    check_replaceable(folder, by=by, sources=sources)
     content = {
         "format": 1,
         "task_state": module.task.state(),

@@ -40,7 +40,7 @@ from lora_lightning.distributed import environment as cluster
 from lora_lightning.errors import FULL_ERROR, UserError, did_you_mean
 from lora_lightning.sweeps.queue import OWN_CONFIG
 from lora_lightning.utils.atomic_write import atomic_write
-from lora_lightning.utils.output_folders import expanded, made_folder
+from lora_lightning.utils.output_folders import create_folder, expanded
 from lora_lightning.utils.terminal import say
 
 MULTIRUN_FLAGS = ("-m", "--multirun")
@@ -335,7 +335,7 @@ def _whole_configs(base: Path) -> Iterator[None]:
             if path.exists():  # config.yaml is the first file that Hydra writes
                 _refuse_foreign(path)
         try:
-            made_folder(output_dir)
+            create_folder(output_dir)
             atomic_write(path, OmegaConf.to_yaml(cfg))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}.") from None

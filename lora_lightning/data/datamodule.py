@@ -190,9 +190,9 @@ class LoraDataModule(L.LightningDataModule):
             if self.rows is not None:
                 ids = highest_ids(encoded)
                 check_tokens_known(ids, self.rows, self.tokenizer, where=f"the {split} data")
-            kept = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
-            self.dropped[split] = len(encoded) - len(kept)
-            if not kept:
+            indices = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
+            self.dropped[split] = len(encoded) - len(indices)
+            if not indices:
                 raise UserError(
                     f"the {split} data has nothing to learn: {self.task.dropped_means} in all "
                     f"{len(rows)} rows. {self.task.dropped_advice}"
@@ -202,7 +202,7 @@ class LoraDataModule(L.LightningDataModule):
                     f"{split}: {self.dropped[split]} of {len(rows)} rows are dropped: "
                     f"{self.task.dropped_means}."
                 )
-            encoded = encoded.select(kept)
+            encoded = encoded.select(indices)
             if split != "train" and self.task.generate_rows:
                 encoded = mark_rows_to_generate(encoded, self.task.generate_rows)
             self.raw[split], self.encoded[split] = rows.select(encoded["row"][:]), encoded

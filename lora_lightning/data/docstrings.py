@@ -74,7 +74,7 @@ def build_docstrings(library: Path) -> dict[str, list[Row]]:
     Raises:
         UserError: `library` holds no source files.
     """
-    found: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    rows: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -89,18 +89,18 @@ def build_docstrings(library: Path) -> dict[str, list[Row]]:
                 continue
             keys = {_plain(row["summary"]), _plain(row["document"])}
             if seen.isdisjoint(keys):
-                found[_split_of(module)].append(row)
+                rows[_split_of(module)].append(row)
             seen |= keys
-    if not all(found.values()):
+    if not all(rows.values()):
         raise UserError(
             f"data.embedded=docstrings is made from the source files of Python's standard library, "
             f"and {library} holds none: give data of your own, data.train=FILE, or use a Python "
             "that has them."
         )
-    trained = {span for row in found["train"] for span in _spans(row["document"])}
+    trained = {span for row in rows["train"] for span in _spans(row["document"])}
     for split in ("val", "test"):
-        found[split] = [row for row in found[split] if trained.isdisjoint(_spans(row["document"]))]
-    return found
+        rows[split] = [row for row in rows[split] if trained.isdisjoint(_spans(row["document"]))]
+    return rows
 
 
 def _row(module: str, text: str) -> Row | None:

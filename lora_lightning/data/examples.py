@@ -49,8 +49,8 @@ def highest_ids(encoded: Any) -> list[int]:
 
     columns = [encoded.data.column(name) for name in ("input_ids", "labels")]
     lists = [column for column in columns if hasattr(column.type, "value_type")]
-    found = [pc.max(pc.list_flatten(column)).as_py() for column in lists]
-    return [number for number in found if number is not None]
+    highest = [pc.max(pc.list_flatten(column)).as_py() for column in lists]
+    return [number for number in highest if number is not None]
 
 
 def mark_rows_to_generate(encoded: Any, count: int) -> Any:

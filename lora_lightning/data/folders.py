@@ -46,12 +46,12 @@ def read_folder(option: str, path: Path) -> Any:
         return load_saved(option, path)
     if (path / SPLITS_OF_SAVED).is_file():
         raise UserError(f"{option}={path}: holds several splits. Use data.path={path}.")
-    found = sorted(file for file in path.rglob("*.txt") if file.is_file())
-    inner = {folder for file in found for folder in file.parents if path in folder.parents}
+    texts = sorted(file for file in path.rglob("*.txt") if file.is_file())
+    inner = {folder for file in texts for folder in file.parents if path in folder.parents}
     own = {folder for folder in inner if _is_run_or_sweep(folder)}
     files = [
         file
-        for file in found
+        for file in texts
         if not own.intersection(file.parents)
         and not any(part.startswith(HIDDEN) for part in file.relative_to(path).parts)
         and not (file.parent == path and file.stem.lower() in ABOUT)

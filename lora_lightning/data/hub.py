@@ -190,14 +190,14 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
             str(split): hashlib.sha256(f"{split} {content}".encode()).hexdigest()[:32]
             for split in builder.config.data_files
         }
-        kept = {split: cache / f"rows-{key}" for split, key in keys.items()}
-        absent = [split for split, folder in kept.items() if not is_kept(folder)]
+        folders = {split: cache / f"rows-{key}" for split, key in keys.items()}
+        absent = [split for split, folder in folders.items() if not is_kept(folder)]
         if absent:
             builder.download_and_prepare()
             for number, split in enumerate(absent):
-                shutil.rmtree(kept[split], ignore_errors=True)
-                keep(builder.as_dataset(split), Path(work) / f"kept-{number}", kept[split])
-    return {split: kept_rows(folder, keys[split]) for split, folder in kept.items()}
+                shutil.rmtree(folders[split], ignore_errors=True)
+                keep(builder.as_dataset(split), Path(work) / f"folders-{number}", folders[split])
+    return {split: kept_rows(folder, keys[split]) for split, folder in folders.items()}
 
 
 def _is_plain_set(builder: Any) -> bool:

@@ -86,13 +86,13 @@ def json_as_written(path: str, cache_dir: str) -> Any:
     """
     from datasets import Dataset, Value
 
-    times, found = False, set()
+    times, names = False, set()
     with open(path, "rb") as lines:
         for number, line in enumerate(lines):
             times = times or _LIKE_A_TIME.search(line) is not None
             if _MAY_LOSE.search(line):
-                found.update(odd_numbers(_text(number, line)))
-    odd = sorted(found)
+                names.update(odd_numbers(_text(number, line)))
+    odd = sorted(names)
     if not times and not odd:
         return Dataset.from_json(path, cache_dir=cache_dir)
     lettered = Path(cache_dir) / "lettered.jsonl"

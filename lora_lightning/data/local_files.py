@@ -87,11 +87,11 @@ def _matching(option: str, path: Path) -> list[Path]:
     """
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
-    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-    found = [file for file in found if file.is_file() and not file.name.startswith(HIDDEN)]
-    if not found:
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    matches = [file for file in matches if file.is_file() and not file.name.startswith(HIDDEN)]
+    if not matches:
         raise UserError(f"{option}={path}: no file matches. Give the path of a file.")
-    return found
+    return matches
 
 
 def _load_path(option: str, path: Path, cache: Path) -> Any:

@@ -85,10 +85,10 @@ def by_content(
 
 def is_kept(folder: Path) -> bool:
     """Return whether a folder holds intact rows, and report damage."""
-    whole = is_whole(folder.glob("*.arrow"), folder / SUMS)
-    if not whole and (folder / SUMS).exists():
+    intact = is_whole(folder.glob("*.arrow"), folder / SUMS)
+    if not intact and (folder / SUMS).exists():
         report_damage(folder)
-    return whole
+    return intact
 
 
 def kept_rows(folder: Path, key: str) -> Any:

@@ -131,8 +131,8 @@ def _repeated_layers(model: nn.Module) -> list[str]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     named = model.named_modules()
-    found = [name for name, module in named if isinstance(module, GradientCheckpointingLayer)]
-    return list(dict.fromkeys(map(with_wildcards, found)))
+    layers = [name for name, module in named if isinstance(module, GradientCheckpointingLayer)]
+    return list(dict.fromkeys(map(with_wildcards, layers)))
 
 
 def with_wildcards(name: str) -> str:

@@ -44,7 +44,7 @@ from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import build_task
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
-from lora_lightning.utils.output_folders import refuse_loss
+from lora_lightning.utils.output_folders import check_replaceable
 from lora_lightning.utils.quiet import quiet_libraries
 
 TASKS = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "summarization"}
@@ -76,7 +76,7 @@ def import_adapter(
     """
     quiet_libraries()
     check_not_in_run(output)
-    refuse_loss(output, by="import", sources=[source])
+    check_replaceable(output, by="import", sources=[source])
     for override in overrides:
         if override.lstrip("+").startswith("lora"):
             raise UserError(

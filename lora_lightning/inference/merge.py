@@ -18,7 +18,7 @@ from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.lora import UserError, load_adapter
 from lora_lightning.lora.initialization.loftq import take_over_values
 from lora_lightning.training.module import LoraModule
-from lora_lightning.utils.output_folders import refuse_loss, replaced_folder
+from lora_lightning.utils.output_folders import check_replaceable, replaced_folder
 
 from .loading import load_trained
 
@@ -39,7 +39,7 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
     """
     refuse_links(Path(folder))
     check_not_in_run(Path(output))
-    refuse_loss(Path(output), by="merge", sources=[folder])
+    check_replaceable(Path(output), by="merge", sources=[folder])
     module = _unquantized(Path(folder), model or {})
     if module.adapter is None:
         raise UserError(

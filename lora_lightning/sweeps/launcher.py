@@ -28,7 +28,7 @@ from lora_lightning.errors import UserError
 from lora_lightning.training.callbacks.graceful_stop import raise_on_signals
 from lora_lightning.utils.atomic_write import atomic_write, remove_debris
 from lora_lightning.utils.locks import locked
-from lora_lightning.utils.output_folders import made_folder
+from lora_lightning.utils.output_folders import create_folder
 from lora_lightning.utils.terminal import say
 
 from .folder import note
@@ -107,7 +107,7 @@ class ProcessLauncher(Launcher):
         setup_globals()
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         try:
-            made_folder(sweep_dir)
+            create_folder(sweep_dir)
         except OSError as error:
             raise UserError(f"hydra.sweep.dir={sweep_dir} cannot be made: {error}.") from None
         with locked(sweep_dir, setting="hydra.sweep.dir") as held:
@@ -335,7 +335,7 @@ def _save(config: DictConfig, job: Job) -> None:
     """Write .hydra/, from which the job's process and a later sweep read the job's settings."""
     folder = job.folder / ".hydra"
     try:
-        made_folder(folder)
+        create_folder(folder)
         hydra = OmegaConf.masked_copy(config, "hydra")
         for name, content in (
             ("hydra.yaml", hydra),

@@ -88,18 +88,18 @@ class InstructTask(GenerativeTask):
             UserError: a role or content is missing or of the wrong type.
         """
         if len(self.columns) == 1:
-            found = _messages(row[self.columns[0]], where)
+            messages = _messages(row[self.columns[0]], where)
         else:
             question, answer = row[self.columns[0]], row.get(self.columns[1])
             extra = row.get("input") if "input" in self.columns else None
             if isinstance(question, str) and extra not in (None, ""):
                 (added,) = texts_of({"input": [extra]}, "input")
                 question = f"{question}\n\n{added}"
-            found = _messages(question, where, role="user")
-            found += _messages(answer, where, role="assistant") if answer is not None else []
-        if self.config.system and (not found or found[0]["role"] != "system"):
-            found.insert(0, {"role": "system", "content": self.config.system})
-        return found
+            messages = _messages(question, where, role="user")
+            messages += _messages(answer, where, role="assistant") if answer is not None else []
+        if self.config.system and (not messages or messages[0]["role"] != "system"):
+            messages.insert(0, {"role": "system", "content": self.config.system})
+        return messages
 
     # Conversations to examples ---------------------------------------------------------------
 
@@ -107,11 +107,11 @@ class InstructTask(GenerativeTask):
         self, rows: dict[str, list[Any]], max_length: int, *, targets: bool
     ) -> list[dict[str, Any]]:
         count = len(next(iter(rows.values())))
-        found = []
+        examples = []
         for index in range(count):
             row = {name: values[index] for name, values in rows.items()}
-            found.append(self._example(self.conversation(row), max_length, targets=targets))
-        return found
+            examples.append(self._example(self.conversation(row), max_length, targets=targets))
+        return examples
 
     def _example(
         self, messages: list[dict[str, str]], max_length: int, *, targets: bool
@@ -220,7 +220,7 @@ def _messages(value: Any, where: str, *, role: str | None = None) -> list[dict[s
             f"{where}: a conversation must be a list of messages, and is {type(value).__name__}: "
             f"{str(value)[:60]!r}."
         )
-    found = []
+    messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
             raise UserError(f"{where}: message {number} must be an object, and is {message!r}.")
@@ -242,8 +242,8 @@ def _messages(value: Any, where: str, *, role: str | None = None) -> list[dict[s
                 f"{where}: message {number} ({speaker}) must hold text, and holds "
                 f"{type(content).__name__}."
             )
-        found.append({"role": speaker, "content": content})
-    return found
+        messages.append({"role": speaker, "content": content})
+    return messages
 
 
 def _with_end(ids: list[int], labels: list[int], eos: int) -> tuple[list[int], list[int]]:

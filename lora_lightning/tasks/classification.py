@@ -143,9 +143,9 @@ class ClassificationTask(Task):
             )
         for row, value in enumerate(values):
             if self.label_id(value) is None:
-                shown = repr(written(value) if isinstance(value, bool) else value)
+                label = repr(written(value) if isinstance(value, bool) else value)
                 raise UserError(
-                    f"the {split} data: unknown label {shown} in row {row + 1}."
+                    f"the {split} data: unknown label {label} in row {row + 1}."
                     f"{did_you_mean(written(value), self.labels)} Known: "
                     f"{', '.join(self.labels)}. Correct it, or list all: task.labels=[...]."
                 )
@@ -231,8 +231,8 @@ class ClassificationTask(Task):
         output: LossOutput,
     ) -> None:
         assert output.outputs is not None
-        kept = batch["labels"] != IGNORE
-        logits, labels = output.outputs[kept], batch["labels"][kept]
+        labeled = batch["labels"] != IGNORE
+        logits, labels = output.outputs[labeled], batch["labels"][labeled]
         if not len(labels):
             return
         for name, metric in metrics.items(keep_base=True):

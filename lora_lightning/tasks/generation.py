@@ -112,10 +112,10 @@ class GenerativeTask(TextGenerator):
         """
         before, after = self.frame
         if self.encoder_decoder:
-            found = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
+            example = {"input_ids": [*before, *prompt, *after], "truncated": truncated}
             if target is not None:
-                found["labels"] = self._ended([*before, *target, *after])
-            return found
+                example["labels"] = self._ended([*before, *target, *after])
+            return example
         prompt = [*before, *prompt]
         if target is None:
             return {"input_ids": prompt, "truncated": truncated}
@@ -137,8 +137,8 @@ class GenerativeTask(TextGenerator):
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of texts, without special tokens."""
-        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [list(ids) for ids in found]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in encoded]
 
     # Model and loss --------------------------------------------------------------------------
 
@@ -186,10 +186,10 @@ class GenerativeTask(TextGenerator):
         return {**inputs, "decoder_input_ids": shifted}
 
     def logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        shown = batch["attention_mask"] == 1
+        visible = batch["attention_mask"] == 1
         if self.encoder_decoder:
-            batch = {**batch, "labels": batch["input_ids"].masked_fill(~shown, IGNORE)}
-        return logits_at(model, self._inputs(model, batch), shown.flatten().nonzero().flatten())
+            batch = {**batch, "labels": batch["input_ids"].masked_fill(~visible, IGNORE)}
+        return logits_at(model, self._inputs(model, batch), visible.flatten().nonzero().flatten())
 
     # Metrics and generation ------------------------------------------------------------------
 
@@ -205,9 +205,9 @@ class GenerativeTask(TextGenerator):
             return names
         rouge = ["rouge1", "rouge2", "rougeL"]
         return names + [
-            one
+            metric
             for name in self.config.text_metrics
-            for one in (rouge if name == "rouge" else [name])
+            for metric in (rouge if name == "rouge" else [name])
         ]
 
     @property
@@ -243,14 +243,14 @@ class GenerativeTask(TextGenerator):
             if not parts or parts[-1][0] != learned:
                 parts.append((learned, []))
             parts[-1][1].append(token)
-        shown = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
-        return "".join(f"[{text}]" if learned else text for learned, text in shown)
+        decoded = [(learned, tokenizer.decode(tokens)) for learned, tokens in parts]
+        return "".join(f"[{text}]" if learned else text for learned, text in decoded)
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids of the special tokens that a tokenizer puts before and after a text."""
-    whole = tokenizer("a")["input_ids"]
+    framed = tokenizer("a")["input_ids"]
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = range(len(whole) - len(inner) + 1)
-    start = next(i for i in starts if whole[i : i + len(inner)] == inner)
-    return whole[:start], whole[start + len(inner) :]
+    starts = range(len(framed) - len(inner) + 1)
+    start = next(i for i in starts if framed[i : i + len(inner)] == inner)
+    return framed[:start], framed[start + len(inner) :]

@@ -65,11 +65,11 @@ class LanguageModelTask(GenerativeTask):
                 else self.nothing(targets=False)
                 for ids in self.tokens(texts)
             ]
-        found: list[dict[str, Any]] = []
+        examples: list[dict[str, Any]] = []
         block: dict[str, Any] | None = None
         for row, ids in enumerate(self.tokens(texts)):
             if not ids:
-                found.append({**self.nothing(), "position_ids": [], "row": row})
+                examples.append({**self.nothing(), "position_ids": [], "row": row})
                 continue
             ids = [*self.frame[0], *ids, self.tokenizer.eos_token_id]
             start = 0
@@ -78,14 +78,14 @@ class LanguageModelTask(GenerativeTask):
                 if block is None or room < MIN_PIECE or not self.config.blocks:
                     block, room = {"truncated": False, "row": row}, max_length
                     block |= {"input_ids": [], "labels": [], "position_ids": []}
-                    found.append(block)
+                    examples.append(block)
                 piece = ids[start : start + room]
                 block["input_ids"] += piece
                 block["labels"] += [IGNORE, *piece[1:]]
                 block["position_ids"] += range(len(piece))
                 # The next piece begins with this one's last token, so each token is predicted.
                 start += len(piece) - 1
-        return found
+        return examples
 
     @property
     def joins_rows(self) -> bool:
@@ -96,11 +96,11 @@ class LanguageModelTask(GenerativeTask):
         prompts = super()._prompts({name: batch[name] for name in batch if name != "labels"})
         if "labels" not in batch:
             return prompts
-        found = []
+        starts = []
         for prompt, labels in zip(prompts, batch["labels"].tolist(), strict=True):
             end = next((i for i, label in enumerate(labels[1:], 1) if label == IGNORE), len(labels))
-            found.append(prompt[: min(SAMPLE_PROMPT, max(1, end - 1))])
-        return found
+            starts.append(prompt[: min(SAMPLE_PROMPT, max(1, end - 1))])
+        return starts
 
     def input_columns(self) -> list[str]:
         assert self.text_column is not None

@@ -149,14 +149,14 @@ class TextGenerator(Task):
         model.eval()
         try:
             with uncompiled(model):
-                found = model.generate(  # type: ignore[operator]
+                output = model.generate(  # type: ignore[operator]
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     **{**self._generation(ends), **changes},
                 )
         finally:
             model.train(was_training)
-        new = found[:, 1 if self.encoder_decoder else width :].tolist()
+        new = output[:, 1 if self.encoder_decoder else width :].tolist()
         return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
     def _ends(self, model: nn.Module) -> set[int]:
@@ -181,13 +181,13 @@ class TextGenerator(Task):
 
     def _prompts(self, batch: dict[str, Any]) -> list[list[int]]:
         """Return each row's tokens up to its last target."""
-        ids, shown = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ids, visible = batch["input_ids"].tolist(), batch["attention_mask"].tolist()
         stops = [len(row) for row in ids]
         if "labels" in batch and not self.encoder_decoder:
             stops = [start for start, _ in map(_last_run, batch["labels"].tolist())]
         return [
             [token for token, seen in zip(row[:stop], mask[:stop], strict=True) if seen]
-            for row, mask, stop in zip(ids, shown, stops, strict=True)
+            for row, mask, stop in zip(ids, visible, stops, strict=True)
         ]
 
     def _answers(self, batch: dict[str, Any]) -> list[list[int]]:

@@ -74,7 +74,7 @@ class SummarizationTask(GenerativeTask):
         if targets:
             written = [text.strip() for text in texts_of(rows, self.target_column)]
             answers = list(self.tokens(written))
-        found = []
+        examples = []
         for source, answer in zip(self.tokens(sources), answers, strict=True):
             length = len(answer or [])
             room = max_length - self.special_count() - len(before) - len(after)
@@ -82,11 +82,11 @@ class SummarizationTask(GenerativeTask):
                 room -= max(self.config.generation.max_new_tokens, length)
             lost = room < 1 or length > max_length - self.special_count()
             if not source or answer == [] or lost:
-                found.append(self.nothing(targets=targets))
+                examples.append(self.nothing(targets=targets))
                 continue
             prompt = [*before, *source[:room], *after]
-            found.append(self.example(prompt, answer, truncated=len(source) > room))
-        return found
+            examples.append(self.example(prompt, answer, truncated=len(source) > room))
+        return examples
 
     def _prompt(self) -> str:
         if self.config.prompt is None:

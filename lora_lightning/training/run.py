@@ -32,7 +32,7 @@ from lora_lightning.tasks import build_task
 from lora_lightning.utils.atomic_write import remove_debris, write_json
 from lora_lightning.utils.cpu_load import load_warning
 from lora_lightning.utils.locks import locked
-from lora_lightning.utils.output_folders import refuse_loss
+from lora_lightning.utils.output_folders import check_replaceable
 from lora_lightning.utils.quiet import quiet_libraries
 from lora_lightning.utils.terminal import say
 from lora_lightning.utils.versions import versions
@@ -161,7 +161,7 @@ class Run:
         remove_debris(*(self.dir / name for name in WRITTEN))
         if not self.resume:
             check_unused_folder(self.dir)
-        refuse_loss(self.dir / ADAPTER, by="train")  # fail before training, not after it
+        check_replaceable(self.dir / ADAPTER, by="train")  # fail before training, not after it
         write_json(self.dir / RESULT, self.result)
         if message := automatic_precision_message(self.requested, self.config):
             print(message, file=sys.stderr)

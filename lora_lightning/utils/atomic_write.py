@@ -46,8 +46,8 @@ def fault_of_disk(error: BaseException | None) -> str | None:
         number = error.errno if isinstance(error, OSError) else None
         if isinstance(error, RuntimeError) and str(error).startswith(_OF_PATHLIB):
             return str(error)
-        if number is None and (told := _OF_RUST.search(str(error))) is not None:
-            number = int(told[1])
+        if number is None and (match := _OF_RUST.search(str(error))) is not None:
+            number = int(match[1])
         if number in _FAULTS:
             return f"{_FAULTS[number]}: {error}"
         error = error.__cause__ or error.__context__
@@ -113,8 +113,8 @@ def remove_debris(*paths: Path) -> None:
     for path in paths:
         name = debris(re.escape(path.name).replace(r"\*", ".*"))
         with suppress(OSError):
-            for found in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
-                found.unlink()
+            for leftover in [each for each in path.parent.iterdir() if name.fullmatch(each.name)]:
+                leftover.unlink()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

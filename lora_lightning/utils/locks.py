@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from lora_lightning.errors import UserError
 
-from .output_folders import made_folder
+from .output_folders import create_folder
 
 LOCK = ".lock"
 OWNER = ".owner"
@@ -142,7 +142,7 @@ def _held(
     while True:
         try:
             if make_folder:
-                made_folder(path.parent)
+                create_folder(path.parent)
             handle = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             # The process that made the folder may have removed it in between.
@@ -233,14 +233,14 @@ def _clear_owner(owner: Path) -> None:
 
     Only one process at a time does this, because the file of a live one may appear any moment.
     """
-    found = _read_owner(owner)
-    if found is None or not _is_gone(found):
+    content = _read_owner(owner)
+    if content is None or not _is_gone(content):
         return
     clearing = owner.with_name(f"{owner.name}{CLEARING}")
     open_file(clearing, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
     try:
-        found = _read_owner(owner)
-        if found is not None and _is_gone(found):
+        content = _read_owner(owner)
+        if content is not None and _is_gone(content):
             owner.unlink()
     finally:
         clearing.unlink()
@@ -250,8 +250,8 @@ def _read_owner(owner: Path) -> dict[str, Any] | None:
     """Return the content of an owner file, {} if it is invalid, or None if it is absent."""
     try:
         with open_file(owner, os.O_RDONLY) as handle:
-            found = json.loads(handle.read(4096))
-        return found if isinstance(found, dict) else {}
+            content = json.loads(handle.read(4096))
+        return content if isinstance(content, dict) else {}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
@@ -291,9 +291,9 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 def _who(path: Path) -> str:
     """Return which process holds a lock, by its owner file, and how to remove its leftovers."""
     owner = _owner_path(path)
-    found = _read_owner(owner) or {}
+    content = _read_owner(owner) or {}
     return (
-        f" The file system has no locks: {owner} says that process {found.get('pid', '?')} on host "
-        f"{found.get('host', '?')} holds it. If no such process runs there any more: "
+        f" The file system has no locks: {owner} says that process {content.get('pid', '?')} on "
+        f"host {content.get('host', '?')} holds it. If no such process runs there any more: "
         f"rm {shlex.quote(str(owner))}*"
     )

@@ -28,7 +28,7 @@ def read_result(path: Path) -> dict[str, Any]:
     result = read_json(path)
     rungs = result.get("rungs", [])
     versions = result.get("versions", {})
-    whole = (
+    is_valid = (
         all(isinstance(result.get(key), (str, type(None))) for key in _TEXTS)
         and all(_is_number(result.get(key, 0)) for key in _NUMBERS)
         and all(_is_number(value, or_none=True) for key, value in result.items() if "/" in key)
@@ -41,7 +41,7 @@ def read_result(path: Path) -> dict[str, Any]:
         and isinstance(rungs, list)
         and all(isinstance(rung, dict) and _is_rung(rung) for rung in rungs)
     )
-    return result if whole else {}
+    return result if is_valid else {}
 
 
 _TEXTS = ("status", "monitor", "error", "stopped", "config_hash", "device", "precision")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 
 from lora_lightning.errors import UserError
 
-MARK = ".written_by.json"
-"""File in a folder that records which command wrote the folder, and which files."""
+from .folder_swap import MARK, held, put_folder, repair_folder
+
 _SHOWN = 8
 """Maximum number of files that a message names."""
 
@@ -45,17 +44,17 @@ def replaced_folder(
         UserError: the place cannot be written, or holds files that would be lost.
     """
     folder = _resolved(folder)  # replaces the target of a link, not the link
-    with _held(folder.parent):
+    with held(folder.parent):
         try:
-            _repair(folder)
+            repair_folder(folder)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error}.") from None
-        refuse_loss(folder, by=by, sources=sources)
+        check_replaceable(folder, by=by, sources=sources)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     try:
-        made_folder(staging.parent)
+        create_folder(staging.parent)
         staging.mkdir()
-        with _held(staging):
+        with held(staging):
             _write_mark(staging, by, {})
             yield staging
             files = {name: _kept(staging / name) for name in _files(staging)}
@@ -65,9 +64,9 @@ def replaced_folder(
                     # safetensors lets only the owner read its files, whatever the umask is.
                     shutil.copymode(staging / MARK, path)
                 sync(path)
-            with _held(folder.parent):
-                refuse_loss(folder, by=by, sources=sources)  # the block may have taken hours
-                _put(staging, folder)
+            with held(folder.parent):
+                check_replaceable(folder, by=by, sources=sources)  # the block may have taken hours
+                put_folder(staging, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}. Nothing was changed there.") from None
@@ -75,7 +74,7 @@ def replaced_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) -> None:
+def check_replaceable(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) -> None:
     """Raise UserError if writing a folder would replace files that the command did not write.
 
     Args:
@@ -85,14 +84,14 @@ def refuse_loss(folder: Path, *, by: str, sources: Iterable[str | Path] = ()) ->
     """
     folder = _resolved(folder)
     if folder == Path.cwd():
-        raise UserError(f"{folder} is the working folder, which is not replaced: give another.")
+        raise UserError(f"{folder}: must not be the working folder. Give another folder.")
     for source in map(Path, sources):
         if source.exists() and (folder == source.resolve() or folder in source.resolve().parents):
             raise UserError(
-                f"{folder} is, or holds, what {by} reads: {source}. Give another folder."
+                f"{folder}: must not be or hold what {by} reads, {source}. Give another folder."
             )
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder.")
+        raise UserError(f"{folder}: must be a folder, and is a file.")
     if not folder.is_dir():
         return
     written_by, known = _mark(folder)
@@ -127,12 +126,12 @@ def expanded(path: str | Path, setting: str) -> Path:
         UserError: there is no such home folder, or links form a ring.
     """
     try:
-        found = Path(path).expanduser()
-        found.resolve()
+        full = Path(path).expanduser()
+        full.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        said = "no user of that name has a home folder" if str(path)[:1] == "~" else str(error)
+        said = "user not found" if str(path)[:1] == "~" else str(error)
         raise UserError(f"{setting}={path}: {said}. Give another path.") from None
-    return found
+    return full
 
 
 def debris(names: str) -> re.Pattern[str]:
@@ -149,7 +148,7 @@ def _resolved(folder: Path) -> Path:
         folder = folder.resolve()
         folder.exists()  # fails if a name is too long
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring
-        raise UserError(f"{folder} is no place for a folder: {error}.") from None
+        raise UserError(f"{folder}: cannot hold a folder: {error}.") from None
     return folder
 
 
@@ -185,17 +184,17 @@ def _files(folder: Path) -> list[str]:
     def counts(path: Path) -> bool:
         return path.is_symlink() or not path.is_dir() or not any(path.iterdir())
 
-    found = (path for path in folder.rglob("*") if path != folder / MARK and counts(path))
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = (path for path in folder.rglob("*") if path != folder / MARK and counts(path))
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(2**20):
-            found.update(chunk)
-    return found.hexdigest()
+            checksum.update(chunk)
+    return checksum.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -216,7 +215,7 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def made_folder(path: Path) -> None:
+def create_folder(path: Path) -> None:
     """Create a folder and its absent parents, and sync their names to the disk.
 
     Raises:
@@ -224,105 +223,6 @@ def made_folder(path: Path) -> None:
     """
     if not path.is_dir():
         if not path.parent.is_dir():
-            made_folder(path.parent)
+            create_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
-
-
-def _put(staging: Path, folder: Path) -> None:
-    """Move a folder to its final place, and remove the folder that was there."""
-    if not folder.exists():
-        os.rename(staging, folder)
-    elif not _swap(staging, folder):  # after a swap, staging holds the old folder
-        outgoing = _old(staging)
-        os.rename(folder, outgoing)
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            os.rename(outgoing, folder)
-            raise
-        shutil.rmtree(outgoing, ignore_errors=True)
-
-
-def _swap(one: Path, other: Path) -> bool:
-    """Swap two folders at once, or return False if the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # not Linux, or an old libc
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
-def _old(staging: Path) -> Path:
-    return staging.with_name(f"{staging.name}.old")
-
-
-def _repair(folder: Path) -> None:
-    """Restore or remove what killed writers of a folder have left."""
-    # Folders of such a name from other programs do not contain our mark.
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}(\.old)?")
-    if not folder.parent.is_dir():
-        return
-    named = (path for path in folder.parent.iterdir() if pattern.fullmatch(path.name))
-    left = [path for path in named if not path.is_symlink() and (path / MARK).is_file()]
-    for path in sorted(left, key=lambda path: not path.name.endswith(".old")):
-        if not path.is_dir() or not (path.name.endswith(".old") or _is_free(path)):
-            continue
-        if path.name.endswith(".old"):
-            staging = path.with_name(path.name.removesuffix(".old"))
-            if staging.is_dir() and not _is_free(staging):
-                continue
-            if not folder.exists():
-                os.rename(path, folder)
-                continue
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a folder, if the system has such locks."""
-    handle = _lock(folder, wait=True)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _is_free(folder: Path) -> bool:
-    """Return whether certainly no process is writing a folder."""
-    handle = _lock(folder)
-    if handle is None:
-        return False
-    os.close(handle)
-    return True
-
-
-def _lock(folder: Path, *, wait: bool = False) -> int | None:
-    """Return an open, locked folder, or None if another process holds it or no locks exist.
-
-    Args:
-        folder: a writer's own folder, or a folder that may belong to another writer.
-        wait: whether to wait until the folder is free, since others hold it only for a moment.
-            False by default.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        return None
-    return handle

@@ -27,8 +27,8 @@ def printable(text: str, *, json: bool = False) -> str:
             False by default.
     """
 
-    def escaped(found: re.Match[str]) -> str:
-        number = ord(found.group())
+    def escaped(match: re.Match[str]) -> str:
+        number = ord(match.group())
         return f"\\u{number:04x}" if json or number > 0xFF else f"\\x{number:02x}"
 
     return _CONTROL.sub(escaped, text)

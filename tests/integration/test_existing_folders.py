@@ -53,7 +53,7 @@ def test_no_command_replaces_what_it_did_not_write(command, output, place, run_c
     assert status == 2, err
     assert "Traceback" not in err
     told = " ".join(err.split())
-    assert any(words in told for words in ("This would be lost:", "is in the run", "reads:"))
+    assert any(words in told for words in ("This would be lost:", "is in the run", " reads, "))
     assert contents(place) == before
 
 
@@ -273,7 +273,7 @@ def test_a_sweep_minds_a_link_for_a_job_and_no_other_files(entry, tmp_path):
     path.parent.mkdir(parents=True)
     if entry == "0":
         path.symlink_to(tmp_path)
-        with pytest.raises(UserError, match="would be lost: 0. Give"):
+        with pytest.raises(UserError, match="would overwrite: 0. Give"):
             check_sweep_folder(tmp_path / "sweep")
     else:
         path.write_text("mine")

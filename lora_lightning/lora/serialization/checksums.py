@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.errors import UserError
-from lora_lightning.utils.output_folders import MARK, digest
+from lora_lightning.utils.folder_swap import MARK
+from lora_lightning.utils.output_folders import digest
 
 SIDECAR = "lora_lightning.json"
 """Name of our own file beside PEFT's, with task, labels, base model and settings."""

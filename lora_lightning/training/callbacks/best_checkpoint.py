@@ -21,7 +21,7 @@ from lora_lightning.training.checkpointing import (
     check_written,
 )
 from lora_lightning.utils.atomic_write import written_beside
-from lora_lightning.utils.output_folders import made_folder
+from lora_lightning.utils.output_folders import create_folder
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -96,7 +96,7 @@ class SyncedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        made_folder(Path(path).parent)
+        create_folder(Path(path).parent)
         with written_beside(Path(path)) as beside:
             save_to(beside, checkpoint)
 

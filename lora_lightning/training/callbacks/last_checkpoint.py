@@ -32,7 +32,7 @@ from lora_lightning.training.lightning_internals import (
     reset_counts,
 )
 from lora_lightning.utils.atomic_write import written_beside
-from lora_lightning.utils.output_folders import made_folder, sync
+from lora_lightning.utils.output_folders import create_folder, sync
 from lora_lightning.utils.terminal import say
 
 from .best_checkpoint import save_to
@@ -217,7 +217,7 @@ def _write(path: Path, content: Mapping[str, Any], *, keep: bool) -> None:
         keep: Whether to keep the existing checkpoint too, as a disk may lose what it has written.
     """
     try:
-        made_folder(path.parent)
+        create_folder(path.parent)
         with written_beside(path) as beside:
             save_to(beside, dict(content))
             check_written(beside, content["state_dict"])

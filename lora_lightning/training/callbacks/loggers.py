@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from lora_lightning.utils.atomic_write import atomic_write, fault_of_disk
 from lora_lightning.utils.logs import read_metrics, tell_damaged
-from lora_lightning.utils.output_folders import made_folder, sync
+from lora_lightning.utils.output_folders import create_folder, sync
 from lora_lightning.utils.terminal import say
 
 
@@ -131,7 +131,7 @@ class CurvesLogger(StepsFromOne, CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None and "://" not in self.log_dir:
-            made_folder(Path(self.log_dir))
+            create_folder(Path(self.log_dir))
             self._experiment = _CurvesWriter(log_dir=self.log_dir)
         return super().experiment
 

@@ -17,7 +17,7 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
-from lora_lightning.utils.output_folders import MARK
+from lora_lightning.utils.folder_swap import MARK
 
 PATTERNS = {
     "rank": 4,

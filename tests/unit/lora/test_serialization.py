@@ -28,8 +28,8 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.serialization import peft_folder as state
 from lora_lightning.lora.serialization.peft_folder import adapter_from, from_peft_config
-from lora_lightning.utils import output_folders as outputs
-from lora_lightning.utils.output_folders import MARK
+from lora_lightning.utils import folder_swap
+from lora_lightning.utils.folder_swap import MARK
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -518,7 +518,7 @@ def test_a_failed_rename_puts_the_old_adapter_back(folder, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", failing)
-    monkeypatch.setattr(outputs, "_swap", lambda *_: False)  # as on other systems than Linux
+    monkeypatch.setattr(folder_swap, "_swap", lambda *_: False)  # as on other systems than Linux
     with pytest.raises(UserError, match="Nothing was changed there"):
         save_adapter(bert_adapter(rank=5), folder)
     assert contents(folder) == before
@@ -550,7 +550,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"is not empty.*lost: thesis\.txt"):
         save_adapter(bert_adapter(), tmp_path)
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
-    with pytest.raises(UserError, match=r"thesis\.txt is a file: give a folder"):
+    with pytest.raises(UserError, match=r"thesis\.txt: must be a folder, and is a file"):
         save_adapter(bert_adapter(), tmp_path / "thesis.txt")
 
 

@@ -36,7 +36,7 @@ from lora_lightning.utils.atomic_write import (
     write_json,
 )
 from lora_lightning.utils.locks import locked
-from lora_lightning.utils.output_folders import made_folder, replaced_folder
+from lora_lightning.utils.output_folders import create_folder, replaced_folder
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def _locked(folder: Path) -> None:
 
 
 MAKERS = {
-    "any": made_folder,
+    "any": create_folder,
     "run": check_writable,
     "lock": _locked,
     ".hydra of a run": _config_of_a_run,
@@ -220,11 +220,11 @@ def test_a_new_folder_is_on_the_disk_before_what_is_in_it(maker, tmp_path, monke
 
 
 def test_a_folder_is_not_made_where_a_file_is(tmp_path):
-    made_folder(tmp_path)
+    create_folder(tmp_path)
     (tmp_path / "a").touch()
     for path in (tmp_path / "a", tmp_path / "a" / "b"):
         with pytest.raises(OSError, match="a"):
-            made_folder(path)
+            create_folder(path)
 
 
 ROUNDS = [{"a": 1.0}, {"a": 2.0}, {"a": 3.0, "b": 1.0}, {"c": 0.5}, {"a": 4.0}]
@@ -348,7 +348,7 @@ def test_a_last_checkpoint_that_cannot_be_synced_leaves_both_before(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(UserError, match="The checkpoint before it is whole"):
+        with pytest.raises(UserError, match="The checkpoint before it is intact"):
             last_checkpoint._write(path, content(3.0), keep=True)
     found = {name: read_checkpoint(tmp_path / name) for name in os.listdir(tmp_path)}
     assert found == {"last.ckpt": content(2.0), "last-previous.ckpt": content(1.0)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.adapters import folder as storage
+from lora_lightning.adapters import run_entries
 from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.lora import UserError
 from lora_lightning.utils import locks as lock
@@ -56,7 +56,7 @@ def hold(pipe, folder: Path) -> None:
         wait(seconds)
 
     wait, lock.time.sleep = time.sleep, sleep
-    storage.locked = partial(locked, patience=1.0)
+    run_entries.locked = partial(locked, patience=1.0)
     pipe.recv()
     try:
         with rollback_on_mistake(folder):
@@ -154,7 +154,7 @@ def test_the_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch):
         assert len(opened) == 2
 
 
-def test_what_another_begins_is_not_removed(tmp_path, monkeypatch):
+def test_rollback_on_mistake_keeps_what_another_process_began(tmp_path, monkeypatch):
     """By a mistaken start whose lock it has waited for."""
     folder = tmp_path / "run"
 
@@ -165,7 +165,7 @@ def test_what_another_begins_is_not_removed(tmp_path, monkeypatch):
         finally:
             (folder / ".hydra").mkdir()  # the other's
 
-    monkeypatch.setattr(storage, "locked", held)
+    monkeypatch.setattr(run_entries, "locked", held)
     with pytest.raises(UserError, match="a mistake"), rollback_on_mistake(folder):
         raise UserError("a mistake")
     assert (folder / ".hydra").is_dir()

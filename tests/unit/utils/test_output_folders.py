@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.lora import UserError
-from lora_lightning.utils import output_folders as outputs
-from lora_lightning.utils.output_folders import MARK, replaced_folder
+from lora_lightning.utils import folder_swap, output_folders
+from lora_lightning.utils.folder_swap import MARK
+from lora_lightning.utils.output_folders import replaced_folder
 
 
 def write(folder: Path, *, by: str = "merge", text: str = "new", **options) -> None:
@@ -27,7 +28,7 @@ def entries(folder: Path) -> list[str]:
 @pytest.fixture(params=["swap", "two renames"])
 def system(request, monkeypatch):
     if request.param == "two renames":
-        monkeypatch.setattr(outputs, "_swap", lambda *_: False)
+        monkeypatch.setattr(folder_swap, "_swap", lambda *_: False)
     return request.param
 
 
@@ -100,7 +101,11 @@ def test_places_for_no_folder_are_told(tmp_path, monkeypatch):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for place, told in (("a", "no place"), ("x" * 300, "no place"), ("here", "working folder")):
+    for place, told in (
+        ("a", "cannot hold a folder"),
+        ("x" * 300, "cannot hold a folder"),
+        ("here", "working folder"),
+    ):
         with pytest.raises(UserError, match=told):
             write(tmp_path / place)
     out = tmp_path / "out"
@@ -156,14 +161,14 @@ def test_what_is_read_is_not_replaced(at, tmp_path):
     out = tmp_path / "out"
     write(out, text="old")
     (tmp_path / "link").symlink_to(out)
-    with pytest.raises(UserError, match="is, or holds, what merge reads"):
+    with pytest.raises(UserError, match="must not be or hold what merge reads"):
         write(out, sources=["some/model-of-the-hub", out / at])
     assert (out / "a.txt").read_text() == "old"
 
 
 def _write_and_die(folder: Path, at: int) -> None:
     """Dies at a system call that changes a name; without the swap of Linux."""
-    outputs._swap = lambda *_: False
+    folder_swap._swap = lambda *_: False
     count = 0
 
     def counted(call):
@@ -177,7 +182,7 @@ def _write_and_die(folder: Path, at: int) -> None:
         return wrapped
 
     os.rename = counted(os.rename)
-    outputs.shutil.rmtree = counted(outputs.shutil.rmtree)
+    folder_swap.shutil.rmtree = counted(folder_swap.shutil.rmtree)
     write(folder)
 
 
@@ -211,7 +216,7 @@ def test_a_swap_leaves_no_moment_without_a_folder(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, text="old")
     monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("renamed"))
-    if not outputs._swap(out, out):
+    if not folder_swap._swap(out, out):
         pytest.skip("this system swaps no folders")
     write(out)
     assert (out / "a.txt").read_text() == "new"
@@ -227,7 +232,7 @@ def test_all_is_synced_before_it_is_named(tmp_path, monkeypatch):
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(outputs, "_put", lambda *_: done.append("put"))
+    monkeypatch.setattr(output_folders, "put_folder", lambda *_: done.append("put"))
     write(out)
     synced, above = done[: done.index("put")], done[done.index("put") + 1 :]
     assert sorted(synced[:-1]) == [MARK, "a.txt", "b.txt", "deep"]
