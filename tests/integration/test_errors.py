@@ -149,7 +149,6 @@ COMMAND = [
     Case("no such flag", lambda p: p.train("--multrun"), "--multrun", "--multirun"),
     Case("no override", lambda p: p.train("lora.rank"), "lora.rank", "KEY=VALUE"),
     Case("several values", lambda p: p.train("lora.rank=2,4"), "lora.rank=2,4", "-m lora.rank=2,4"),
-    Case("unreadable override", lambda p: p.train("tags=[a"), "tags=[a", "in quotes"),
     Case("unknown key", lambda p: p.train("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
     Case("unknown key, check", lambda p: p.check("lora.rnk=4"), "lora.rnk", "'lora.rank'"),
     Case("plan, device", lambda p: ["plan", "device_gib=much"], "device_gib: 'much'", "a number"),
@@ -188,20 +187,8 @@ COMMAND = [
         "optim.rate",
         "--cfg job",
     ),
-    Case("unknown group", lambda p: p.train("loras=default"), "loras", "'lora'"),
     Case("unknown choice", lambda p: p.train("lora=defalt"), "lora=defalt", "'default'"),
-    Case("unknown experiment", lambda p: p.train("experiment=sst"), "experiment=sst", "sst2"),
     Case("wrong type", lambda p: p.train("lora.rank=eight"), "lora.rank", "Integer"),
-    Case(
-        "wrong type of a flag", lambda p: p.train("test_before=maybe"), "test_before", "valid bool"
-    ),
-    Case("value for a group", lambda p: p.train("lora.rank.x=1"), "lora.rank", "Integer"),
-    Case(
-        "unknown key of the trainer",
-        lambda p: p.train("trainer.epochs=1"),
-        "trainer.epochs",
-        "max_epochs",
-    ),
     Case(
         "no argument of the Trainer",
         lambda p: p.train("+trainer.epochs=1"),
@@ -245,12 +232,6 @@ COMMAND = [
 
 LORA = [
     Case("rank 0", lambda p: p.train("lora.rank=0"), "lora.rank", "at least 1"),
-    Case("alpha", lambda p: p.train("lora.alpha=-1"), "lora.alpha", "positive"),
-    Case("alpha not a number", lambda p: p.train("lora.alpha=nan"), "lora.alpha", "positive"),
-    Case("dropout", lambda p: p.train("lora.dropout=1.5"), "lora.dropout", "[0, 1)"),
-    Case("bias", lambda p: p.train("lora.bias=lora"), "lora.bias", "'lora_only'"),
-    Case("init", lambda p: p.train("lora.init=kaming"), "lora.init", "'kaiming'"),
-    Case("method", lambda p: p.train("lora.method=ful"), "lora.method", "full"),
     Case("targets", lambda p: p.train("lora.targets=[quary]"), "'quary'", "'query'"),
     Case("exclude", lambda p: p.train("lora.exclude=[pooller]"), "lora.exclude", "pooler"),
     Case("exclude all", lambda p: p.train("lora.exclude='.*'"), "leaves no module", "matched"),
@@ -260,12 +241,6 @@ LORA = [
         lambda p: p.train("lora.target_parameters=[experts.gate_up_proj]"),
         "'experts.gate_up_proj' matches no parameter",
         "lora.targets",
-    ),
-    Case(
-        "parameter with dropout",
-        lambda p: p.train("lora.target_parameters=[query.weight]", "lora.dropout=0.1"),
-        "lora.target_parameters: not supported",
-        "lora.dropout=0.1",
     ),
     Case(
         "parts of a layer",
@@ -279,7 +254,6 @@ LORA = [
         "lora.parts: 'quary'",
         "'query'",
     ),
-    Case("regex", lambda p: p.train("lora.targets='(query'"), "lora.targets", "regular expression"),
     Case(
         "modules_to_save",
         lambda p: p.train("lora.modules_to_save=[poler]"),
@@ -291,21 +265,6 @@ LORA = [
         lambda p: p.train("+lora.rank_pattern={quary:4}"),
         "lora.rank_pattern",
         "'query'",
-    ),
-    Case(
-        "pattern without plus",
-        lambda p: p.train("lora.rank_pattern={query:4}"),
-        "lora.rank_pattern",
-        "'+lora.rank_pattern={",
-    ),
-    Case(
-        "eva_rho", lambda p: p.train("lora=eva", "lora.eva_rho=0.5"), "lora.eva_rho", "at least 1"
-    ),
-    Case(
-        "eva on parts",
-        lambda p: p.train("lora=eva", "+lora.parts={query: [a, b]}"),
-        "lora.parts",
-        "lora.init=eva",
     ),
     Case(
         "eva without a linear layer",
@@ -453,14 +412,6 @@ DATA = [
         "all cut away", lambda p: p.train("data.max_length=2"), "data.max_length=2", "at least 16"
     ),
     Case("longer than the model", lambda p: p.train("data.max_length=65"), "data.max_length", "64"),
-    Case("batch size", lambda p: p.train("data.batch_size=0"), "data.batch_size", "at least 1"),
-    Case("val_fraction", lambda p: p.train("data.val_fraction=1.2"), "data.val_fraction", "[0, 1)"),
-    Case(
-        "both fractions",
-        lambda p: p.train("data.val_fraction=0.5", "data.test_fraction=0.5"),
-        "no row to train on",
-        "data.val_fraction",
-    ),
     Case(
         "too few rows",
         lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])),
@@ -556,9 +507,7 @@ MODEL = [
         "torch/no",
         "folder",
     ),
-    Case("dtype", lambda p: p.train("model.dtype=bfloat"), "model.dtype", "'bfloat16'"),
     Case("float16", lambda p: p.train("model.dtype=float16"), "float16", "16-mixed"),
-    Case("float16, check", lambda p: p.check("model.dtype=float16"), "float16", "16-mixed"),
     Case(
         "Lightning's own deepspeed",
         lambda p: p.train("trainer.strategy=deepspeed_stage_2"),
@@ -568,12 +517,6 @@ MODEL = [
     Case(
         "optimizer in shares",
         lambda p: p.train("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
-        "optim.name=Adafactor",
-        "trainer=ddp",
-    ),
-    Case(
-        "check, optimizer in shares",
-        lambda p: p.check("trainer=deepspeed", *ONE_CPU, "optim.name=Adafactor"),
         "optim.name=Adafactor",
         "trainer=ddp",
     ),
@@ -619,24 +562,6 @@ MODEL = [
         "lora.trainable_token_indices=[",
     ),
     Case(
-        "new token twice",
-        lambda p: p.train("model.new_tokens=[aa,aa]"),
-        "model.new_tokens names 'aa'",
-        "more than once",
-    ),
-    Case(
-        "new token without text",
-        lambda p: p.train("model.new_tokens=['']"),
-        "none of them empty",
-        '["<think>","</think>"]',
-    ),
-    Case(
-        "one new token",
-        lambda p: p.train("model.new_tokens=aa"),
-        "model.new_tokens",
-        "list",
-    ),
-    Case(
         "index of no token",
         lambda p: p.train("lora.trainable_token_indices=[100000]"),
         "none of index 100000",
@@ -655,32 +580,16 @@ MODEL = [
 
 TRAINING = [
     Case("optimizer", lambda p: p.train("optim.name=Adamw"), "optim.name", "'AdamW'"),
-    Case("optimizer, check", lambda p: p.check("optim.name=Adamw"), "optim.name", "'AdamW'"),
     Case("its options", lambda p: p.train("+optim.options.beta=1"), "AdamW", "beta"),
     Case("schedule", lambda p: p.train("optim.scheduler=linea"), "optim.scheduler", "'linear'"),
     Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "=linea:", "'linear'"),
-    Case("rate", lambda p: p.train("optim.lr=-1"), "optim.lr", "positive"),
-    Case("rate not a number", lambda p: p.train("optim.lr=nan"), "optim.lr", "positive"),
-    Case("rate beyond use", lambda p: p.train("optim.lr=1e38"), "optim.lr", "at most 1e+30"),
-    Case(
-        "decay without end",
-        lambda p: p.train("optim.weight_decay=inf"),
-        "optim.weight_decay",
-        "finite",
-    ),
-    Case("decay", lambda p: p.train("optim.weight_decay=-1"), "optim.weight_decay", "negative"),
     Case("monitor", lambda p: p.train("task.monitor=val/acc"), "task.monitor", "'val/accuracy'"),
-    Case("monitor, check", lambda p: p.check("task.monitor=val/acc"), "val/acc", "'val/accuracy'"),
-    Case(
-        "model to be named", lambda p: ["train", "model=hub"], "model.name_or_path", "must be given"
-    ),
     Case(
         "data to be named",
         lambda p: ["train", "data=files", "trainer.precision=32-true"],
         "no data",
         "data.train=FILE",
     ),
-    Case("mode", lambda p: p.train("task.mode=up"), "task.mode", "max or min"),
     Case(
         "its schedule's options",
         lambda p: p.train("+optim.scheduler_options.foo=3"),
@@ -706,7 +615,6 @@ TRAINING = [
         "another schedule",
     ),
     Case("seed", lambda p: p.train("seed=5000000000"), "seed must be", "4294967295"),
-    Case("seed below", lambda p: p.train("seed=-1"), "seed must be", "from 0"),
     Case(
         "epochs in letters",
         lambda p: p.train("trainer.max_epochs=x"),
@@ -726,38 +634,8 @@ TRAINING = [
         "true or false",
     ),
     Case(
-        "variable that is not set",
-        lambda p: p.train("task.text_column=${oc.env:NOT_SET_HERE}"),
-        "task.text_column",
-        "'NOT_SET_HERE' not found",
-    ),
-    Case(
-        "setting that is not there",
-        lambda p: p.train("data.val=${nothing}"),
-        "data.val",
-        "'nothing' not found",
-    ),
-    Case(
-        "mode, the contrary",
-        lambda p: p.train("task.monitor=val/loss", "task.mode=max"),
-        "task.mode=max",
-        "Leave task.mode out",
-    ),
-    Case(
-        "mode, the contrary, check",
-        lambda p: p.check("task.mode=min"),
-        "of val/accuracy higher is better",
-        "Leave task.mode out",
-    ),
-    Case(
         "warmup beyond the end",
         lambda p: p.train("optim.warmup=1000"),
-        "optim.warmup=1000: this run takes 8 optimizer steps",
-        "optim.warmup=0.06",
-    ),
-    Case(
-        "warmup beyond the end, check",
-        lambda p: p.check("optim.warmup=1000"),
         "optim.warmup=1000: this run takes 8 optimizer steps",
         "optim.warmup=0.06",
     ),
@@ -783,18 +661,6 @@ TRAINING = [
         "trainer.max_time",
     ),
     Case(
-        "a group of one's own",
-        lambda p: p.train("+foo.bar=1"),
-        "foo: there is no such group",
-        "Leave it out",
-    ),
-    Case(
-        "a group by another name",
-        lambda p: p.check("+datamodule._target_=missing.Class"),
-        "datamodule: there is no such group",
-        "Leave it out",
-    ),
-    Case(
         "two folders of a sweep",
         lambda p: p.train("-m", "lora.rank=1,2", "hydra.sweep.dir=a"),
         "both name the folder",
@@ -803,12 +669,6 @@ TRAINING = [
     Case(
         "validation amid accumulation",
         lambda p: p.train("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
-        "trainer.val_check_interval=3",
-        "multiple",
-    ),
-    Case(
-        "validation amid accumulation, check",
-        lambda p: p.check("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
         "trainer.val_check_interval=3",
         "multiple",
     ),
@@ -834,12 +694,6 @@ FOLDERS = [
     Case(
         "output below a file",
         lambda p: p.train(f"output_dir={p.write('file', '')}/out"),
-        "cannot be written",
-        "output_dir=",
-    ),
-    Case(
-        "output below a file, check",
-        lambda p: p.check(f"output_dir={p.write('file', '')}/out"),
         "cannot be written",
         "output_dir=",
     ),

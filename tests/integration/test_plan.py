@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -260,6 +262,17 @@ def test_target_sets_of_each_architecture_are_its_own_names(tiny_bert, tiny_llam
     assert found["lm"][wide] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert found["summarization"][narrow] == ["q", "v"]
     assert all(sets["all linear layers"] == "all-linear" for sets in found.values())
+
+
+@pytest.mark.parametrize(("optimizer", "status"), [("AdamW", 0), ("ASGD", 2)])
+def test_plan_in_a_process_ends_with_its_own_status(optimizer, status, tiny_llama, tmp_path):
+    """A full garbage collection under fake tensors corrupts memory, which ends a process."""
+    command = [sys.executable, "-m", "lora_lightning", "plan", *BASE, "task=lm"]
+    settings = [f"model.name_or_path={tiny_llama}", f"optim.name={optimizer}"]
+    done = subprocess.run(
+        [*command, *settings], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
 
 
 def test_plan_report_adds_up_for_each_method(run_cli, tiny_llama, tmp_path, monkeypatch):
