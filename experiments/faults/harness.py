@@ -81,6 +81,7 @@ class Harness:
         before: commands that run first, without a fault, and load all modules.
         away: what these leave that is taken away.
         only: text that the operations which fail have in their names.
+        jobs: whether the operations of a sweep's jobs fail too, and not only those of its launcher.
     """
 
     work: Path
@@ -90,6 +91,7 @@ class Harness:
     before: list[list[str]] = field(default_factory=list)
     away: tuple[str, ...] = ()
     only: str = ""
+    jobs: bool = False
 
     def __post_init__(self) -> None:
         library = self.work / "faulty.so"
@@ -202,7 +204,7 @@ class Harness:
         asked = {
             **{"root": str(self.root), "log": str(log), "graves": str(self.graves)},
             **{"name": called, "nth": nth, "kind": kind, "errors": str(errors)},
-            "arguments": arguments,
+            **{"arguments": arguments, "jobs": self.jobs},
         }
         print(json.dumps(asked), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())

@@ -31,12 +31,12 @@ def main(folder: Path, names: list[str]) -> int:
         print(f"{asked}: {len(places)} operations", flush=True)
         if part:
             which, of = map(int, part.split("/"))
-            places = places[len(places) * (which - 1) // of : len(places) * which // of]
+            places = places[which - 1 :: of]
         for number, (called, nth) in enumerate(places, 1):
             for fault in FAULTS:
                 if fault != "short" or called.startswith("write "):
                     trials += map(_told, harness.trials(called, nth, fault))
-            if number % 25 == 0:
+            if number % 5 == 0:
                 print(f"  {number}, {len(trials)} trials", flush=True)
         harness.close()
         bad = [trial for trial in trials if trial.problem]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -24,9 +25,14 @@ WITHOUT_CURVES = "logger.tensorboard=null"
 RUN = ["train", *SETTINGS, WITHOUT_CURVES, "output_dir=run", "resume=auto"]
 CURVES = ["train", *SETTINGS, "logger.csv=null", "output_dir=run", "resume=auto"]
 SWEEP = ["train", "-m", *SETTINGS, WITHOUT_CURVES, "lora.rank=1,2", "hydra.sweep.dir=sweep"]
+HALVING = [*SWEEP, "launcher.halving={eta: 2, rungs: 1}", "trainer.max_epochs=2"]
+PACKED = [*SWEEP, "hydra/launcher=packed"]
 MERGE = ["merge", "adapter=run/adapter", "output=merged"]
 EXPORT = ["export", "adapter=run/adapter", "output=exported", "format=canonical"]
 PREDICT = ["predict", "adapter=run/adapter", "input=rows.jsonl", "output=said.jsonl"]
+
+
+MEASURED = ("seconds", "tokens_per_second", "peak_memory_mib")
 
 
 class Scenario(NamedTuple):
@@ -38,6 +44,7 @@ class Scenario(NamedTuple):
         before: commands that make what it reads, and an earlier output that it replaces.
         away: see Harness.
         only: see Harness.
+        jobs: see Harness.
     """
 
     arguments: list[str]
@@ -45,6 +52,7 @@ class Scenario(NamedTuple):
     before: list[list[str]]
     away: tuple[str, ...] = ()
     only: str = ""
+    jobs: bool = False
 
 
 def write_inputs(folder: Path) -> Path:
@@ -70,9 +78,11 @@ def of_run(root: Path) -> Any:
 
 def of_sweep(root: Path) -> Any:
     folder = root / "sweep"
+    with (folder / "results.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
     return (
         json.loads((folder / "sweep.json").read_text())["status"],
-        (folder / "results.csv").read_text(),
+        rows,
         [_digests(folder / str(job) / "adapter") for job in (0, 1)],
     )
 
@@ -92,6 +102,8 @@ SCENARIOS = {
     "curves": Scenario(CURVES, of_run, [CURVES], ("run",), "/tensorboard"),
     # Both runs are there; what is done again is all that the sweep itself writes.
     "sweep": Scenario(SWEEP, of_sweep, [SWEEP]),
+    "sweep-training": Scenario(HALVING, of_sweep, [RUN, HALVING], ("run", "sweep", "cache")),
+    "sweep-packed": Scenario(PACKED, of_sweep, [RUN, PACKED], ("run", "sweep"), jobs=True),
     "merge": Scenario(MERGE, lambda root: _digests(root / "merged"), [RUN, MERGE]),
     "export": Scenario(EXPORT, lambda root: _digests(root / "exported"), [RUN, EXPORT]),
     "predict": Scenario(PREDICT, lambda root: (root / "said.jsonl").read_text(), [RUN, PREDICT]),
