@@ -78,6 +78,8 @@ def of_run(root: Path) -> Any:
 
 def of_sweep(root: Path) -> Any:
     folder = root / "sweep"
+    if not (folder / "results.csv").is_file():  # a sweep warns that it cannot write its report
+        return None
     with (folder / "results.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
     return (

@@ -163,7 +163,7 @@ class Halving:
             rung = len(job.rungs()) - 1
             order = self.order(jobs, rung)
             continued = sum(
-                not self._at(other, rung) or other.state == "completed" for other in order
+                not self._at(other, rung) or other.state in ("completed", "kept") for other in order
             )
             last = job.rungs()[rung]
             result = job.result()

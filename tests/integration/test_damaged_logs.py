@@ -412,7 +412,7 @@ def test_a_sweep_ends_well_beside_a_report_of_others(sweep):
     Path("sweep/report.md").write_text("mine")
     status, _, err, ran = sweep()
     assert (status, ran) == (0, [0, 1]), err
-    assert "warning: there is no report: " in err
+    assert "warning: the report cannot be written: " in err
     assert Path("sweep/report.md").read_text() == "mine"
 
 
@@ -429,9 +429,7 @@ def test_a_damaged_config_of_other_settings_is_told(sweep):
     (result.parent / "checkpoints" / "last.ckpt").write_bytes(b"x")
     status, _, err, ran = sweep()
     assert (status, ran) == (2, [])
-    assert "Delete sweep/1, and the sweep trains this job from the start." in err.replace(
-        f"{Path.cwd()}/", ""
-    )
+    assert "Delete sweep/1 to train this job from the start." in err.replace(f"{Path.cwd()}/", "")
     assert config.read_bytes() == b""
 
 
@@ -450,7 +448,7 @@ def ended(job: Job, code: str) -> Job:
     work.code = code
     work.start(None, threads=None, inherit=())
     work.process.wait(60)
-    assert work.look()
+    assert work.poll()
     return job
 
 

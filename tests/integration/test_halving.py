@@ -69,6 +69,17 @@ def test_one_at_a_time_it_is_successive_halving(tmp_path, sign):
     assert "place 16 of 16; 8 continued" in stopped.result()["stopped"]
 
 
+def test_stop_after_a_resume_counts_the_jobs_kept(tmp_path):
+    rung = {"step": 1, "planned": 8, "monitor": "m", "value": 0.5}
+    jobs = [Job(number, [], tmp_path / str(number)) for number in range(2)]
+    for job, state, value in zip(jobs, ("kept", "paused"), (0.5, 0.4), strict=True):
+        job.folder.mkdir()
+        job.state = state
+        (job.folder / "result.json").write_text(json.dumps({"rungs": [{**rung, "value": value}]}))
+    Halving(2, 1, 1).stop(jobs)
+    assert jobs[1].result()["stopped"].endswith("place 2 of 2; 1 continued")
+
+
 def test_several_at_a_time_no_place_waits(tmp_path):
     """Asynchronous: all begin, few more than its share pass a rung, the best job ends."""
     values = [[float(number)] * 3 for number in range(16)]
