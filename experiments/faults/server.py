@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,11 @@ class Spare:
             message, descriptors, _, _ = socket.recv_fds(other, 65536, 16)
             if not message:
                 os._exit(0)
-            os._exit(run_job(request, json.loads(message), descriptors))
+            status = 1
+            try:
+                status = run_job(request, json.loads(message), descriptors)
+            finally:
+                os._exit(status)
         other.close()
 
 
@@ -128,8 +133,9 @@ def exit_status(module: str, arguments: list[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # the log of a job may be on a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
     return 0
 
 

@@ -28,7 +28,7 @@ from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import made_folder
 from lora_lightning.utils.terminal import say
 
-from .folder import record_sweep
+from .folder import record_sweep, resume_command
 from .grouping import group_by
 from .halving import Halving
 from .job import Job, name_jobs
@@ -111,7 +111,12 @@ class ProcessLauncher(Launcher):
             for job in jobs:
                 if job.state not in ("kept", "stopped") or not is_saved(job):
                     save_job(job)
-            self._run(sweep_dir, jobs, halving, lock.fileno())
+            try:
+                self._run(sweep_dir, jobs, halving, lock.fileno())
+            except KeyboardInterrupt:
+                resume = resume_command(sweep_dir)
+                say(f"The sweep has stopped. To resume it: {resume}", file=sys.stderr)
+                raise
             if any(job.result() for job in jobs):
                 try:
                     report(sweep_dir)

@@ -370,11 +370,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path, kill):
     subprocess.run([*command, f"hydra.sweep.dir={whole}"], check=True, capture_output=True)
     killed = tmp_path / "killed"
     command.append(f"hydra.sweep.dir={killed}")
-    first = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not (killed / "0/checkpoints/last.ckpt").exists():
         assert time.monotonic() < until
@@ -384,6 +380,8 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path, kill):
     assert first.wait(60) == (-9 if kill == signal.SIGKILL else 143)
     if kill == signal.SIGTERM:
         assert result_of(killed / "0")["status"] == "interrupted"
+        resume = "The sweep has stopped. To resume it: lora-lightning train -m "
+        assert resume in first.stderr.read()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert not alive(f"resume={killed}")
