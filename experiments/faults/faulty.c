@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -22,24 +23,49 @@
 enum { NONE, NOSPACE, BROKEN, KILLED, SHORT };
 
 static char root[PATH_MAX], wanted[PATH_MAX + 64], graves[PATH_MAX];
-static int log_to = -1, kind = NONE, nth, seen, is_full;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int log_to = -1, kind = NONE, nth;
 static __thread int within;
+
+/* What a command shares with its jobs, which are forks of the same server. */
+static struct {
+    pthread_mutex_t lock;
+    int count, seen, is_full;
+    pid_t command;
+} *shared;
+
+__attribute__((constructor)) static void share(void) {
+    int flags = MAP_SHARED | MAP_ANONYMOUS;
+    shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (shared == MAP_FAILED) abort();
+}
 
 #define REAL(name, type) ((type)dlsym(RTLD_NEXT, #name))
 
-/* Begins: operations below `folder` go to `log`; the `number`-th that is called `name` fails. */
+/* Begins: operations below `folder` go to `log`; the `number`-th that is called `name` fails.
+   A job joins its command: they count together, and are killed together. */
 void fault_arm(const char *folder, const char *log, const char *grave, const char *name,
-               int number, int how) {
+               int number, int how, int joins) {
     strncpy(root, folder, sizeof root - 1);
     strncpy(wanted, name, sizeof wanted - 1);
     strncpy(graves, grave, sizeof graves - 1);
     nth = number;
-    seen = is_full = 0;
+    if (!joins) {
+        pthread_mutexattr_t between;
+        memset(shared, 0, sizeof *shared);
+        pthread_mutexattr_init(&between);
+        pthread_mutexattr_setpshared(&between, PTHREAD_PROCESS_SHARED);
+        pthread_mutex_init(&shared->lock, &between); /* a kill may have left it locked */
+        shared->command = getpid();
+    }
     within = 1;
     log_to = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     within = 0;
     kind = how;
+}
+
+static void kill_all(void) {
+    if (shared->command != getpid()) kill(shared->command, SIGKILL);
+    raise(SIGKILL);
 }
 
 static void tell(const char *text) {
@@ -105,27 +131,26 @@ static void plain(const char *path, char *into) {
 /* Counts an operation; its number in the log, or, where it is to fail, -1 with errno set. */
 static int begin(const char *what, const char *path, const char *other, int file) {
     char line[6 * PATH_MAX], called[3 * PATH_MAX], name[PATH_MAX], target[PATH_MAX] = "";
-    static int count;
     struct stat found = {0};
     int failing = 0, is_write = strcmp(what, "write") == 0;
     if (file >= 0) fstat(file, &found);
     plain(path, name);
     if (other) plain(other, target);
     snprintf(called, sizeof called, "%s %s%s%s", what, name, other ? " " : "", target);
-    pthread_mutex_lock(&lock);
-    int number = ++count;
-    if (kind != NONE && strcmp(called, wanted) == 0 && ++seen == nth) failing = 1;
+    pthread_mutex_lock(&shared->lock);
+    int number = ++shared->count;
+    if (kind != NONE && strcmp(called, wanted) == 0 && ++shared->seen == nth) failing = 1;
     snprintf(line, sizeof line, "%d\t%s\t%s\t%s\t%s\t%lu\t%ld\n", number, called, what, path,
              other ? other : "", (unsigned long)found.st_ino, (long)found.st_size);
-    if (failing && kind == KILLED && !is_write) raise(SIGKILL);
+    if (failing && kind == KILLED && !is_write) kill_all();
     tell(line);
-    if (failing && kind == NOSPACE) is_full = 1;
-    pthread_mutex_unlock(&lock);
+    if (failing && kind == NOSPACE) shared->is_full = 1;
+    pthread_mutex_unlock(&shared->lock);
     if (failing && kind == KILLED) return -2;
     if (failing && kind == SHORT) return -2;
     if (failing && kind == BROKEN) return errno = EIO, -1;
     int takes_space = strcmp(what, "unlink") && strcmp(what, "rmdir") && strcmp(what, "rename");
-    if (is_full && takes_space) return errno = ENOSPC, -1;
+    if (shared->is_full && takes_space) return errno = ENOSPC, -1;
     return number;
 }
 
@@ -143,7 +168,7 @@ static ssize_t part(int number, size_t count) {
 }
 
 static void end(int number) {
-    if (number == -2 && kind == KILLED) raise(SIGKILL);
+    if (number == -2 && kind == KILLED) kill_all();
 }
 
 #define WRITES(call, declared, given, counted)                                                   \

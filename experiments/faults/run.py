@@ -1,8 +1,8 @@
-"""Fails each operation on files of some commands, and tells what is not as it should be.
+"""Fail each file operation of some commands, and report problems.
 
 python experiments/faults/run.py FOLDER [SCENARIO ...]
 
-train:2/3 is the second third of the operations of train.
+train:2/3 is every third operation of train, from the second on.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from scenarios import SCENARIOS, write_inputs
 
 
 def main(folder: Path, names: list[str]) -> int:
-    """Writes FOLDER/SCENARIO.json. Returns how many trials have a problem."""
+    """Write FOLDER/SCENARIO.json for each scenario, and return the number of problems."""
     problems = 0
-    for asked in names:
-        name, _, part = asked.partition(":")
+    for scenario in names:
+        name, _, part = scenario.partition(":")
         work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
         (work / "from").mkdir()
-        scenario = SCENARIOS[name]
-        harness = Harness(work, write_inputs(work / "from"), *scenario)
-        trials = [_told(harness.after_the_end())]
+        harness = Harness(work, write_inputs(work / "from"), *SCENARIOS[name])
+        trials = [_reported(harness.after_the_end())]
         places = harness.places()
-        print(f"{asked}: {len(places)} operations", flush=True)
+        print(f"{scenario}: {len(places)} operations", flush=True)
         if part:
             which, of = map(int, part.split("/"))
-            places = places[len(places) * (which - 1) // of : len(places) * which // of]
-        for number, (called, nth) in enumerate(places, 1):
+            places = places[which - 1 :: of]
+        for number, (operation, nth) in enumerate(places, 1):
             for fault in FAULTS:
-                if fault != "short" or called.startswith("write "):
-                    trials += map(_told, harness.trials(called, nth, fault))
-            if number % 25 == 0:
+                if fault != "short" or operation.startswith("write "):
+                    trials += map(_reported, harness.trials(operation, nth, fault))
+            if number % 5 == 0:
                 print(f"  {number}, {len(trials)} trials", flush=True)
         harness.close()
         bad = [trial for trial in trials if trial.problem]
@@ -46,15 +45,15 @@ def main(folder: Path, names: list[str]) -> int:
             "ended well although": Counter(t.fault for t in trials if t.status == 0),
             "problems": [vars(trial) for trial in bad],
         }
-        (folder / f"{asked.replace('/', '-of-')}.json").write_text(
+        (folder / f"{scenario.replace('/', '-of-')}.json").write_text(
             json.dumps(content, indent=2) + "\n"
         )
-        print(f"{asked}: {len(trials)} trials, {len(bad)} problems", flush=True)
+        print(f"{scenario}: {len(trials)} trials, {len(bad)} problems", flush=True)
         problems += len(bad)
     return problems
 
 
-def _told(trial: Trial) -> Trial:
+def _reported(trial: Trial) -> Trial:
     if trial.problem:
         print(json.dumps(vars(trial), indent=2), flush=True)
     return trial

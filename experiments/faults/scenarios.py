@@ -1,7 +1,8 @@
-"""Commands on a small model whose operations on files fail in turn, and what is to come of them."""
+"""Commands on a small model whose file operations fail in turn, and their outcomes."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -24,20 +25,26 @@ WITHOUT_CURVES = "logger.tensorboard=null"
 RUN = ["train", *SETTINGS, WITHOUT_CURVES, "output_dir=run", "resume=auto"]
 CURVES = ["train", *SETTINGS, "logger.csv=null", "output_dir=run", "resume=auto"]
 SWEEP = ["train", "-m", *SETTINGS, WITHOUT_CURVES, "lora.rank=1,2", "hydra.sweep.dir=sweep"]
+HALVING = [*SWEEP, "launcher.halving={eta: 2, rungs: 1}", "trainer.max_epochs=2"]
+PACKED = [*SWEEP, "hydra/launcher=packed"]
 MERGE = ["merge", "adapter=run/adapter", "output=merged"]
 EXPORT = ["export", "adapter=run/adapter", "output=exported", "format=canonical"]
 PREDICT = ["predict", "adapter=run/adapter", "input=rows.jsonl", "output=said.jsonl"]
+
+
+MEASURED = ("seconds", "tokens_per_second", "peak_memory_mib")
 
 
 class Scenario(NamedTuple):
     """A command.
 
     Args:
-        arguments: of it.
-        outcome: see Harness.
-        before: commands that make what it reads, and an earlier output that it replaces.
-        away: see Harness.
-        only: see Harness.
+        arguments: Arguments of the command.
+        outcome: See Harness.
+        before: Commands that make its inputs, and an earlier output that it replaces.
+        away: See Harness.
+        only: See Harness.
+        jobs: See Harness.
     """
 
     arguments: list[str]
@@ -45,10 +52,11 @@ class Scenario(NamedTuple):
     before: list[list[str]]
     away: tuple[str, ...] = ()
     only: str = ""
+    jobs: bool = False
 
 
 def write_inputs(folder: Path) -> Path:
-    """A model and rows."""
+    """Write a model and rows into a folder, and return the folder."""
     shutil.copytree(MODEL, folder / "base")
     words = ("good", "bad", "warm", "cold", "clean", "dirty")
     rows = [
@@ -60,7 +68,7 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def of_run(root: Path) -> Any:
+def outcome_of_run(root: Path) -> Any:
     result = json.loads((root / "run" / "result.json").read_text())
     counts = ("steps", "epochs", "tokens", "status")
     kept = {k: v for k, v in result.items() if k.startswith(("val/", "test/")) or k in counts}
@@ -68,17 +76,21 @@ def of_run(root: Path) -> Any:
     return kept, _digests(root / "run" / "adapter"), checkpoints
 
 
-def of_sweep(root: Path) -> Any:
+def outcome_of_sweep(root: Path) -> Any:
     folder = root / "sweep"
+    if not (folder / "results.csv").is_file():  # a sweep warns that it cannot write its report
+        return None
+    with (folder / "results.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
     return (
         json.loads((folder / "sweep.json").read_text())["status"],
-        (folder / "results.csv").read_text(),
+        rows,
         [_digests(folder / str(job) / "adapter") for job in (0, 1)],
     )
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """What the files of a folder hold, but for a card, which tells seconds, and marks of it."""
+    """Return the hashes of a folder's files, except for the model card, which has times."""
     own = ("README.md", ".written_by.json")
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -88,10 +100,14 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 SCENARIOS = {
-    "train": Scenario(RUN, of_run, [RUN], ("run", "cache")),
-    "curves": Scenario(CURVES, of_run, [CURVES], ("run",), "/tensorboard"),
-    # Both runs are there; what is done again is all that the sweep itself writes.
-    "sweep": Scenario(SWEEP, of_sweep, [SWEEP]),
+    "train": Scenario(RUN, outcome_of_run, [RUN], ("run", "cache")),
+    "curves": Scenario(CURVES, outcome_of_run, [CURVES], ("run",), "/tensorboard"),
+    # Both runs are complete; the sweep itself writes its files again.
+    "sweep": Scenario(SWEEP, outcome_of_sweep, [SWEEP]),
+    "sweep-training": Scenario(
+        HALVING, outcome_of_sweep, [RUN, HALVING], ("run", "sweep", "cache")
+    ),
+    "sweep-packed": Scenario(PACKED, outcome_of_sweep, [RUN, PACKED], ("run", "sweep"), jobs=True),
     "merge": Scenario(MERGE, lambda root: _digests(root / "merged"), [RUN, MERGE]),
     "export": Scenario(EXPORT, lambda root: _digests(root / "exported"), [RUN, EXPORT]),
     "predict": Scenario(PREDICT, lambda root: (root / "said.jsonl").read_text(), [RUN, PREDICT]),

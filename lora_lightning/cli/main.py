@@ -19,7 +19,7 @@ from lora_lightning.errors import (
     did_you_mean,
     lack_of_memory,
 )
-from lora_lightning.sweeps.queue import EXIT_USER_ERROR, end_with_parent
+from lora_lightning.sweeps.job_process import EXIT_USER_ERROR, end_with_parent
 from lora_lightning.utils.terminal import (
     Terminal,
     is_text,

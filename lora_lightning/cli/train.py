@@ -38,7 +38,7 @@ from lora_lightning.config.saved import (
 from lora_lightning.config.schema import SWEEP
 from lora_lightning.distributed import environment as cluster
 from lora_lightning.errors import FULL_ERROR, UserError, did_you_mean
-from lora_lightning.sweeps.queue import OWN_CONFIG
+from lora_lightning.sweeps.job_process import OWN_CONFIG
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import create_folder, expanded
 from lora_lightning.utils.terminal import say

@@ -1,6 +1,6 @@
-"""Execution of the jobs of a sweep.
+"""Sweeps: launchers and queue of their jobs, successive halving, and reports.
 
-The package imports hydra and the standard library, and rich for display.
+Nothing here imports torch when a sweep starts, except `packed` and the count of GPUs.
 """
 
 

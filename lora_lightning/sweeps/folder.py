@@ -1,7 +1,8 @@
-"""Choice of a sweep's folder: a new one, or the folder of the same sweep if it was stopped."""
+"""The folder of a sweep: a new one, or the folder of the same sweep if it was stopped."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,29 +11,51 @@ from lora_lightning.utils.atomic_write import write_json
 from lora_lightning.utils.logs import read_json
 
 ROOT = Path("multirun")
+FOLDER = "hydra.sweep.dir="
 
 
 def sweep_folder(overrides: list[str]) -> list[str]:
     """Return an override for the folder of the same sweep, if its last run did not end well."""
-    if any(item.lstrip("+").startswith("hydra.sweep.dir=") for item in overrides):
+    if any(item.lstrip("+").startswith(FOLDER) for item in overrides):
         return []
     for path in sorted(ROOT.glob(f"*/*/{SWEEP}"), reverse=True):
-        found = read_json(path)
-        if found.get("overrides") == plain(overrides):
-            if found.get("status") == "completed":
+        content = read_json(path)
+        if content.get("overrides") == plain(overrides):
+            if content.get("status") == "completed":
                 return []
             print(
-                f"This sweep was begun before and goes on in {path.parent}. For a new one: "
-                "hydra.sweep.dir=DIR.",
+                f"The sweep resumes in {path.parent}. For a new sweep: {FOLDER}DIR.",
                 file=sys.stderr,
             )
-            return [f"hydra.sweep.dir={path.parent}"]
+            return [f"{FOLDER}{path.parent}"]
     return []
 
 
-def note(sweep_dir: Path, overrides: list[str], status: str) -> None:
-    """Record which sweep a folder holds, and its status."""
-    write_json(sweep_dir / SWEEP, {"overrides": plain(overrides), "status": status})
+def record_sweep(
+    sweep_dir: Path, overrides: list[str], status: str, *, flags: tuple[str, ...] = ()
+) -> None:
+    """Record which sweep a folder holds, its status, and the arguments of its command.
+
+    Args:
+        sweep_dir: Folder of the sweep.
+        overrides: All overrides of the sweep, Hydra's own included.
+        status: running, completed or failed.
+        flags: Flags of the command, such as `--config-name`. None by default.
+    """
+    left_out = (FOLDER, "hydra.mode=")
+    typed = [item for item in overrides if not item.lstrip("+").startswith(left_out)]
+    content = {"overrides": plain(overrides), "status": status, "arguments": [*flags, *typed]}
+    write_json(sweep_dir / SWEEP, content)
+
+
+def resume_command(sweep_dir: Path) -> str:
+    """Return the command that resumes a sweep; "" if it is complete or its command is unknown."""
+    content = read_json(sweep_dir / SWEEP)
+    arguments = content.get("arguments")
+    if not isinstance(arguments, list) or content.get("status") == "completed":
+        return ""
+    words = ["lora-lightning", "train", "-m", *map(str, arguments), f"{FOLDER}{sweep_dir}"]
+    return shlex.join(words)
 
 
 def plain(overrides: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from lora_lightning.config.schema import PAUSE
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.utils.atomic_write import write_json
 
-from .queue import Job
+from .job import Job
 
 DEFAULTS: dict[str, Any] = {"eta": 2, "rungs": 3, "min_resource": None}
 
@@ -28,12 +28,12 @@ class Halving:
     """Rule for which jobs continue beyond which rung.
 
     Args:
-        eta: one in eta of the jobs that reach a rung continues.
-        rungs: number of rungs.
+        eta: One in eta of the jobs that reach a rung continues.
+        rungs: Number of rungs.
         sign: 1 if a higher metric is better, else -1.
-        min_resource: fraction of all steps at the first rung. Each further rung is at eta times the
-            fraction before it. None: eta ** -rungs, so the whole training takes eta times the
-            steps up to the last rung.
+        min_resource: Fraction of all steps at the first rung. Each further rung is at eta times the
+            fraction before it. None by default: eta ** -rungs, so the whole training takes eta
+            times the steps up to the last rung.
     """
 
     eta: int
@@ -42,7 +42,7 @@ class Halving:
     min_resource: float | None = None
 
     @classmethod
-    def of(cls, settings: Any, mode: str) -> Halving | None:
+    def from_settings(cls, settings: Any, mode: str) -> Halving | None:
         """Create the rule from the launcher's settings; return None if there are none.
 
         Raises:
@@ -52,28 +52,29 @@ class Halving:
             return None
         if not isinstance(settings, Mapping):
             raise UserError(
-                "launcher.halving takes eta, rungs and min_resource, such as "
-                f"'launcher.halving={{eta: 2, rungs: 3}}', got {settings!r}."
+                f"launcher.halving={settings!r}: must be a mapping of eta, rungs and min_resource, "
+                "for example 'launcher.halving={eta: 2, rungs: 3}'."
             )
         for name in settings:
             if name not in DEFAULTS:
                 raise UserError(
-                    f"launcher.halving takes eta, rungs and min_resource, and no {name!r}."
-                    f"{did_you_mean(str(name), DEFAULTS)}"
+                    f"launcher.halving.{name}: not found; the settings are eta, rungs and "
+                    f"min_resource.{did_you_mean(str(name), DEFAULTS)}"
                 )
         values = {**DEFAULTS, **settings}
         for name, least in (("eta", 2), ("rungs", 1)):
             if not isinstance(values[name], int) or values[name] < least:
                 raise UserError(
-                    f"launcher.halving.{name} must be a whole number of at least {least}, got "
-                    f"{values[name]!r}."
+                    f"launcher.halving.{name}={values[name]!r}: must be an integer of at least "
+                    f"{least}."
                 )
         eta, rungs, first = values["eta"], values["rungs"], values["min_resource"]
-        most = float(eta) ** (1 - rungs)  # the last rung must be before the end
-        if first is not None and not (isinstance(first, (int, float)) and 0 < first < most):
+        limit = float(eta) ** (1 - rungs)  # the last rung must be before the end
+        if first is not None and not (isinstance(first, (int, float)) and 0 < first < limit):
             raise UserError(
-                f"launcher.halving.min_resource is the share of all steps at which the first rung "
-                f"is: above 0 and, for {rungs} rungs of eta={eta}, below {most:.3g}, got {first!r}."
+                f"launcher.halving.min_resource={first!r}: must be above 0 and, for {rungs} rungs "
+                f"with eta={eta}, below {limit:.3g}. It is the fraction of all steps before the "
+                "first rung."
             )
         return cls(eta, rungs, -1 if mode == "min" else 1, first)
 
@@ -84,20 +85,21 @@ class Halving:
             UserError: the jobs were begun with other settings.
         """
         for job in jobs:
-            for rung, found in enumerate(job.rungs()):
-                if found.get("share") not in (None, self.share(rung)):
+            for number, rung in enumerate(job.rungs()):
+                if rung.get("share") not in (None, self.fraction(number)):
                     raise UserError(
-                        f"{job.folder} paused at {found['share']:.3g} of its steps, by another "
-                        "launcher.halving. Give that one, launcher.halving=null to train all jobs "
-                        "to their end, or another folder: hydra.sweep.dir=DIR."
+                        f"launcher.halving: {job.folder} paused at {rung['share']:.3g} of its "
+                        "steps, with another launcher.halving. Use the earlier setting, "
+                        "launcher.halving=null to train all jobs to their end, or another folder: "
+                        "hydra.sweep.dir=DIR."
                     )
 
     def pause_at(self, job: Job) -> float | None:
         """Return the fraction of steps at which the job pauses next; None: it trains to its end."""
         rung = len(job.rungs())
-        return self.share(rung) if rung < self.rungs else None
+        return self.fraction(rung) if rung < self.rungs else None
 
-    def share(self, rung: int) -> float:
+    def fraction(self, rung: int) -> float:
         """Return the fraction of all steps at which a rung is."""
         first = self.eta**-self.rungs if self.min_resource is None else self.min_resource
         return float(first * self.eta**rung)
@@ -106,8 +108,8 @@ class Halving:
         """Return the jobs to train now: those not begun, else the best of the highest rung.
 
         Args:
-            jobs: all jobs.
-            idle: whether no job is running, so that there is nothing to wait for.
+            jobs: All jobs.
+            idle: Whether no job is running, so that there is nothing to wait for.
         """
         waiting = [job for job in jobs if job.state == "waiting"]
         if waiting:
@@ -149,7 +151,9 @@ class Halving:
         if at is None:
             path.unlink(missing_ok=True)
         else:
-            write_json(path, {"at": at, "rungs": [self.share(rung) for rung in range(self.rungs)]})
+            write_json(
+                path, {"at": at, "rungs": [self.fraction(rung) for rung in range(self.rungs)]}
+            )
 
     def stop(self, jobs: list[Job]) -> None:
         """Mark the jobs left behind as stopped, with step and reason."""
@@ -158,14 +162,16 @@ class Halving:
                 continue
             rung = len(job.rungs()) - 1
             order = self.order(jobs, rung)
-            on = sum(not self._at(other, rung) or other.state == "completed" for other in order)
+            continued = sum(
+                not self._at(other, rung) or other.state in ("completed", "kept") for other in order
+            )
             last = job.rungs()[rung]
             result = job.result()
             result["status"] = job.state = "stopped"
             result["stopped"] = (
                 f"at step {last['step']} of {last['planned']}, {last['monitor']} "
-                f"{last['value']:.4f}: place {order.index(job) + 1} of {len(order)}, "
-                f"of which {on} went on"
+                f"{last['value']:.4f}: place {order.index(job) + 1} of {len(order)}; "
+                f"{continued} continued"
             )
             write_json(job.folder / "result.json", result)
             (job.folder / PAUSE).unlink(missing_ok=True)

@@ -13,11 +13,11 @@ from rich.text import Text
 from lora_lightning.utils.logs import curve, read_metrics
 from lora_lightning.utils.terminal import printable
 
-from .queue import Job
+from .job import Job
 
-SHOWN = 20
+MAX_ROWS = 20
 """Maximum number of table rows: running jobs first, then the last to end, then paused jobs."""
-COLOURS = {
+COLORS = {
     "running": "cyan",
     "completed": "green",
     "failed": "red",
@@ -30,20 +30,20 @@ class JobTable:
     """Context manager that shows jobs.
 
     Args:
-        sweep_dir: folder of the sweep.
-        jobs: all jobs.
-        monitor: name of the compared metric.
+        sweep_dir: Folder of the sweep.
+        jobs: All jobs.
+        monitor: Name of the compared metric.
     """
 
     def __init__(self, sweep_dir: Path, jobs: list[Job], monitor: str) -> None:
         self.console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
         self.sweep_dir, self.jobs, self.monitor = sweep_dir, jobs, monitor
-        self.told = {job.number: job.state for job in jobs}
+        self.printed = {job.number: job.state for job in jobs}
         self.live = Live(console=self.console, auto_refresh=False)
-        kept = sum(job.state == "kept" for job in jobs)
-        there = f", {kept} complete already" if kept else ""
+        complete = sum(job.state == "kept" for job in jobs)
+        already = f", {complete} already complete" if complete else ""
         count = "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
-        self.console.print(printable(f"Sweep of {count}{there}: {sweep_dir}"))
+        self.console.print(printable(f"Sweep of {count}{already}: {sweep_dir}"))
 
     def __enter__(self) -> JobTable:
         if self.console.is_terminal:
@@ -64,8 +64,8 @@ class JobTable:
             self.live.update(self._table(self.jobs), refresh=True)
             return
         for job in self.jobs:
-            if self.told[job.number] != job.state:
-                self.told[job.number] = job.state
+            if self.printed[job.number] != job.state:
+                self.printed[job.number] = job.state
                 ended = job.state != "running"
                 after = f" after {job.seconds:.0f} s, {self._progress(job)[1]}" if ended else ""
                 line = f"job {job.number} {job.state}{after}  ({job.name})"
@@ -83,12 +83,11 @@ class JobTable:
             for state in ("paused", "waiting")
             if (count := sum(job.state == state for job in jobs))
         ]
-        shown = (running + ended[::-1] + paused)[:SHOWN]
-        for job in sorted(shown, key=lambda job: job.number):
-            colour = COLOURS.get(job.state, "default")
+        rows = (running + ended[::-1] + paused)[:MAX_ROWS]
+        for job in sorted(rows, key=lambda job: job.number):
             step, latest = self._progress(job)
             name, latest = printable(job.name), printable(latest)
-            state = Text(job.state, style=colour)
+            state = Text(job.state, style=COLORS.get(job.state, "default"))
             table.add_row(str(job.number), name, state, step, latest, f"{job.seconds:.0f} s")
         table.caption = ", ".join([f"{len(ended)} ended", f"{len(running)} running", *other])
         return table

@@ -17,15 +17,12 @@ from omegaconf import OmegaConf
 
 from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config, config_hash
-from lora_lightning.sweeps.launcher import _own
+from lora_lightning.sweeps.job import Job
+from lora_lightning.sweeps.job_process import Work, environment_of_job
 from lora_lightning.sweeps.live_table import JobTable
 from lora_lightning.sweeps.packed.__main__ import main as train_pack
-from lora_lightning.sweeps.queue import (
-    Job,
-    JobQueue,
-    Work,
-    environment_of_job,
-)
+from lora_lightning.sweeps.planning import without_hydra
+from lora_lightning.sweeps.queue import JobQueue
 from lora_lightning.sweeps.report import read_sweep
 from lora_lightning.training.callbacks.loggers import CurvesLogger
 from lora_lightning.training.callbacks.progress import SamplePredictions
@@ -415,7 +412,7 @@ def test_a_sweep_ends_well_beside_a_report_of_others(sweep):
     Path("sweep/report.md").write_text("mine")
     status, _, err, ran = sweep()
     assert (status, ran) == (0, [0, 1]), err
-    assert "warning: there is no report: " in err
+    assert "warning: the report cannot be written: " in err
     assert Path("sweep/report.md").read_text() == "mine"
 
 
@@ -432,9 +429,7 @@ def test_a_damaged_config_of_other_settings_is_told(sweep):
     (result.parent / "checkpoints" / "last.ckpt").write_bytes(b"x")
     status, _, err, ran = sweep()
     assert (status, ran) == (2, [])
-    assert "Delete sweep/1, and the sweep trains this job from the start." in err.replace(
-        f"{Path.cwd()}/", ""
-    )
+    assert "Delete sweep/1 to train this job from the start." in err.replace(f"{Path.cwd()}/", "")
     assert config.read_bytes() == b""
 
 
@@ -453,7 +448,7 @@ def ended(job: Job, code: str) -> Job:
     work.code = code
     work.start(None, threads=None, inherit=())
     work.process.wait(60)
-    assert work.look()
+    assert work.poll()
     return job
 
 
@@ -501,7 +496,7 @@ def test_what_an_earlier_process_came_to_is_not_the_end_of_this_one(status, tmp_
 
 def test_a_pack_tells_an_error_in_its_log_escaped(tmp_path, monkeypatch):
     (tmp_path / ".hydra").mkdir()
-    OmegaConf.save(_own(compose_config([])), tmp_path / ".hydra" / "config.yaml")
+    OmegaConf.save(without_hydra(compose_config([])), tmp_path / ".hydra" / "config.yaml")
 
     def broken(*_, **__):
         raise ZeroDivisionError("a \x1b[31mbug\x07")
@@ -517,7 +512,7 @@ def test_a_pack_that_cannot_begin_tells_it_in_each_log(content, tmp_path, capsys
     folders = [tmp_path / str(number) for number in range(2)]
     for folder in folders:
         (folder / ".hydra").mkdir(parents=True)
-        OmegaConf.save(_own(compose_config([])), folder / ".hydra" / "config.yaml")
+        OmegaConf.save(without_hydra(compose_config([])), folder / ".hydra" / "config.yaml")
     (folders[1] / ".hydra" / "config.yaml").write_bytes(content)
     assert train_pack(folders) == 2
     for folder in folders:

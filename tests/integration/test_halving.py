@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lora_lightning.cli.train import _whole_halving
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.halving import Halving
-from lora_lightning.sweeps.queue import Job, JobQueue
+from lora_lightning.sweeps.job import Job
+from lora_lightning.sweeps.queue import JobQueue
 from lora_lightning.sweeps.report import read_sweep
 
 
@@ -65,7 +66,18 @@ def test_one_at_a_time_it_is_successive_halving(tmp_path, sign):
     stopped = jobs[first.index(0)]
     assert stopped.state == "stopped"
     assert "at step 10 of 80" in stopped.result()["stopped"]
-    assert "place 16 of 16, of which 8 went on" in stopped.result()["stopped"]
+    assert "place 16 of 16; 8 continued" in stopped.result()["stopped"]
+
+
+def test_stop_after_a_resume_counts_the_jobs_kept(tmp_path):
+    rung = {"step": 1, "planned": 8, "monitor": "m", "value": 0.5}
+    jobs = [Job(number, [], tmp_path / str(number)) for number in range(2)]
+    for job, state, value in zip(jobs, ("kept", "paused"), (0.5, 0.4), strict=True):
+        job.folder.mkdir()
+        job.state = state
+        (job.folder / "result.json").write_text(json.dumps({"rungs": [{**rung, "value": value}]}))
+    Halving(2, 1, 1).stop(jobs)
+    assert jobs[1].result()["stopped"].endswith("place 2 of 2; 1 continued")
 
 
 def test_several_at_a_time_no_place_waits(tmp_path):
@@ -87,7 +99,7 @@ def test_fewer_jobs_than_eta_still_have_a_winner(tmp_path):
 
 def test_min_resource_is_where_the_first_rung_is(tmp_path):
     """Two rungs from an eighth on, not from a quarter: a quarter of the jobs go from 1/4 to 1."""
-    halving = Halving.of({"eta": 2, "rungs": 2, "min_resource": 0.125}, "max")
+    halving = Halving.from_settings({"eta": 2, "rungs": 2, "min_resource": 0.125}, "max")
     assert halving is not None
     values = [[float(number), -float(number)] for number in range(16)]
     jobs = simulated(tmp_path, values, 1, halving)
@@ -106,7 +118,7 @@ def test_min_resource_is_where_the_first_rung_is(tmp_path):
 )
 def test_wrong_settings_are_told(settings):
     with pytest.raises(UserError, match=r"launcher\.halving"):
-        Halving.of(settings, "max")
+        Halving.from_settings(settings, "max")
 
 
 def test_a_rung_below_one_step_is_told(run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl, fast):
@@ -207,7 +219,7 @@ def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl
     assert winner.result["rungs"][0]["value"] < loser.result["rungs"][0]["value"]
     assert [run.result["rungs"][0]["step"] for run in (winner, loser)] == [16, 16]
     assert (winner.result["steps"], loser.result["steps"]) == (32, 16)
-    assert sweep.share_of_steps == 0.75
+    assert sweep.fraction_of_steps == 0.75
     assert "Successive halving took 75%" in " ".join(out.split())
     assert f"job {loser.job} stopped at step 16 of 32" in " ".join(out.split())
     rank = winner.adapter["rank"]
@@ -216,7 +228,7 @@ def test_a_sweep(launcher, run_cli, tmp_path, monkeypatch, tiny_bert, rows_jsonl
     again += ["hydra.sweep.dir=sweep"]
     status, _, err = run_cli(*again, "launcher.halving={eta: 4, rungs: 1}")
     assert status == 2
-    assert "paused at 0.5 of its steps, by another launcher.halving" in " ".join(err.split())
+    assert "paused at 0.5 of its steps, with another launcher.halving" in " ".join(err.split())
     status, _, err = run_cli(*again)  # without halving what was stopped goes on to its end
     assert status == 0, err
     assert [run.result["steps"] for run in read_sweep(Path("sweep")).runs] == [32, 32]

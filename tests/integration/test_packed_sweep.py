@@ -18,11 +18,12 @@ from helpers.data import write_jsonl
 from helpers.runs import logged, result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
+from lora_lightning.sweeps.job import Job
 from lora_lightning.sweeps.packed.__main__ import main
 from lora_lightning.sweeps.packed.capacity import SLOT_BYTES, slots_at_a_time
 from lora_lightning.sweeps.packed.pack import Pack
+from lora_lightning.sweeps.packed.shared_base import SharedBase
 from lora_lightning.sweeps.packed_launcher import PackedLauncher
-from lora_lightning.sweeps.queue import Job
 from lora_lightning.training.run import train
 from lora_lightning.utils.memory import peak_memory_mib
 
@@ -136,14 +137,14 @@ def test_what_is_not_trained_yet_is_computed_once(common, tmp_path, monkeypatch)
         ["lora.rank=4", f"adapter={start / 'adapter'}"],
     ]
     passes: list[list[int]] = []
-    forward = Pack._forward
+    forward = SharedBase._forward
 
-    def counted(pack: Pack, served: list) -> None:
+    def counted(base: SharedBase, served: list) -> None:
         if served[0].request.order == (0, 0):
             passes.append([slot.number for slot in served])
-        forward(pack, served)
+        forward(base, served)
 
-    monkeypatch.setattr(Pack, "_forward", counted)
+    monkeypatch.setattr(SharedBase, "_forward", counted)
     pack = run_pack(tmp_path, common, slots)
     assert [slot.error for slot in pack.slots] == [None] * len(slots)
     batches = sum(3 in served for served in passes)
@@ -219,8 +220,8 @@ def test_memory_decides_how_many_train_at_a_time(common, tmp_path, capsys):
     assert capsys.readouterr().out.count("WARNING") == 1
     assert main(folders, 0.01) == 0
     out = capsys.readouterr().out
-    assert "1 of 3 runs at a time" in out
-    assert "WARNING one alone needs about" in out
+    assert "1 of 3 runs train at a time" in out
+    assert "WARNING: launcher.memory: one run requires about" in out
     for number, more in enumerate(own):
         assert_runs_equal(
             tmp_path / f"packed{number}", alone(tmp_path / f"alone{number}", common + more)
@@ -238,19 +239,19 @@ def test_a_mistake_met_by_the_estimate_is_told_by_each_run(common, tmp_path):
 
 @pytest.mark.parametrize("memory", [0, -1, "much", True])
 def test_a_wrong_budget_is_told(memory):
-    with pytest.raises(UserError, match=r"launcher\.memory must be a number of GiB above"):
+    with pytest.raises(UserError, match=r"launcher\.memory=.*: must be auto or a number of GiB"):
         PackedLauncher(memory=memory)
 
 
 def test_a_budget_reaches_the_process(tmp_path):
-    planned = [
-        (Job(number, own, tmp_path / str(number)), compose_config(["model.name_or_path=m", *own]))
+    jobs = [
+        Job(number, own, tmp_path / str(number), compose_config(["model.name_or_path=m", *own]))
         for number, own in enumerate((["lora.rank=2"], ["lora.rank=4"]))
     ]
-    (work,) = PackedLauncher(memory=2.5).divide(planned)
+    (work,) = PackedLauncher(memory=2.5).divide(jobs)
     assert work.command[2:5] == ["lora_lightning.sweeps.packed", "--memory", "2.5"]
-    (work,) = PackedLauncher().divide(planned)
-    assert work.command[3:] == [str(job.folder) for job, _ in planned]
+    (work,) = PackedLauncher().divide(jobs)
+    assert work.command[3:] == [str(job.folder) for job in jobs]
 
 
 def test_who_shares_a_pack():
@@ -266,11 +267,11 @@ def test_who_shares_a_pack():
         ["lora.rank=16"],
         ["trainer=fsdp2"],
     ]
-    planned = [
-        (Job(number, own, Path(str(number))), compose_config([*base, *own]))
+    jobs = [
+        Job(number, own, Path(str(number)), compose_config([*base, *own]))
         for number, own in enumerate(variants)
     ]
-    work = PackedLauncher(max_slots=3).divide(planned)
+    work = PackedLauncher(max_slots=3).divide(jobs)
     assert [[job.number for job in item.jobs] for item in work] == [
         [0, 1, 5],
         [7],

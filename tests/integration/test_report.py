@@ -11,6 +11,7 @@ import shlex
 import shutil
 import statistics
 import subprocess
+from html import unescape
 from itertools import product
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from omegaconf import OmegaConf
 
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
-from lora_lightning.sweeps.folder import note
+from lora_lightning.sweeps.folder import record_sweep
 from lora_lightning.sweeps.report import read_sweep, report
 from lora_lightning.sweeps.report.plots import pareto_front
-from lora_lightning.sweeps.report.tables import best_lines
+from lora_lightning.sweeps.report.summary import best_lines
 from lora_lightning.utils.locks import locked
 
 RANKS, RATIOS, SEEDS = (2, 4, 8), (1, 2), (0, 1)
@@ -145,7 +146,7 @@ def test_what_is_written(sweep_dir, capsys):
     linked = re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page)
     assert all(target.startswith(("#", "data:")) for target in linked)  # nothing to load
     sweep = read_sweep(sweep_dir)
-    command = shlex.split(dict(best_lines(sweep.best, sweep))["Again"])
+    command = shlex.split(dict(best_lines(sweep.best, sweep))["Command"])
     assert command[:2] == ["lora-lightning", "train"]
     assert not any(item.startswith("seed=") for item in command)
     again = compose_config(command[2:])
@@ -155,10 +156,25 @@ def test_what_is_written(sweep_dir, capsys):
     assert (sweep_dir / "report.html").read_text() == before
 
 
-def test_runs_of_a_sweep_that_is_gone_are_not_running(sweep_dir):
+def test_read_sweep_killed_names_states_and_command_to_resume(sweep_dir, capsys):
+    overrides = ["lora.rank=2,4", "tags=[a b]", "hydra.mode=MULTIRUN", "hydra.launcher.jobs=2"]
+    flags = ("--config-name", "mine")
+    record_sweep(sweep_dir, [*overrides, f"hydra.sweep.dir={sweep_dir}"], "running", flags=flags)
     with locked(sweep_dir, setting="hydra.sweep.dir"):
-        assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 running, 1 waiting"
-    assert read_sweep(sweep_dir).counts() == "12 completed, 1 failed, 1 interrupted, 1 waiting"
+        running = read_sweep(sweep_dir)
+    assert running.counts() == "12 completed, 1 failed, 1 running, 1 waiting"
+    assert running.resume == ""
+    killed = report(sweep_dir)
+    assert killed.counts() == "12 completed, 1 failed, 1 interrupted, 1 not started"
+    command = "lora-lightning train -m --config-name mine lora.rank=2,4 'tags=[a b]' "
+    command += f"hydra.launcher.jobs=2 hydra.sweep.dir={sweep_dir}"
+    assert killed.resume == command
+    assert f"Resume:   {command}\n" in capsys.readouterr().out
+    assert f"Resume:\n\n```bash\n{command}\n```\n" in (sweep_dir / "report.md").read_text()
+    page = unescape((sweep_dir / "report.html").read_text())
+    assert f"<dt>Resume</dt><dd><code>{command}</code></dd>" in page
+    record_sweep(sweep_dir, overrides, "completed")
+    assert read_sweep(sweep_dir).resume == ""
 
 
 def test_what_halving_has_not_finished_shows_where_it_stands(sweep_dir):
@@ -195,13 +211,13 @@ def test_mistakes_are_told(tmp_path, run_cli):
     with pytest.raises(UserError, match="holds no run"):
         read_sweep(tmp_path)
     write_run(tmp_path / "multirun/day/hour/3", ["lora.rank=2"], None)
-    note(tmp_path / "multirun/day/hour", ["lora.rank=2"], "running")
+    record_sweep(tmp_path / "multirun/day/hour", ["lora.rank=2"], "running")
     with pytest.raises(UserError, match="the newest: .*multirun/day/hour"):
         read_sweep(tmp_path / "multirun")
     with pytest.raises(UserError, match="give the folder of its sweep: .*multirun/day/hour\\."):
         read_sweep(tmp_path / "multirun/day/hour/3")
     for arguments, told in (
-        ([str(tmp_path / "none")], "no such folder"),
+        ([str(tmp_path / "none")], "folder not found"),
         ([], "takes the folder of a sweep"),
         (["lora.rank=2"], "takes the folder of a sweep"),
     ):
@@ -288,7 +304,7 @@ def test_a_file_of_others_is_not_replaced(name, kind, tmp_path, run_cli):
     OTHERS[kind](tmp_path / name)
     status, _, err = run_cli("report", str(tmp_path))
     assert status == 2
-    assert f"{tmp_path / name} is no report of lora-lightning" in err
+    assert f"{tmp_path / name}: is not a report, and the report would replace it" in err
     assert sorted(os.listdir(tmp_path)) == sorted(["0", name])
 
 
@@ -430,11 +446,11 @@ def test_no_lucky_seed_is_the_best(tmp_path, capsys):
     sweep = read_sweep(root)
     lines = dict(best_lines(sweep.best, sweep))
     assert lines["Best"] == "lora.rank=4: val/f1 0.9550 ± 0.0071, mean of 2 seeds"
-    assert lines["Doubts"].startswith("one of 20 rows is 5 % of val/f1; the seeds share their rows")
-    assert lines["Beside"] == "majority class: val/f1 0.3500"
+    assert lines["Caution"].startswith("one of 20 rows is 5 % of val/f1; all seeds use the same")
+    assert lines["Baseline"] == "majority class: val/f1 0.3500"
     assert lines["Warning"] == "only 20 val rows: each makes 5 % of the metrics"
     assert lines["Adapter"] == f"{root / '2/adapter'} (the first of jobs 2 3)"
-    command = shlex.split(lines["Again"])
+    command = shlex.split(lines["Command"])
     assert command[2:5] == ["--config-name", "whole", "hydra.searchpath=[file:///my conf]"]
     assert command[5:] == ["task.monitor=val/f1", "lora.rank=4"]
 
@@ -446,8 +462,8 @@ def test_no_lucky_seed_is_the_best(tmp_path, capsys):
     near = [f"lora.rank={rank}" for rank in (8, 16, 2, 32) if not apart(rank)]
     assert "lora.rank=16" in near
     assert "lora.rank=32" not in near
-    assert [one.name for one in sweep.alike()] == near
-    assert lines["Alike"].endswith(f"so not told from it: {'; '.join(near)}")
+    assert [one.name for one in sweep.ties()] == near
+    assert lines["Ties"].endswith(f"so not distinguishable from it: {'; '.join(near)}")
     report(root)
     out = " ".join(capsys.readouterr().out.split())
     assert all(line in out for line in lines.values())
@@ -458,5 +474,5 @@ def test_one_seed_of_a_loss_tells_no_difference(tmp_path):
     sweep = read_sweep(root)
     lines = dict(best_lines(sweep.best, sweep))
     assert lines["Best"] == "lora.rank=4: val/loss 0.6900, one seed"
-    assert "a seed each does not tell" in lines["Alike"]
-    assert lines["Again"].endswith("task.monitor=val/loss lora.rank=4 seed=0")
+    assert "one seed per setting does not show" in lines["Ties"]
+    assert lines["Command"].endswith("task.monitor=val/loss lora.rank=4 seed=0")

@@ -58,8 +58,8 @@ from lora_lightning.models.cpu_kernels import ATTENTION
 from lora_lightning.models.loading import load_classifier, load_generator
 from lora_lightning.models.model_config import load_model_config
 from lora_lightning.models.tokenizer import load_tokenizer
+from lora_lightning.sweeps.job import Job
 from lora_lightning.sweeps.live_table import JobTable
-from lora_lightning.sweeps.queue import Job
 from lora_lightning.tasks import build_task
 from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpoint_validation import check_resumable

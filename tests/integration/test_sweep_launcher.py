@@ -17,19 +17,13 @@ from safetensors.torch import load_file
 
 from helpers.runs import result_of
 from lora_lightning.lora import UserError
-from lora_lightning.sweeps.folder import note, sweep_folder
-from lora_lightning.sweeps.launcher import (
-    ProcessLauncher,
-    _failure,
-    curves_name,
-    name_curves,
-)
-from lora_lightning.sweeps.queue import (
-    Job,
-    JobQueue,
-    Work,
-    environment_of_job,
-)
+from lora_lightning.sweeps.curve_names import curves_name, name_curves
+from lora_lightning.sweeps.folder import record_sweep, sweep_folder
+from lora_lightning.sweeps.job import Job
+from lora_lightning.sweeps.job_process import Work, environment_of_job
+from lora_lightning.sweeps.launcher import ProcessLauncher, error_of_jobs
+from lora_lightning.sweeps.queue import JobQueue
+from lora_lightning.utils.atomic_write import atomic_write
 
 
 def jobs_without_config(root: Path, count: int) -> list[Job]:
@@ -104,7 +98,7 @@ def test_what_is_wrong_with_each_job_is_said_once(tmp_path):
         job.state, job.status = "failed", 2
         error = "UserError: launcher.halving: one" if job.number else "UserError: another"
         (job.folder / "result.json").write_text(json.dumps({"status": "failed", "error": error}))
-    said = str(_failure(jobs))
+    said = str(error_of_jobs(jobs))
     assert said.startswith("32 of 32 jobs failed.\n  job 0 (): another Log: ")
     assert said.count("launcher.halving: one") == 1
     assert "job 1 () and 30 more: launcher.halving: one Log: " in said
@@ -113,7 +107,7 @@ def test_what_is_wrong_with_each_job_is_said_once(tmp_path):
 def test_too_few_gpus_are_told(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     config = OmegaConf.create({"trainer": {"accelerator": "gpu", "devices": 2}})
-    with pytest.raises(UserError, match="needs 2 GPUs and 1"):
+    with pytest.raises(UserError, match="requires 2 GPUs, and 1"):
         ProcessLauncher()._places(config)
 
 
@@ -127,15 +121,18 @@ def test_on_a_cpu_as_many_as_asked_for():
     "settings", [{"jobs": 0}, {"jobs": "two"}, {"gpus_per_job": -1}, {"retries": -1}]
 )
 def test_wrong_settings_are_told(settings):
-    with pytest.raises(UserError, match=r"launcher\.(jobs|gpus_per_job|retries) must be"):
+    with pytest.raises(UserError, match=r"launcher\.(jobs|gpus_per_job|retries)=\S+: must be"):
         ProcessLauncher(**settings)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["launcher.jobs=0"], "launcher.jobs must be a whole number, 1 or more, or auto, got 0."),
-        (["launcher.halving=3"], "launcher.halving takes eta, rungs and min_resource"),
+        (["launcher.jobs=0"], "launcher.jobs=0: must be auto or a positive integer."),
+        (
+            ["launcher.halving=3"],
+            "launcher.halving=3: must be a mapping of eta",
+        ),
         (["launcher.halving.eta=2"], "'launcher.halving={eta: 2, rungs: 3}'"),
         (["launcher.max_slots=4"], "belongs to hydra/launcher=packed"),
         (["launcher.job=4"], "Did you mean 'launcher.jobs'?"),
@@ -181,16 +178,16 @@ def test_what_a_pack_had_come_to_before_is_not_taken_for_its_end(tmp_path):
     work = Waits(jobs)
     work.start(None, threads=None, inherit=())
     try:
-        assert not work.look()
+        assert not work.poll()
         assert [job.state for job in jobs] == ["running", "running"]
         (tmp_path / "new").write_text('{"status": "paused"}')
         os.replace(tmp_path / "new", jobs[1].folder / "result.json")
-        assert not work.look()
+        assert not work.poll()
         assert [job.state for job in jobs] == ["running", "paused"]
     finally:
         work.process.kill()
         work.process.wait()
-    assert work.look()
+    assert work.poll()
 
 
 def test_another_halving_is_another_sweep(tmp_path, monkeypatch):
@@ -198,7 +195,7 @@ def test_another_halving_is_another_sweep(tmp_path, monkeypatch):
     folder = Path("multirun") / "01" / "12-00"
     folder.mkdir(parents=True)
     mine = ["lora.rank=2,4", "hydra.launcher.halving={eta: 2, rungs: 3}"]
-    note(folder, mine, "running")
+    record_sweep(folder, mine, "running")
     assert sweep_folder(mine) == [f"hydra.sweep.dir={folder}"]
     assert sweep_folder([mine[0], "hydra.launcher.halving={eta: 4, rungs: 1}"]) == []
     assert sweep_folder(mine[:1]) == []
@@ -236,7 +233,7 @@ def test_a_killed_job_is_tried_again(retries, state, tmp_path):
     JobQueue(jobs, more, [None], retries=retries, fail_fast=True).run()
     assert (jobs[0].state, jobs[0].retried) == (state, min(retries, 2))
     assert (jobs[0].folder / "tries").read_text() == "x" * (retries + 1)
-    told = f"failed {retries + 1} times, at last: " if retries else ""
+    told = f"failed {retries + 1} times, last error: " if retries else ""
     if state == "failed":
         assert jobs[0].error().startswith(f"{told}killed (out of memory?) by SIGKILL.")
 
@@ -274,11 +271,11 @@ def test_the_same_sweep_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     ):
         folder = Path("multirun") / day / "12-00"
         folder.mkdir(parents=True)
-        note(folder, [*overrides, "hydra.mode=MULTIRUN"], status)
+        record_sweep(folder, [*overrides, "hydra.mode=MULTIRUN"], status)
     assert sweep_folder([*mine, "hydra.launcher.jobs=2"]) == ["hydra.sweep.dir=multirun/02/12-00"]
     assert sweep_folder([*mine, "hydra.sweep.dir=x"]) == []
     assert sweep_folder(["lora.rank=2,8"]) == []
-    note(Path("multirun/02/12-00"), mine, "completed")
+    record_sweep(Path("multirun/02/12-00"), mine, "completed")
     assert sweep_folder(mine) == []
 
 
@@ -310,7 +307,7 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     files[1].write_text(json.dumps({**content, "status": "running"}))
     status, out, err = run_cli(*sweep, "launcher.fail_fast=true")
     assert status == 0, err
-    assert "2 jobs, 1 complete already" in out
+    assert "2 jobs, 1 already complete" in out
     assert files[0].stat().st_mtime_ns == before[0]
     assert result_of(files[1].parent)["status"] == "completed"
     assert not (files[1].parent / "tensorboard").exists()
@@ -318,6 +315,30 @@ def test_a_sweep_again_keeps_what_is_complete(sweep, run_cli, tmp_path, monkeypa
     status, _, err = run_cli(*other)
     assert status == 2
     assert "holds a job with other settings" in err
+
+
+def test_launch_stopped_while_saving_jobs_resumes(sweep, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def complete(queue: JobQueue) -> None:
+        for job in queue.jobs:
+            job.state = "completed"
+
+    monkeypatch.setattr(JobQueue, "run", complete)
+
+    def fail(path: Path, text: str) -> None:
+        if path.name == "overrides.yaml":
+            raise OSError("No space left on device")
+        atomic_write(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_lightning.sweeps.planning.atomic_write", fail)
+        status, _, err = run_cli(*sweep)
+    assert (status, "cannot be written: No space left" in err) == (2, True)
+    assert [path.name for path in Path("sweep/0/.hydra").iterdir()] == ["hydra.yaml"]
+    status, _, err = run_cli(*sweep)
+    assert status == 0, err
+    assert Path("sweep/1/.hydra/config.yaml").is_file()
 
 
 def test_under_torchrun_a_sweep_is_refused(sweep, run_cli, monkeypatch):
@@ -349,11 +370,7 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path, kill):
     subprocess.run([*command, f"hydra.sweep.dir={whole}"], check=True, capture_output=True)
     killed = tmp_path / "killed"
     command.append(f"hydra.sweep.dir={killed}")
-    first = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
     while not (killed / "0/checkpoints/last.ckpt").exists():
         assert time.monotonic() < until
@@ -363,6 +380,8 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path, kill):
     assert first.wait(60) == (-9 if kill == signal.SIGKILL else 143)
     if kill == signal.SIGTERM:
         assert result_of(killed / "0")["status"] == "interrupted"
+        resume = "The sweep has stopped. To resume it: lora-lightning train -m "
+        assert resume in first.stderr.read()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert not alive(f"resume={killed}")
@@ -438,7 +457,7 @@ def test_a_sweep_whose_jobs_are_sampled(sweep, tmp_path, launcher):
     assert results[3]["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-6)
 
     before = [(tmp_path / name).stat().st_mtime_ns for name in folders]
-    assert run(*sampled).count("complete already") == 2
+    assert run(*sampled).count("already complete") == 2
     assert [(tmp_path / name).stat().st_mtime_ns for name in folders] == before
 
 

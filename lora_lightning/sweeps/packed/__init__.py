@@ -1,4 +1,6 @@
-"""Runs of a sweep that train together in one process, on one frozen base.
+"""Experimental: runs of a sweep that train together in one process, on one frozen base.
+
+Only `sweeps` uses this package, and only as a command. Its interfaces may change.
 
 Each run is the ordinary `train` of one config. It has its own Trainer, callbacks, loggers, folder
 and thread. Only one thread works at a time. The runs meet at the frozen base: a run that calls its

@@ -11,12 +11,13 @@ import sys
 import traceback
 from pathlib import Path
 
+from lora_lightning.config.schema import LOG
 from lora_lightning.lora import UserError
-from lora_lightning.sweeps.queue import end_with_parent
+from lora_lightning.sweeps.job_process import end_with_parent
 from lora_lightning.utils.terminal import printable
 
 from .capacity import slots_at_a_time
-from .pack import LOG, Pack
+from .pack import Pack
 
 
 def main(folders: list[Path], gib: float | None = None) -> int:
@@ -36,10 +37,10 @@ def main(folders: list[Path], gib: float | None = None) -> int:
         return 130
     except Exception as error:  # an error of no single run: report it in each log
         mistake = isinstance(error, UserError)
-        told = printable(f"error: {error}\n" if mistake else traceback.format_exc())
+        text = printable(f"error: {error}\n" if mistake else traceback.format_exc())
         for folder in folders:
             with (folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(told)
+                log.write(text)
         return 2 if mistake else 1
     if not errors:
         return 0
@@ -48,8 +49,8 @@ def main(folders: list[Path], gib: float | None = None) -> int:
 
 if __name__ == "__main__":
     end_with_parent()
-    parser = argparse.ArgumentParser(description="Trains the runs of some folders together.")
+    parser = argparse.ArgumentParser(description="Train the runs in some folders together.")
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--memory", type=float, help="GiB that they may take")
+    parser.add_argument("--memory", type=float, help="limit of memory in GiB")
     arguments = parser.parse_args()
     sys.exit(main(arguments.folders, arguments.memory))

@@ -25,8 +25,8 @@ def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
     """Return how many of these runs can train together; the highest rank stands for all.
 
     Args:
-        folders: folders of the runs.
-        gib: memory that they may take; None: 90 % of a GPU, no limit on a CPU.
+        folders: Folders of the runs.
+        gib: Memory that they may take; None: 90 % of a GPU, no limit on a CPU.
     """
     configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
     device = device_of(configs[0])
@@ -41,17 +41,17 @@ def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
     data.setup("fit")
     module.configure_model()
     memory = Memory(module.to(device), data, settings, device)
-    outside = 0
+    process_bytes = 0
     if device.type == "cpu":  # libraries and the data take memory there too
-        outside = int(peak_memory_mib(device) * 2**20) - memory.frozen
-    room = gib * 2**30 - outside
+        process_bytes = int(peak_memory_mib(device) * 2**20) - memory.frozen
 
-    def need(count: int) -> int:
-        own = count * SLOT_BYTES if device.type == "cpu" else 0
-        return sum(memory.parts(count).values()) + own
+    def required(count: int) -> int:
+        slots = count * SLOT_BYTES if device.type == "cpu" else 0
+        return process_bytes + sum(memory.parts(count).values()) + slots
 
-    fit = next((count for count in range(len(folders), 0, -1) if need(count) <= room), 0)
-    print(f"{max(fit, 1)} of {len(folders)} runs at a time: they may take {gib:.1f} GiB.")
-    if fit == 0:
-        print(f"WARNING one alone needs about {(outside + need(1)) / 2**30:.1f} GiB.")
-    return max(fit, 1)
+    limit = gib * 2**30
+    fitting = next((count for count in range(len(folders), 0, -1) if required(count) <= limit), 0)
+    print(f"{max(fitting, 1)} of {len(folders)} runs train at a time, within {gib:.1f} GiB.")
+    if fitting == 0:
+        print(f"WARNING: launcher.memory: one run requires about {required(1) / 2**30:.1f} GiB.")
+    return max(fitting, 1)

@@ -12,27 +12,30 @@ from lora_lightning.lora.running_statistics import is_statistic
 
 def share_frozen(model: nn.Module, first: nn.Module) -> None:
     """Replace a model's frozen tensors by the equal tensors of the first model."""
-    theirs = _frozen(first)
+    shared = _frozen(first)
     for name, (module, leaf, tensor) in _frozen(model).items():
-        if name not in theirs:
+        if name not in shared:
             continue
-        other = theirs[name][2]
+        other = shared[name][2]
         if other is tensor:
             continue
         if not torch.equal(other, tensor.to(other.device)):
-            raise UserError(f"{name} is frozen, and not the same in all runs of this pack.")
+            raise UserError(
+                f"hydra/launcher=packed: the frozen tensor {name} must be equal in all jobs. "
+                "Use hydra/launcher=process."
+            )
         store = module._parameters if leaf in module._parameters else module._buffers
         store[leaf] = other  # type: ignore[assignment]
 
 
 def _frozen(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Return the frozen parameters and buffers of the base, by name in the bare model."""
-    found = {}
+    frozen = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoraLayer):
             continue  # its own parameters may be frozen too
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not tensor.requires_grad and not is_statistic(leaf):
                 name = f"{path}.{leaf}".replace(".base_layer.", ".")
-                found[name] = (module, leaf, tensor)
-    return found
+                frozen[name] = (module, leaf, tensor)
+    return frozen

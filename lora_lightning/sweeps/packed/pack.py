@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +12,22 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from lora_lightning.config.saved import read_config
+from lora_lightning.config.schema import LOG
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
-from lora_lightning.lora.batched import Stack, own_layers, stacked_model
+from lora_lightning.lora.batched import own_layers
 from lora_lightning.lora.layers.linear import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
 from lora_lightning.utils.terminal import say
 
 from .frozen import share_frozen
-from .rng import (
-    SlotwiseRandomness,
-    random_state,
-    set_random_state,
-    set_torch_state,
-    torch_state,
-)
-from .slot import (
-    Backward,
-    Forward,
-    Pass,
-    Slot,
-)
-
-LOG = "log.txt"
+from .rng import random_state, set_random_state
+from .shared_base import SharedBase
+from .slot import Backward, Forward, Slot
 
 
 class SlotStrategy(OneDeviceStrategy):
@@ -73,7 +60,7 @@ class Pack:
     """A set of runs that train together.
 
     Args:
-        folders: folders of the runs, each with a .hydra/config.yaml.
+        folders: Folders of the runs, each with a .hydra/config.yaml.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -84,13 +71,12 @@ class Pack:
             out = (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             if len(folders) > 1:
                 others = ", ".join(other.name for other in folders if other != folder)
-                print(f"Trains in one process with the runs {others}.", file=out)
+                print(f"This run trains in one process with the runs {others}.", file=out)
             self.slots.append(Slot(number, folder, config, out))
         self.back = threading.Semaphore(0)
         self.stopping = False
-        self.stack = Stack(randomness=self._randomness)
-        self.stacked: nn.Module | None = None
         self.device = device_of(self.slots[0].config)
+        self.base = SharedBase(self.slots, self.device)
 
     # The threads -------------------------------------------------------------------------------
 
@@ -121,7 +107,7 @@ class Pack:
                     self._turn(slot)
             if all(slot.ended for slot in self.slots):
                 return
-            self._serve()
+            self.base.serve()
 
     def _turn(self, slot: Slot) -> None:
         """Let a run work until it waits again or ends."""
@@ -184,23 +170,22 @@ class Pack:
             UserError: the model cannot be shared.
         """
         model = module.model
-        assert model is not None
         backbone: Any = model.base_model
         if backbone is model:
             raise UserError(
-                f"{type(model).__name__} has no separate backbone, so that its adapters cannot be "
-                "trained together. Use the process launcher: hydra/launcher=process."
+                f"hydra/launcher=packed: is not supported with {type(model).__name__}, which has "
+                "no separate backbone. Use hydra/launcher=process."
             )
         shared = next((other.module for other in self.slots if other.module is not None), None)
         if shared is not None:
             share_frozen(model, shared.model)
         slot.module = module
-        alone = backbone.forward
+        unshared_forward = backbone.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             leaves, shape = tree_flatten((args, kwargs))
             if not _stackable(leaves, kwargs):
-                return alone(*args, **kwargs)
+                return unshared_forward(*args, **kwargs)
             kind = self.device.type
             request = Forward(
                 leaves,
@@ -220,136 +205,6 @@ class Pack:
         if slot.passed is not None:
             passed, slot.passed = slot.passed, None
             self._wait(slot, Backward(passed))
-
-    # The base ----------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        """Answer some waiting requests: backward passes first, then the runs furthest behind."""
-        waiting = [slot for slot in self.slots if not slot.ended]
-        passes = [slot.request.of for slot in waiting if isinstance(slot.request, Backward)]
-        if passes:
-            passed = passes[0]
-            served = [s for s in waiting if s.request and getattr(s.request, "of", 0) is passed]
-            self._answer(served, lambda: self._backward(passed))
-            return
-        calls = [(slot, slot.request) for slot in waiting if isinstance(slot.request, Forward)]
-        first = min(calls, key=lambda call: call[1].order)[1]
-        same = [(slot, request) for slot, request in calls if request.key == first.key]
-        bare = [slot for slot, request in same if slot.is_base and request.asks_the_same(first)]
-        if not first.grad and len(bare) > 1:
-            self._answer(bare, lambda: self._forward_once(bare))
-            return
-        served = [slot for slot, _ in same][: self._at_a_time(first)]
-        self._answer(served, lambda: self._forward(served))
-
-    @staticmethod
-    def _answer(slots: list[Slot], work: Any) -> None:
-        try:
-            work()
-        except Exception as error:
-            for slot in slots:
-                assert slot.request is not None
-                slot.request.error = error
-
-    def _at_a_time(self, call: Forward) -> int:
-        """Return the number of slots in a pass, as data.max_tokens allows."""
-        module = self.slots[0].module or next(s.module for s in self.slots if s.module)
-        data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-        limit = data.max_tokens
-        return len(self.slots) if limit is None else max(1, limit // call.tokens)
-
-    def _model(self) -> nn.Module:
-        if self.stacked is None:
-            backbones = {
-                slot.number: slot.module.model.base_model
-                for slot in self.slots
-                if slot.module is not None and not slot.ended
-            }
-            self.stacked = stacked_model(backbones, self.stack)  # type: ignore[arg-type]
-            for module in self.stacked.modules():
-                module.__dict__.pop("forward", None)  # the copied `forward` would wait for itself
-        return self.stacked
-
-    def _forward(self, slots: list[Slot]) -> None:
-        requests = [slot.request for slot in slots]
-        first = requests[0]
-        assert isinstance(first, Forward)
-        leaves = [
-            torch.cat([request.leaves[place] for request in requests])  # type: ignore[union-attr]
-            if isinstance(leaf, Tensor)
-            else leaf
-            for place, leaf in enumerate(first.leaves)
-        ]
-        args, kwargs = tree_unflatten(leaves, first.shape)
-        model = self._model()
-        model.train(first.training)
-        enabled, dtype = first.autocast
-        with (
-            self.stack.of([slot.number for slot in slots]),
-            torch.inference_mode(first.inference),
-            torch.set_grad_enabled(first.grad),
-            torch.autocast(self.device.type, dtype=dtype, enabled=enabled),
-            SlotwiseRandomness(self.stack) if first.training else nullcontext(),
-        ):
-            output = model(*args, **kwargs)
-            self._hand_out(slots, output)
-
-    def _forward_once(self, slots: list[Slot]) -> None:
-        """Run one pass for all slots, whose untrained models give equal outputs for equal rows."""
-        first, *others = slots
-        self._forward([first])
-        assert isinstance(first.request, Forward)
-        found, shape = tree_flatten(first.request.answer)
-        for slot in others:
-            own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in found]
-            assert slot.request is not None
-            slot.request.answer = tree_unflatten(own, shape)
-
-    def _hand_out(self, slots: list[Slot], output: Any) -> None:
-        """Give each slot its rows of the output."""
-        found, shape = tree_flatten(output)
-        graded = [t for t in found if isinstance(t, Tensor) and t.requires_grad]
-        passed = Pass(slots, graded, {})
-        for index, slot in enumerate(slots):
-            own, parts = [], []
-            for leaf in found:
-                if not isinstance(leaf, Tensor):
-                    own.append(leaf)
-                    continue
-                part = leaf.chunk(len(slots))[index]
-                if leaf.requires_grad:
-                    part = part.detach().requires_grad_()
-                    parts.append(part)
-                own.append(part)
-            passed.parts[slot.number] = parts
-            assert slot.request is not None
-            slot.request.answer = tree_unflatten(own, shape)
-            slot.passed = passed if graded else None
-
-    def _backward(self, passed: Pass) -> None:
-        outputs, grads = [], []
-        for place, output in enumerate(passed.outputs):
-            parts = [passed.parts[slot.number][place] for slot in passed.slots]
-            if any(part.grad is not None for part in parts):
-                found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
-                outputs.append(output)
-                grads.append(torch.cat(found))
-        with self.stack.of([slot.number for slot in passed.slots]):
-            torch.autograd.backward(outputs, grads)
-        for slot in passed.slots:
-            if isinstance(slot.request, Backward):
-                slot.request.answer = True
-
-    @contextmanager
-    def _randomness(self, number: int) -> Iterator[None]:
-        """Use a slot's own generators for the random numbers of a stacked pass."""
-        slot = self.slots[number]
-        cpu, cuda, *others = slot.random
-        set_torch_state(cpu, cuda)
-        try:
-            yield
-        finally:
-            slot.random = (*torch_state(), *others)
 
 
 def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:

@@ -32,23 +32,23 @@ class SlotwiseRandomness(TorchFunctionMode):
         rows = first.shape[0]
         slots = [slot for slot, _ in self.stack.parts(rows)]
 
-        def shares(value: Any) -> Sequence[Any]:
-            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+        def split(value: Any) -> Sequence[Any]:
+            has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
             # Each slice would cost a pass over all rows in the backward pass; chunk() does not.
-            return value.chunk(len(slots)) if whole else [value] * len(slots)
+            return value.chunk(len(slots)) if has_rows else [value] * len(slots)
 
-        own = [shares(value) for value in args]
-        named = {name: shares(value) for name, value in kwargs.items()}
-        found = []
+        positional = [split(value) for value in args]
+        named = {name: split(value) for name, value in kwargs.items()}
+        results = []
         for place, slot in enumerate(slots):
             with self.stack.randomness(slot):
-                found.append(
+                results.append(
                     func(
-                        *(value[place] for value in own),
+                        *(value[place] for value in positional),
                         **{name: value[place] for name, value in named.items()},
                     )
                 )
-        return torch.cat(found)
+        return torch.cat(results)
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -72,8 +72,8 @@ def random_state() -> tuple[Any, ...]:
 
 def set_random_state(state: tuple[Any, ...]) -> None:
     """Set all generators to a state from `random_state`."""
-    *of_torch, python, numpy = state
-    set_torch_state(*of_torch)
+    cpu, cuda, python, numpy = state
+    set_torch_state(cpu, cuda)
     random.setstate(python)
     np.random.set_state(numpy)
 

@@ -64,7 +64,7 @@ class Pass:
 class Backward:
     """A run's report that its part of a pass's outputs has its gradient."""
 
-    of: Pass
+    forward_pass: Pass
     answer: Any = None
     error: BaseException | None = None
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from .results import Setting, Sweep
 
@@ -28,14 +30,9 @@ BLUE, GREY, RED = "#2563a8", "#9aa3ad", "#c0392b"
 
 def plots(sweep: Sweep) -> list[tuple[str, str, str]]:
     """Return title, explanation and SVG of each plot for which the sweep has data."""
-    found = []
     with rc_context(STYLE):
-        for make in (heatmap, pareto, scales, curves):
-            made = make(sweep)
-            if made is not None:
-                title, text, figure = made
-                found.append((title, text, _svg(figure)))
-    return found
+        drawn = [draw(sweep) for draw in (heatmap, pareto, scales, curves)]
+        return [(title, text, _svg(figure)) for title, text, figure in filter(None, drawn)]
 
 
 def heatmap(sweep: Sweep) -> tuple[str, str, Figure] | None:
@@ -68,10 +65,10 @@ def heatmap(sweep: Sweep) -> tuple[str, str, Figure] | None:
     axes.grid(visible=False)
     figure.colorbar(image, label=sweep.monitor)
     others = [key for key in keys if key not in chosen]
-    told = "Mean over the seeds." if "seed" in sweep.varied else ""
+    text = "Mean over the seeds." if "seed" in sweep.varied else ""
     if others:
-        told += f" Of {', '.join(others)} the best value at each place."
-    return f"{sweep.monitor} over {x_key} and {y_key}", told.strip(), figure
+        text += f" Each cell has the best value over {', '.join(others)}."
+    return f"{sweep.monitor} over {x_key} and {y_key}", text.strip(), figure
 
 
 def pareto(sweep: Sweep) -> tuple[str, str, Figure] | None:
@@ -90,21 +87,58 @@ def pareto(sweep: Sweep) -> tuple[str, str, Figure] | None:
     axes = figure.add_subplot()
     for index, (size, value, setting) in enumerate(known):
         deviation = setting.deviation("objective")
-        colour = BLUE if index in front else GREY
-        axes.errorbar(size, value, yerr=deviation, fmt="o", color=colour, capsize=3)
+        color = BLUE if index in front else GREY
+        axes.errorbar(size, value, yerr=deviation, fmt="o", color=color, capsize=3)
     line = sorted((known[index][0], known[index][1]) for index in front)
     axes.plot([size for size, _ in line], [value for _, value in line], color=BLUE, lw=1)
-    for size, value, setting in (known[index] for index in front):
-        label = " ".join(f"{key.split('.')[-1]}={text}" for key, text in setting.values.items())
-        axes.annotate(label, (size, value), xytext=(4, 5), textcoords="offset points", fontsize=8)
     _log_axis(axes, [size for size, _, _ in known], "{:,.0f}")
-    axes.set_xlabel("parameters trained")
+    axes.set_xlabel("trainable parameters")
     axes.set_ylabel(sweep.monitor)
     axes.margins(x=0.15, y=0.15)
+    labels = {
+        index: " ".join(f"{key.split('.')[-1]}={text}" for key, text in setting.values.items())
+        for index, (_, _, setting) in enumerate(known)  # the best first
+        if index in front
+    }
     text = (
         "Blue: no other setting has fewer parameters and a better value. Bars: deviation of seeds."
     )
-    return f"{sweep.monitor} against the parameters trained", text, figure
+    if not _add_labels(axes, [(size, value) for size, value, _ in known], labels):
+        text += " A setting has no label where it would overlap another."
+    return f"{sweep.monitor} against the trainable parameters", text, figure
+
+
+def _add_labels(axes: Axes, points: list[tuple[float, float]], labels: dict[int, str]) -> bool:
+    """Label some of the points where there is room; return whether every label has room.
+
+    Upper left comes first: no point is there if the labeled points are a Pareto front.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # sets the size of the axes
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
+    complete = True
+    for index, text in labels.items():
+        for x, y in ((-5, 4), (5, 4), (5, -4), (-5, -4)):
+            label = axes.annotate(
+                text,
+                points[index],
+                xytext=(x, y),
+                textcoords="offset points",
+                fontsize=8,
+                ha="left" if x > 0 else "right",
+                va="bottom" if y > 0 else "top",
+            )
+            box = label.get_window_extent(renderer)
+            fits = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+            if fits and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+        else:
+            complete = False
+    return complete
 
 
 def pareto_front(points: list[tuple[float, float]]) -> set[int]:
@@ -135,9 +169,9 @@ def scales(sweep: Sweep) -> tuple[str, str, Figure] | None:
         for run in runs:
             if run.adapter["rank"] == rank:
                 values.setdefault(run.adapter["scale"], []).append(run.objective or 0.0)
-        means = sorted((scale, fmean(found)) for scale, found in values.items())
+        means = sorted((scale, fmean(objectives)) for scale, objectives in values.items())
         (line,) = axes.plot(*zip(*means, strict=True), lw=1, label=f"rank {rank}")
-        points = [(scale, value) for scale, found in values.items() for value in found]
+        points = [(scale, value) for scale, objectives in values.items() for value in objectives]
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color())
     _log_axis(axes, [run.adapter["scale"] for run in runs], "{:.3g}")
     axes.set_xlabel("scale of the update: alpha / rank, with rsLoRA alpha / sqrt(rank)")
@@ -160,11 +194,9 @@ def curves(sweep: Sweep) -> tuple[str, str, Figure] | None:
     best = [] if sweep.best is None else sweep.best.runs
     for run in runs:
         steps, values = zip(*run.curve, strict=True)
-        colour = BLUE if run in best else RED if run.status == "failed" else GREY
+        color = BLUE if run in best else RED if run.status == "failed" else GREY
         on_top = 3 if run in best else 2
-        axes.plot(
-            steps, values, color=colour, marker=".", lw=2 if run in best else 1, zorder=on_top
-        )
+        axes.plot(steps, values, color=color, marker=".", lw=2 if run in best else 1, zorder=on_top)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(sweep.monitor)
     text = "A line for each run. Blue: the best setting." if best else "A line for each run."
@@ -179,9 +211,11 @@ def _log_axis(axes: Axes, values: list[float], form: str) -> None:
     """Make the x axis logarithmic, with ticks at the values if only a few are distinct."""
     axes.set_xscale("log")
     distinct = sorted(set(values))
+    axes.minorticks_off()
     if len(distinct) <= 8:
         axes.set_xticks(distinct, [form.format(value) for value in distinct])
-        axes.minorticks_off()
+    else:  # the default labels are formulas, which STYLE turns off
+        axes.xaxis.set_major_formatter(lambda value, _: form.format(value))
 
 
 def _order(text: str) -> tuple[int, float, str]:

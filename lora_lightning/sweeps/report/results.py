@@ -1,4 +1,4 @@
-"""Reading of a sweep's folder: its runs, their differences, and the best setting."""
+"""Data of a sweep: its runs, their differences, and the best setting."""
 
 from __future__ import annotations
 
@@ -11,23 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import Container, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from lora_lightning.config.compose import direction
-from lora_lightning.config.presets import CONFIG_NAME, searched
-from lora_lightning.config.saved import read_config, read_overrides, read_yaml
 from lora_lightning.config.schema import direction_of
-from lora_lightning.config.untrusted import settings_from_file
 from lora_lightning.errors import UserError
 from lora_lightning.lora.config import LoraConfig
-from lora_lightning.utils.locks import is_abandoned
-from lora_lightning.utils.logs import (
-    curve,
-    read_metrics,
-    read_result,
-    tell_damaged,
-)
+from lora_lightning.sweeps.grouping import group_by
 
 SEED = "seed"
 PLACES = ("output_dir", "hydra.sweep.dir", "hydra.run.dir")
@@ -55,7 +45,10 @@ class Run:
 
     @property
     def status(self) -> str:
-        """completed, running, failed, interrupted, paused, stopped (by halving), or waiting."""
+        """completed, running, failed, interrupted, paused, stopped (by halving), or waiting.
+
+        A run that waits in a sweep that has ended is `not started`.
+        """
         return str(self.result.get("status", "waiting"))
 
     @property
@@ -150,6 +143,8 @@ class Sweep:
 
     folder: Path
     runs: list[Run]
+    resume: str = ""
+    """Command that resumes the sweep; "" if it runs or is complete."""
 
     @cached_property
     def varied(self) -> list[str]:
@@ -165,17 +160,17 @@ class Sweep:
     @cached_property
     def settings(self) -> list[Setting]:
         """Runs grouped by all varied values except the seed, the best setting first."""
-        groups: dict[tuple[str, ...], Setting] = {}
         keys = [key for key in self.varied if key != SEED]
-        for run in self.runs:
-            values = {key: run.given.get(key, "") for key in keys}
-            groups.setdefault(tuple(values.values()), Setting(values, [])).runs.append(run)
+        groups = group_by(self.runs, lambda run: tuple(run.given.get(key, "") for key in keys))
+        settings = [
+            Setting(dict(zip(keys, values, strict=True)), runs) for values, runs in groups.items()
+        ]
 
         def order(setting: Setting) -> tuple[bool, float]:
             mean = setting.mean("objective")
             return (mean is None, 0.0 if mean is None else -self.sign * mean)
 
-        return sorted(groups.values(), key=order)
+        return sorted(settings, key=order)
 
     @property
     def monitor(self) -> str:
@@ -200,12 +195,12 @@ class Sweep:
     def rows(self) -> int | None:
         """Number of rows behind the metric; None if no run reports it, or the runs differ."""
         split = self.monitor.partition("/")[0]
-        told = {
+        counts = {
             run.result.get("rows", {}).get(split) for run in self.runs if run.objective is not None
         }
-        return told.pop() if len(told) == 1 else None
+        return counts.pop() if len(counts) == 1 else None
 
-    def alike(self) -> list[Setting]:
+    def ties(self) -> list[Setting]:
         """Return the settings that the measurements cannot distinguish from the best.
 
         Their means are within two standard errors of the best mean. The variance covers the seeds
@@ -217,19 +212,19 @@ class Sweep:
         if best is None:
             return []
         others = [one for one in self.settings if one is not best]
-        return [one for one in others if self._is_alike(best, one)]
+        return [one for one in others if self._is_tie(best, one)]
 
-    def _is_alike(self, best: Setting, other: Setting) -> bool:
-        ours, theirs = best.mean("objective"), other.mean("objective")
-        if ours is None or theirs is None:
+    def _is_tie(self, best: Setting, other: Setting) -> bool:
+        high, low = best.mean("objective"), other.mean("objective")
+        if high is None or low is None:
             return False
         variance = sum(one.variance_of_mean("objective") for one in (best, other))
-        if self.rows and self.is_share:
-            variance += sum(mean * (1 - mean) / self.rows for mean in (ours, theirs))
-        return abs(ours - theirs) <= 2 * math.sqrt(variance)
+        if self.rows and self.is_fraction:
+            variance += sum(mean * (1 - mean) / self.rows for mean in (high, low))
+        return abs(high - low) <= 2 * math.sqrt(variance)
 
     @property
-    def is_share(self) -> bool:
+    def is_fraction(self) -> bool:
         """Whether the monitored metric is between 0 and 1, and counts rows."""
         return self.monitor.partition("/")[2] in ("accuracy", "f1", "auroc")
 
@@ -256,7 +251,7 @@ class Sweep:
         return [run for run in self.runs if run.status == "stopped"]
 
     @property
-    def share_of_steps(self) -> float | None:
+    def fraction_of_steps(self) -> float | None:
         """Optimizer steps made, as a fraction of the steps of all runs to their end.
 
         None without successive halving.
@@ -264,126 +259,10 @@ class Sweep:
         rungs = [run.result["rungs"] for run in self.runs if run.result.get("rungs")]
         if not rungs:
             return None
-        planned = max(found[0]["planned"] for found in rungs)
-        made = sum(run.steps for run in self.runs)
-        return float(made / (planned * len(self.runs)))
+        planned = max(first["planned"] for first, *_ in rungs)
+        return float(sum(run.steps for run in self.runs) / (planned * len(self.runs)))
 
     def counts(self) -> str:
         """Return the number of runs for each status."""
         every = [run.status for run in self.runs]
         return ", ".join(f"{every.count(status)} {status}" for status in dict.fromkeys(every))
-
-
-def read_sweep(folder: Path) -> Sweep:
-    """Read the runs directly below a folder.
-
-    Raises:
-        UserError: the folder does not exist, or holds no run.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder. Give that of a sweep.")
-    found = sorted(folder.glob("*/.hydra/config.yaml"), key=lambda path: _natural(path.parts[-3]))
-    if not found:
-        raise UserError(f"{folder} holds no run. {_where(folder)}")
-    runs = [_read_run(path.parent.parent) for path in found]
-    if is_abandoned(folder):  # the sweep was killed before its jobs could record that
-        for run in runs:
-            if run.status == "running":
-                run.result["status"] = "interrupted"
-    return Sweep(folder, runs)
-
-
-def _where(folder: Path) -> str:
-    """Return a hint on where to find a sweep."""
-    if (folder / ".hydra" / "config.yaml").is_file():
-        return f"It is one itself; give the folder of its sweep: {folder.absolute().parent}."
-    sweeps = [path.parent for path in folder.glob("*/**/sweep.json")]
-    if sweeps:
-        newest = max(sweeps, key=lambda path: (path / "sweep.json").stat().st_mtime)
-        return f"There are {len(sweeps)} sweeps below it, the newest: {newest}"
-    return "Give the folder of a sweep, such as multirun/<date>/<time>."
-
-
-def _read_run(folder: Path) -> Run:
-    saved = folder / ".hydra" / "config.yaml"
-    config = _without_resolvers(read_config(saved))
-    lora = _settings(config, saved)
-    given = read_overrides(folder / ".hydra" / "overrides.yaml")
-    path = folder / "result.json"
-    there = path.is_file()
-    result = read_result(path)
-    if there and not result:
-        raise UserError(
-            f"{path} is damaged. Run the sweep's command again, which continues this job; or "
-            "delete the file, and the report takes the job for one that waits."
-        )
-    metrics = folder / "csv" / "metrics.csv"
-    rows, damaged = read_metrics(metrics)
-    if result.get("status") != "running":  # the last line of a running job may be incomplete
-        tell_damaged(metrics, damaged)
-    # The last value logged for a step counts. Earlier versions count steps from 0.
-    shift = 0 if result.get("first_step") == 1 else 1
-    points = {step + shift: value for step, value in curve(rows, str(config.task.monitor))}
-    return Run(folder, config, given, result, lora, sorted(points.items()), _presets(folder))
-
-
-def _presets(folder: Path) -> list[str]:
-    """Return the arguments of a run's command that locate the user's own presets."""
-    try:
-        saved = read_yaml(folder / ".hydra" / "hydra.yaml")
-        parts: Any = OmegaConf.to_container(saved, resolve=False)["hydra"]  # type: ignore[index, call-overload]
-        typed = [str(item) for item in parts["overrides"]["hydra"]]
-        name = parts["job"]["config_name"] or CONFIG_NAME
-    except Exception:  # absent, damaged, or of another Hydra: omit them
-        return []
-    primary = [] if name == CONFIG_NAME else ["--config-name", str(name)]
-    return [*primary, *searched(typed)]
-
-
-def _settings(config: DictConfig, path: Path) -> LoraConfig | None:
-    """Return the adapter's settings; None for full fine-tuning.
-
-    Raises:
-        UserError: a config value that the report needs is absent or has the wrong type.
-    """
-    try:
-        task, lora, seed = (
-            OmegaConf.to_container(node, resolve=True) if isinstance(node, Container) else node
-            for node in (config[key] for key in ("task", "lora", "seed"))
-        )
-        if not isinstance(task, dict) or not isinstance(task.get("monitor"), str):
-            raise UserError(f"{path}: task.monitor must be the name of a metric.")
-        if not isinstance(seed, int):
-            raise UserError(f"{path}: seed must be a whole number.")
-        values = settings_from_file({"lora": lora}, path)["lora"]
-        return None if values.pop("method", "lora") == "full" else LoraConfig(**values)
-    except UserError as error:
-        named = str(path) in str(error)
-        raise UserError(str(error) if named else f"{path}: {error}") from None
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}.") from None
-
-
-def _without_resolvers(config: DictConfig) -> DictConfig:
-    """Return a config in which `${oc.env:NAME}` and the like become plain `$ {...}`.
-
-    References such as `${lora.rank}` stay. The folder may come from somebody else, whose resolvers
-    would put values of this environment into the report.
-    """
-
-    def walk(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
-        if isinstance(node, list):
-            return [walk(value) for value in node]
-        if isinstance(node, str) and "${" in node and ":" in node:
-            return node.replace("${", "$ {")
-        return node
-
-    plain = walk(OmegaConf.to_container(config, resolve=False))
-    assert isinstance(plain, dict)
-    return OmegaConf.create(plain)
-
-
-def _natural(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdigit() else (1, 0, name)

@@ -148,7 +148,7 @@ def test_the_direction_follows_the_metric_wherever_one_is_needed(monitor):
     settled = with_direction(config)
     for callback in (settled.callbacks.best, settled.callbacks.early_stopping):
         assert (callback.monitor, callback.mode) == (monitor, meant)
-    halving = Halving.of({}, direction(config))
+    halving = Halving.from_settings({}, direction(config))
     assert halving is not None
     assert halving.sign == (1 if meant == "max" else -1)
     contrary = {"min": "max", "max": "min"}[meant]

@@ -20,10 +20,10 @@ from lora_lightning.adapters.run_entries import check_writable
 from lora_lightning.cli.train import _whole_configs
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
-from lora_lightning.sweeps.folder import note
-from lora_lightning.sweeps.launcher import _save
-from lora_lightning.sweeps.queue import Job
-from lora_lightning.sweeps.report.tables import written
+from lora_lightning.sweeps.folder import record_sweep
+from lora_lightning.sweeps.job import Job
+from lora_lightning.sweeps.planning import save_job
+from lora_lightning.sweeps.report.tables import write_report_file
 from lora_lightning.training.callbacks import best_checkpoint, last_checkpoint
 from lora_lightning.training.callbacks.loggers import CurvesLogger
 from lora_lightning.training.callbacks.progress import SamplePredictions
@@ -98,13 +98,13 @@ def test_no_write_goes_through_a_link_at_a_name_that_can_be_known(tmp_path):
             victims[-1].write_text("PRECIOUS")
             path.with_name(beside).symlink_to(victims[-1])
     (tmp_path / f".results.csv.{os.getpid()}").symlink_to(victims[0])
-    note(tmp_path, ["lora.rank=1,2"], "running")
+    record_sweep(tmp_path, ["lora.rank=1,2"], "running")
     SamplePredictions._write(tmp_path / "samples.jsonl", 1, [{"input": "a"}])
     config = compose_config(["lora.rank=1"])
     OmegaConf.set_struct(config, False)
     config.hydra = {"overrides": {"task": ["lora.rank=1"]}}
-    _save(config, Job(0, [], tmp_path / "0"))
-    written(tmp_path / "results.csv", "a,b\n")
+    save_job(Job(0, [], tmp_path / "0", config))
+    write_report_file(tmp_path / "results.csv", "a,b\n")
     assert [victim.read_text() for victim in victims] == ["PRECIOUS"] * len(victims)
     assert json.loads((tmp_path / "sweep.json").read_text())["status"] == "running"
     assert OmegaConf.load(tmp_path / "0/.hydra/overrides.yaml") == ["lora.rank=1"]
@@ -175,7 +175,7 @@ def _config_of_a_job(folder: Path) -> None:
     config = compose_config([])
     OmegaConf.set_struct(config, False)
     config.hydra = {"overrides": {"task": []}}
-    _save(config, Job(0, [], folder))
+    save_job(Job(0, [], folder, config))
 
 
 def _exported(folder: Path) -> None:
