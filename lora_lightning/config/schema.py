@@ -5,13 +5,13 @@ This module imports nothing heavy, so that a typo in a config is reported quickl
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.checks import check_choice, check_range
 
 PAUSE = "pause.json"
 """File in the folder of a sweep's job, with the share of its steps before a pause (halving)."""
@@ -106,23 +106,15 @@ class ModelConfig:
     """Run Python code that comes with a hub model. Use it only for sources that you trust."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(
-                f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
-                f"{did_you_mean(self.dtype, DTYPES)}"
-            )
+        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, None))
+        check_choice("model.compile", self.compile, ("layer", None))
         self._check_new_tokens()
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise UserError(
-                f"model.quantization must be one of {', '.join(QUANTIZATIONS)} or null, got "
-                f"{self.quantization!r}.{did_you_mean(str(self.quantization), QUANTIZATIONS)}"
-            )
         if self.quantization and self.compile:
             raise UserError(
-                "model.compile and model.quantization do not go together: leave out one of them."
+                f"model.compile={self.compile}: not supported with "
+                f"model.quantization={self.quantization}. Remove one of the two."
             )
-        if self.compile not in (None, "layer"):
-            raise UserError(f"model.compile must be layer or null, got {self.compile!r}.")
 
     def _check_new_tokens(self) -> None:
         tokens = self.new_tokens
@@ -130,12 +122,13 @@ class ModelConfig:
             isinstance(t, str) and t.strip() for t in tokens
         ):
             raise UserError(
-                f"model.new_tokens must be a list of texts, none of them empty, got {tokens!r}: "
+                f"model.new_tokens={tokens!r}: must be a list of texts that are not empty, such as "
                 """'model.new_tokens=["<think>","</think>"]'."""
             )
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
         if twice:
-            raise UserError(f"model.new_tokens names {', '.join(map(repr, twice))} more than once.")
+            names = ", ".join(map(repr, twice))
+            raise UserError(f"model.new_tokens: must name each token once, not {names} twice.")
 
 
 @dataclass
@@ -403,36 +396,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "limit_train", "limit_val", "limit_test"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}.")
-        unknown = set(self.splits) - {"train", "val", "test"}
-        if unknown:
-            raise UserError(
-                f"data.splits: there is no {min(unknown)!r} here. It maps train, val and test to "
-                "the hub's names: '+data.splits={train: train, test: validation}'."
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"data.max_length must be at least 2, got {self.max_length}.")
-        number = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
-        if self.max_tokens not in ("auto", None) and not (number and self.max_tokens > 0):
-            raise UserError(
-                f"data.max_tokens must be a positive number, null or auto, got {self.max_tokens!r}."
-            )
-        number = isinstance(self.num_workers, int) and not isinstance(self.num_workers, bool)
-        if self.num_workers != "auto" and not (number and 0 <= self.num_workers <= MOST_PROCESSES):
-            raise UserError(
-                f"data.num_workers must be 0 to {MOST_PROCESSES}, or auto, got "
-                f"{self.num_workers!r}."
-            )
+            check_range(f"data.{name}", getattr(self, name), "[1, inf)")
         for name in ("val_fraction", "test_fraction"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"data.{name} must be in [0, 1), got {value}.")
+            check_range(f"data.{name}", getattr(self, name), "[0, 1)")
+        check_range("data.max_length", self.max_length, "[2, inf)")
+        check_range(
+            "data.max_tokens", self.max_tokens, "[1, inf)", whole=True, words=(None, "auto")
+        )
+        workers = f"[0, {MOST_PROCESSES}]"
+        check_range("data.num_workers", self.num_workers, workers, whole=True, words=("auto",))
+        if unknown := set(self.splits) - {"train", "val", "test"}:
+            raise UserError(
+                f"data.splits: {min(unknown)} must be train, val or test, with the hub's names, "
+                "such as '+data.splits={train: train, test: validation}'."
+            )
         if self.val_fraction + self.test_fraction >= 1.0:
             raise UserError(
-                "data.val_fraction and data.test_fraction leave no row to train on: "
-                f"together they are {self.val_fraction + self.test_fraction}."
+                f"data.val_fraction={self.val_fraction} and data.test_fraction="
+                f"{self.test_fraction}: must be below 1 together, so that rows to train on remain."
             )
 
 
@@ -463,11 +444,33 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         # Values far beyond any use overflow within an optimizer.
-        for name, most in (("lr", 1e30), ("loraplus_lr_ratio", 1e6)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise UserError(f"optim.{name} must be positive, at most {most:g}, got {value}.")
-        for name in ("weight_decay", "warmup"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UserError(f"optim.{name} must be finite and not negative, got {value}.")
+        check_range("optim.lr", self.lr, "(0, 1e30]", words=())
+        check_range("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, "(0, 1e6]")
+        check_range("optim.weight_decay", self.weight_decay, "[0, inf)", words=())
+        check_range("optim.warmup", self.warmup, "[0, inf)", words=())
+
+
+RESUME_AUTO = "auto"
+"""Value of `resume` that resumes the run in output_dir if there is one, else begins it."""
+
+
+@dataclass
+class LauncherConfig:
+    """Settings of the launchers of sweeps, `hydra/launcher=process` (the default) and `packed`."""
+
+    jobs: Any = "auto"
+    """Processes at a time. auto means one for each set of GPUs, or one on a CPU."""
+    gpus_per_job: Any = "auto"
+    """GPUs of a process. auto means trainer.devices if that is a number, else 1."""
+    fail_fast: bool = False
+    """Let the first failure stop the sweep."""
+    retries: int = 0
+    """How often a job that fails is started again, from its last checkpoint."""
+    halving: Any = None
+    """Successive halving by `task.monitor`, such as {eta: 2, rungs: 3}. One in eta of the jobs that
+    reach a rung continues. min_resource is the share of all steps at the first rung. None trains
+    all jobs to their end."""
+    max_slots: int = 16
+    """Maximum number of jobs in a pack (packed)."""
+    memory: Any = "auto"
+    """GiB that a pack may take (packed). auto means 90 % of a GPU, and no limit on a CPU."""

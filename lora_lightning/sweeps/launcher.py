@@ -172,6 +172,7 @@ class ProcessLauncher(Launcher):
 
     def _plan(self, sweep_dir: Path, number: int, overrides: list[str]) -> tuple[Job, DictConfig]:
         """Return a job with its config, and set its state if an earlier sweep has run it."""
+        overrides = [item for item in overrides if not item.lstrip("+").startswith("launcher.")]
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = str(number)

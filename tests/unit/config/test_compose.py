@@ -62,7 +62,7 @@ def test_a_value_of_ones_own_that_settings_refer_to_is_no_mistake():
     config = compose(*sized, "+width=3", "data.batch_size=${width}")
     settings = settings_of(config)
     assert (settings.lora.rank, settings.data.batch_size) == (4, 3)
-    with pytest.raises(UserError, match="min: there is no such group"):
+    with pytest.raises(UserError, match="min: unknown group"):
         settings_of(compose("+min=4", *sized))
 
 
@@ -86,7 +86,7 @@ def test_full_has_no_adapter():
         ("optim.lr=fast", "optim.lr"),
         ("task.text_colum=x", "'task.text_column'"),
         ("trainer.max_epoch=3", "'trainer.max_epochs'"),
-        ("+trainer.strategy=ddp", "leave out the plus"),
+        ("+trainer.strategy=ddp", "without the plus"),
         ("lora=ful", "'full'"),
         ("optim=adam", "'adamw'"),
         ("data.train=[a,b", "quotes"),
@@ -132,9 +132,9 @@ def test_a_typo_is_compared_with_the_keys_of_the_task_that_was_chosen():
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(group, choice, extra):
-    from lora_lightning.config.messages import _no_such_choice
+    from lora_lightning.config.messages import _unknown_choice
 
-    assert f'pip install "lora_lightning[{extra}]"' in _no_such_choice(group, choice)
+    assert f'pip install "lora_lightning[{extra}]"' in _unknown_choice(group, choice)
 
 
 DIRECTIONS = {"val/loss": "min", "val/accuracy": "max", "val/f1": "max", "val/auroc": "max"}

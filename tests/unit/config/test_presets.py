@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli.train import _saved_search
+from lora_lightning.cli.resume import _saved_search
 from lora_lightning.config.compose import compose_config, over_saved, saved_settings
 from lora_lightning.config.presets import with_presets
 from lora_lightning.lora import UserError
