@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from lora_lightning.lora.config import LoraConfig
 from lora_lightning.utils.checks import check_choice
 
-from .presets import primary
+from .presets import preset_table, primary
 from .schema import (
     TASK_ALIASES,
     TASK_CONFIGS,
@@ -95,6 +95,7 @@ def register_schemas() -> None:
     for alias, name in TASK_ALIASES.items():  # for presets of users
         store.store(group="task", name=f"{alias}_schema", node=TASK_CONFIGS[name])
     OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # for sweep=optuna
+    OmegaConf.register_new_resolver("preset_table", preset_table, replace=True)  # for --help
 
 
 def composed(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:

@@ -128,6 +128,17 @@ def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
     return sorted(name[:-5] for name in names if name.endswith(".yaml"))
 
 
+def preset_table(searchpath: Sequence[str] = ()) -> str:
+    """Return a line with the choices of each group of presets, for `train --help`."""
+    groups = (each.name for each in files(CONFIG_MODULE).iterdir() if each.is_dir())
+    overrides = [search_override(searchpath)] if searchpath else []
+    return "\n".join(
+        f"{group}: {', '.join(names)}"
+        for group in sorted(groups)
+        if group != "hydra" and (names := choices(group, overrides))
+    )
+
+
 def _entries(override: str) -> list[str]:
     try:
         value = OverridesParser.create().parse_override(override).value()

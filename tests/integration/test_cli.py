@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from helpers.data import make_rows, to_jsonl, write_jsonl
@@ -157,12 +158,11 @@ def test_train_help_names_groups_and_choices(run_cli):
     }.items():
         assert re.search(rf"^{group}: .*\b{choice}\b", out, re.MULTILINE), out
     assert "train resume=RUN_DIR" in out
+    assert "_schema" not in out
     assert not list(Path().iterdir())
 
 
 def test_cfg_shows_the_config_and_runs_nothing(run_cli):
-    from omegaconf import OmegaConf
-
     status, out, _ = run_cli("train", "--cfg", "job", "lora.rank=3", "trainer=cpu")
     config = OmegaConf.create(out)
     assert status == 0
@@ -178,6 +178,23 @@ def test_config_dir_adds_presets_from_outside_the_package(run_cli, tmp_path):
     status, out, err = run_cli("train", "--config-dir", "my", "experiment=mine", "--cfg", "job")
     assert status == 0, err
     assert "rank: 5" in out
+    assert re.search("^experiment: .*, mine,", run_cli("train", "--help", "-cd", "my")[1], re.M)
+
+
+def test_cfg_shows_resume_and_launcher(run_cli, tmp_path):
+    typed = ["resume=auto", "launcher.jobs=3", "sweep=halving"]
+    status, out, err = run_cli("train", "--cfg", "job", *typed)
+    assert status == 0, err
+    config = OmegaConf.create(out)
+    assert config.resume == "auto"
+    assert config.launcher.jobs == 3
+    assert config.launcher.halving == {"eta": 2, "rungs": 2, "min_resource": 0.125}
+    preset = tmp_path / "my" / "experiment" / "mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\nresume: some/run\n")
+    status, _, err = run_cli("train", "--config-dir", "my", "experiment=mine")
+    assert status == 2
+    assert "resume=some/run: must be typed on the command line" in " ".join(err.split())
 
 
 # Completion ---------------------------------------------------------------------------------

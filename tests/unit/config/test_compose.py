@@ -114,6 +114,7 @@ def test_saved_settings_are_changed_by_overrides_alone():
 def test_config_hash_depends_on_what_is_computed_only():
     base = config_hash(compose())
     assert base == config_hash(compose("output_dir=elsewhere", "tags=[x]"))
+    assert base == config_hash(compose("resume=auto", "launcher.jobs=2", "launcher.retries=1"))
     assert base != config_hash(compose("seed=1"))
     assert base != config_hash(compose("lora.rank=4"))
 
