@@ -23,20 +23,12 @@ from lora_lightning.utils.checks import check_choice, check_range
 
 from .groups import LARGEST_SEED, METHODS, STARTING, Schema, Settings, composed
 from .messages import explain
+from .monitor import direction_error, direction_of
 from .paths import anchor
 from .presets import searched
 from .saved import ADDED, RENAMED, leaves
-from .schema import (
-    GENERATION,
-    OWN_GROUPS,
-    TASK_ALIASES,
-    TASK_CONFIGS,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    direction_of,
-    refuse_direction,
-)
+from .schema import OWN_GROUPS, DataConfig, ModelConfig, OptimConfig
+from .tasks import GENERATION, TASK_ALIASES, TASK_CONFIGS
 
 
 def direction(config: DictConfig) -> str:
@@ -65,7 +57,7 @@ def with_direction(config: DictConfig) -> DictConfig:
         if not OmegaConf.is_interpolation(node, "mode"):
             direction_of(own, node.mode, setting)
             if own == monitor and node.mode not in (None, mode):
-                refuse_direction(own, node.mode, setting)
+                raise direction_error(own, node.mode, setting)
         elif own != monitor:
             node.mode = direction_of(own)
     return settled

@@ -13,16 +13,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from lora_lightning.lora.config import LoraConfig
 from lora_lightning.utils.checks import check_choice
 
+from .monitor import direction_of
 from .presets import preset_table, primary
-from .schema import (
-    TASK_ALIASES,
-    TASK_CONFIGS,
-    DataConfig,
-    LauncherConfig,
-    ModelConfig,
-    OptimConfig,
-    direction_of,
-)
+from .schema import DataConfig, LauncherConfig, ModelConfig, OptimConfig
+from .tasks import TASK_ALIASES, TASK_CONFIGS
 
 METHODS = ("lora", "full")
 LARGEST_SEED = 2**32 - 1

@@ -18,11 +18,8 @@ from lora_lightning.errors import UserError
 from .groups import STARTING, Schema
 from .messages import explain
 from .paths import FILES, MADE
-from .schema import (
-    OWN_GROUPS,
-    TASK_ALIASES,
-    TASK_CONFIGS,
-)
+from .schema import OWN_GROUPS
+from .tasks import TASK_ALIASES, TASK_CONFIGS
 from .untrusted import is_installed_attention
 
 KNOWN_TARGETS = re.compile(

@@ -415,7 +415,7 @@ def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, 
 
 
 def test_every_monitor_is_measured(runs):
-    from lora_lightning.config.schema import MONITORS
+    from lora_lightning.config.monitor import MONITORS
 
     result = result_of(runs["bert"])
     assert {key for key in result if key.startswith("val/")} == set(MONITORS)

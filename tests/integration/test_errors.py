@@ -1232,8 +1232,14 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["trainer=tp", "lora.use_dora=true"], "lora.use_dora=true needs whole weights"),
-        (["trainer=fsdp2", "lora.init=pissa"], "lora.init=pissa needs whole weights"),
+        (
+            ["trainer=tp", "lora.use_dora=true"],
+            "lora.use_dora=true: not supported with a sharded base",
+        ),
+        (
+            ["trainer=fsdp2", "lora.init=pissa"],
+            "lora.init=pissa: not supported with a sharded base",
+        ),
         (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
         (
             ["trainer=tp", "trainer.devices=3"],

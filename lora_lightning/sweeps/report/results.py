@@ -15,9 +15,9 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.config.compose import direction
+from lora_lightning.config.monitor import direction_of
 from lora_lightning.config.presets import CONFIG_NAME, searched
 from lora_lightning.config.saved import read_config, read_overrides, read_yaml
-from lora_lightning.config.schema import direction_of
 from lora_lightning.config.untrusted import settings_from_file
 from lora_lightning.errors import UserError
 from lora_lightning.lora.config import LoraConfig

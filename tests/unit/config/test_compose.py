@@ -18,7 +18,8 @@ from lora_lightning.config.compose import (
     with_direction,
 )
 from lora_lightning.config.messages import all_keys
-from lora_lightning.config.schema import TASK_CONFIGS, direction_of
+from lora_lightning.config.monitor import direction_of
+from lora_lightning.config.tasks import TASK_CONFIGS
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.halving import Halving
 from lora_lightning.tasks import build_task
@@ -153,7 +154,9 @@ def test_the_direction_follows_the_metric_wherever_one_is_needed(monitor):
     assert halving is not None
     assert halving.sign == (1 if meant == "max" else -1)
     contrary = {"min": "max", "max": "min"}[meant]
-    with pytest.raises(UserError, match=f"task.mode={contrary}: of {monitor} (low|high)er is"):
+    with pytest.raises(
+        UserError, match=f"task.mode={contrary}: .* {monitor}, where (low|high)er is"
+    ):
         direction(compose(f"task.monitor={monitor}", f"task.mode={contrary}"))
     assert direction(compose(f"task.monitor={monitor}", f"task.mode={meant}")) == meant
 
@@ -173,13 +176,19 @@ def test_a_callback_with_a_metric_of_its_own_follows_that(name):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["task.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower is better"),
-        (["callbacks.{}.mode=min"], "=min: of val/accuracy higher is better"),
-        (["callbacks.{}.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower"),
-        (["callbacks.{}.mode=up"], " must be max or min, got 'up'"),
+        (
+            ["task.monitor=val/loss", "callbacks.{}.mode=max"],
+            "=max: not supported with val/loss, where lower is better",
+        ),
+        (["callbacks.{}.mode=min"], "=min: not supported with val/accuracy, where higher"),
+        (
+            ["callbacks.{}.monitor=val/loss", "callbacks.{}.mode=max"],
+            "=max: not supported with val/loss, where lower",
+        ),
+        (["callbacks.{}.mode=up"], "=up: must be max or min"),
         (
             ["task.monitor=val/mine", "task.mode=min", "callbacks.{}.mode=max"],
-            "=max: of val/mine lower is better",
+            "=max: not supported with val/mine, where lower",
         ),
     ],
 )
