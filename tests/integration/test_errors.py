@@ -746,13 +746,13 @@ TRAINING = [
         "mode, the contrary",
         lambda p: p.train("task.monitor=val/loss", "task.mode=max"),
         "task.mode=max",
-        "Leave task.mode out",
+        "Remove task.mode",
     ),
     Case(
         "mode, the contrary, check",
         lambda p: p.check("task.mode=min"),
-        "of val/accuracy higher is better",
-        "Leave task.mode out",
+        "not supported with val/accuracy, where higher is better",
+        "Remove task.mode",
     ),
     Case(
         "warmup beyond the end",
@@ -1240,7 +1240,10 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
             ["trainer=fsdp2", "lora.init=pissa"],
             "lora.init=pissa: not supported with a sharded base",
         ),
-        (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
+        (
+            ["trainer=tp", "lora.bias=all"],
+            "lora.bias=all: not supported with a sharded base, whose biases it trains",
+        ),
         (
             ["trainer=tp", "trainer.devices=3"],
             "tensor_parallel_size=3: must divide the model's num_attention_heads, 4",
