@@ -472,7 +472,7 @@ def test_a_sweep_by_another_launcher_goes_on(run_cli, tmp_path, monkeypatch, swe
     assert weights.read_bytes() == trained
     status, _, err = run_cli(*command, "optim.lr=1e-4")
     assert status == 2
-    assert "holds a run of other settings" in err
+    assert "holds a run with other settings" in err
 
 
 @pytest.mark.slow
