@@ -6,36 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.config.schema import (
-        ClassificationConfig,
-        DataConfig,
-        ModelConfig,
-        OptimConfig,
-        SentimentConfig,
-    )
-    from lora_lightning.data.datamodule import LoraDataModule
-    from lora_lightning.distributed.strategies import DataParallelStrategy, OneDeviceStrategy
-    from lora_lightning.inference.loading import load_trained
-    from lora_lightning.inference.predictor import Predictor
-    from lora_lightning.lora import (
-        Adapter,
-        AdapterSet,
-        LoraConfig,
-        UserError,
-        load_adapter,
-        save_adapter,
-    )
-    from lora_lightning.models.resolve import resolve
-    from lora_lightning.models.tokenizer import load_tokenizer
-    from lora_lightning.tasks import ClassificationTask, SentimentTask
-    from lora_lightning.training.module import LoraModule
+    from lora_lightning.config.schema import DataConfig as DataConfig
+    from lora_lightning.config.schema import ModelConfig as ModelConfig
+    from lora_lightning.config.schema import OptimConfig as OptimConfig
+    from lora_lightning.config.tasks import ClassificationConfig as ClassificationConfig
+    from lora_lightning.config.tasks import SentimentConfig as SentimentConfig
+    from lora_lightning.data.datamodule import LoraDataModule as LoraDataModule
+    from lora_lightning.distributed.strategies import DataParallelStrategy as DataParallelStrategy
+    from lora_lightning.distributed.strategies import OneDeviceStrategy as OneDeviceStrategy
+    from lora_lightning.inference.loading import load_trained as load_trained
+    from lora_lightning.inference.predictor import Predictor as Predictor
+    from lora_lightning.lora import Adapter as Adapter
+    from lora_lightning.lora import AdapterSet as AdapterSet
+    from lora_lightning.lora import LoraConfig as LoraConfig
+    from lora_lightning.lora import UserError as UserError
+    from lora_lightning.lora import load_adapter as load_adapter
+    from lora_lightning.lora import save_adapter as save_adapter
+    from lora_lightning.models.resolve import resolve as resolve
+    from lora_lightning.models.tokenizer import load_tokenizer as load_tokenizer
+    from lora_lightning.tasks import ClassificationTask as ClassificationTask
+    from lora_lightning.tasks import SentimentTask as SentimentTask
+    from lora_lightning.training.module import LoraModule as LoraModule
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "lora",
     "AdapterSet": "lora",
-    "ClassificationConfig": "config.schema",
+    "ClassificationConfig": "config.tasks",
     "ClassificationTask": "tasks",
     "DataConfig": "config.schema",
     "DataParallelStrategy": "distributed.strategies",
@@ -46,7 +44,7 @@ _HOME = {
     "OneDeviceStrategy": "distributed.strategies",
     "OptimConfig": "config.schema",
     "Predictor": "inference.predictor",
-    "SentimentConfig": "config.schema",
+    "SentimentConfig": "config.tasks",
     "SentimentTask": "tasks",
     "UserError": "lora",
     "load_adapter": "lora",
@@ -56,29 +54,7 @@ _HOME = {
     "save_adapter": "lora",
 }
 
-__all__ = [
-    "Adapter",
-    "AdapterSet",
-    "ClassificationConfig",
-    "ClassificationTask",
-    "DataConfig",
-    "DataParallelStrategy",
-    "LoraConfig",
-    "LoraDataModule",
-    "LoraModule",
-    "ModelConfig",
-    "OneDeviceStrategy",
-    "OptimConfig",
-    "Predictor",
-    "SentimentConfig",
-    "SentimentTask",
-    "UserError",
-    "load_adapter",
-    "load_tokenizer",
-    "load_trained",
-    "resolve",
-    "save_adapter",
-]
+__all__ = sorted(_HOME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_lightning.config.untrusted import refuse_links
+from lora_lightning.config.untrusted import check_links
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.serialization.checksums import write_checksums
@@ -117,7 +117,7 @@ def write_like(
         command: Words of the command that writes it, from the verb on.
     """
     first = sources[0]
-    refuse_links(first.path)
+    check_links(first.path)
     check_not_in_run(Path(output))
     paths = [source.path for source in sources]
     with replaced_folder(Path(output), by=command[0], sources=paths) as staging:
@@ -137,7 +137,7 @@ def copy_adapter(source: str | Path, output: str | Path) -> None:
         UserError: The folder holds no LoRA adapter, or a damaged one.
     """
     folder = AdapterFolder(source)
-    refuse_links(folder.path)
+    check_links(folder.path)
     raw, tensors = read_adapter(source)
     folder.check_quantization()  # the files alone do not record the quantization
     from_peft_config(raw)

@@ -1,22 +1,20 @@
-"""Help text of `lora-lightning --help`."""
+"""Help texts, made from the signatures and docstrings of the verbs' functions."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+
+from .commands import VERBS
+from .parser import OVERRIDES, arguments_of
 
 HELP = """\
 lora-lightning: fine-tune language models with LoRA under PyTorch Lightning.
 
   lora-lightning VERB [KEY=VALUE ...]
 
-Verbs
-  train     train an adapter, then test the best one     lora-lightning train
-  plan      memory and adapter sizes, without weights    lora-lightning plan model.name_or_path=X
-  check     preflight: show what train would do          lora-lightning check data.train=my.csv
-  evaluate  test an adapter                              lora-lightning evaluate adapter=DIR
-  predict   use an adapter on a text or a file           lora-lightning predict adapter=DIR text=...
-  chat      talk with a generative adapter               lora-lightning chat adapter=DIR
-  report    compare the runs of a sweep                  lora-lightning report SWEEP_DIR
-  merge     write base model + adapter as one model      lora-lightning merge adapter=DIR output=DIR
-  export    for other engines, and whether they take it  lora-lightning export adapter=D check=vllm
-  import    from a checkpoint, PEFT, or another tool     lora-lightning import source=X output=DIR
-  combine   a new adapter from several, or one scaled    lora-lightning combine adapter=A,B output=C
+Verbs; `lora-lightning VERB --help` shows the arguments of one
+{verbs}
 
 The settings used most (train, plan, check)
   data.train=FILE          CSV, TSV, JSON, JSONL, Parquet, text file or folder; data.val, data.test
@@ -37,3 +35,44 @@ More
   lora-lightning train -m lora.rank=4,8 lora.alpha=8,16        a sweep
   eval "$(lora-lightning -sc install=bash)"                    tab completion
 """
+
+
+def overview() -> str:
+    """Return the text of `lora-lightning --help`."""
+    lines = []
+    for verb in VERBS:
+        typed = [each.typed for each in arguments_of(VERBS[verb]).values() if each.required]
+        lines.append(f"  {verb:9} {_summary(verb):48} {' '.join([verb, *typed])}")
+    return HELP.format(verbs="\n".join(lines))
+
+
+def usage(verb: str) -> str:
+    """Return the text of `lora-lightning VERB --help`."""
+    arguments = arguments_of(VERBS[verb]).values()
+    words = [each.typed if each.required else f"[{each.typed}]" for each in arguments]
+    rows = [(each.typed, each.help) for each in arguments]
+    if OVERRIDES in inspect.signature(VERBS[verb]).parameters:
+        words.append("[KEY=VALUE ...]")
+        rows.append(("KEY=VALUE", "Settings of the config, see: lora-lightning train --help"))
+    line = textwrap.fill(
+        " ".join(["lora-lightning", verb, *words]),
+        width=98,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    column = max((len(typed) for typed, _ in rows), default=0) + 2
+    table = "".join(
+        textwrap.fill(
+            text, 98, initial_indent=f"  {typed:{column}}", subsequent_indent=" " * (column + 2)
+        )
+        + "\n"
+        for typed, text in rows
+    )
+    return f"lora-lightning {verb}: {_summary(verb)}\n\n{line}\n\n{table}"
+
+
+def _summary(verb: str) -> str:
+    doc = inspect.getdoc(VERBS[verb]) or ""
+    return doc.partition("\n")[0].rstrip(".")

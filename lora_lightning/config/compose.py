@@ -12,8 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -21,23 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.lora.config import LoraConfig
+from lora_lightning.utils.checks import check_choice, check_range
 
-from .groups import LARGEST_SEED, METHODS, Schema, Settings, composed, register_schemas
+from .groups import LARGEST_SEED, METHODS, STARTING, Schema, Settings, composed
 from .messages import explain
+from .monitor import direction_error, direction_of
 from .paths import anchor
-from .presets import primary, searched
+from .presets import searched
 from .saved import ADDED, RENAMED, leaves
-from .schema import (
-    GENERATION,
-    OWN_GROUPS,
-    TASK_ALIASES,
-    TASK_CONFIGS,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    direction_of,
-    refuse_direction,
-)
+from .schema import OWN_GROUPS, DataConfig, ModelConfig, OptimConfig
+from .tasks import GENERATION, TASK_ALIASES, TASK_CONFIGS
 
 
 def direction(config: DictConfig) -> str:
@@ -66,7 +57,7 @@ def with_direction(config: DictConfig) -> DictConfig:
         if not OmegaConf.is_interpolation(node, "mode"):
             direction_of(own, node.mode, setting)
             if own == monitor and node.mode not in (None, mode):
-                refuse_direction(own, node.mode, setting)
+                raise direction_error(own, node.mode, setting)
         elif own != monitor:
             node.mode = direction_of(own)
     return settled
@@ -81,20 +72,18 @@ def settings_of(config: DictConfig) -> Settings:
     _refuse_unknown_groups(config)
     values = list(leaves(OmegaConf.to_container(config, resolve=False)))
     _refuse_unresolved(config, values)
-    if not 0 <= config.seed <= LARGEST_SEED:
-        raise UserError(f"seed must be from 0 to {LARGEST_SEED}, got {config.seed}.")
+    check_range("seed", config.seed, f"[0, {LARGEST_SEED}]", words=())
     missing = [key for key, value in values if value == MISSING]
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+        raise UserError(f"{', '.join(missing)}: must be set. Type {missing[0]}=...")
     lora = _as_object(config.lora)
     method = lora.pop("method", "lora")
     if method == "full" and config.adapter:
         raise UserError(
-            f"adapter={config.adapter} cannot be trained on with lora=full, which has no adapter: "
-            "leave out one of the two."
+            f"adapter={config.adapter}: not supported with lora=full, which has no adapter. Remove "
+            "one of the two."
         )
-    if method not in METHODS:
-        raise UserError(f"lora.method must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_choice("lora.method", method, METHODS)
     return Settings(
         model=ModelConfig(**_as_object(config.model)),
         task=_as_object(config.task),
@@ -131,8 +120,8 @@ def _refuse_unknown_groups(config: DictConfig) -> None:
     for name in others:
         if not re.search(rf"\$\{{{re.escape(name)}[.}}\[]", raw):
             raise UserError(
-                f"{name}: there is no such group of settings, and nothing refers to it."
-                f"{did_you_mean(name, known)} Leave it out. Groups: {', '.join(known)}."
+                f"{name}: unknown group of settings, which nothing refers to."
+                f"{did_you_mean(name, known)} Groups: {', '.join(known)}."
             )
 
 
@@ -144,14 +133,16 @@ def settings_saved(saved: dict[str, Any]) -> Settings:
     """
     task = TASK_CONFIGS.get(str(saved["task"].get("name")))
     if task is None:
-        raise UserError(f"the adapter's saved settings name no known task: {saved['task']!r:.100}.")
+        raise UserError(
+            f"The adapter's saved settings name an unknown task: {saved['task']!r:.100}."
+        )
     schema = OmegaConf.structured(Schema)
     schema.task = OmegaConf.structured(task)
     groups = {group: saved[group] for group in OWN_GROUPS if saved.get(group)}
     try:
         return settings_of(OmegaConf.merge(schema, groups))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
-        raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
+        raise UserError(f"The adapter's saved settings do not fit: {explain(error)}") from None
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
@@ -169,18 +160,14 @@ def compose_config(overrides: list[str]) -> DictConfig:
     return config
 
 
-def sweep_dir_of(overrides: list[str]) -> str:
-    """Return the folder that a sweep with these overrides writes to.
+def compose_hydra(overrides: list[str]) -> DictConfig:
+    """Compose conf/train.yaml together with Hydra's own part, `hydra`.
 
     Raises:
         UserError: an override is wrong.
     """
-    register_schemas()
-    GlobalHydra.instance().clear()
     try:
-        with primary.initialized():
-            config = compose(primary.name, overrides=overrides, return_hydra_config=True)
-            return str(config.hydra.sweep.dir)
+        return composed(overrides, with_hydra=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
 
@@ -217,7 +204,7 @@ def over_saved(saved: dict[str, Any], overrides: list[str]) -> DictConfig:
         for group, values in saved.items():
             default[group] = OmegaConf.merge(default[group], values) if default[group] else values
     except OmegaConfBaseException as error:
-        raise UserError(f"the adapter's saved settings do not fit: {explain(error)}") from None
+        raise UserError(f"The adapter's saved settings do not fit: {explain(error)}") from None
     for override in OverridesParser.create().parse_overrides(overrides):
         key = str(override.key_or_group)
         if key.partition(".")[0] in asked:
@@ -239,10 +226,10 @@ def saved_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def config_hash(config: DictConfig) -> str:
-    """Return a hash of what a run computes, without its output folder, tags and logger."""
+    """Return a hash of what a run computes, not of its folder, tags, loggers and start."""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
-    for key in ("output_dir", "tags", "logger"):
+    for key in ("output_dir", "tags", "logger", *STARTING):
         plain.pop(key, None)
     plain["task"] = _with_earlier_names(plain["task"])
     for group, values in ADDED.items():

@@ -10,24 +10,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from lora_lightning.errors import UserError
 from lora_lightning.lora.config import LoraConfig
+from lora_lightning.utils.checks import check_choice
 
-from .presets import primary
-from .schema import (
-    TASK_ALIASES,
-    TASK_CONFIGS,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    direction_of,
-)
+from .monitor import direction_of
+from .presets import preset_table, primary
+from .schema import DataConfig, LauncherConfig, ModelConfig, OptimConfig
+from .tasks import TASK_ALIASES, TASK_CONFIGS
 
 METHODS = ("lora", "full")
-
-
 LARGEST_SEED = 2**32 - 1
-"""Largest seed that numpy takes."""
+"""Largest seed that numpy supports."""
 
 
 @dataclass
@@ -39,8 +32,7 @@ class LoraSchema(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise UserError(f"lora.method must be one of {METHODS}, got {self.method!r}.")
+        check_choice("lora.method", self.method, METHODS)
 
 
 @dataclass
@@ -63,9 +55,18 @@ class Schema:
     test_before: bool = True
     """Also test the model before training, to show what training gained."""
     adapter: str | None = None
-    """Adapter folder to start training from."""
+    """Adapter folder to start training from, of the same rank and targets, or a checkpoint of a run
+    (RUN_DIR/checkpoints/last.ckpt). None means a new adapter."""
+    resume: str | None = None
+    """Folder of a stopped run to resume, with its own config. auto resumes the run in output_dir if
+    there is one, else begins it. None begins a run."""
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     tags: list[str] = field(default_factory=list)
     """Free words kept with the run."""
+
+
+STARTING = ("resume", "launcher")
+"""Keys that say how a run is started, and nothing about what it computes."""
 
 
 @dataclass
@@ -88,11 +89,12 @@ def register_schemas() -> None:
     for alias, name in TASK_ALIASES.items():  # for presets of users
         store.store(group="task", name=f"{alias}_schema", node=TASK_CONFIGS[name])
     OmegaConf.register_new_resolver("direction", direction_of, replace=True)  # for sweep=optuna
+    OmegaConf.register_new_resolver("preset_table", preset_table, replace=True)  # for --help
 
 
-def composed(overrides: list[str]) -> DictConfig:
+def composed(overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     """Return conf/train.yaml with overrides. Hydra's errors pass through."""
     register_schemas()
     GlobalHydra.instance().clear()
     with primary.initialized():
-        return compose(primary.name, overrides=overrides)
+        return compose(primary.name, overrides=overrides, return_hydra_config=with_hydra)

@@ -30,23 +30,22 @@ def instantiate_one(nodes: DictConfig, name: Any) -> Any:
 
     node, key = nodes[name], nodes._get_full_key(name)
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise UserError(f"{key} needs a _target_, the class to build; {key}=null removes it.")
+        raise UserError(f"{key}: requires a _target_, the class to build. {key}=null removes it.")
     try:
         return instantiate(node)
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(
-            f"cannot build {key} from its _target_ {node._target_}: "
-            f"{' '.join(str(cause).split())}{_beside(str(node._target_))} Correct it, or leave it "
-            f"out: {key}=null."
+            f"{key}: cannot be built from its _target_ {node._target_}: "
+            f"{' '.join(str(cause).split())}{_path_hint(str(node._target_))} {key}=null removes it."
         ) from error
 
 
-def _beside(target: str) -> str:
+def _path_hint(target: str) -> str:
     """Return what to type if the class is in a file of this folder, where Python does not look."""
     name = target.partition(".")[0]
     if not name.isidentifier() or find_spec(name):  # it was found, so something else is wrong
         return ""
     if not (os.path.isfile(f"{name}.py") or os.path.isdir(name)):
         return ""
-    return f" {name} is in this folder: put PYTHONPATH=. in front of the command."
+    return f" {name} is in this folder: type PYTHONPATH=. in front of the command."

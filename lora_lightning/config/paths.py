@@ -47,11 +47,14 @@ def anchor(config: DictConfig, base: Path) -> None:
             node[name] = _absolute(value, base, key)
 
 
-def refuse_absent(config: DictConfig) -> None:
-    """Raise UserError for a missing data file, before any library is loaded.
+def check_data_files(config: DictConfig) -> None:
+    """Check that the data files exist, before any library is loaded.
 
     Args:
         config: composed config with anchored paths.
+
+    Raises:
+        UserError: a file is missing.
     """
     for split in ("train", "val", "test"):
         if OmegaConf.is_interpolation(config.data, split):
@@ -62,17 +65,14 @@ def refuse_absent(config: DictConfig) -> None:
                 continue
             path = expanded(item, f"data.{split}")
             if not path.exists():
-                raise absent(f"data.{split}", path)
+                raise not_found(f"data.{split}", path)
 
 
-def absent(option: str, path: Path) -> UserError:
+def not_found(option: str, path: Path) -> UserError:
     """Return the error for a missing data file, with similar names that exist."""
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     where = "" if path.parent.is_dir() else f" The folder {path.parent} does not exist."
-    return UserError(
-        f"{option}: {path} does not exist.{where}{did_you_mean(path.name, beside)} "
-        "Give the path of a file."
-    )
+    return UserError(f"{option}={path}: not found.{where or did_you_mean(path.name, beside)}")
 
 
 def _absolute(value: Any, base: Path, key: str) -> Any:

@@ -81,7 +81,7 @@ def with_presets(arguments: list[str]) -> list[str]:
             continue
         value = value if equals else next(waiting, "")
         if not value or (value.startswith("-") and not equals):
-            raise UserError(f"{flag} needs a value: {flag} {_FLAGS[flag].upper()}.")
+            raise UserError(f"{flag}: requires a value: {flag} {_FLAGS[flag].upper()}.")
         found[_FLAGS[flag]].append(value)
     primary.folder = primary.name = ""
     if found["path"]:
@@ -128,13 +128,24 @@ def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
     return sorted(name[:-5] for name in names if name.endswith(".yaml"))
 
 
+def preset_table(searchpath: Sequence[str] = ()) -> str:
+    """Return a line with the choices of each group of presets, for `train --help`."""
+    groups = (each.name for each in files(CONFIG_MODULE).iterdir() if each.is_dir())
+    overrides = [search_override(searchpath)] if searchpath else []
+    return "\n".join(
+        f"{group}: {', '.join(names)}"
+        for group in sorted(groups)
+        if group != "hydra" and (names := choices(group, overrides))
+    )
+
+
 def _entries(override: str) -> list[str]:
     try:
         value = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
-        raise UserError(f"cannot read {override!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{override} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(value, list):
-        raise UserError(f"{override}: give a list of folders: 'hydra.searchpath=[FOLDER]'.")
+        raise UserError(f"{override}: must be a list of folders: 'hydra.searchpath=[FOLDER]'.")
     return [str(entry) for entry in value]
 
 
@@ -154,5 +165,5 @@ def _from_home(argument: str) -> str:
 def _folder(given: str, setting: str) -> str:
     path = Path(given.removeprefix("file://")).expanduser()
     if not path.is_dir():
-        raise UserError(f"{setting}: {given} is no folder. Give one with presets in it.")
+        raise UserError(f"{setting}={given}: folder not found.")
     return f"file://{os.path.abspath(path)}"

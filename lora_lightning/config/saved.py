@@ -15,14 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lightning.errors import UserError
 
-from .groups import Schema
+from .groups import STARTING, Schema
 from .messages import explain
 from .paths import FILES, MADE
-from .schema import (
-    OWN_GROUPS,
-    TASK_ALIASES,
-    TASK_CONFIGS,
-)
+from .schema import OWN_GROUPS
+from .tasks import TASK_ALIASES, TASK_CONFIGS
 from .untrusted import is_installed_attention
 
 KNOWN_TARGETS = re.compile(
@@ -48,8 +45,8 @@ ADDED = {"model": {"cpu_kernels": True}}
 """Settings that configs of runs before 0.1 lack, with the values that these runs had."""
 
 
-def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[str]:
-    """Refuse a saved config that runs code of others, or reads more than itself.
+def check_typed_again(config: DictConfig, typed: list[str], source: str) -> list[str]:
+    """Check that settings which run code, or read or write elsewhere, were typed again.
 
     The folder's owner chose such settings. The caller types them again to allow them.
 
@@ -64,18 +61,18 @@ def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[st
     Raises:
         UserError: a required override was not typed.
     """
-    asked: dict[str, str] = {}
+    required: dict[str, str] = {}
     for resolve in (False, True):  # never resolve untyped reads beyond the config
-        asked |= to_be_typed(config, resolve=resolve)
-        if again := [item for item in asked if item not in typed]:
+        required |= settings_to_retype(config, resolve=resolve)
+        if again := [item for item in required if item not in typed]:
             raise UserError(
-                f"{source}: its config {asked[again[0]]}. It may be of somebody else. If it is "
-                f"yours, type it again: {source} {shlex.join(again)}"
+                f"{source}: its saved config {required[again[0]]}, and may be somebody else's. "
+                f"If you trust it, type it again: {source} {shlex.join(again)}"
             )
-    return [item for item in typed if item not in asked]
+    return [item for item in typed if item not in required]
 
 
-def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
+def settings_to_retype(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
     """Return the overrides that must be typed again to resume a run, with the effect of each.
 
     They cover classes outside of Lightning, torch and this package, and code that comes with a base
@@ -89,11 +86,11 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
     Raises:
         UserError: an interpolation cannot be resolved.
     """
-    found: dict[str, str] = {}
+    required: dict[str, str] = {}
     raw = dict(leaves(OmegaConf.to_container(config, resolve=False)))
     for key, value in raw.items():
         if _calls(value) and key != "output_dir":  # set by resume=
-            found[f"{key}={value}"] = f"takes {key} from {value}"
+            required[f"{key}={value}"] = f"takes {key} from {value}"
     try:
         values = dict(leaves(OmegaConf.to_container(config, resolve=True))) if resolve else raw
     except OmegaConfBaseException as error:
@@ -104,9 +101,9 @@ def to_be_typed(config: DictConfig, *, resolve: bool = True) -> dict[str, str]:
             continue
         does = _runs(key, value) or _writes(key, value, run_dir)
         if does is not None:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            found[f"{key}={shown}"] = does
-    return found
+            typed = str(value).lower() if isinstance(value, bool) else value
+            required[f"{key}={typed}"] = does
+    return required
 
 
 def _runs(key: str, value: Any) -> str | None:
@@ -172,12 +169,12 @@ def _is_known(target: Any) -> bool:
     from hydra.utils import get_object
 
     try:
-        found = get_object(target)
+        value = get_object(target)
     except Exception:
         return False
-    home = f"{getattr(found, '__module__', '')}."  # attributes may come from another module
-    schedule = home == "transformers.optimization." and callable(found)
-    return bool(schedule or (isinstance(found, type) and KNOWN_TARGETS.match(home)))
+    home = f"{getattr(value, '__module__', '')}."  # attributes may come from another module
+    schedule = home == "transformers.optimization." and callable(value)
+    return bool(schedule or (isinstance(value, type) and KNOWN_TARGETS.match(home)))
 
 
 def read_yaml(path: Path) -> Any:
@@ -189,7 +186,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return OmegaConf.load(path)
     except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {path}: {error}.") from None
+        raise UserError(f"{path} cannot be read: {error}.") from None
     except Exception as error:  # yaml errors have no common base that is worth importing
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
 
@@ -201,13 +198,12 @@ def read_config(path: Path) -> DictConfig:
         UserError: the file is absent or broken.
     """
     config = read_yaml(path)
-    names = [key.name for key in fields(Schema)]
-    if not isinstance(config, DictConfig) or not config.keys() >= set(names):
-        of = config.keys() if isinstance(config, DictConfig) else ()
+    keys = config.keys() if isinstance(config, DictConfig) else ()
+    missing = [key.name for key in fields(Schema) if key.name not in (*keys, *STARTING)]
+    if missing or not isinstance(config, DictConfig):
         raise UserError(
-            f"{path} is not the config of a run, or it is damaged (it has no "
-            f"{next(name for name in names if name not in of)}). If it is of a job of a sweep, "
-            "run the sweep's command again, which writes it again."
+            f"{path} is not the config of a run, or is damaged: {missing[0]} not found. If it "
+            "belongs to a job of a sweep, the sweep's command writes it again."
         )
     return config
 
@@ -223,23 +219,23 @@ def read_run_config(path: Path) -> DictConfig:
     try:
         for group in (*OWN_GROUPS, "trainer", "logger", "callbacks"):
             if not isinstance(config[group], DictConfig):
-                raise UserError(f"{group} is no mapping")
+                raise UserError(f"{group}: must be a mapping")
         for node in (*config.callbacks.values(), config.trainer.get("strategy")):
             if isinstance(node, DictConfig) and node.get("_target_") in RENAMED:
                 node._target_ = RENAMED[node._target_]
         name = config.task.get("name")
         config.task.name = name = TASK_ALIASES.get(name, name)
         if not isinstance(name, str) or name not in TASK_CONFIGS:
-            raise UserError(f"task.name={name}: there is no such task")
+            raise UserError(f"task.name={name}: unknown task")
         schema.task = OmegaConf.structured(TASK_CONFIGS[name])
         merged = OmegaConf.merge(schema, config)
     except Exception as error:
-        raise not_a_runs(path, error) from None
+        raise damaged_config_error(path, error) from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def not_a_runs(path: Path, error: Exception) -> UserError:
+def damaged_config_error(path: Path, error: Exception) -> UserError:
     """Return the error for a saved config that holds a value of the wrong type.
 
     Args:
@@ -247,9 +243,9 @@ def not_a_runs(path: Path, error: Exception) -> UserError:
         error: error that its value caused.
     """
     where = re.search(r"full_key: (\S+)", str(error))
-    told = explain(error).partition(" full_key:")[0].rstrip(".")[:600]
-    key = f"{where[1]}: " if where and where[1] not in told else ""
-    return UserError(f"{path} does not hold what a run saves: {key}{told or repr(error)}.")
+    reason = explain(error).partition(" full_key:")[0].rstrip(".")[:600]
+    key = f"{where[1]}: " if where and where[1] not in reason else ""
+    return UserError(f"{path} is not what a run saves: {key}{reason or repr(error)}.")
 
 
 def read_overrides(path: Path) -> list[str]:

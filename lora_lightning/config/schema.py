@@ -5,13 +5,11 @@ This module imports nothing heavy, so that a typo in a config is reported quickl
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.errors import UserError
+from lora_lightning.utils.checks import check_choice, check_range
 
 PAUSE = "pause.json"
 """File in the folder of a sweep's job, with the share of its steps before a pause (halving)."""
@@ -27,47 +25,6 @@ OWN_GROUPS = ("model", "task", "data", "lora", "optim")
 """Our own groups of the config, with plain values. They are saved with an adapter."""
 QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TEXT_METRICS = ("rouge", "bleu", "chrf")
-MONITORS = ("val/loss", "val/accuracy", "val/f1", "val/auroc")
-LOWER_IS_BETTER = re.compile(
-    r"(^|_)(loss|perplexity|error|distance|divergence|mse|mae|rmse|wer|cer|ter|brier)($|_)"
-)
-"""Names of metrics for which lower is better. For all others, higher is better."""
-
-
-def direction_of(monitor: str, mode: str | None = None, setting: str = "task.mode") -> str:
-    """Return "max" or "min", whichever is best for a metric.
-
-    Args:
-        monitor: name of the metric, such as val/loss.
-        mode: direction that the user typed. None (default) means that nothing was typed.
-        setting: setting where it was typed (default: task.mode).
-
-    Raises:
-        UserError: `mode` is neither, or contradicts the meaning of the metric.
-    """
-    meant = "min" if LOWER_IS_BETTER.search(monitor.rpartition("/")[2]) else "max"
-    if mode is None:
-        return meant
-    if mode not in ("max", "min"):
-        raise UserError(f"{setting} must be max or min, got {mode!r}.")
-    known = meant == "min" or monitor in MONITORS or _is_text_metric(monitor)
-    if known and mode != meant:
-        refuse_direction(monitor, mode, setting)
-    return mode
-
-
-def refuse_direction(monitor: str, mode: str, setting: str = "task.mode") -> None:
-    """Raise UserError for a direction that would keep the worst state."""
-    better = "lower" if mode == "max" else "higher"
-    raise UserError(
-        f"{setting}={mode}: of {monitor} {better} is better, so the worst state would be kept. "
-        f"Leave {setting} out."
-    )
-
-
-def _is_text_metric(monitor: str) -> bool:
-    return monitor.rpartition("/")[2].startswith(("token_accuracy", *TEXT_METRICS))
 
 
 @dataclass
@@ -106,23 +63,15 @@ class ModelConfig:
     """Run Python code that comes with a hub model. Use it only for sources that you trust."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(
-                f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
-                f"{did_you_mean(self.dtype, DTYPES)}"
-            )
+        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.quantization", self.quantization, (*QUANTIZATIONS, None))
+        check_choice("model.compile", self.compile, ("layer", None))
         self._check_new_tokens()
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise UserError(
-                f"model.quantization must be one of {', '.join(QUANTIZATIONS)} or null, got "
-                f"{self.quantization!r}.{did_you_mean(str(self.quantization), QUANTIZATIONS)}"
-            )
         if self.quantization and self.compile:
             raise UserError(
-                "model.compile and model.quantization do not go together: leave out one of them."
+                f"model.compile={self.compile}: not supported with "
+                f"model.quantization={self.quantization}. Remove one of the two."
             )
-        if self.compile not in (None, "layer"):
-            raise UserError(f"model.compile must be layer or null, got {self.compile!r}.")
 
     def _check_new_tokens(self) -> None:
         tokens = self.new_tokens
@@ -130,224 +79,13 @@ class ModelConfig:
             isinstance(t, str) and t.strip() for t in tokens
         ):
             raise UserError(
-                f"model.new_tokens must be a list of texts, none of them empty, got {tokens!r}: "
+                f"model.new_tokens={tokens!r}: must be a list of texts that are not empty, such as "
                 """'model.new_tokens=["<think>","</think>"]'."""
             )
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
         if twice:
-            raise UserError(f"model.new_tokens names {', '.join(map(repr, twice))} more than once.")
-
-
-@dataclass
-class ClassificationConfig:
-    """Settings of the task `classification` (one of N labels for a text)."""
-
-    name: str = "classification"
-    """The task's name."""
-    text_column: str | None = None
-    """Column with the text. None means the first of text, sentence, review, content ..."""
-    text_pair_column: str | None = None
-    """Column with a second text (entailment, paraphrase). None means no second text."""
-    label_column: str | None = None
-    """Column with the label. None means the first of label, labels, sentiment, class ..."""
-    labels: list[str] | None = None
-    """Class names in the order of their ids. None takes them from the training data, sorted."""
-    monitor: str = "val/accuracy"
-    """Validation metric that decides which adapter is best."""
-    mode: str | None = None
-    """"max" or "min", whichever is best for `monitor`. None follows the metric's meaning."""
-
-    def __post_init__(self) -> None:
-        if self.monitor not in MONITORS:
-            raise UserError(
-                f"task.monitor={self.monitor} is not measured."
-                f"{did_you_mean(self.monitor, MONITORS)} Known: {', '.join(MONITORS)}."
-            )
-        if self.mode not in (None, "max", "min"):
-            raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
-
-
-SentimentConfig = ClassificationConfig
-"""Earlier name of `ClassificationConfig`."""
-
-
-@dataclass
-class GenerationSettings:
-    """How text is generated, under the names of transformers' GenerationConfig."""
-
-    max_new_tokens: int = 64
-    """Longest generated text in tokens. An input leaves that much room."""
-    do_sample: bool = False
-    """Draw from the distribution instead of taking the most probable token."""
-    temperature: float = 1.0
-    """Temperature of that distribution. It is sharper below 1 and flatter above 1."""
-    top_p: float = 1.0
-    """Draw only from the most probable tokens that together have this share of probability."""
-    num_beams: int = 1
-    """Width of beam search. 1 means no beam search."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"task.generation.{name}={value}: must be at least 1.")
-        if not self.temperature > 0:
-            raise UserError(
-                f"task.generation.temperature={self.temperature}: must be positive. "
-                "For the most probable text: task.generation.do_sample=false."
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"task.generation.top_p={self.top_p}: must be in (0, 1].")
-
-
-GENERATION = tuple(option.name for option in fields(GenerationSettings))
-"""Names of the settings of `task.generation`, which may also stand in `task` itself."""
-
-
-@dataclass
-class GenerativeConfig:
-    """Settings common to all tasks whose target is text."""
-
-    name: str = ""
-    """The task's name."""
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """How text is generated, in validation and by predict."""
-    max_new_tokens: int | None = None
-    """Alias of generation.max_new_tokens."""
-    do_sample: bool | None = None
-    """Alias of generation.do_sample."""
-    temperature: float | None = None
-    """Alias of generation.temperature."""
-    top_p: float | None = None
-    """Alias of generation.top_p."""
-    num_beams: int | None = None
-    """Alias of generation.num_beams."""
-    generate_rows: int = 64
-    """Validation and test rows to generate text for. 0 means none, and -1 means all."""
-    text_metrics: list[str] = field(default_factory=lambda: ["rouge"])
-    """Metrics that compare generated texts with targets (rouge, bleu, chrf)."""
-    monitor: str = "val/loss"
-    """Validation metric that decides which adapter is best."""
-    mode: str | None = None
-    """"max" or "min", whichever is best for `monitor`. None follows the metric's meaning."""
-
-    def __post_init__(self) -> None:
-        self._settle_generation()
-        if self.generate_rows < -1:
-            raise UserError(
-                f"task.generate_rows must be 0 or more, or -1 for all, got {self.generate_rows}."
-            )
-        for metric in self.text_metrics:
-            if metric not in TEXT_METRICS:
-                raise UserError(
-                    f"task.text_metrics: there is no {metric!r}."
-                    f"{did_you_mean(metric, TEXT_METRICS)} Known: {', '.join(TEXT_METRICS)}."
-                )
-        if self.mode not in (None, "max", "min"):
-            raise UserError(f"task.mode must be max or min, got {self.mode!r}.")
-
-    def _settle_generation(self) -> None:
-        """Move aliases to `generation`, which may be a dict of some of its settings."""
-        default = self.__dataclass_fields__["generation"].default_factory()  # type: ignore[operator]
-        given = self.generation if isinstance(self.generation, dict) else vars(self.generation)
-        for name in GENERATION:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if given.get(name) not in (None, value, getattr(default, name)):
-                raise UserError(
-                    f"task.{name}={value} contradicts task.generation.{name}={given[name]}, whose "
-                    "alias it is. Give the latter alone."
-                )
-            given = {**given, name: value}
-            setattr(self, name, None)
-        self.generation = replace(default, **given)
-
-
-@dataclass
-class SummarizationConfig(GenerativeConfig):
-    """Settings of the task `summarization` (any source text to any target text)."""
-
-    name: str = "summarization"
-    """The task's name."""
-    source_column: str | None = None
-    """Column with the source. None means the first of source, document, dialogue, article ..."""
-    target_column: str | None = None
-    """Column with the target. None means the first of target, summary, highlights ..."""
-    prompt: str | None = None
-    """Text around {source}. None means the prompt that suits the model, see PROMPTS in
-    tasks/text_to_text.py."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompt is not None and self.prompt.count("{source}") != 1:
-            raise UserError(
-                "task.prompt must hold {source} once, where the source goes; got "
-                f"{self.prompt!r}."
-            )
-
-
-@dataclass
-class LanguageModelConfig(GenerativeConfig):
-    """Settings of the task `lm` (plain text, every token learned)."""
-
-    name: str = "lm"
-    """The task's name."""
-    text_column: str | None = None
-    """Column with the text. None means the first of text, content, document ..."""
-    blocks: bool = True
-    """Fill each example up to data.max_length with documents, which do not see each other."""
-    generation: GenerationSettings = field(
-        default_factory=lambda: GenerationSettings(do_sample=True, temperature=0.8, top_p=0.95)
-    )
-    """How text is generated by predict, drawn by default."""
-    generate_rows: int = 0
-    """Always 0. Nothing is generated, because there is no target to compare with."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.generate_rows != 0:
-            raise UserError(
-                "task.generate_rows: task=lm has no target to compare a text with; leave it out."
-            )
-
-
-@dataclass
-class InstructConfig(GenerativeConfig):
-    """Settings of the task `instruct` (conversations, with the assistant's turns learned)."""
-
-    name: str = "instruct"
-    """The task's name."""
-    messages_column: str | None = None
-    """Column with lists of {role, content}. None means messages or conversations, if present."""
-    system: str | None = None
-    """System message put before conversations that have none."""
-    generation: GenerationSettings = field(
-        default_factory=lambda: GenerationSettings(max_new_tokens=256)
-    )
-    """How answers are generated, in validation and by predict."""
-
-
-TASK_CONFIGS: dict[str, type[Any]] = {
-    "classification": ClassificationConfig,
-    "summarization": SummarizationConfig,
-    "instruct": InstructConfig,
-    "lm": LanguageModelConfig,
-}
-"""Settings classes by task name."""
-TASK_ALIASES = {"sentiment": "classification"}
-"""Current names of tasks by their aliases."""
-
-
-def current_task(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's settings, such as those in a file, with current names for aliases."""
-    task = dict(settings)
-    if isinstance(name := task.get("name"), str):
-        task["name"] = TASK_ALIASES.get(name, name)
-    aliases = {name: task.pop(name) for name in GENERATION if name in task}
-    given = {name: value for name, value in aliases.items() if value is not None}
-    if given and isinstance(generation := task.get("generation", {}), dict):
-        task["generation"] = {**generation, **given}
-    return task
+            names = ", ".join(map(repr, twice))
+            raise UserError(f"model.new_tokens: must name each token once, not {names} twice.")
 
 
 @dataclass
@@ -403,36 +141,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "limit_train", "limit_val", "limit_test"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} must be at least 1, got {value}.")
-        unknown = set(self.splits) - {"train", "val", "test"}
-        if unknown:
-            raise UserError(
-                f"data.splits: there is no {min(unknown)!r} here. It maps train, val and test to "
-                "the hub's names: '+data.splits={train: train, test: validation}'."
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"data.max_length must be at least 2, got {self.max_length}.")
-        number = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
-        if self.max_tokens not in ("auto", None) and not (number and self.max_tokens > 0):
-            raise UserError(
-                f"data.max_tokens must be a positive number, null or auto, got {self.max_tokens!r}."
-            )
-        number = isinstance(self.num_workers, int) and not isinstance(self.num_workers, bool)
-        if self.num_workers != "auto" and not (number and 0 <= self.num_workers <= MOST_PROCESSES):
-            raise UserError(
-                f"data.num_workers must be 0 to {MOST_PROCESSES}, or auto, got "
-                f"{self.num_workers!r}."
-            )
+            check_range(f"data.{name}", getattr(self, name), "[1, inf)")
         for name in ("val_fraction", "test_fraction"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"data.{name} must be in [0, 1), got {value}.")
+            check_range(f"data.{name}", getattr(self, name), "[0, 1)")
+        check_range("data.max_length", self.max_length, "[2, inf)")
+        check_range(
+            "data.max_tokens", self.max_tokens, "[1, inf)", whole=True, words=(None, "auto")
+        )
+        workers = f"[0, {MOST_PROCESSES}]"
+        check_range("data.num_workers", self.num_workers, workers, whole=True, words=("auto",))
+        if unknown := set(self.splits) - {"train", "val", "test"}:
+            raise UserError(
+                f"data.splits: {min(unknown)} must be train, val or test, with the hub's names, "
+                "such as '+data.splits={train: train, test: validation}'."
+            )
         if self.val_fraction + self.test_fraction >= 1.0:
             raise UserError(
-                "data.val_fraction and data.test_fraction leave no row to train on: "
-                f"together they are {self.val_fraction + self.test_fraction}."
+                f"data.val_fraction={self.val_fraction} and data.test_fraction="
+                f"{self.test_fraction}: must be below 1 together, so that rows to train on remain."
             )
 
 
@@ -463,11 +189,33 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         # Values far beyond any use overflow within an optimizer.
-        for name, most in (("lr", 1e30), ("loraplus_lr_ratio", 1e6)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise UserError(f"optim.{name} must be positive, at most {most:g}, got {value}.")
-        for name in ("weight_decay", "warmup"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise UserError(f"optim.{name} must be finite and not negative, got {value}.")
+        check_range("optim.lr", self.lr, "(0, 1e30]", words=())
+        check_range("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, "(0, 1e6]")
+        check_range("optim.weight_decay", self.weight_decay, "[0, inf)", words=())
+        check_range("optim.warmup", self.warmup, "[0, inf)", words=())
+
+
+RESUME_AUTO = "auto"
+"""Value of `resume` that resumes the run in output_dir if there is one, else begins it."""
+
+
+@dataclass
+class LauncherConfig:
+    """Settings of the launchers of sweeps, `hydra/launcher=process` (the default) and `packed`."""
+
+    jobs: Any = "auto"
+    """Processes at a time. auto means one for each set of GPUs, or one on a CPU."""
+    gpus_per_job: Any = "auto"
+    """GPUs of a process. auto means trainer.devices if that is a number, else 1."""
+    fail_fast: bool = False
+    """Let the first failure stop the sweep."""
+    retries: int = 0
+    """How often a job that fails is started again, from its last checkpoint."""
+    halving: Any = None
+    """Successive halving by `task.monitor`, such as {eta: 2, rungs: 3}. One in eta of the jobs that
+    reach a rung continues. min_resource is the share of all steps at the first rung. None trains
+    all jobs to their end."""
+    max_slots: int = 16
+    """Maximum number of jobs in a pack (packed)."""
+    memory: Any = "auto"
+    """GiB that a pack may take (packed). auto means 90 % of a GPU, and no limit on a CPU."""

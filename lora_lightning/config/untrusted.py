@@ -1,7 +1,7 @@
 """Checks of settings in a file, which separate accepted settings from those only the user may set.
 
 Adapter sidecars and checkpoints often come from others. Their settings must match an allow-list,
-which is the groups and keys of `config/schema.py` with their types.
+which is the groups and keys of `schema.py` and `tasks.py` with their types.
 """
 
 from __future__ import annotations
@@ -19,14 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.lora.config import LoraConfig
 
-from .schema import (
-    OWN_GROUPS,
-    TASK_CONFIGS,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    current_task,
-)
+from .schema import OWN_GROUPS, DataConfig, ModelConfig, OptimConfig
+from .tasks import TASK_CONFIGS, current_task
 
 ATTENTION = ("eager", "sdpa", "flex_attention")
 """Attention that torch itself has. For other names, transformers may fetch code from the hub."""
@@ -89,8 +83,8 @@ def check_plain(values: Any, where: str) -> None:
     for mark in ("${", '"_target_"'):
         if mark in text:
             raise UserError(
-                f"{where}: settings must be plain values, and one holds {mark.strip(chr(34))}. "
-                "Take it out of the file, or use a file of another source."
+                f"{where}: settings must be plain values, not {mark.strip(chr(34))}. Remove it "
+                "from the file, or use a file of another source."
             )
 
 
@@ -114,7 +108,7 @@ def _task_schema(values: dict[str, Any], source: object) -> type[Any]:
     name = values.get("name")
     if not isinstance(name, str) or name not in TASK_CONFIGS:
         raise UserError(
-            f"{source}: task.name={name!r}: there is no such task."
+            f"{source}: task.name={name!r}: unknown task."
             f"{did_you_mean(str(name), TASK_CONFIGS)} Known: {', '.join(TASK_CONFIGS)}."
         )
     return TASK_CONFIGS[name]
@@ -174,8 +168,8 @@ def arguments_from_file(
     return found
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse a folder with links to files elsewhere, whose content would end up in the output.
+def check_links(folder: Path) -> None:
+    """Check that a folder holds no link to a file elsewhere, whose content would be copied.
 
     Weights are read only as tensors, so they may be links.
 
@@ -186,15 +180,15 @@ def refuse_links(folder: Path) -> None:
         UserError: the folder holds such a link.
     """
     for path in [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]:
-        real = lies_elsewhere(path, folder)
+        real = target_outside(path, folder)
         if real is not None and path.suffix != ".safetensors":
             raise UserError(
-                f"{path} is a link to {real}, outside of its folder: it would be copied on. Take "
-                f"it away, or put the file itself in its place: cp -rL {folder} NEW_FOLDER."
+                f"{path} is a link to {real}, outside of its folder, which would be copied. Remove "
+                f"it, or copy the files themselves: cp -rL {folder} NEW_FOLDER."
             )
 
 
-def lies_elsewhere(path: Path, folder: Path) -> Path | None:
+def target_outside(path: Path, folder: Path) -> Path | None:
     """Return the target of a path in a folder if it is outside of the folder, else None.
 
     A folder in the hub's cache holds links to the files of its own repository. These files count
@@ -219,8 +213,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_outside_shards(folder: Path) -> None:
-    """Refuse a base model whose shard index or tokenizer names a file outside of its folder.
+def check_shard_files(folder: Path) -> None:
+    """Check that the shard index and tokenizer of a base model name no file outside of its folder.
 
     Raises:
         UserError: such a file is named, or the index cannot be read.
@@ -228,7 +222,9 @@ def refuse_outside_shards(folder: Path) -> None:
     named = _json(folder / "tokenizer_config.json").get("fast_tokenizer_files")
     for name in named if isinstance(named, list) else ():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{folder}/tokenizer_config.json names a file elsewhere: {name!r}.")
+            raise UserError(
+                f"{folder}/tokenizer_config.json names a file outside of its folder: {name!r}."
+            )
     for index in folder.rglob("*.index.json"):
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -237,6 +233,6 @@ def refuse_outside_shards(folder: Path) -> None:
             raise UserError(f"{index} is damaged: {error!r}. Copy the model again.") from None
         if outside:
             raise UserError(
-                f"{index} names {outside[0]!r}, and shards lie beside their index. Take the model "
-                "from where it is whole."
+                f"{index} names {outside[0]!r}, but shards must be in the folder of their index. "
+                "Copy the model again."
             )

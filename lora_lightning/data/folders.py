@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.config.untrusted import lies_elsewhere
+from lora_lightning.config.untrusted import target_outside
 from lora_lightning.errors import UserError
 from lora_lightning.utils.terminal import is_text
 
@@ -143,7 +143,7 @@ def _check_links(option: str, folder: Path, files: list[Path]) -> None:
     The sender of a folder must not choose which other files are read.
     """
     for file in files:
-        real = lies_elsewhere(file, folder)
+        real = target_outside(file, folder)
         if real is not None:
             raise UserError(
                 f"{option}: {file} is a link to {real}, outside its folder. Remove it, or replace "

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_lightning.config.schema import DataConfig
-from lora_lightning.config.untrusted import lies_elsewhere
+from lora_lightning.config.untrusted import target_outside
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import digest, expanded
@@ -176,7 +176,7 @@ def _splits_of_folder(path: Path, config: DataConfig, cache: Path) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=cache, prefix=".set-") as work:
         builder = load_dataset_builder(str(inside), config.name, cache_dir=work)
         files = _check_files(
-            config, builder, lambda file: lies_elsewhere(Path(file), inside) is None
+            config, builder, lambda file: target_outside(Path(file), inside) is None
         )
         if _is_plain_set(builder):
             return {

@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.config.paths import absent
+from lora_lightning.config.paths import not_found
 from lora_lightning.errors import UserError
 from lora_lightning.utils.cache_folder import cache_folder
 from lora_lightning.utils.output_folders import expanded
@@ -96,7 +96,7 @@ def _matching(option: str, path: Path) -> list[Path]:
 
 def _load_path(option: str, path: Path, cache: Path) -> Any:
     if not path.exists():
-        raise absent(option, path)
+        raise not_found(option, path)
     if path.is_dir():
         content = read_folder(option, path)
         return load_files(option, content, cache) if isinstance(content, list) else content

@@ -27,8 +27,8 @@ from lora_lightning.config.saved import read_config
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.config.untrusted import (
     arguments_from_file,
+    check_links,
     check_plain,
-    refuse_links,
     settings_from_file,
 )
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
@@ -167,7 +167,7 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
     checkpoints = sorted(folder.glob("*.ckpt"))
     if checkpoints and not files.config.is_file():
         raise UserError(f"source={folder}: holds checkpoints. Name one: source={checkpoints[-1]}")
-    refuse_links(folder)
+    check_links(folder)
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
     typed = _keys(overrides)

@@ -13,7 +13,7 @@ from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.adapters.run_entries import check_not_in_run
 from lora_lightning.adapters.save import save_tokenizer
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.config.untrusted import refuse_links
+from lora_lightning.config.untrusted import check_links
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.lora import UserError, load_adapter
 from lora_lightning.lora.initialization.loftq import take_over_values
@@ -37,7 +37,7 @@ def merge(folder: str | Path, output: str | Path, *, model: dict[str, Any] | Non
         The largest logit difference between the adapter model and the merged model, over a few
         texts. The merged model is read back from disk for this.
     """
-    refuse_links(Path(folder))
+    check_links(Path(folder))
     check_not_in_run(Path(output))
     check_replaceable(Path(output), by="merge", sources=[folder])
     module = _unquantized(Path(folder), model or {})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_lightning.config.untrusted import refuse_links, refuse_outside_shards
+from lora_lightning.config.untrusted import check_links, check_shard_files
 from lora_lightning.errors import UserError, lack_of_memory
 from lora_lightning.utils.output_folders import expanded
 
@@ -40,8 +40,8 @@ def resolve(
                 f"{option}={name_or_path}: folder holds no {' or '.join(markers)}. Name a "
                 "Hugging Face folder, or a hub name such as org/model."
             )
-        refuse_links(path)
-        refuse_outside_shards(path)
+        check_links(path)
+        check_shard_files(path)
         return str(path.resolve())
     local = in_package or path.is_absolute() or name_or_path.startswith((".", "~"))
     if local or path.is_file():

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from lora_lightning.config.schema import SWEEP
 from lora_lightning.utils.atomic_write import write_json
 from lora_lightning.utils.logs import read_json
+
+from .halving import DEFAULTS
 
 ROOT = Path("multirun")
 FOLDER = "hydra.sweep.dir="
@@ -20,7 +27,8 @@ def sweep_folder(overrides: list[str]) -> list[str]:
         return []
     for path in sorted(ROOT.glob(f"*/*/{SWEEP}"), reverse=True):
         content = read_json(path)
-        if content.get("overrides") == plain(overrides):
+        recorded = content.get("overrides")
+        if isinstance(recorded, list) and plain(map(str, recorded)) == plain(overrides):
             if content.get("status") == "completed":
                 return []
             print(
@@ -58,15 +66,28 @@ def resume_command(sweep_dir: Path) -> str:
     return shlex.join(words)
 
 
-def plain(overrides: list[str]) -> list[str]:
+def plain(overrides: Iterable[str]) -> list[str]:
     """Return the overrides without those on where and how the sweep runs.
 
     Two sweeps with the same remaining overrides are the same sweep.
     """
-    how = ("hydra.sweep.", "hydra.launcher.", "hydra/launcher=", "hydra.mode=")
-    keys = {item: item.lstrip("+") for item in overrides}
-    return sorted(
-        item
-        for item in overrides
-        if keys[item].startswith("hydra.launcher.halving") or not keys[item].startswith(how)
-    )
+    how = ("hydra.sweep.", "launcher.", "hydra/launcher=", "hydra.mode=")
+    kept = []
+    for item in overrides:
+        name = item.lstrip("+").removeprefix("hydra.") if "launcher." in item else item.lstrip("+")
+        if name.startswith("launcher.halving="):
+            kept.append(_spelled_out(name))
+        elif not name.startswith(how):
+            kept.append(item)
+    return sorted(kept)
+
+
+def _spelled_out(halving: str) -> str:
+    """Return an override of launcher.halving with all keys of the rule, in one order."""
+    try:
+        value: Any = OverridesParser.create().parse_override(halving).value()
+        rule = {**DEFAULTS, **value}
+    except (HydraException, TypeError):  # it is reported where the rule is read
+        return halving
+    parts = (f"{key}: {'null' if value is None else value}" for key, value in rule.items())
+    return f"launcher.halving={{{', '.join(parts)}}}"

@@ -15,7 +15,7 @@ from lora_lightning.config.paths import anchor
 from lora_lightning.config.saved import read_config, read_overrides
 from lora_lightning.errors import UserError
 from lora_lightning.utils.atomic_write import atomic_write
-from lora_lightning.utils.output_folders import made_folder
+from lora_lightning.utils.output_folders import create_folder
 
 from .curve_names import name_curves
 from .job import Job
@@ -35,6 +35,7 @@ def plan_job(context: HydraContext, sweep: DictConfig, number: int, overrides: l
     Raises:
         UserError: the job's folder holds something else.
     """
+    overrides = [item for item in overrides if not item.lstrip("+").startswith("launcher.")]
     config = context.config_loader.load_sweep_config(sweep, overrides)
     with open_dict(config):
         config.hydra.job.id = str(number)
@@ -119,7 +120,7 @@ def save_job(job: Job) -> None:
     """
     folder = job.folder / ".hydra"
     try:
-        made_folder(folder)
+        create_folder(folder)
         for name, content in (
             ("hydra.yaml", OmegaConf.masked_copy(job.config, "hydra")),
             ("overrides.yaml", job.config.hydra.overrides.task),

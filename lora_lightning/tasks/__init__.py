@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_lightning.config.schema import (
+from lora_lightning.config.tasks import (
     TASK_ALIASES,
     TASK_CONFIGS,
     ClassificationConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_lightning.config.schema import InstructConfig
+from lora_lightning.config.tasks import InstructConfig
 from lora_lightning.errors import UserError
 
 from .base import IGNORE

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
-from lora_lightning.config.schema import ClassificationConfig, ModelConfig
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.config.tasks import ClassificationConfig
 from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.models.forward import classification_logits

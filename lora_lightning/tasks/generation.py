@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lora_lightning.config.schema import GenerativeConfig, ModelConfig
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.config.tasks import GenerativeConfig
 from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import causal_inputs

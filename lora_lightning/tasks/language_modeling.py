@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_lightning.config.schema import LanguageModelConfig
+from lora_lightning.config.tasks import LanguageModelConfig
 
 from .base import IGNORE
 from .columns import as_text, check_texts, need_columns, pick_column, texts_of, which_column

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lora_lightning.config.schema import GenerativeConfig
+from lora_lightning.config.tasks import GenerativeConfig
 from lora_lightning.distributed.parallel_dims import gathers_layers, max_over_ranks
 from lora_lightning.models.forward import uncompiled
 from lora_lightning.utils.terminal import printable, say

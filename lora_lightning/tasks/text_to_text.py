@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lora_lightning.config.schema import SummarizationConfig
+from lora_lightning.config.tasks import SummarizationConfig
 
 from .columns import as_text, check_texts, need_columns, pick_column, texts_of, which_column
 from .generation import GenerativeTask

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.config.compatibility import refuse_combinations
+from lora_lightning.config.compatibility import check_combinations
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.distributed.adapter_sharding import Placement, place_adapter
 from lora_lightning.distributed.parallel_dims import ParallelDims
@@ -84,9 +84,7 @@ def build_adapted_model(
             "model.compile is not supported with tensor parallelism, which cuts the matrices. Set "
             "model.compile=null, or use trainer=fsdp2."
         )
-    refuse_combinations(
-        model_config, lora_config, start_from=start_from, in_shares=shards is not None
-    )
+    check_combinations(model_config, lora_config, start_from=start_from, sharded=shards is not None)
     # The values of an earlier run replace the initial ones.
     earlier = start_from or str((trainer and trainer.ckpt_path) or "")
     adapter = lora_from_data = None

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lora_lightning.config.schema import ModelConfig, OptimConfig, direction_of
+from lora_lightning.config.monitor import direction_of
+from lora_lightning.config.schema import ModelConfig, OptimConfig
 from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import Task, build_task

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_lightning.config.saved import to_be_typed
+from lora_lightning.config.saved import settings_to_retype
 from lora_lightning.distributed.environment import has_lost_another, leave
 from lora_lightning.errors import ProcessLost, UserError
 from lora_lightning.utils.atomic_write import fault_of_disk
@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
         begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
         again: dict[str, str] = {}
         with suppress(UserError):  # this process cannot resolve an interpolation
-            again = to_be_typed(config)
+            again = settings_to_retype(config)
         words = [command("train", resume=run_dir), *map(shlex.quote, again)]
         super().__init__(f"interrupted. To resume{begins}: {' '.join(words)}")
         self.signum = signum

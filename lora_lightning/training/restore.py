@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig
 
-from lora_lightning.config.saved import to_be_typed
+from lora_lightning.config.saved import settings_to_retype
 from lora_lightning.errors import (
     FULL_ERROR,
     ProcessLost,
@@ -67,7 +67,7 @@ def blame_config_before_first_step(
 def _is_in_typed_code(error: BaseException, config: DictConfig) -> bool:
     """Return whether an error passed through code that a resumed run uses only if typed again."""
     try:
-        typed = list(to_be_typed(config))
+        typed = list(settings_to_retype(config))
     except Exception:  # from interpolations, which are not user code
         return False
     names = {item.partition("=")[2].partition(".")[0] for item in typed if "_target_=" in item}

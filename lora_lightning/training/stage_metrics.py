@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lora_lightning.config.schema import direction_of, refuse_direction
+from lora_lightning.config.monitor import direction_error, direction_of
 from lora_lightning.lora import UserError
 from lora_lightning.tasks import Task
 from lora_lightning.tasks.metrics import MeanLoss
@@ -67,7 +67,7 @@ def check_monitor(task: Task, metrics: MetricCollection) -> None:
         higher = metric.higher_is_better
         if monitor == f"val/{name}" and higher not in (None, chosen == "max"):
             if mode is not None:
-                refuse_direction(monitor, mode)
+                raise direction_error(monitor, mode)
             raise UserError(
                 f"task.monitor={monitor}: {'higher' if higher else 'lower'} is better, which the "
                 f"name does not say. Set task.mode={'max' if higher else 'min'}."

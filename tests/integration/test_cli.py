@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from helpers.data import make_rows, to_jsonl, write_jsonl
 from helpers.runs import result_of
+from lora_lightning.cli.commands import VERBS
+from lora_lightning.cli.parser import Folder, arguments_of, parse
 from lora_lightning.training.callbacks.progress import ProgressBar
 
 
@@ -68,9 +72,76 @@ def test_module_is_the_same_command():
     assert helped.stdout.startswith("lora-lightning: ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["help"], ["predict", "--help"]])
-def test_help_of_every_kind(run_cli, arguments):
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["help"]])
+def test_help_is_the_same_however_it_is_asked_for(run_cli, arguments):
     assert run_cli(*arguments)[:2] == run_cli("--help")[:2]
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+def test_help_of_a_verb_shows_each_of_its_arguments(run_cli, verb):
+    status, out, _ = run_cli(verb, "--help")
+    assert status == 0
+    assert out.startswith(f"lora-lightning {verb}: ")
+    usage = out.split("\n\n")[1]
+    for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
+        if name == "overrides":
+            typed = "[KEY=VALUE ...]"
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            typed = " DIR"
+        else:
+            typed = f"{name}=" if parameter.default is parameter.empty else f"[{name}="
+        assert typed in usage
+        assert re.search(rf"^  {typed.strip('[] .')}.*  \S", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) < 100
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["predict", "text=a"], "predict requires adapter=DIR: Adapter folder of a run"),
+        (["merge", "adapter=", "output=x"], "merge requires adapter=DIR"),
+        (["merge", "adapter=x"], "merge requires output=DIR"),
+        (["combine", "adapter=x", "output=y", "rank=1.5"], "rank=1.5: must be a whole number"),
+        (["combine", "adapter=x", "output=y", "seed=a"], "seed=a: must be a whole number"),
+        (["combine", "adapter=x", "output=y", "wieghts=1"], "wieghts: unknown argument of combine"),
+        (["plan", "device_gib=much"], "device_gib=much: must be a number"),
+        (["plan", "device_gib=0"], "device_gib=0.0: must be above 0"),
+        (["export", "adapter=x", "format=pfet"], "Did you mean 'peft'"),
+        (["export", "adapter=x", "output=y", "lora.rank=3"], "lora.rank: unknown argument of exp"),
+        (["report"], "report requires DIR, and no other argument: lora-lightning report DIR"),
+        (["pridict"], "pridict: unknown verb. Did you mean 'predict'?"),
+        (["plan", "launcher.jobs=2"], "launcher.jobs=2: not supported by plan"),
+        (["check", "resume=auto"], "resume=auto: not supported by check"),
+    ],
+)
+def test_command_line_with_a_mistake_names_the_argument(run_cli, words, said):
+    status, out, err = run_cli(*words)
+    assert (status, out) == (2, "")
+    assert said in " ".join(err.split())
+
+
+def test_arguments_have_the_types_of_the_signature():
+    def verb(overrides: list[str], folder: Folder, weights: list[float] | None = None, n: int = 3):
+        """Do nothing.
+
+        Args:
+            folder: a folder,
+                on two lines.
+            weights: w.
+            n: n.
+        """
+
+    found = arguments_of(verb)
+    assert [each.typed for each in found.values()] == ["folder=DIR", "weights=X,X,...", "n=N"]
+    assert found["folder"].help == "a folder, on two lines."
+    words = ["folder=~", "x=1", "weights=[1, -2.5]", "n=4", "n=5", "lora.rank=2"]
+    assert parse("verb", verb, words) == {
+        "folder": Path.home(),
+        "weights": [1.0, -2.5],
+        "n": 5,
+        "overrides": ["x=1", "lora.rank=2"],
+    }
+    assert parse("verb", verb, ["folder=a"]) == {"folder": Path("a"), "overrides": []}
 
 
 def test_train_help_names_groups_and_choices(run_cli):
@@ -87,12 +158,11 @@ def test_train_help_names_groups_and_choices(run_cli):
     }.items():
         assert re.search(rf"^{group}: .*\b{choice}\b", out, re.MULTILINE), out
     assert "train resume=RUN_DIR" in out
+    assert "_schema" not in out
     assert not list(Path().iterdir())
 
 
 def test_cfg_shows_the_config_and_runs_nothing(run_cli):
-    from omegaconf import OmegaConf
-
     status, out, _ = run_cli("train", "--cfg", "job", "lora.rank=3", "trainer=cpu")
     config = OmegaConf.create(out)
     assert status == 0
@@ -108,6 +178,23 @@ def test_config_dir_adds_presets_from_outside_the_package(run_cli, tmp_path):
     status, out, err = run_cli("train", "--config-dir", "my", "experiment=mine", "--cfg", "job")
     assert status == 0, err
     assert "rank: 5" in out
+    assert re.search("^experiment: .*, mine,", run_cli("train", "--help", "-cd", "my")[1], re.M)
+
+
+def test_cfg_shows_resume_and_launcher(run_cli, tmp_path):
+    typed = ["resume=auto", "launcher.jobs=3", "sweep=halving"]
+    status, out, err = run_cli("train", "--cfg", "job", *typed)
+    assert status == 0, err
+    config = OmegaConf.create(out)
+    assert config.resume == "auto"
+    assert config.launcher.jobs == 3
+    assert config.launcher.halving == {"eta": 2, "rungs": 2, "min_resource": 0.125}
+    preset = tmp_path / "my" / "experiment" / "mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\nresume: some/run\n")
+    status, _, err = run_cli("train", "--config-dir", "my", "experiment=mine")
+    assert status == 2
+    assert "resume=some/run: must be typed on the command line" in " ".join(err.split())
 
 
 # Completion ---------------------------------------------------------------------------------
@@ -328,7 +415,7 @@ def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, 
 
 
 def test_every_monitor_is_measured(runs):
-    from lora_lightning.config.schema import MONITORS
+    from lora_lightning.config.monitor import MONITORS
 
     result = result_of(runs["bert"])
     assert {key for key in result if key.startswith("val/")} == set(MONITORS)
@@ -530,14 +617,14 @@ def test_what_could_not_go_on_is_told(run_cli, tmp_path):
     """resume=auto without a folder would begin in a new one each time; a file is no run."""
     status, _, err = run_cli("train", "debug=limit", "resume=auto")
     assert status == 2
-    assert "resume=auto goes on with the run in output_dir, and without" in " ".join(err.split())
+    assert "resume=auto: requires output_dir=DIR" in " ".join(err.split())
     (tmp_path / "last.ckpt").write_bytes(b"")
     status, _, err = run_cli("train", f"resume={tmp_path / 'last.ckpt'}")
     assert status == 2
-    assert "is a file: give the folder of the run" in " ".join(err.split())
+    assert "must be the folder of a run, not a file" in " ".join(err.split())
     status, _, err = run_cli("train", "debug=limit", "launcher.jobs=2")
     assert status == 2
-    assert "launcher.jobs=2 is for the jobs of a sweep: add -m" in " ".join(err.split())
+    assert "launcher.jobs=2: requires a sweep. Add -m." in " ".join(err.split())
 
 
 def test_commands_let_gpu_memory_grow_before_torch_is_imported():

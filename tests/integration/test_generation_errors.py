@@ -125,7 +125,7 @@ REFUSED = [
         "val/rougeL",
     ),
     Case(
-        "rouge is not measured",
+        "rouge: must be one of",
         "summarization",
         GOOD,
         ["task.monitor=val/rougeL", "task.generate_rows=0"],

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from lora_lightning.cli.train import _whole_halving
+from lora_lightning.config.compose import compose_hydra
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.halving import Halving
 from lora_lightning.sweeps.job import Job
@@ -163,14 +164,24 @@ def test_equals_go_by_their_loss(tmp_path):
     assert [job.number for job in order] == [1, 0, 2]
 
 
-def test_what_is_given_takes_the_place_of_a_preset():
-    assert _whole_halving("hydra.launcher.halving={eta: 3}") == (
-        "hydra.launcher.halving={eta: 3, rungs: 3, min_resource: null}"
-    )
-    whole = "+hydra.launcher.halving={eta: 2, rungs: 1, min_resource: 0.1}"
-    assert _whole_halving(whole) == whole
-    for other in ("hydra.launcher.halving=null", "hydra.launcher.jobs=2", "lora.rank=1"):
-        assert _whole_halving(other) == other
+@pytest.mark.parametrize(
+    ("typed", "rule"),
+    [
+        (["launcher.halving={eta: 3}"], (3, 3, None)),
+        (["hydra.launcher.halving={eta: 3}"], (3, 3, None)),
+        (["sweep=halving"], (2, 2, 0.125)),
+        (["sweep=halving", "launcher.halving.rungs=1"], (2, 1, 0.125)),
+        (["sweep=halving", "launcher.halving={rungs: 1}"], (2, 1, 0.125)),
+        (["sweep=halving", "hydra.launcher.halving={eta: 3}"], (3, 3, None)),
+        (["sweep=halving", "launcher.halving=null"], None),
+        ([], None),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["process", "packed"])
+def test_launcher_gets_the_typed_rule_over_that_of_a_preset(launcher, typed, rule):
+    config = compose_hydra([f"hydra/launcher={launcher}", *typed])
+    halving = Halving.of(instantiate(config.hydra.launcher).halving, "max")
+    assert halving == (rule and Halving(rule[0], rule[1], 1, rule[2]))
 
 
 def test_a_paused_job_of_others_goes_on_with_the_config_of_this_sweep(

@@ -218,8 +218,8 @@ def test_mistakes_are_told(tmp_path, run_cli):
         read_sweep(tmp_path / "multirun/day/hour/3")
     for arguments, told in (
         ([str(tmp_path / "none")], "folder not found"),
-        ([], "takes the folder of a sweep"),
-        (["lora.rank=2"], "takes the folder of a sweep"),
+        ([], "report requires DIR, and no other argument"),
+        (["lora.rank=2"], "report requires DIR, and no other argument"),
     ):
         status, _, err = run_cli("report", *arguments)
         assert status == 2

@@ -134,9 +134,14 @@ def test_wrong_settings_are_told(settings):
             "launcher.halving=3: must be a mapping of eta",
         ),
         (["launcher.halving.eta=2"], "'launcher.halving={eta: 2, rungs: 3}'"),
-        (["launcher.max_slots=4"], "belongs to hydra/launcher=packed"),
+        (["launcher.max_slots=4"], "launcher.max_slots=4: requires hydra/launcher=packed"),
+        (["hydra.launcher.max_slots=4"], "launcher.max_slots: requires hydra/launcher=packed"),
+        (["launcher.jobs=2", "hydra/launcher=basic"], "launcher.jobs=2: requires hydra/launcher="),
+        (["launcher.jobs=1,2"], "launcher.jobs=1,2: a sweep cannot vary its own launcher"),
+        (["launcher.retries=x"], "launcher.retries: Value 'x'"),
+        (["resume=auto"], "resume=auto: not supported with -m"),
         (["launcher.job=4"], "Did you mean 'launcher.jobs'?"),
-        (["--cfg", "job"], "-m does not go together with --cfg"),
+        (["--cfg", "job"], "-m is not supported with --cfg"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
@@ -160,7 +165,7 @@ def test_a_failed_job_leaves_the_others_alone(tmp_path):
     jobs = jobs_without_config(tmp_path, 2)
     JobQueue(jobs, once(jobs), [None, None]).run()
     assert [(job.state, job.status) for job in jobs] == [("failed", 2)] * 2
-    assert "no .hydra/config.yaml" in jobs[0].error()
+    assert "with a .hydra/config.yaml" in jobs[0].error()
 
 
 class Waits(Work):
@@ -199,6 +204,11 @@ def test_another_halving_is_another_sweep(tmp_path, monkeypatch):
     assert sweep_folder(mine) == [f"hydra.sweep.dir={folder}"]
     assert sweep_folder([mine[0], "hydra.launcher.halving={eta: 4, rungs: 1}"]) == []
     assert sweep_folder(mine[:1]) == []
+    assert sweep_folder([mine[0], "launcher.halving={rungs: 3}"]) == [f"hydra.sweep.dir={folder}"]
+    # As it was recorded before `launcher` was a part of the config.
+    earlier = [mine[0], "hydra.launcher.halving={eta: 2, rungs: 3, min_resource: null}"]
+    (folder / "sweep.json").write_text(json.dumps({"overrides": earlier, "status": "running"}))
+    assert sweep_folder([mine[0], "launcher.halving={eta: 2}"]) == [f"hydra.sweep.dir={folder}"]
 
 
 def test_fail_fast_starts_no_more(tmp_path):
@@ -345,7 +355,7 @@ def test_under_torchrun_a_sweep_is_refused(sweep, run_cli, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = run_cli(*sweep)
     assert status == 2
-    assert "without torchrun" in err
+    assert "-m is not supported with torchrun or srun" in err
 
 
 def alive(pattern: str) -> list[int]:
@@ -481,7 +491,7 @@ def test_a_sweep_by_another_launcher_goes_on(run_cli, tmp_path, monkeypatch, swe
     assert weights.read_bytes() == trained
     status, _, err = run_cli(*command, "optim.lr=1e-4")
     assert status == 2
-    assert "holds a run of other settings" in err
+    assert "holds a run with other settings" in err
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from lora_lightning.config.compose import direction
-from lora_lightning.config.schema import direction_of
+from lora_lightning.config.monitor import direction_of
 from lora_lightning.errors import UserError
 from lora_lightning.lora.config import LoraConfig
 from lora_lightning.sweeps.grouping import group_by

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lora_lightning.adapters.run_entries import rollback_on_mistake
-from lora_lightning.config.compatibility import refuse_combinations
+from lora_lightning.config.compatibility import check_combinations
 from lora_lightning.config.compose import settings_of, with_direction
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
@@ -106,7 +106,7 @@ def _check_sharded(strategy: object, settings: Settings, adapter: str | None) ->
     The check itself loads the base unsharded.
     """
     if isinstance(strategy, ShardedStrategy):
-        refuse_combinations(settings.model, settings.lora, start_from=adapter, in_shares=True)
+        check_combinations(settings.model, settings.lora, start_from=adapter, sharded=True)
         check_heads(load_model_config(settings.model), strategy.tensor_size)
 
 

@@ -337,9 +337,9 @@ def test_combine_command_writes_the_adapter_or_names_the_mistake(folders, tmp_pa
     assert f"new adapter: {output}" in out
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
     for arguments, message in (
-        ([both], "combine needs output=DIR"),
-        ([f"output={output}"], "combine needs adapter=DIR"),
-        ([both, f"output={output}", "weights=a,b"], "weights: 'a' is not a number"),
+        ([both], "combine requires output=DIR"),
+        ([f"output={output}"], "combine requires adapter=DIR"),
+        ([both, f"output={output}", "weights=a,b"], "weights=a: must be a number"),
         ([both, f"output={output}", "wieghts=1,1"], "Did you mean 'weights'"),
     ):
         status, _, err = run_cli("combine", *arguments)

@@ -128,7 +128,7 @@ def test_export_command_checks_writes_or_names_the_mistake(base, tmp_path, run_c
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", MARK}
     for arguments, message in (
-        ([where], "export needs output=DIR, or check="),
+        ([where], "export requires output=DIR, or check="),
         ([where, "check=vlm"], "Did you mean 'vllm'"),
         ([where, "format=canon", f"output={output}"], "Did you mean 'canonical'"),
         ([where, "fromat=peft"], "Did you mean 'format'"),

@@ -18,7 +18,8 @@ from lora_lightning.config.compose import (
     with_direction,
 )
 from lora_lightning.config.messages import all_keys
-from lora_lightning.config.schema import TASK_CONFIGS, direction_of
+from lora_lightning.config.monitor import direction_of
+from lora_lightning.config.tasks import TASK_CONFIGS
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.halving import Halving
 from lora_lightning.tasks import build_task
@@ -62,7 +63,7 @@ def test_a_value_of_ones_own_that_settings_refer_to_is_no_mistake():
     config = compose(*sized, "+width=3", "data.batch_size=${width}")
     settings = settings_of(config)
     assert (settings.lora.rank, settings.data.batch_size) == (4, 3)
-    with pytest.raises(UserError, match="min: there is no such group"):
+    with pytest.raises(UserError, match="min: unknown group"):
         settings_of(compose("+min=4", *sized))
 
 
@@ -86,7 +87,7 @@ def test_full_has_no_adapter():
         ("optim.lr=fast", "optim.lr"),
         ("task.text_colum=x", "'task.text_column'"),
         ("trainer.max_epoch=3", "'trainer.max_epochs'"),
-        ("+trainer.strategy=ddp", "leave out the plus"),
+        ("+trainer.strategy=ddp", "without the plus"),
         ("lora=ful", "'full'"),
         ("optim=adam", "'adamw'"),
         ("data.train=[a,b", "quotes"),
@@ -114,6 +115,7 @@ def test_saved_settings_are_changed_by_overrides_alone():
 def test_config_hash_depends_on_what_is_computed_only():
     base = config_hash(compose())
     assert base == config_hash(compose("output_dir=elsewhere", "tags=[x]"))
+    assert base == config_hash(compose("resume=auto", "launcher.jobs=2", "launcher.retries=1"))
     assert base != config_hash(compose("seed=1"))
     assert base != config_hash(compose("lora.rank=4"))
 
@@ -132,9 +134,9 @@ def test_a_typo_is_compared_with_the_keys_of_the_task_that_was_chosen():
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(group, choice, extra):
-    from lora_lightning.config.messages import _no_such_choice
+    from lora_lightning.config.messages import _unknown_choice
 
-    assert f'pip install "lora_lightning[{extra}]"' in _no_such_choice(group, choice)
+    assert f'pip install "lora_lightning[{extra}]"' in _unknown_choice(group, choice)
 
 
 DIRECTIONS = {"val/loss": "min", "val/accuracy": "max", "val/f1": "max", "val/auroc": "max"}
@@ -152,7 +154,9 @@ def test_the_direction_follows_the_metric_wherever_one_is_needed(monitor):
     assert halving is not None
     assert halving.sign == (1 if meant == "max" else -1)
     contrary = {"min": "max", "max": "min"}[meant]
-    with pytest.raises(UserError, match=f"task.mode={contrary}: of {monitor} (low|high)er is"):
+    with pytest.raises(
+        UserError, match=f"task.mode={contrary}: .* {monitor}, where (low|high)er is"
+    ):
         direction(compose(f"task.monitor={monitor}", f"task.mode={contrary}"))
     assert direction(compose(f"task.monitor={monitor}", f"task.mode={meant}")) == meant
 
@@ -172,13 +176,19 @@ def test_a_callback_with_a_metric_of_its_own_follows_that(name):
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (["task.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower is better"),
-        (["callbacks.{}.mode=min"], "=min: of val/accuracy higher is better"),
-        (["callbacks.{}.monitor=val/loss", "callbacks.{}.mode=max"], "=max: of val/loss lower"),
-        (["callbacks.{}.mode=up"], " must be max or min, got 'up'"),
+        (
+            ["task.monitor=val/loss", "callbacks.{}.mode=max"],
+            "=max: not supported with val/loss, where lower is better",
+        ),
+        (["callbacks.{}.mode=min"], "=min: not supported with val/accuracy, where higher"),
+        (
+            ["callbacks.{}.monitor=val/loss", "callbacks.{}.mode=max"],
+            "=max: not supported with val/loss, where lower",
+        ),
+        (["callbacks.{}.mode=up"], "=up: must be max or min"),
         (
             ["task.monitor=val/mine", "task.mode=min", "callbacks.{}.mode=max"],
-            "=max: of val/mine lower is better",
+            "=max: not supported with val/mine, where lower",
         ),
     ],
 )

@@ -33,27 +33,27 @@ WRONG_VALUES = [
     (
         DataConfig,
         {"val_fraction": 0.5, "test_fraction": 0.5},
-        "no row to train on",
+        "must be below 1 together",
         "data.val_fraction",
     ),
     (ModelConfig, {"name_or_path": "x", "dtype": "bfloat"}, "model.dtype", "'bfloat16'"),
     (
         ModelConfig,
         {"name_or_path": "x", "new_tokens": ["aa", "aa"]},
-        "model.new_tokens names 'aa'",
-        "more than once",
+        "model.new_tokens: must name",
+        "each token once, not 'aa' twice",
     ),
     (
         ModelConfig,
         {"name_or_path": "x", "new_tokens": [""]},
-        "none of them empty",
+        "that are not empty",
         '["<think>","</think>"]',
     ),
-    (OptimConfig, {"lr": -1.0}, "optim.lr", "positive"),
-    (OptimConfig, {"lr": NAN}, "optim.lr", "positive"),
+    (OptimConfig, {"lr": -1.0}, "optim.lr", "must be above 0"),
+    (OptimConfig, {"lr": NAN}, "optim.lr", "must be above 0"),
     (OptimConfig, {"lr": 1e38}, "optim.lr", "at most 1e+30"),
     (OptimConfig, {"weight_decay": math.inf}, "optim.weight_decay", "finite"),
-    (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay", "negative"),
+    (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay", "must be at least 0"),
 ]
 # Overrides, and what the error says.
 WRONG_OVERRIDES = [
@@ -66,15 +66,19 @@ WRONG_OVERRIDES = [
     (["lora.method=ful"], "lora.method", "full"),
     (["lora.rank_pattern={query:4}"], "lora.rank_pattern", "'+lora.rank_pattern={"),
     (["model.new_tokens=aa"], "model.new_tokens", "list"),
-    (["model=hub"], "model.name_or_path", "must be given"),
-    (["seed=-1"], "seed must be", "from 0"),
+    (["model=hub"], "model.name_or_path", "must be set"),
+    (["seed=-1"], "seed=-1: must be", "from 0"),
     (["task.text_column=${oc.env:NOT_SET_HERE}"], "task.text_column", "'NOT_SET_HERE' not found"),
     (["data.val=${nothing}"], "data.val", "'nothing' not found"),
-    (["+foo.bar=1"], "foo: there is no such group", "Leave it out"),
-    (["+datamodule._target_=missing.Class"], "datamodule: there is no such group", "Leave it out"),
+    (["+foo.bar=1"], "foo: unknown group", "Groups: model"),
+    (["+datamodule._target_=missing.Class"], "datamodule: unknown group", "Groups: model"),
     (["task.mode=up"], "task.mode", "max or min"),
-    (["task.monitor=val/loss", "task.mode=max"], "task.mode=max", "Leave task.mode out"),
-    (["task.mode=min"], "of val/accuracy higher is better", "Leave task.mode out"),
+    (["task.monitor=val/loss", "task.mode=max"], "task.mode=max", "Remove task.mode"),
+    (
+        ["task.mode=min"],
+        "not supported with val/accuracy, where higher is better",
+        "Remove task.mode",
+    ),
 ]
 
 

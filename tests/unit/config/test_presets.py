@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli.train import _saved_search
+from lora_lightning.cli.resume import _saved_search
 from lora_lightning.config.compose import compose_config, over_saved, saved_settings
 from lora_lightning.config.presets import with_presets
 from lora_lightning.lora import UserError
@@ -72,11 +72,11 @@ def test_a_config_of_ones_own_is_the_primary_one(mine):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config-dir", "nowhere"], "--config-dir: nowhere is no folder"),
-        (["--config-dir"], "--config-dir needs a value"),
-        (["--config-dir", "--cfg"], "--config-dir needs a value"),
-        (["hydra.searchpath=my"], "give a list of folders"),
-        (["hydra.searchpath=[nowhere]"], "nowhere is no folder"),
+        (["--config-dir", "nowhere"], "--config-dir=nowhere: folder not found"),
+        (["--config-dir"], "--config-dir: requires a value"),
+        (["--config-dir", "--cfg"], "--config-dir: requires a value"),
+        (["hydra.searchpath=my"], "must be a list of folders"),
+        (["hydra.searchpath=[nowhere]"], "nowhere: folder not found"),
     ],
 )
 def test_a_folder_that_is_not_there_is_told(mine, arguments, said):

@@ -19,12 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoTokenizer
 
 from helpers.data import write_jsonl
-from lora_lightning.config.schema import (
-    DataConfig,
-    LanguageModelConfig,
-    ModelConfig,
-    SentimentConfig,
-)
+from lora_lightning.config.schema import DataConfig, ModelConfig
+from lora_lightning.config.tasks import LanguageModelConfig, SentimentConfig
 from lora_lightning.data import tokenization as encode
 from lora_lightning.data.collators import PackingCollator
 from lora_lightning.data.datamodule import LoraDataModule

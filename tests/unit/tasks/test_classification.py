@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from helpers.data import make_rows
 from lora_lightning.config.compose import compose_config
-from lora_lightning.config.schema import ModelConfig, SentimentConfig
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.config.tasks import SentimentConfig
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import classification_logits

@@ -19,7 +19,7 @@ from lora_lightning.config.compose import (
 )
 from lora_lightning.config.presets import with_presets
 from lora_lightning.config.saved import read_config, read_run_config
-from lora_lightning.config.schema import (
+from lora_lightning.config.tasks import (
     GENERATION,
     TASK_CONFIGS,
     GenerationSettings,
@@ -110,7 +110,9 @@ def test_generation_alias_in_files_is_read():
 
 
 def test_generation_alias_beside_another_value_raises():
-    with pytest.raises(UserError, match="task.num_beams=4 contradicts task.generation.num_beams=2"):
+    with pytest.raises(
+        UserError, match="task.num_beams=4: is an alias of task.generation.num_beams=2"
+    ):
         generation_of("task=summarization", "task.num_beams=4", "task.generation.num_beams=2")
     both = generation_of("task=summarization", "task.num_beams=4", "task.generation.num_beams=4")
     assert both.num_beams == 4

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from lora_lightning.adapters.run_entries import check_writable
-from lora_lightning.cli.train import _whole_configs
+from lora_lightning.cli.hydra_run import _atomic_configs
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.folder import record_sweep
@@ -167,7 +167,7 @@ def test_a_fault_of_a_disk_is_found_behind_what_libraries_make_of_it():
 def _config_of_a_run(folder: Path) -> None:
     from hydra.core import utils
 
-    with _whole_configs(Path.cwd()):
+    with _atomic_configs(Path.cwd()):
         utils._save_config(OmegaConf.create({"a": 1}), "config.yaml", folder)
 
 
