@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -97,7 +98,9 @@ def _dispatch(verb: str, words: list[str]) -> None:
                 raise UserError(
                     f"{word}: not supported by {verb}. Use lora-lightning train {word}."
                 )
-    VERBS[verb](**values)
+    parameters = inspect.signature(VERBS[verb]).parameters.values()
+    positional = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    VERBS[verb](*positional, **values)
 
 
 def _guarded(action: Callable[[], Any]) -> Any:
