@@ -240,10 +240,10 @@ class Ends(Callback):
 
 
 @pytest.fixture(scope="module")
-def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
+def settings(fast, tiny_bert, rows_jsonl) -> list[str]:
     return [
         *(*fast, f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
-        *(f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "callbacks.early_stopping=null"),
+        "callbacks.early_stopping=null",
         *("trainer.max_epochs=3", "trainer.log_every_n_steps=1", "lora.rank=2"),
     ]
 

@@ -45,12 +45,11 @@ LAST = "checkpoints/last.ckpt"
 
 
 @pytest.fixture(scope="module")
-def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
-    cache = tmp_path_factory.mktemp("cache")
+def settings(fast, tiny_bert, rows_jsonl) -> list[str]:
     return [
         *fast,
         *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
-        *(f"data.cache_dir={cache}", "callbacks.early_stopping=null", "lora.rank=2"),
+        *("callbacks.early_stopping=null", "lora.rank=2"),
         *("trainer.max_epochs=24", "callbacks.last.every_n_steps=2"),
     ]
 
