@@ -18,7 +18,7 @@ import torch
 from lora_lightning.errors import did_you_mean
 from lora_lightning.lora import UserError, read_adapter
 from lora_lightning.lora.serialization.checksums import check_files
-from lora_lightning.lora.serialization.peft_folder import from_peft_config
+from lora_lightning.lora.serialization.peft_config import from_peft_config
 
 from .files import Stored, write_like
 from .folder import belongs_to_quantised

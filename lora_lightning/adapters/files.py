@@ -15,12 +15,8 @@ from lora_lightning.config.untrusted import refuse_links
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.serialization.checksums import SIDECAR, check_files, write_checksums
-from lora_lightning.lora.serialization.peft_folder import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    from_peft_config,
-    write_files,
-)
+from lora_lightning.lora.serialization.peft_config import CONFIG_NAME, from_peft_config
+from lora_lightning.lora.serialization.save import WEIGHTS_NAME, write_files
 from lora_lightning.lora.serialization.validation import check_values
 from lora_lightning.utils.output_folders import MARK, replaced_folder
 

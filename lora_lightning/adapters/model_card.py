@@ -14,7 +14,7 @@ from lora_lightning.config.saved import read_overrides
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.errors import UserError
 from lora_lightning.lora.embeddings import vocabulary_rows
-from lora_lightning.lora.serialization.peft_folder import CONFIG_NAME
+from lora_lightning.lora.serialization.peft_config import CONFIG_NAME
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.terminal import fenced, one_line, printable
 

@@ -27,7 +27,7 @@ from lora_lightning.lora import Adapter, UserError
 from lora_lightning.lora.functional import refuse_second_derivatives
 from lora_lightning.lora.layers.fused_parts import Part, within
 from lora_lightning.lora.layers.fused_qkv import SplitLayer
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 
 from .sharded_loading import Shards, local, with_wildcards
 

@@ -30,11 +30,11 @@ from lora_lightning.config.untrusted import (
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.embeddings import make_room
-from lora_lightning.lora.serialization.peft_folder import (
+from lora_lightning.lora.serialization.load import adapter_from
+from lora_lightning.lora.serialization.peft_config import (
     CONFIG_NAME,
-    adapter_from,
     from_peft_config,
-    is_together,
+    ties_updates,
 )
 from lora_lightning.models.loading import load_model_config, load_tokenizer
 from lora_lightning.tasks import build_task
@@ -169,7 +169,7 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
     with_tokenizer = (folder / "tokenizer_config.json").is_file()
     module, whole = _bare(config, kind=kind, tokenizer=str(folder) if with_tokenizer else None)
     make_room(module.model, lora, tensors, folder)
-    _put_on(module, whole, lora, tensors, folder, together=is_together(raw))
+    _put_on(module, whole, lora, tensors, folder, together=ties_updates(raw))
     return module, config
 
 

@@ -29,7 +29,7 @@ from .functional import (
     refuse_second_derivatives,
 )
 from .layers.base import Wrapper
-from .layers.linear import LoraConv1D, LoraLayer, LoraLinear
+from .layers.lora_layer import LoraLayer
 from .layers.parameter import LoraParameter
 from .running_statistics import keeps_statistics
 
@@ -120,7 +120,7 @@ class StackedLayer(nn.Module):
             rows,
             cast_frozen(weight, dtype),
             None if bias is None else bias.to(dtype),
-            [(layer.scaling, layer._dropout_now()) for layer in layers],  # type: ignore[operator]
+            [(layer.scaling, layer.active_dropout()) for layer in layers],  # type: ignore[operator]
             parts,
             self._stack.randomness,
             *matrices,
@@ -138,18 +138,17 @@ class StackedLayer(nn.Module):
 def _common_weight(layers: list[nn.Module]) -> Tensor | None:
     """Return the plain frozen weight that all layers adapt, or None if there is none."""
     first = layers[0]
-    if type(first) not in (LoraLinear, LoraConv1D):  # DoRA does more than add
+    if not isinstance(first, LoraLayer) or not first.adds_product:  # DoRA does more than add
         return None
-    assert isinstance(first, LoraLayer)
     for layer in layers:
         if type(layer) is not type(first) or layer.merged or not layer.enabled:
             return None
-        base, own = first.base_layer, layer.base_layer
-        if own.weight is not base.weight or own.bias is not base.bias:
+        base, other = first.base_layer, layer.base_layer
+        if other.weight is not base.weight or other.bias is not base.bias:
             return None
-        if layer._plain_weight() is None:
+        if layer.plain_weight() is None:
             return None
-    return first._plain_weight()
+    return first.plain_weight()
 
 
 class _StackedLinear(torch.autograd.Function):

@@ -14,7 +14,7 @@ from .casts import Casts, cast_frozen
 from .functional import Linear, fused_group
 
 if TYPE_CHECKING:
-    from .layers.linear import LoraLayer
+    from .layers.lora_layer import LoraLayer
 
 _Group = tuple["weakref.ref[LoraLayer]", ...]
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from lora_lightning.errors import UserError, did_you_mean
 
-from .layers.linear import LoraEmbedding, lora_class_for
+from .layers.embedding import LoraEmbedding
+from .layers.factory import lora_class_for
 from .name_patterns import ALL_LINEAR, ends_with, matches, suffixes
-from .reachability import BEHIND, passed_over, read_behind
+from .reachability import BEHIND, read_behind, skip_reasons
 
 
 class ModuleIndex:
@@ -61,20 +62,20 @@ class ModuleIndex:
     @cached_property
     def linear(self) -> set[str]:
         """Names of the layers that `all-linear` selects."""
-        skipped = self.below(self.heads).union(self.left_out)
+        outside = self.below(self.heads).union(self.skipped)
         return {
             name
             for name, aliases in self.layers.items()
-            if not self._is_embedding(name) and skipped.isdisjoint(aliases)
+            if not self._is_embedding(name) and outside.isdisjoint(aliases)
         }
 
     @cached_property
-    def left_out(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, str]:
         """Names of the linear layers that `all-linear` leaves out, with the reason.
 
         Task heads are not included.
         """
-        reasons = passed_over(self.model, self.heads)
+        reasons = skip_reasons(self.model, self.heads)
         heads = self.below(self.heads)
         return {
             alias: reasons[alias]

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_lightning.errors import UserError
 
 from .config import LoraConfig
-from .layers.linear import LoraLayer
+from .layers.lora_layer import LoraLayer
 
 MISTAKEN_IN = frozenset(
     [
@@ -70,7 +70,7 @@ def named_like_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
     return found if found and expert_parameters(model) else []
 
 
-def refuse_what_peft_mistakes(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
+def check_mistaken_experts(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
     """Raise UserError for settings that PEFT lacks on the layers that it mistakes for experts.
 
     Args:

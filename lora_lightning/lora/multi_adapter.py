@@ -17,13 +17,8 @@ from .batched import Stack, stacked_model
 from .embeddings import rows_needed, vocabulary_rows
 from .model import Adapter
 from .running_statistics import is_statistic
-from .serialization.peft_folder import (
-    adapter_from,
-    from_peft_config,
-    is_together,
-    read_adapter,
-    whole_modules,
-)
+from .serialization.load import adapter_from, read_adapter, whole_modules
+from .serialization.peft_config import from_peft_config, ties_updates
 
 
 class AdapterSet:
@@ -69,7 +64,7 @@ class AdapterSet:
         model = copy.deepcopy(self.base, shared)
         model.rows_before_growth = None  # type: ignore[assignment]  # shared tensors do not change
         self.adapters[name] = adapter_from(
-            model, config, tensors, folder, together=is_together(raw)
+            model, config, tensors, folder, together=ties_updates(raw)
         )
         model.eval()  # requires_grad stays, since `stacked_model` finds a slot's layers by it
         self._stacked = None

@@ -39,7 +39,7 @@ def read_behind(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def passed_over(model: nn.Module, heads: list[str]) -> dict[str, str]:
+def skip_reasons(model: nn.Module, heads: list[str]) -> dict[str, str]:
     """Return the names of modules that `all-linear` leaves out, with the reason.
 
     Training might not reach them. They are of two kinds:
@@ -86,7 +86,7 @@ def _language_model(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
-def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
+def check_mixers(model: nn.Module, names: list[str]) -> None:
     """Raise UserError for layers on which PEFT loads no adapter.
 
     Args:
@@ -169,7 +169,7 @@ def _kind(name: str) -> str:
     return ".".join("*" if place == last else part for place, part in enumerate(parts))
 
 
-def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
+def check_reached(trained: Mapping[str, Tensor]) -> list[str]:
     """Check that a backward pass has reached every reachable tensor of an adapter.
 
     Args:

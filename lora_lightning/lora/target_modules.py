@@ -15,8 +15,9 @@ from torch import nn
 from lora_lightning.errors import UserError, did_you_mean
 
 from .config import LoraConfig
+from .layers.factory import lora_class_for
 from .layers.fused_parts import Part, check_contiguous, sized
-from .layers.linear import LoraLinear, lora_class_for
+from .layers.linear import LoraLinear
 from .module_index import ModuleIndex, listing, no_match
 from .moe import expert_parameters
 from .name_patterns import ends_with, pattern_for, suffixes, within_layer

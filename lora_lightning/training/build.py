@@ -105,7 +105,7 @@ def build_adapted_model(
             elif lora_config.init == "loftq":
                 complete = replace(complete, init="kaiming")  # for layers that are not quantized
             adapter = Adapter(model, complete)
-            adapter.start_at(matrices)
+            adapter.set_initial_A(matrices)
             if lora_config.init == "loftq" and not earlier:
                 original = replace(model_config, quantization=None)
                 with torch.device("cpu"):  # there is no room for it beside the quantized model

@@ -14,7 +14,8 @@ from lora_lightning.config.untrusted import arguments_from_file
 from lora_lightning.lora import LoraConfig, UserError
 from lora_lightning.lora.initialization.eva import Start, start_from_data
 from lora_lightning.lora.serialization.checksums import check_files
-from lora_lightning.lora.serialization.peft_folder import from_peft_config, read_adapter
+from lora_lightning.lora.serialization.load import read_adapter
+from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.tasks import Task, to_device
 
 from .checkpointing import read_checkpoint

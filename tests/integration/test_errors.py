@@ -1278,7 +1278,7 @@ def test_disk_that_fills_up_while_writing(place, run_cli, monkeypatch):
     def full(*arguments, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lightning.lora.serialization.peft_folder.save_file", full)
+    monkeypatch.setattr("lora_lightning.lora.serialization.save.save_file", full)
     status, _, err = run_cli(*place.train())
     case = Case("full disk", lambda p: [], "No space left on device", "Nothing was changed")
     warned, error, said = err.partition("error: ")  # of few rows, as training began

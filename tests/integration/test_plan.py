@@ -96,7 +96,7 @@ def test_weights_and_activations_are_those_of_the_real_model(request, tmp_path, 
     saved = {rows: saved_bytes(module, with_values(batch)) for rows, batch in batches.items()}
     assert kept[6] - kept[2] == pytest.approx(saved[6] - saved[2], rel=0.02)
     tensors = [*module.model.parameters(), *module.model.buffers()]
-    tensors += module.adapter._pristine.values() if module.adapter else []
+    tensors += module.adapter.base_tensors.initial.values() if module.adapter else []
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert weights == pytest.approx(sum(storages.values()), rel=0.02)
 

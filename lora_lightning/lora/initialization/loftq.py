@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.linear import LoraConv1D, dequantized, lora_class_for
+from lora_lightning.lora.layers.base import dequantized
+from lora_lightning.lora.layers.factory import lora_class_for
+from lora_lightning.lora.layers.linear import LoraConv1D
 from lora_lightning.lora.model import Adapter
 
 from .svd import principal

@@ -58,15 +58,13 @@ def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
     weight = weight.detach().cpu().float()
     if stored.dim() == 2 and stored.shape[1:] == weight.shape[1:] and len(stored) != len(weight):
         raise UserError(
-            f"{source} brings its own {name} of {len(stored)} rows, and the base model's has "
-            f"{len(weight)}: its vocabulary was resized. Load it on the base as it was resized, "
-            "with the values of its new rows."
+            f"{source}: {name} has {len(stored)} rows, but the base model's has {len(weight)}. "
+            "Load it on the base with the resized vocabulary and the values of its new rows."
         )
     if stored.shape != weight.shape or not torch.allclose(
         stored.cpu().float(), weight, atol=1e-3, rtol=1e-2
     ):
         raise UserError(
-            f"{source} brings its own {name}, which differs from the base model's: "
-            "it was trained on another base, with a resized vocabulary, or as a whole module "
-            "that adapter_config.json does not list."
+            f"{source}: {name} differs from the base model's. It was trained on another base, "
+            "with a resized vocabulary, or whole without an entry in modules_to_save."
         )

@@ -20,7 +20,7 @@ from lora_lightning.config.saved import read_config
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
 from lora_lightning.lora.batched import Stack, own_layers, stacked_model
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
 from lora_lightning.utils.terminal import say

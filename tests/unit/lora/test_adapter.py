@@ -109,7 +109,7 @@ def test_trained_biases_travel_both_ways(name, bias, tmp_path):
 
 def test_biases_of_a_16_bit_base_are_refused():
     model = case("bert").copy().bfloat16()
-    with pytest.raises(UserError, match=r"needs model\.dtype=float32"):
+    with pytest.raises(UserError, match=r"Set model\.dtype=float32"):
         adapter_on(model, bias="all")
     assert trainable_names(model) == {name for name, _ in model.named_parameters()}
 
@@ -259,7 +259,7 @@ def test_a_whole_head_tied_to_the_embeddings_is_trained_alone(tmp_path):
 def test_a_quantised_whole_module_is_refused_before_anything_changes():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=r"lora\.modules_to_save: 1\.weight is quantised"):
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: 1\.weight is quantized"):
         adapter_on(model, targets=["0"], modules_to_save=["1"])
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
@@ -271,7 +271,7 @@ def test_a_second_adapter_is_refused():
     adapter = adapter_on(model)
     randomise(adapter.named_tensors())
     adapted = this.logits(model)
-    with pytest.raises(UserError, match="already carries a LoRA adapter"):
+    with pytest.raises(UserError, match="already has a LoRA adapter"):
         adapter_on(model)
     assert torch.equal(this.logits(model), adapted)
     adapter.remove()
@@ -302,7 +302,7 @@ def test_load_tensors_is_strict_and_changes_nothing_on_error():
     first = next(iter(good))
     bad = [
         ({k: v for k, v in good.items() if k != first}, f"lacks 1 tensors .{first}"),
-        ({**good, "extra.lora_A.weight": torch.zeros(1)}, "has unexpected 1 tensors .extra"),
+        ({**good, "extra.lora_A.weight": torch.zeros(1)}, "has 1 unexpected tensors .extra"),
         ({**good, first: torch.zeros(2, 2)}, rf"{first} is \(2, 2\) instead of \(3, 32\)"),
         ({**good, first: torch.full_like(good[first], torch.nan)}, f"not finite in {first}"),
     ]

@@ -130,7 +130,7 @@ def test_the_adapter_is_plain_lora(rslora, base, batches, tmp_path):
     assert found.config.init == "kaiming"
     model = copy.deepcopy(base)
     adapter = Adapter(model, found.config)
-    adapter.start_at(found.matrices)
+    adapter.set_initial_A(found.matrices)
     ids = batches[0]["input_ids"]
     with torch.no_grad():
         expected = base(input_ids=ids).logits

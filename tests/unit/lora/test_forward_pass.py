@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from helpers.gpu import Kernels, like_a_gpu
 from lora_lightning.lora import Adapter, LoraConfig, functional
 from lora_lightning.lora.casts import Casts
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 
 
 class Block(nn.Module):

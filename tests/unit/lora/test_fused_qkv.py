@@ -208,10 +208,10 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     save_adapter(plain, tmp_path)
     adapter = fused("gpt2")
     before = {name: tensor.clone() for name, tensor in adapter.named_tensors().items()}
-    with pytest.raises(UserError, match="not zero outside of these parts"):
+    with pytest.raises(UserError, match="must be zero outside of these parts"):
         adapter.load_tensors(read_adapter(tmp_path)[1])
     tensors = read_adapter(tmp_path)[1]
-    with pytest.raises(UserError, match=r"B is \(96, 3\), and \(96, 4\) for these parts"):
+    with pytest.raises(UserError, match=r"B is \(96, 3\), must be \(96, 4\) for these parts"):
         adapter.load_tensors({n: t[:, :3] if "lora_B" in n else t for n, t in tensors.items()})
     assert all(torch.equal(before[name], t) for name, t in adapter.named_tensors().items())
 

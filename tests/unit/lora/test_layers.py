@@ -228,7 +228,7 @@ def test_quantised_linear_trains_and_refuses_to_merge():
     assert losses[-1] < 0.8 * losses[0]
     assert all(layer.lora_B.any() for layer in adapter.layers.values())
 
-    with pytest.raises(UserError, match=r"^0: cannot merge into Int8Linear: .* is quantised"):
+    with pytest.raises(UserError, match=r"^0: cannot merge into Int8Linear: .* is quantized"):
         adapter.merge()
     adapter.remove()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -217,19 +217,19 @@ def test_what_is_left_out_is_told():
     this = case("mixtral")
     summary = random_adapter_on(this.copy()).summary()
     total = sum(p.numel() for p in this.base.parameters() if p.dim() == 3)
-    assert sum(summary.left_out.values()) == total
+    assert sum(summary.unadapted_experts.values()) == total
     share = 100 * total / summary.total
     told = str(summary).splitlines()[-1]
     assert told.startswith(f"4 expert parameters ({share:.1f} % of all parameters) are not adapted")
     names = "mlp.experts.gate_up_proj,mlp.experts.down_proj"
     assert f"lora.target_parameters=[{names}]" in told
     part = random_adapter_on(this.copy(), target_parameters=BOTH[1:]).summary()
-    assert list(part.left_out) == [f"model.layers.{i}.{BOTH[0]}" for i in (0, 1)]
+    assert list(part.unadapted_experts) == [f"model.layers.{i}.{BOTH[0]}" for i in (0, 1)]
     whole = random_adapter_on(this.copy(), target_parameters=BOTH).summary()
-    assert not whole.left_out
+    assert not whole.unadapted_experts
     assert "not adapted" not in str(whole)
     assert "2 x 32 -> 96" in str(whole)
-    assert not random_adapter_on(case("bert").copy()).summary().left_out
+    assert not random_adapter_on(case("bert").copy()).summary().unadapted_experts
 
 
 REFUSED = {
@@ -282,7 +282,7 @@ def test_files_of_an_older_layout_are_refused(version, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": version}))
     if version in ("0.18.1", "0.19.0@UNKNOWN"):
-        with pytest.raises(UserError, match=f"PEFT {version}, which laid"):
+        with pytest.raises(UserError, match=f"PEFT {version} have another layout"):
             load_adapter(this.copy(), tmp_path)
     else:
         load_adapter(this.copy(), tmp_path)

@@ -8,7 +8,8 @@ from torch import nn
 
 from helpers.models import randomise
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.layers.linear import LoraEmbedding, LoraLinear
+from lora_lightning.lora.layers.embedding import LoraEmbedding
+from lora_lightning.lora.layers.linear import LoraLinear
 
 
 class Other(nn.Module):
@@ -79,9 +80,9 @@ def refuses_to_merge(model: nn.Module, said: str) -> Adapter:
 def test_a_layer_that_scales_its_product_is_not_merged():
     model = nn.Sequential(Other(4, 4, turned=False, factor=2.0))
     for settings in CONFIGS[1:]:
-        with pytest.raises(UserError, match="a Other does not give its weight times its input"):
+        with pytest.raises(UserError, match="a Other does not compute weight times input"):
             Adapter(model, LoraConfig(rank=2, **settings))
-    refuses_to_merge(model, "0: a Other does not give its weight times")
+    refuses_to_merge(model, "0: a Other does not compute weight times input")
 
 
 def test_a_hook_that_changes_the_output_is_seen():
@@ -99,7 +100,9 @@ class Positions(nn.Embedding):
 
 
 def test_an_embedding_that_gives_other_rows_is_refused():
-    with pytest.raises(UserError, match="Positions does not give the rows .*lora.exclude"):
+    with pytest.raises(
+        UserError, match="Positions does not return the requested rows .*lora.exclude"
+    ):
         LoraEmbedding(Positions(9, 4), 2, scaling=1.0)
 
 

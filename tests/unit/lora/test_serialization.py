@@ -25,8 +25,9 @@ from lora_lightning.lora import (
     read_adapter,
     save_adapter,
 )
-from lora_lightning.lora.serialization import peft_folder as state
-from lora_lightning.lora.serialization.peft_folder import adapter_from, from_peft_config
+from lora_lightning.lora.serialization import save
+from lora_lightning.lora.serialization.load import adapter_from
+from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.utils import output_folders as outputs
 from lora_lightning.utils.output_folders import MARK
 
@@ -251,7 +252,7 @@ def with_infinity(tensors):
     [
         (without_one, rf"does not fit the model: it lacks 1 tensors \({QUERY}\)"),
         (without_head, r"it lacks 1 tensors \(classifier.weight\)"),
-        (with_one_more, r"it has unexpected 1 tensors \(bert.encoder.layer.9"),
+        (with_one_more, r"it has 1 unexpected tensors .bert.encoder.layer.9"),
         (of_another_rank, rf"{QUERY} is \(4, 32\) instead of \(3, 32\)"),
         (with_nan, rf"not finite in {QUERY}"),
         (with_infinity, r"not finite in classifier.bias"),
@@ -321,9 +322,9 @@ def no_weights(folder):
         (empty_weights, "truncated or corrupt"),
         (not_json, "adapter_config.json is not readable JSON"),
         (not_text, "adapter_config.json is not readable JSON"),
-        (a_list, r"describes no LoRA adapter \(peft_type is 'list'\)"),
-        (no_config, "is not an adapter folder: it holds no adapter_config.json"),
-        (no_weights, "holds no adapter_model.safetensors"),
+        (a_list, "must describe a LoRA adapter, not 'list'"),
+        (no_config, "is not an adapter folder: adapter_config.json not found"),
+        (no_weights, "adapter_model.safetensors not found"),
     ],
 )
 def test_damaged_files(folder, spoil, message):
@@ -335,7 +336,7 @@ def test_damaged_files(folder, spoil, message):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(UserError, match=r"none does not exist. A run leaves its adapter in"):
+    with pytest.raises(UserError, match=r"none does not exist. A run writes its adapter to"):
         read_adapter(tmp_path / "none")
 
 
@@ -352,7 +353,7 @@ class Bomb:
 def test_a_pickle_is_never_read(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(UserError, match=r"adapter_model\.bin, a pickle, which can run code"):
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle, which can run code"):
         load_adapter(case("bert").copy(), folder)
     assert not (tmp_path / "exploded").exists()
     pickle.loads((folder / "adapter_model.bin").read_bytes())
@@ -363,28 +364,29 @@ def test_a_pickle_is_never_read(folder, tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "lacks .* tensors .*lora_magnitude_vector"),
-        ({"lora_bias": True}, "lora_bias=True, which is not supported"),
+        ({"lora_bias": True}, "adapter_config.json: lora_bias=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* not supported"),
-        ({"use_superlora": True}, "use_superlora=True, which is not known"),
-        ({"superlora_config": {"width": 2}}, "superlora_config=.* not known"),
-        ({"init_lora_weights": "super"}, "'super', which is not known"),
-        ({"use_rslora": "false"}, "use_rslora='false': it must be true or false"),
+        ({"use_superlora": True}, "use_superlora=True is unknown"),
+        ({"superlora_config": {"width": 2}}, "superlora_config=.* is unknown"),
+        ({"init_lora_weights": "super"}, "init_lora_weights='super' is unknown"),
+        ({"use_rslora": "false"}, "use_rslora='false' must be true or false"),
         ({"trainable_token_indices": [1]}, "lacks 1 tensors .*trainable_tokens_delta"),
         ({"trainable_token_indices": [10**12]}, "index 1000000000000"),
         ({"target_parameters": ["w"]}, "'w' matches no parameter"),
-        ({"init_lora_weights": "pissa"}, "'pissa': this adapter is relative to a changed base"),
+        ({"init_lora_weights": "pissa"}, "'pissa' makes the adapter relative to a changed base"),
         ({"init_lora_weights": "pissa_niter_4"}, "relative to a changed base"),
         ({"init_lora_weights": "olora"}, "relative to a changed base"),
-        ({"peft_type": "LOHA"}, r"describes no LoRA adapter \(peft_type is 'LOHA'\)"),
-        ({"target_modules": None}, "names no target_modules"),
+        ({"peft_type": "LOHA"}, "must describe a LoRA adapter, not 'LOHA'"),
+        ({"target_modules": None}, "target_modules not found"),
         ({"target_modules": ["q_proj"]}, "leaves no module to adapt"),
         ({"r": "eight"}, "lora.rank='eight': must be a whole number"),
-        ({"r": 4}, "tensors have the wrong shape"),
+        ({"r": 4}, "tensors of the wrong shape"),
         ({"lora_alpha": 0}, "lora.alpha=0: must be a positive number"),
         ({"lora_dropout": "x"}, "lora.dropout='x': must be a number"),
         ({"rank_pattern": [1]}, r"lora.rank_pattern=\[1\]: must be a mapping"),
-        ({"modules_to_save": 7}, "a value of the wrong type"),
-        ({"modules_to_save": None}, "brings its own classifier.bias, which differs"),
+        ({"modules_to_save": 7}, r"lora.modules_to_save=\[7\]: must be a list of names"),
+        ({"modules_to_save": 7.5}, "a value has the wrong type"),
+        ({"modules_to_save": None}, "classifier.bias differs from the base model's"),
         ({"bias": "all"}, "lacks .* tensors"),
     ],
 )
@@ -504,7 +506,7 @@ def test_a_failed_write_leaves_what_was_there(failing, present, tmp_path, monkey
     if present:
         save_adapter(bert_adapter(), place)
     before = contents(place) if present else None
-    monkeypatch.setattr(state, "save_file", failing)
+    monkeypatch.setattr(save, "save_file", failing)
     with pytest.raises(UserError, match=r"cannot write .*adapter: .*No space left"):
         save_adapter(bert_adapter(rank=5), place)
     assert [path.name for path in place.parent.iterdir()] == (["adapter"] if present else [])
@@ -577,7 +579,9 @@ def test_another_number_of_classes_is_said(folder):
     from helpers.architectures import USUAL
 
     other = tf.BertForSequenceClassification(tf.BertConfig(**USUAL, num_labels=3))
-    with pytest.raises(UserError, match=r"have 2 outputs there and 3 here: another number of cl"):
+    with pytest.raises(
+        UserError, match="have 2 outputs in the file and 3 in the model: give the model as many"
+    ):
         load_adapter(other, folder)
 
 
@@ -590,8 +594,11 @@ def grown_llama():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"lm_head.weight of 70 rows, and the base model's has 61: its vocabulary was resized"),
-        ({"modules_to_save": ["lm_head"]}, r"have 70 outputs there and 61 here: .* has grown"),
+        ({}, "lm_head.weight has 70 rows, but the base model's has 61. Load it on the base with"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "have 70 outputs in the file and 61 in the model: .* vocabulary rows",
+        ),
     ],
     ids=["copies", "whole"],
 )
@@ -622,7 +629,7 @@ def test_adapter_from_leaves_the_given_config_unchanged(folder):
 
 def test_whole_weights_that_no_setting_names_are_said(folder):
     edit_tensors(folder, lambda t: t.update({f"{PREFIX}other.weight": torch.ones(70, 4)}))
-    with pytest.raises(UserError, match=r"unexpected 1 .*whole weights: of a vocabulary that had"):
+    with pytest.raises(UserError, match="1 unexpected .*whole weights, of a resized vocabulary"):
         load_adapter(case("bert").copy(), folder)
 
 
@@ -633,9 +640,9 @@ def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
         theirs = peft.get_peft_model(case("bert").copy(), config, adapter_name=name)
         theirs.save_pretrained(tmp_path)
         if name == "mine":
-            with pytest.raises(UserError, match=rf"Name the one inside: {tmp_path}/mine\."):
+            with pytest.raises(UserError, match=rf"Use the adapter in {tmp_path}/mine\."):
                 load_adapter(model, tmp_path)
-    with pytest.raises(UserError, match=rf"one of those inside: {tmp_path}/mine, .*/yours"):
+    with pytest.raises(UserError, match=rf"Use the adapter in {tmp_path}/mine or .*/yours"):
         load_adapter(model, tmp_path)
     assert load_adapter(model, tmp_path / "mine").layers
 
@@ -644,7 +651,7 @@ def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
 def test_what_was_taken_off_is_not_saved(take, tmp_path):
     adapter = bert_adapter()
     take(adapter)
-    with pytest.raises(UserError, match="was taken off its model .* save it before"):
+    with pytest.raises(UserError, match="was removed from its model: call save_adapter before"):
         save_adapter(adapter, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -689,7 +696,7 @@ def test_running_statistics_are_stored_and_given_back(whole, tmp_path):
     )
     after = train_a_little(adapter)
     save_adapter(adapter, tmp_path)
-    assert (tmp_path / WEIGHTS).stat().st_size == state.weights_bytes(adapter.exported_tensors())
+    assert (tmp_path / WEIGHTS).stat().st_size == save.weights_bytes(adapter.exported_tensors())
     loaded = load_adapter(Normalised().eval(), tmp_path)
     torch.testing.assert_close(loaded.model(STATISTICAL), after, rtol=0, atol=0)
     theirs = peft.PeftModel.from_pretrained(Normalised(), tmp_path).eval()

@@ -31,7 +31,7 @@ from lora_lightning.lora import (
     save_adapter,
 )
 from lora_lightning.lora.initialization.loftq import make_up, weight_of
-from lora_lightning.lora.layers.linear import dequantized
+from lora_lightning.lora.layers.base import dequantized
 from lora_lightning.models.loading import load_classifier, load_generator
 from lora_lightning.models.quantization import experts_left
 from lora_lightning.tasks.language_modeling import LanguageModelTask

@@ -34,7 +34,7 @@ from lora_lightning.lora import (
     functional,
     save_adapter,
 )
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.models.forward import classification_logits
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 from lora_lightning.training.callbacks import throughput as measured
