@@ -627,7 +627,7 @@ MODEL = [
     Case(
         "index of no token",
         lambda p: p.train("lora.trainable_token_indices=[100000]"),
-        "none of index 100000",
+        "index 100000 is not in",
         "lora.trainable_token_indices",
     ),
     Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
