@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .casts import Casts, cast_frozen
-from .functional import Linear, fused_group
+from .fused_group import Linear, fused_group
 
 if TYPE_CHECKING:
     from .layers.lora_layer import LoraLayer

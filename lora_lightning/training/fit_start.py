@@ -10,7 +10,7 @@ import torch
 
 from lora_lightning.distributed.sharded_loading import broadcast, same_everywhere
 from lora_lightning.lora import UserError
-from lora_lightning.lora.functional import joins_products
+from lora_lightning.lora.products import joins_products
 from lora_lightning.models.forward import check_packing, run_once
 from lora_lightning.models.loading import fingerprint
 from lora_lightning.models.quantization import experts_left

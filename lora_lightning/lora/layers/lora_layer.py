@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from lora_lightning.errors import UserError
 from lora_lightning.lora.casts import cast_frozen
 from lora_lightning.lora.forward_pass import ForwardPass
-from lora_lightning.lora.functional import (
-    add_low_rank,
-    fused_linear,
-    joins_products,
-    low_rank_norm,
-)
+from lora_lightning.lora.functional import add_low_rank, fused_linear, low_rank_norm
 from lora_lightning.lora.initialization.svd import first_matrices
 from lora_lightning.lora.probe import is_plain, same_output
+from lora_lightning.lora.products import joins_products
 from lora_lightning.lora.rng import fill_by_cpu
 
 from .base import Wrapper, dequantized

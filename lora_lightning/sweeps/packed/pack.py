@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lora_lightning.config.saved import read_config
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
-from lora_lightning.lora.batched import Stack, own_layers, stacked_model
+from lora_lightning.lora.batched import Stack, stacked_model, unshared_layers
 from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
@@ -364,7 +364,7 @@ def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
 
 def _adds_nothing(backbone: nn.Module) -> bool:
     """Return whether all trainable parts of a backbone are LoRA layers with a zero update."""
-    layers = [backbone.get_submodule(name) for name in own_layers(backbone)]
+    layers = [backbone.get_submodule(name) for name in unshared_layers(backbone)]
     return all(isinstance(layer, LoraLayer) and not layer.lora_B.any() for layer in layers)
 
 

@@ -13,7 +13,7 @@ from lora_lightning.lora import (
     Adapter,
     LoraConfig,
     UserError,
-    functional,
+    products,
 )
 from lora_lightning.lora.batched import Stack, StackedLayer, stacked_model
 
@@ -50,7 +50,7 @@ def slots() -> dict[int, nn.Module]:
 @pytest.fixture(params=[False, True], ids=["one by one", "grouped"])
 def grouped(request, monkeypatch):
     """Whether the low-rank products of all slots are one, as on a GPU."""
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",) if request.param else ())
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",) if request.param else ())
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])

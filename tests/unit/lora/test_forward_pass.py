@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.gpu import Kernels, like_a_gpu
-from lora_lightning.lora import Adapter, LoraConfig, functional
+from lora_lightning.lora import Adapter, LoraConfig, fused_group, products
 from lora_lightning.lora.casts import Casts
 from lora_lightning.lora.layers.lora_layer import LoraLayer
 
@@ -119,13 +119,13 @@ def gpu(monkeypatch):
 def groups(monkeypatch):
     """Counts the groups that are computed together, by their sizes."""
     sizes = []
-    real = functional._FusedGroup.apply
+    real = fused_group._FusedGroup.apply
 
     def apply(rows, frozen, *matrices):
         sizes.append(len(frozen[0]))
         return real(rows, frozen, *matrices)
 
-    monkeypatch.setattr(functional._FusedGroup, "apply", apply)
+    monkeypatch.setattr(fused_group._FusedGroup, "apply", apply)
     return sizes
 
 
@@ -550,7 +550,7 @@ def test_nothing_of_a_group_outlives_its_pass(ends, gpu, groups):
     for _ in range(3):
         step(model, x)
     outputs = []
-    real = functional.fused_group
+    real = fused_group.fused_group
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "lora_lightning.lora.forward_pass.fused_group",
@@ -740,7 +740,7 @@ def test_a_training_step_launches_fewer_kernels_than_pefts(gpu):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.1}, {"use_dora": True}], ids=str)
 def test_a_compiled_model_is_one_graph(settings, training, monkeypatch):
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     model, _ = adapted(torch.float32, llama, targets=ALL, **settings)
     model.train(training)
     layer = model.model.layers[0]

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from transformers.pytorch_utils import Conv1D
 
 from helpers.gpu import Kernels, like_a_gpu
-from lora_lightning.lora import Adapter, LoraConfig, functional
+from lora_lightning.lora import Adapter, LoraConfig, functional, fused_group
 from lora_lightning.lora.functional import add_low_rank, fused_linear
 from lora_lightning.lora.layers.linear import LoraConv1D, LoraLinear
 
@@ -211,10 +211,10 @@ def grouped(x, weight, bias, a, b, *, scaling):
     """Two layers with one input, as one step."""
     low = a.to(x.dtype)
     layers = [
-        functional.Linear(weight, bias, a, b, b.to(x.dtype).detach(), scaling),
-        functional.Linear(2 * weight, None, a, b, b.to(x.dtype).detach(), scaling),
+        fused_group.Linear(weight, bias, a, b, b.to(x.dtype).detach(), scaling),
+        fused_group.Linear(2 * weight, None, a, b, b.to(x.dtype).detach(), scaling),
     ]
-    first, second = functional.fused_group(x, layers, torch.cat([low, low]).detach())
+    first, second = fused_group.fused_group(x, layers, torch.cat([low, low]).detach())
     return first.sin() + second
 
 

@@ -69,7 +69,7 @@ def test_a_model_that_mixes_rows_is_told(name, tmp_path):
     this = case(name)
     adapters = AdapterSet(this.copy())
     adapters.add("small", stored(this, tmp_path / "small", **SETTINGS["small"]))
-    with pytest.raises(UserError, match="so it mixes rows.* one adapter at a time"):
+    with pytest.raises(UserError, match="mixes rows: .* one adapter at a time"):
         adapters(["small", None], **longer(this, 2))
     adapters(["small", "small", "small"], **longer(this, 3))
 

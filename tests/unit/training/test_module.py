@@ -31,7 +31,7 @@ from lora_lightning.lora import (
     LoraConfig,
     UserError,
     forward_pass,
-    functional,
+    products,
     save_adapter,
 )
 from lora_lightning.lora.layers.lora_layer import LoraLayer
@@ -540,7 +540,7 @@ def test_first_step_computes_layers_together_as_later_ones_do(
     tiny_llama, tiny_t5, kind, monkeypatch
 ):
     """A resumed run would otherwise begin with other last bits than one without a break."""
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     calls = []
     together = forward_pass.fused_group
 
