@@ -30,7 +30,7 @@ from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.data.files import load_rows
 from lora_lightning.lora import UserError, load_adapter
 from lora_lightning.lora.embeddings import vocabulary_rows
-from lora_lightning.lora.initialization.loftq import take_over_values
+from lora_lightning.lora.initialization.loftq import copy_quantized_values
 from lora_lightning.lora.serialization.checksums import check_files
 from lora_lightning.models.loading import (
     fingerprint,
@@ -327,7 +327,7 @@ def _unquantised(folder: Path, model: dict[str, Any]) -> LoraModule:
     config = replace(module.model_config, quantization=None)
     base, _ = module.task.build_model(config, module.tokenizer)
     assert module.adapter is not None
-    take_over_values(base, module.adapter.remove())
+    copy_quantized_values(base, module.adapter.remove())
     module.adopt(base, load_adapter(base, folder))
     return module.eval()
 

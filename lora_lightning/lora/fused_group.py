@@ -103,9 +103,9 @@ class _FusedGroup(torch.autograd.Function):
         if grad_x is not None:
             grad_x.addmm_(up, a)
         if rows is not None:
-            whole = wide_product(up.t(), rows, ctx.types[0])
+            grad_a = wide_product(up.t(), rows, ctx.types[0])
             of_a = [
                 part if wants and grad is not None else None
-                for part, wants, grad in zip(whole.split(ctx.ranks), wanted, grads, strict=False)
+                for part, wants, grad in zip(grad_a.split(ctx.ranks), wanted, grads, strict=False)
             ]
         return grad_x, None, *of_a, *of_b

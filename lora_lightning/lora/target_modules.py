@@ -16,7 +16,7 @@ from lora_lightning.errors import UserError, did_you_mean
 
 from .config import LoraConfig
 from .layers.factory import lora_class_for
-from .layers.fused_parts import Part, check_contiguous, sized
+from .layers.fused_parts import Part, check_contiguous, with_sizes
 from .layers.linear import LoraLinear
 from .module_index import ModuleIndex, listing, no_match
 from .moe import expert_parameters
@@ -124,7 +124,7 @@ def _with_parts(model: nn.Module, config: LoraConfig, match: Match) -> Match:
     if not isinstance(rows, int):
         raise UserError(f"{where}: a {type(match.module).__name__} has no parts.")
     check_contiguous(where, match.name, getattr(model, "config", None))
-    return replace(match, parts=sized(where, parts, rows))
+    return replace(match, parts=with_sizes(where, parts, rows))
 
 
 def _in_layers(config: LoraConfig, names: list[str], *, strict: bool) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lightning.errors import UserError
 from lora_lightning.lora.functional import add_low_rank_embedding
-from lora_lightning.lora.probe import gives_rows
+from lora_lightning.lora.probe import returns_rows
 from lora_lightning.lora.rng import fill_by_cpu
 
 from .lora_layer import LoraLayer
@@ -24,7 +24,7 @@ class LoraEmbedding(LoraLayer):
     random_matrix = "lora_B"
 
     def __init__(self, base_layer: nn.Module, rank: int, **settings: Any) -> None:
-        if not gives_rows(base_layer):  # type: ignore[arg-type]
+        if not returns_rows(base_layer):  # type: ignore[arg-type]
             raise UserError(
                 f"a {type(base_layer).__name__} does not return the requested rows of its weight, "
                 "which LoRA requires. Add it to lora.exclude."

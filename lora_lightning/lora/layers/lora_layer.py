@@ -13,7 +13,7 @@ from lora_lightning.errors import UserError
 from lora_lightning.lora.casts import cast_frozen
 from lora_lightning.lora.forward_pass import ForwardPass
 from lora_lightning.lora.functional import add_low_rank, fused_linear, low_rank_norm
-from lora_lightning.lora.initialization.svd import first_matrices
+from lora_lightning.lora.initialization.svd import initial_matrices
 from lora_lightning.lora.probe import is_plain, same_output
 from lora_lightning.lora.products import joins_products
 from lora_lightning.lora.rng import fill_by_cpu
@@ -104,7 +104,7 @@ class LoraLayer(Wrapper):
         elif init == "kaiming":
             fill_by_cpu(self.lora_A, nn.init.kaiming_uniform_, a=math.sqrt(5))
         else:
-            a, b = first_matrices(init, self.dense_weight(), self.rank, scaling=self.scaling)
+            a, b = initial_matrices(init, self.dense_weight(), self.rank, scaling=self.scaling)
             with torch.no_grad():
                 self.lora_A.copy_(a)
                 self.lora_B.copy_(b)

@@ -157,11 +157,11 @@ def _token_indices(adapter: Adapter) -> dict[str, list[int]] | None:
     Tied layers share the entry.
     """
     names = [name for name, _ in adapter.model.named_modules() if name]
-    found = {}
+    by_suffix = {}
     for rows in adapter.rows:
         others = [name for name in names if name != rows.name]
-        found[shortest_suffix(rows.name, others)] = rows.indices
-    return found or None
+        by_suffix[shortest_suffix(rows.name, others)] = rows.indices
+    return by_suffix or None
 
 
 def _common(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:

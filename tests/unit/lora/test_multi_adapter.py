@@ -78,7 +78,7 @@ def test_a_name_for_each_row(tmp_path):
     this = case("llama")
     adapters = AdapterSet(this.copy())
     adapters.add("small", stored(this, tmp_path / "small", **SETTINGS["small"]))
-    with pytest.raises(UserError, match="2 names of adapters for 3 rows: give a name for each"):
+    with pytest.raises(UserError, match="2 adapter names for 3 rows: must be one per row"):
         adapters(["small", None], **longer(this, 3))
 
 
@@ -112,7 +112,7 @@ def test_weights_are_shared_and_others_stay_as_they_are(tmp_path):
     assert torch.equal(this.logits(adapters["small"]), kept)
     after = adapters.base.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(UserError, match=r"no adapter 'smal'. Did you mean 'small'"):
+    with pytest.raises(UserError, match=r"adapter 'smal' not found. Did you mean 'small'"):
         adapters(["smal"], **longer(this, 1))
     with pytest.raises(UserError, match="does not exist"):
         adapters.add("small", tmp_path / "none")

@@ -30,7 +30,7 @@ from lora_lightning.lora import (
     UserError,
     save_adapter,
 )
-from lora_lightning.lora.initialization.loftq import make_up, weight_of
+from lora_lightning.lora.initialization.loftq import initialize_loftq, weight_of
 from lora_lightning.lora.layers.base import dequantized
 from lora_lightning.models.loading import load_classifier, load_generator
 from lora_lightning.models.quantization import experts_left
@@ -225,7 +225,7 @@ def test_loftq_starts_nearer_to_the_weights(kind, model, request):
     folder = request.getfixturevalue(model)
     original, quantised = generator(folder), generator(folder, kind)
     adapter = Adapter(quantised, LoraConfig(rank=3, alpha=5))
-    make_up(adapter, original)
+    initialize_loftq(adapter, original)
     for name, layer in adapter.layers.items():
         weight = weight_of(original.get_submodule(name)).double()
         missing = weight - layer.dense_weight().double()
