@@ -25,7 +25,7 @@ from lora_lightning.lora.initialization.eva import (
 )
 
 
-def test_components_of_a_stream_are_those_of_all_rows():
+def test_streamed_components_equal_those_of_all_rows():
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([9.0, 5.0, 3.0, *([0.2] * 13)])
     turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
@@ -43,7 +43,7 @@ def test_components_of_a_stream_are_those_of_all_rows():
     assert stream.settled[:3].all()
 
 
-def test_ranks_go_to_the_largest_shares():
+def test_distribute_ranks_prefers_the_largest_shares():
     shares = {
         "a": torch.tensor([0.5, 0.3, 0.1]),
         "b": torch.tensor([0.2, 0.05, 0.01]),
@@ -53,7 +53,7 @@ def test_ranks_go_to_the_largest_shares():
     assert distribute_ranks({"a": torch.ones(2), "b": torch.ones(2)}, 3) == {"a": 2, "b": 1}
 
 
-def test_what_counts():
+def test_counted_rows_skips_masked_tokens():
     inputs = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     labels = torch.tensor([[-100, 5, -100], [-100, -100, 7]])
@@ -89,7 +89,7 @@ def forward(model):
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_peft_finds_the_same(rho, base, batches):
+def test_run_eva_equals_peft(rho, base, batches):
     settings = {"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"], "r": 4}
     theirs = peft.get_peft_model(
         copy.deepcopy(base),
@@ -124,7 +124,7 @@ def test_peft_finds_the_same(rho, base, batches):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_adapter_is_plain_lora(rslora, base, batches, tmp_path):
+def test_run_eva_config_gives_plain_lora(rslora, base, batches, tmp_path):
     config = LoraConfig(rank=4, alpha=6, init="eva", use_rslora=rslora)
     found = run_eva(base, config, batches[:5], forward(base))
     assert found.config.init == "kaiming"
@@ -148,7 +148,7 @@ def test_the_adapter_is_plain_lora(rslora, base, batches, tmp_path):
         torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_inputs_give_equal_bytes(base, batches):
+def test_run_eva_is_deterministic(base, batches):
     config = LoraConfig(rank=4, init="eva")
     first, second = (run_eva(base, config, batches[:4], forward(base)) for _ in range(2))
     assert first.config == second.config
@@ -159,7 +159,7 @@ def test_equal_inputs_give_equal_bytes(base, batches):
     assert torch.equal(shared[0][:rank], shared[1][:rank])  # one decomposition for both
 
 
-def test_embeddings_start_as_ever(base, batches):
+def test_run_eva_keeps_embeddings_unchanged(base, batches):
     config = LoraConfig(rank=4, init="eva", targets=["embed_tokens", "q_proj"])
     found = run_eva(base, config, batches[:3], forward(base))
     assert "model.embed_tokens" in found.config.targets
@@ -168,7 +168,7 @@ def test_embeddings_start_as_ever(base, batches):
         run_eva(base, LoraConfig(init="eva", targets=["embed_tokens"]), [], forward(base))
 
 
-def test_without_data(base):
+def test_run_eva_without_data_raises(base):
     with pytest.raises(UserError, match="requires training data or the unquantized weights"):
         Adapter(copy.deepcopy(base), LoraConfig(init="eva"))
     with pytest.raises(UserError, match="requires training rows"):

@@ -135,7 +135,7 @@ def train(adapter: Adapter, inputs: dict[str, Tensor], steps: int) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", FUSED)
-def test_parts_are_layers_of_their_own(name, rslora, tmp_path):
+def test_split_layer_equals_separate_layers(name, rslora, tmp_path):
     """Logits, gradients, parameters, AdamW with decay; then the file in PEFT and here."""
     this = case(name)
     model = this.copy().double()
@@ -167,7 +167,7 @@ def test_parts_are_layers_of_their_own(name, rslora, tmp_path):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_the_file_holds_blocks_and_zeros(name, tmp_path):
+def test_split_layer_file_has_blocks_and_zeros(name, tmp_path):
     adapter = fused(name)
     randomise(adapter.named_tensors())
     save_adapter(adapter, tmp_path)
@@ -201,7 +201,7 @@ def test_the_file_holds_blocks_and_zeros(name, tmp_path):
     assert_same(again.named_tensors(), adapter.named_tensors())
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_split_layer_with_a_dense_file_raises(tmp_path):
     this = case("gpt2")
     plain = Adapter(this.copy(), LoraConfig(rank=4, targets=["c_attn"]))
     randomise(plain.named_tensors())
@@ -216,7 +216,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert all(torch.equal(before[name], t) for name, t in adapter.named_tensors().items())
 
 
-def test_sums_and_rows_of_such_adapters(tmp_path):
+def test_split_adapters_combine_and_serve_by_row(tmp_path):
     this = case("gpt2")
     adapter = fused("gpt2")
     randomise(adapter.named_tensors())
@@ -235,7 +235,7 @@ def test_sums_and_rows_of_such_adapters(tmp_path):
     torch.testing.assert_close(logits[1], this.logits(this.base)[1], rtol=0, atol=1e-5)
 
 
-def test_the_summary_names_the_parts():
+def test_summary_names_the_parts():
     told = str(fused("phi3").summary())
     assert "self_attn.qkv_proj [k v]" in told
     assert "mlp.gate_up_proj [gate up]" in told
@@ -258,18 +258,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused(what):
+def test_parts_that_are_invalid_raise(what):
     name, parts, message = REFUSED[what]
     with pytest.raises(UserError, match=message):
         Adapter(case(name).copy(), LoraConfig(parts=parts))
 
 
-def test_embeddings_have_no_parts():
+def test_parts_of_an_embedding_raise():
     with pytest.raises(UserError, match="Embedding has no parts"):
         Adapter(case("gpt2").copy(), LoraConfig(targets=["wte"], parts={"wte": ["a", "b"]}))
 
 
-def test_falcon_with_one_key_for_all_heads_is_not_interleaved():
+def test_parts_of_multi_query_falcon_are_contiguous():
     """Its queries come first, then the one key and the one value."""
     this = case("falcon")
     assert this.base.config.multi_query

@@ -68,7 +68,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS)
-def test_peft_computes_the_same(name, variant, tmp_path):
+def test_expert_adapters_round_trip_through_peft(name, variant, tmp_path):
     """Logits and gradients of our file in PEFT, and of what PEFT then writes, here."""
     this = case(name)
     settings = VARIANTS[variant]
@@ -94,7 +94,7 @@ def test_peft_computes_the_same(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", [], ["w1", "w2", "w3"]])
-def test_peft_names_mixtrals_experts_itself(targets, tmp_path):
+def test_peft_mixtral_targets_load_as_experts(targets, tmp_path):
     """PEFT rewrites old names, and all-linear, to parameters with ranks of their own."""
     this = case("mixtral")
     torch.manual_seed(1)
@@ -116,7 +116,7 @@ def test_peft_names_mixtrals_experts_itself(targets, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_file_by_its_definition_in_float64(name, tmp_path):
+def test_expert_file_equals_its_definition_in_float64(name, tmp_path):
     """W_e + s B_e A_e, by hand from the file, is the adapted model and the merged one."""
     this = case(name)
     base = this.copy().double()
@@ -152,7 +152,7 @@ def test_the_file_by_its_definition_in_float64(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_life_of_an_adapter(name):
+def test_expert_adapter_attach_train_merge_remove(name):
     this = case(name)
     model = this.copy()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -181,7 +181,7 @@ def test_life_of_an_adapter(name):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_every_way_to_compute_experts(implementation):
+def test_expert_adapter_with_each_implementation_is_equal(implementation):
     this = case("mixtral")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     adapter.model.set_experts_implementation(implementation)
@@ -192,7 +192,7 @@ def test_every_way_to_compute_experts(implementation):
         assert_close(grad, expected[key])
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_expert_adapter_under_checkpointing_is_equal():
     this = case("qwen2-moe")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     expected = gradients(adapter.model, this.inputs)
@@ -203,7 +203,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(actual[key], grad) for key, grad in expected.items())
 
 
-def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
+def test_expert_adapter_in_bfloat16_equals_peft(tmp_path):
     this = case("mixtral")
     base = this.copy().bfloat16()
     adapter = random_adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
@@ -213,7 +213,7 @@ def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
     assert torch.equal(this.logits(adapter.model), this.logits(theirs))
 
 
-def test_what_is_left_out_is_told():
+def test_summary_names_unadapted_experts():
     this = case("mixtral")
     summary = random_adapter_on(this.copy()).summary()
     total = sum(p.numel() for p in this.base.parameters() if p.dim() == 3)
@@ -257,7 +257,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused(what):
+def test_target_parameters_that_are_invalid_raise(what):
     settings, message = REFUSED[what]
     model = case("mixtral").copy()
     with pytest.raises(UserError, match=message):
@@ -266,7 +266,7 @@ def test_what_is_refused(what):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
-def test_a_quantised_parameter_is_refused(kind):
+def test_target_parameters_quantized_raise(kind):
     model = case("mixtral").copy()
     for layer in model.model.layers:
         weight = layer.mlp.experts.down_proj
@@ -276,7 +276,7 @@ def test_a_quantised_parameter_is_refused(kind):
 
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0@UNKNOWN", "0.19.1", "0.21.2.dev0", None])
-def test_files_of_an_older_layout_are_refused(version, tmp_path):
+def test_expert_files_of_old_peft_raise(version, tmp_path):
     this = case("mixtral")
     save_adapter(random_adapter_on(this.copy(), target_parameters=BOTH), tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -288,7 +288,7 @@ def test_files_of_an_older_layout_are_refused(version, tmp_path):
         load_adapter(this.copy(), tmp_path)
 
 
-def test_files_of_experts_are_not_taken_apart(tmp_path):
+def test_expert_files_combined_or_converted_raise(tmp_path):
     save_adapter(random_adapter_on(case("mixtral").copy(), target_parameters=BOTH), tmp_path / "a")
     for use in (
         lambda: combine_adapters([tmp_path / "a"], tmp_path / "b"),
@@ -300,7 +300,7 @@ def test_files_of_experts_are_not_taken_apart(tmp_path):
     assert "experts" in " ".join(engine_problems(tmp_path / "a", "vllm"))
 
 
-def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
+def test_adapter_set_with_experts_serves_one_at_a_time(tmp_path):
     this = case("mixtral")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     save_adapter(adapter, tmp_path)
@@ -312,7 +312,7 @@ def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("kind", DENSE_TOO)
-def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
+def test_layers_named_like_experts_round_trip_through_peft(kind, tmp_path):
     """PEFT reads gate_proj, up_proj and down_proj as experts, wherever they are."""
     base = case(kind).base
     settings = {"dropout": 0.1, "rank_pattern": {"down_proj": 4}}
@@ -334,7 +334,7 @@ def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", DENSE_TOO)
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
-def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
+def test_settings_on_layers_named_like_experts_raise(kind, setting, tmp_path):
     """In PEFT such a file gave other logits (bias), or none (DoRA)."""
     this = case(kind)
     with pytest.raises(
@@ -348,7 +348,7 @@ def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
     assert_close(this.logits(theirs), this.logits(adapter.model))
 
 
-def test_the_models_of_which_peft_mistakes_layers():
+def test_mistaken_models_are_those_of_peft():
     conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
     patterns = conversion._MODEL_TO_CONVERSION_PATTERN
     assert {name for name, kind in patterns.items() if kind == "qwen2_moe"} == MISTAKEN_IN

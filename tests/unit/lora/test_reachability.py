@@ -29,7 +29,7 @@ class Windows(nn.Module):
         return self.mlp(F.linear(mixed, self.proj.weight, self.proj.bias))
 
 
-def test_weights_that_are_read_behind_the_layer_are_refused():
+def test_check_gradients_of_uncalled_layers_raises():
     model = nn.Sequential(Windows(), Windows())
     adapter = Adapter(model, LoraConfig(rank=2))
     model(torch.randn(2, 5, 6)).sum().backward()
@@ -54,7 +54,7 @@ class Experts(nn.Module):
         return x + self.experts[to](x)
 
 
-def test_an_expert_without_rows_is_named_and_not_refused():
+def test_check_gradients_returns_an_expert_without_rows():
     model = Experts()
     adapter = Adapter(model, LoraConfig(rank=2))
     model(torch.randn(3, 4), 1).sum().backward()
@@ -143,7 +143,7 @@ def arguments(folders, fast, tmp_path, monkeypatch):
         ("mamba", r"6 linear layers are not adapted \(mixer.x_proj, .*\): kernels of state space"),
     ],
 )
-def test_all_linear_leaves_out_what_nothing_reaches(name, said, arguments, run_cli):
+def test_all_linear_skips_unreachable_layers(name, said, arguments, run_cli):
     """And says so; all that a run has stored has moved from where it began."""
     status, out, err = run_cli(*arguments("check", name))
     assert status == 0, err
@@ -156,7 +156,7 @@ def test_all_linear_leaves_out_what_nothing_reaches(name, said, arguments, run_c
     assert len(moved) == {"gemma3": 14, "mamba": 2}[name]
 
 
-def test_the_adapter_of_a_mamba_is_pefts_too(arguments, folders, run_cli):
+def test_mamba_adapter_in_peft_gives_the_same_logits(arguments, folders, run_cli):
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -183,7 +183,7 @@ def test_the_adapter_of_a_mamba_is_pefts_too(arguments, folders, run_cli):
         ("mamba", "[in_proj,out_proj]", r"out_proj of a mamba cannot be adapted"),
     ],
 )
-def test_check_and_train_refuse_the_same(name, targets, message, arguments, run_cli):
+def test_check_and_train_report_the_same_error(name, targets, message, arguments, run_cli):
     """What is named is taken by its name: the first backward pass tells whether it acts."""
     told = []
     for verb in ("check", "train"):
@@ -194,7 +194,7 @@ def test_check_and_train_refuse_the_same(name, targets, message, arguments, run_
     assert told[0].split("error:")[-1] == told[1].split("error:")[-1]
 
 
-def test_two_towers_are_both_adapted():
+def test_all_linear_adapts_both_towers_of_clip():
     """CLIP is no language model that takes images too: it has no head on its text."""
     import transformers as tf
 

@@ -89,7 +89,7 @@ save_adapter(adapter, sys.argv[1], base_model="x", also=lambda f: (f / "more").w
 """
 
 
-def test_same_bytes_from_another_process(tmp_path, monkeypatch):
+def test_save_adapter_in_another_process_writes_the_same_bytes(tmp_path, monkeypatch):
     other_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "there")],
@@ -103,7 +103,7 @@ def test_same_bytes_from_another_process(tmp_path, monkeypatch):
     assert first == second
 
 
-def test_same_bytes_again_and_after_a_round_trip(folder, tmp_path):
+def test_save_adapter_after_loading_writes_the_same_bytes(folder, tmp_path):
     again = save_adapter(bert_adapter(), tmp_path / "again")
     assert contents(again) == contents(folder)
     loaded = load_adapter(case("bert").copy(), folder)
@@ -112,7 +112,7 @@ def test_same_bytes_again_and_after_a_round_trip(folder, tmp_path):
     assert contents(save_adapter(loaded, tmp_path / "merged")) == contents(folder)
 
 
-def test_what_is_recorded(tmp_path):
+def test_save_adapter_records_base_and_settings(tmp_path):
     adapter = bert_adapter(use_rslora=True, dropout=0.25)
     folder = save_adapter(
         adapter, tmp_path / "a", base_model="org/name", revision="abc", task_type="SEQ_CLS"
@@ -158,7 +158,7 @@ class Ends(nn.Module):
         {"targets": r"2\.0"},
     ],
 )
-def test_a_name_that_ends_another_means_itself_alone(settings, tmp_path):
+def test_saved_name_that_ends_another_matches_one_layer(settings, tmp_path):
     """In our own reading and in PEFT's."""
     x = torch.randn(3, 6)
     adapter = Adapter(Ends(), LoraConfig(rank=3, alpha=6, **settings))
@@ -175,7 +175,7 @@ def test_a_name_that_ends_another_means_itself_alone(settings, tmp_path):
         torch.testing.assert_close(load_adapter(Ends(), tmp_path / "theirs").model(x), expected)
 
 
-def test_a_name_with_signs_of_a_regex_keeps_its_rank(tmp_path):
+def test_saved_name_with_regex_characters_keeps_its_rank(tmp_path):
     def model():
         return nn.ModuleDict({"a+b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
 
@@ -187,7 +187,7 @@ def test_a_name_with_signs_of_a_regex_keeps_its_rank(tmp_path):
     assert theirs.base_model.model["a+b"].r == {"default": 3}
 
 
-def test_a_string_of_targets_in_a_file_is_a_regex(tmp_path):
+def test_from_peft_config_string_targets_are_a_regex(tmp_path):
     """As PEFT reads it, though it be a plain name."""
     model = peft.get_peft_model(Ends(), peft.LoraConfig(target_modules="0", r=2))
     model.save_pretrained(tmp_path)
@@ -206,7 +206,7 @@ def test_a_string_of_targets_in_a_file_is_a_regex(tmp_path):
         {"targets": ["word_embeddings", "query"], "bias": "lora_only"},
     ],
 )
-def test_patterns_travel(settings, tmp_path):
+def test_patterns_round_trip_through_peft(settings, tmp_path):
     adapter = bert_adapter(**settings)
     folder = save_adapter(adapter, tmp_path / "a")
     loaded = load_adapter(case("bert").copy(), folder)
@@ -258,7 +258,7 @@ def with_infinity(tensors):
         (with_infinity, r"not finite in classifier.bias"),
     ],
 )
-def test_wrong_tensors(folder, change, message):
+def test_load_adapter_with_wrong_tensors_raises(folder, change, message):
     edit_tensors(folder, change)
     model = case("bert").copy()
     with pytest.raises(UserError, match=message) as caught:
@@ -327,7 +327,7 @@ def no_weights(folder):
         (no_weights, "adapter_model.safetensors not found"),
     ],
 )
-def test_damaged_files(folder, spoil, message):
+def test_load_adapter_with_damaged_files_raises(folder, spoil, message):
     spoil(folder)
     model = case("bert").copy()
     with pytest.raises(UserError, match=message):
@@ -335,7 +335,7 @@ def test_damaged_files(folder, spoil, message):
     assert_untouched(model)
 
 
-def test_no_such_folder(tmp_path):
+def test_read_adapter_without_a_folder_raises(tmp_path):
     with pytest.raises(UserError, match=r"none does not exist. A run writes its adapter to"):
         read_adapter(tmp_path / "none")
 
@@ -350,7 +350,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_never_read(folder, tmp_path):
+def test_load_adapter_never_reads_a_pickle(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle, which can run code"):
@@ -390,7 +390,7 @@ def test_a_pickle_is_never_read(folder, tmp_path):
         ({"bias": "all"}, "lacks .* tensors"),
     ],
 )
-def test_configs_that_are_refused(folder, changes, message):
+def test_load_adapter_with_unsupported_config_raises(folder, changes, message):
     edit_config(folder, **changes)
     model = case("bert").copy()
     with pytest.raises(UserError, match=message):
@@ -398,7 +398,7 @@ def test_configs_that_are_refused(folder, changes, message):
     assert_untouched(model)
 
 
-def test_settings_of_peft_that_change_nothing_are_taken(folder):
+def test_load_adapter_accepts_peft_settings_without_effect(folder):
     """Its defaults, and keys of later versions that are off."""
     expected = case("bert").logits(load_adapter(case("bert").copy(), folder).model)
     known = peft.LoraConfig(target_modules=["query"]).to_dict()
@@ -412,7 +412,7 @@ def test_settings_of_peft_that_change_nothing_are_taken(folder):
     assert torch.equal(case("bert").logits(loaded.model), expected)
 
 
-def test_a_pissa_adapter_of_peft_is_refused(tmp_path):
+def test_load_adapter_of_peft_pissa_raises(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa")
     peft.get_peft_model(case("bert").copy(), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="relative to a changed base"):
@@ -422,7 +422,7 @@ def test_a_pissa_adapter_of_peft_is_refused(tmp_path):
 # What PEFT writes, and we take ---------------------------------------------------------------
 
 
-def test_names_without_pefts_prefix(folder):
+def test_load_adapter_accepts_names_without_prefix(folder):
     expected = case("bert").logits(load_adapter(case("bert").copy(), folder).model)
     tensors = load_file(folder / WEIGHTS)
     save_file({key.removeprefix(PREFIX): t for key, t in tensors.items()}, folder / WEIGHTS)
@@ -443,7 +443,9 @@ def test_names_without_pefts_prefix(folder):
         ("distilbert", ["q_lin"], ["classifier"], "auto"),
     ],
 )
-def test_files_of_peft(name, targets, modules_to_save, embeddings, tmp_path):
+def test_load_adapter_of_peft_files_gives_the_same_logits(
+    name, targets, modules_to_save, embeddings, tmp_path
+):
     this = case(name)
     config = peft.LoraConfig(
         r=2, target_modules=targets, modules_to_save=modules_to_save, init_lora_weights=False
@@ -458,7 +460,7 @@ def test_files_of_peft(name, targets, modules_to_save, embeddings, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("pattern", [None, "layers|block"])
-def test_layers_to_transform_of_peft(name, pattern, tmp_path):
+def test_load_adapter_with_layers_to_transform_gives_the_same_logits(name, pattern, tmp_path):
     this = case(name)
     config = peft.LoraConfig(
         target_modules=["q_proj", "v_proj"] if name == "llama" else ["q", "wo"],
@@ -473,7 +475,7 @@ def test_layers_to_transform_of_peft(name, pattern, tmp_path):
     torch.testing.assert_close(this.logits(loaded.model), expected, rtol=0, atol=1e-5)
 
 
-def test_base_weights_of_another_model_are_refused(tmp_path):
+def test_load_adapter_with_other_base_weights_raises(tmp_path):
     this = case("llama")
     config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
     theirs = peft.get_peft_model(this.copy(), config)
@@ -500,7 +502,7 @@ def half_written(tensors, path, **_):
 
 @pytest.mark.parametrize("failing", [disk_full, half_written])
 @pytest.mark.parametrize("present", [True, False])
-def test_a_failed_write_leaves_what_was_there(failing, present, tmp_path, monkeypatch):
+def test_save_adapter_failed_write_keeps_the_folder(failing, present, tmp_path, monkeypatch):
     place = tmp_path / "runs" / "adapter"
     place.parent.mkdir()
     if present:
@@ -513,7 +515,7 @@ def test_a_failed_write_leaves_what_was_there(failing, present, tmp_path, monkey
     assert not present or contents(place) == before
 
 
-def test_a_failed_rename_puts_the_old_adapter_back(folder, monkeypatch):
+def test_save_adapter_failed_rename_restores_the_folder(folder, monkeypatch):
     before = contents(folder)
     rename = os.rename
 
@@ -530,7 +532,7 @@ def test_a_failed_rename_puts_the_old_adapter_back(folder, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_what_also_writes_is_part_of_it(folder):
+def test_save_adapter_also_writes_in_the_same_step(folder):
     before = contents(folder)
 
     def also(staging):
@@ -550,7 +552,7 @@ def test_what_also_writes_is_part_of_it(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path):
+def test_save_adapter_into_a_foreign_folder_raises(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"is not empty.*lost: thesis\.txt"):
         save_adapter(bert_adapter(), tmp_path)
@@ -559,7 +561,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
         save_adapter(bert_adapter(), tmp_path / "thesis.txt")
 
 
-def test_empty_and_new_folders_are_filled(tmp_path, monkeypatch):
+def test_save_adapter_into_new_and_empty_folders_works(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "linked")
     (tmp_path / "linked").mkdir()
@@ -573,7 +575,7 @@ def test_empty_and_new_folders_are_filled(tmp_path, monkeypatch):
 # What else messages say -------------------------------------------------------------------------
 
 
-def test_another_number_of_classes_is_said(folder):
+def test_load_adapter_with_another_class_count_names_it(folder):
     import transformers as tf
 
     from helpers.architectures import USUAL
@@ -602,7 +604,7 @@ def grown_llama():
     ],
     ids=["copies", "whole"],
 )
-def test_a_vocabulary_that_had_grown_is_said(settings, message, tmp_path):
+def test_load_adapter_with_a_resized_vocabulary_names_it(settings, message, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)
     theirs = peft.get_peft_model(grown_llama(), config)
     theirs.save_pretrained(tmp_path, save_embedding_layers=not settings)
@@ -627,13 +629,13 @@ def test_adapter_from_leaves_the_given_config_unchanged(folder):
     assert adapter.config.modules_to_save == ["classifier"]
 
 
-def test_whole_weights_that_no_setting_names_are_said(folder):
+def test_load_adapter_with_unlisted_whole_weights_names_them(folder):
     edit_tensors(folder, lambda t: t.update({f"{PREFIX}other.weight": torch.ones(70, 4)}))
     with pytest.raises(UserError, match="1 unexpected .*whole weights, of a resized vocabulary"):
         load_adapter(case("bert").copy(), folder)
 
 
-def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
+def test_load_adapter_of_named_peft_adapters_names_their_folders(tmp_path):
     model = case("bert").copy()
     for name in ("mine", "yours"):
         config = peft.LoraConfig(target_modules=["query"])
@@ -648,7 +650,7 @@ def test_a_folder_in_which_peft_has_put_named_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("take", [Adapter.remove, Adapter.merge_and_unload])
-def test_what_was_taken_off_is_not_saved(take, tmp_path):
+def test_save_adapter_after_removal_raises(take, tmp_path):
     adapter = bert_adapter()
     take(adapter)
     with pytest.raises(UserError, match="was removed from its model: call save_adapter before"):
@@ -688,7 +690,7 @@ WHOLE = pytest.mark.parametrize("whole", [[], ["norm"]], ids=["frozen", "whole"]
 
 
 @WHOLE
-def test_running_statistics_are_stored_and_given_back(whole, tmp_path):
+def test_running_statistics_are_saved_and_restored(whole, tmp_path):
     base = Normalised().eval()
     before = base(STATISTICAL).detach()
     adapter = Adapter(
@@ -709,21 +711,21 @@ def test_running_statistics_are_stored_and_given_back(whole, tmp_path):
     assert all(torch.equal(t, base.state_dict()[n]) for n, t in bare.state_dict().items())
 
 
-def test_merged_for_good_keeps_the_statistics():
+def test_merge_and_unload_keeps_running_statistics():
     adapter = Adapter(Normalised(), LoraConfig(rank=2, targets=["first", "head"]))
     after = train_a_little(adapter)
     model = adapter.merge_and_unload()
     torch.testing.assert_close(model(STATISTICAL), after, rtol=0, atol=1e-5)
 
 
-def test_a_file_of_peft_without_statistics_is_taken(tmp_path):
+def test_load_adapter_without_statistics_keeps_the_bases(tmp_path):
     theirs = peft.get_peft_model(Normalised(), peft.LoraConfig(r=2, target_modules=["first"]))
     theirs.save_pretrained(tmp_path)
     loaded = load_adapter(Normalised().eval(), tmp_path)
     torch.testing.assert_close(loaded.model(STATISTICAL), theirs.eval()(STATISTICAL))
 
 
-def test_adapters_that_share_a_base_have_statistics_of_their_own(tmp_path):
+def test_adapter_set_keeps_statistics_per_adapter(tmp_path):
     from lora_lightning.lora import AdapterSet
 
     config = {"rank": 2, "targets": ["first", "head"]}
