@@ -56,8 +56,8 @@ class ModuleIndex:
     @cached_property
     def layers(self) -> dict[str, list[str]]:
         """The adaptable layers that are not trained whole."""
-        whole = self.below(self.saved)
-        return {n: aliases for n, aliases in self.adaptable.items() if whole.isdisjoint(aliases)}
+        saved = self.below(self.saved)
+        return {n: aliases for n, aliases in self.adaptable.items() if saved.isdisjoint(aliases)}
 
     @cached_property
     def linear(self) -> set[str]:

@@ -175,7 +175,7 @@ def _match_parameters(
     """
     if not config.target_parameters:
         return {}
-    whole = index.below(index.saved)
+    saved = index.below(index.saved)
     known: dict[str, nn.Parameter] = {}
     matches: dict[str, Match] = {}
     for name in index.aliases:
@@ -189,7 +189,7 @@ def _match_parameters(
             _check_matrix(where, parameter)
             if name in index.behind:
                 raise UserError(f"{where}: {BEHIND}, so an adapter would have no effect.")
-            if name in adapted or name in whole:
+            if name in adapted or name in saved:
                 how = "adapted by lora.targets" if name in adapted else "trained whole"
                 raise UserError(f"{where} is part of {name}, which is already {how}.")
             is_linear = leaf == "weight" and lora_class_for(module) is LoraLinear

@@ -131,7 +131,7 @@ def run_eva(
     source = _shared_inputs(linear, partial(forward, first))
     wanted = {match.name: round(config.eva_rho * match.rank) for match in linear}
     streams = {
-        name: StreamedComponents(max(wanted[own] for own in source if source[own] == name))
+        name: StreamedComponents(max(wanted[other] for other in source if source[other] == name))
         for name in dict.fromkeys(source.values())
     }
     budget = sum(match.rank for match in linear if match.name in source)

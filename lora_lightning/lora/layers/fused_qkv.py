@@ -53,10 +53,10 @@ class SplitLayer(LoraLayer):
         return self.lora_A, torch.block_diag(*diagonal)
 
     def lora_B_from_file(self, stored: Tensor) -> Tensor:
-        _, whole = self.matrices()
-        if stored.shape != whole.shape:
+        _, dense = self.matrices()
+        if stored.shape != dense.shape:
             raise UserError(
-                f"B is {tuple(stored.shape)}, must be {tuple(whole.shape)} for these parts."
+                f"B is {tuple(stored.shape)}, must be {tuple(dense.shape)} for these parts."
             )
         blocks, row, column = [], 0, 0
         for part in self.parts:

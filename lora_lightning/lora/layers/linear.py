@@ -27,8 +27,8 @@ class LoraLinear(LoraLayer):
     def _relayout(self, matrix: Tensor) -> Tensor:
         if self.layout is None:
             raise UserError(
-                f"a {type(self.base_layer).__name__} does not compute weight times input, so it "
-                "cannot be merged. Use lora.use_dora=false and lora.init=kaiming, unmerged."
+                f"a {type(self.base_layer).__name__} does not compute weight times input. Use it "
+                "unmerged, with lora.use_dora=false and lora.init=kaiming."
             )
         return matrix.t() if self.layout == IN_OUT else matrix
 

@@ -110,8 +110,8 @@ def adapter_from(
         together: whether tied layers get one update (`ties_updates`). False by default.
     """
     _check_rank(config, tensors, folder)
-    whole = whole_modules(model, config.modules_to_save, tensors)
-    config = replace(config, modules_to_save=whole)
+    saved = whole_modules(model, config.modules_to_save, tensors)
+    config = replace(config, modules_to_save=saved)
     adapter = Adapter(model, config, strict=False)  # each tensor is checked instead
     source = f"adapter {folder}"
     try:

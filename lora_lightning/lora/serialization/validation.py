@@ -38,10 +38,10 @@ def _cause(
     expected: dict[str, Tensor], given: dict[str, Tensor], wrong: list[str], unexpected: list[str]
 ) -> str:
     """Return the probable cause of a mismatch, by its kind."""
-    whole = [n for n in wrong if not _is_of_adapter(n) and given[n].dim() and expected[n].dim()]
-    rows = {(len(given[n]), len(expected[n])) for n in whole}
-    alike = all(given[n].shape[1:] == expected[n].shape[1:] for n in whole)
-    if whole == wrong and len(rows) == 1 and alike:
+    saved = [n for n in wrong if not _is_of_adapter(n) and given[n].dim() and expected[n].dim()]
+    rows = {(len(given[n]), len(expected[n])) for n in saved}
+    alike = all(given[n].shape[1:] == expected[n].shape[1:] for n in saved)
+    if saved == wrong and len(rows) == 1 and alike:
         ((in_file, in_model),) = rows
         return (
             f"Modules trained whole have {in_file} outputs in the file and {in_model} in the "
@@ -75,20 +75,20 @@ def check_values(tensors: dict[str, Tensor], *, source: str) -> None:
         )
 
 
-def check_trained(tensors: Mapping[str, Tensor], *, kept: str) -> None:
+def check_trained(tensors: Mapping[str, Tensor], *, hint: str) -> None:
     """Raise UserError if training has ruined the weights, before they replace a good file.
 
     Args:
         tensors: the trainable tensors.
-        kept: what is not overwritten, for the message.
+        hint: end of the message, such as what stays as it was.
     """
     bad = _not_finite(tensors)
     if bad:
         raise UserError(
-            f"the trained weights are no longer finite, in {_some(bad)}: lower optim.lr. {kept}"
+            f"the trained weights are no longer finite, in {_some(bad)}: lower optim.lr. {hint}"
         )
     if tensors and not any(tensor.any() for tensor in tensors.values()):
-        raise UserError(f"the trained weights are all zero, which training never gives. {kept}")
+        raise UserError(f"the trained weights are all zero, which training never gives. {hint}")
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
