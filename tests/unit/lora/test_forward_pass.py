@@ -319,7 +319,7 @@ def test_casts_of_temporary_matrices_are_not_kept():
         in_place(model, adapter)
         assert_close(step(model, x), alone(model, x), 0.0)
     model(x)
-    assert adapter.layers["blocks.0.query"].forward_pass.casts._asked == {}
+    assert adapter.layers["blocks.0.query"].forward_pass.casts._requests == {}
 
 
 def test_casts_follow_their_matrix_to_another_device():

@@ -132,7 +132,7 @@ def test_bytes(kind, least, most, tiny_llama):
     whole = sum(p.numel() for p in generator(tiny_llama).parameters())
     adapter = Adapter(model, LoraConfig(rank=1))
     assert adapter.summary().total - adapter.summary().trainable == whole
-    with pytest.raises(UserError, match="its weight is quantised"):
+    with pytest.raises(UserError, match="its weight is quantized"):
         adapter.merge()
 
 
