@@ -21,12 +21,12 @@ from .layers.trainable_tokens import ROWS, RowsMatch, TokenRows, check_rows, mat
 from .module_index import ModuleIndex
 from .moe import check_mistaken_experts
 from .name_patterns import ALL_LINEAR
-from .reachability import check_mixers, check_reached, keep_off_fast_paths
+from .reachability import check_frozen_base, check_mixers, check_reached, keep_off_fast_paths
 from .running_statistics import running_statistics
 from .serialization.validation import check_tensors
 from .summary import Summary, summarize
 from .target_modules import Match, match_targets
-from .tied_weights import can_untie, tied_pairs, untie_all
+from .tied_weights import declare_untied, tied_pairs
 
 
 class Adapter:
@@ -171,14 +171,7 @@ class Adapter:
         Raises:
             UserError: something has unfrozen a layer of the base.
         """
-        stored = {id(tensor) for tensor in self.named_tensors().values()}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in stored:
-                module = name.replace(".base_layer", "").rpartition(".")[0]
-                raise UserError(
-                    f"{name} of the frozen base is trainable, but no adapter stores it. Keep it "
-                    f"frozen in your callbacks, or set lora.modules_to_save=[{module}]."
-                )
+        check_frozen_base(self.model, self.named_tensors().values())
 
     def load_tensors(self, tensors: dict[str, Tensor], *, source: str = "the adapter") -> None:
         """Copy `tensors` from a file into the live adapter.
@@ -289,16 +282,11 @@ class Adapter:
                 (T5).
         """
         self.merge()
-        config = getattr(self.model, "config", None)
-        if getattr(config, "tie_word_embeddings", False) and tied_pairs(self.model) < self._tied:
-            if not can_untie(config):
-                self.unmerge()
-                raise UserError(
-                    f"{type(self.model).__name__} always ties its embeddings, so an adapter on one "
-                    "of them cannot be merged permanently. Use the adapter unmerged."
-                )
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-            untie_all(self.model)
+        try:
+            declare_untied(self.model, tied_before=self._tied)
+        except UserError:
+            self.unmerge()
+            raise
         for layer in self._wrappers.values():
             layer._pristine_weight = None
         return self._unwrap()

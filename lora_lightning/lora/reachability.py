@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -189,6 +189,18 @@ def check_reached(trained: Mapping[str, Tensor]) -> list[str]:
             f"{_exclusion(never, [n for n in trained if n not in never])}."
         )
     return some
+
+
+def check_frozen_base(model: nn.Module, stored: Iterable[Tensor]) -> None:
+    """Raise UserError if a parameter outside of the adapter's `stored` tensors is trainable."""
+    known = {id(tensor) for tensor in stored}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            module = name.replace(".base_layer", "").rpartition(".")[0]
+            raise UserError(
+                f"{name} of the frozen base is trainable, but no adapter stores it. Keep it frozen "
+                f"in your callbacks, or set lora.modules_to_save=[{module}]."
+            )
 
 
 def _exclusion(never: list[str], others: list[str]) -> str:
