@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     )
     from lora_lightning.data.datamodule import LoraDataModule
     from lora_lightning.distributed.strategies import DataParallelStrategy, OneDeviceStrategy
-    from lora_lightning.inference.predictor import Predictor, load_trained
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.predictor import Predictor
     from lora_lightning.lora import (
         Adapter,
         AdapterSet,
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
         load_adapter,
         save_adapter,
     )
-    from lora_lightning.models.loading import load_tokenizer, resolve
+    from lora_lightning.models.resolve import resolve
+    from lora_lightning.models.tokenizer import load_tokenizer
     from lora_lightning.tasks import ClassificationTask, SentimentTask
     from lora_lightning.training.module import LoraModule
 
@@ -48,9 +50,9 @@ _HOME = {
     "SentimentTask": "tasks",
     "UserError": "lora",
     "load_adapter": "lora",
-    "load_tokenizer": "models.loading",
-    "load_trained": "inference.predictor",
-    "resolve": "models.loading",
+    "load_tokenizer": "models.tokenizer",
+    "load_trained": "inference.loading",
+    "resolve": "models.resolve",
     "save_adapter": "lora",
 }
 

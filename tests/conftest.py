@@ -12,6 +12,7 @@ import torch
 
 from helpers.data import make_rows, write_jsonl
 from helpers.models import CHAT_TEMPLATE, word_tokenizer
+from helpers.runs import QUIET, TrainedRuns
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -226,12 +227,17 @@ def run_cli(monkeypatch, capsys):
 def fast() -> list[str]:
     """Overrides that make a run small and silent."""
     return [
-        "trainer=cpu",
-        "trainer.precision=32-true",
+        *QUIET,
         "trainer.max_epochs=1",
-        "trainer.enable_progress_bar=false",
-        "callbacks.progress_bar=null",
-        "callbacks.rich_summary=null",
         "test_before=false",
         "data.batch_size=8",
     ]
+
+
+@pytest.fixture(scope="session")
+def trained_run(fast, tiny_bert, rows_jsonl, tmp_path_factory):
+    """Run folders by their overrides, of tiny_bert on rows_jsonl; see `TrainedRuns`."""
+    defaults = [*fast, f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
+    runs = TrainedRuns(tmp_path_factory.mktemp("trained"), defaults)
+    yield runs
+    runs.check_unchanged()

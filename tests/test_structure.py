@@ -13,16 +13,16 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "lora_lightning").rglob("*.py"))
 
 
-def test_imports_keep_the_contracts(capsys):
+def test_imports_keep_the_layers(capsys):
     status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_logo=True)
     assert status == 0, capsys.readouterr().out
 
 
-def test_few_files_lie_flat():
+def test_package_root_holds_few_files():
     assert len(list((ROOT / "lora_lightning").glob("*.py"))) <= 5
 
 
-def test_help_and_config_errors_need_no_torch():
+def test_help_and_config_import_no_torch():
     code = (
         "import sys; import lora_lightning.config.compose; import lora_lightning.cli.main;"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules)))"
@@ -31,7 +31,7 @@ def test_help_and_config_errors_need_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_no_pickle_is_read():
+def test_torch_load_is_weights_only():
     for path in FILES:
         text = path.read_text()
         assert "import pickle" not in text

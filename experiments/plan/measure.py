@@ -115,7 +115,7 @@ def make(kind: str, folder: Path) -> None:
     import transformers as t
 
     import lora_lightning
-    from lora_lightning.models.loading import resolve
+    from lora_lightning.models.resolve import resolve
 
     shipped = Path(lora_lightning.__file__).parent / "embedded" / "tiny_lm"
     tokenizer = t.AutoTokenizer.from_pretrained(
@@ -143,10 +143,10 @@ def predicted(overrides: list[str], device: torch.device | None = None) -> dict[
 
     from lora_lightning.config.compose import compose_config
     from lora_lightning.distributed.precision import with_precision
-    from lora_lightning.training.preflight.dry_run import rehearsal
+    from lora_lightning.training.preflight.dry_run import dry_run
 
     config = with_precision(compose_config(overrides))
-    with rehearsal(config, device or torch.device("cpu")) as rehearsed:
+    with dry_run(config, device or torch.device("cpu")) as rehearsed:
         parts = rehearsed.step(config.data.batch_size)
     found = {part: round(size / MIB, 1) for part, size in parts.items()}
     return {**found, "predicted": round(sum(parts.values()) / MIB, 1)}

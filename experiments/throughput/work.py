@@ -118,7 +118,7 @@ def make_llama(
 def encoder_work(folder: Path, data: str | None, **settings: Any) -> Work:
     """MiniLM on sentences: SST-2 where the file is given, else the reviews that ship."""
     import lora_lightning
-    from lora_lightning.models.loading import resolve
+    from lora_lightning.models.resolve import resolve
 
     shipped = Path(lora_lightning.__file__).parent / "data" / "embedded" / "reviews"
     train = Path(data) if data else next(shipped.glob("train.*"))

@@ -86,7 +86,7 @@ def adapter_of(overrides: list[str], work: Work) -> list[str]:
     import torch
 
     from lora_lightning.adapters.export import engine_problems
-    from lora_lightning.adapters.folder import save_trained
+    from lora_lightning.adapters.save import save_trained
     from lora_lightning.config.compose import compose_config, saved_settings, settings_of
     from lora_lightning.models.loading import load_generator
     from lora_lightning.tasks import build_task

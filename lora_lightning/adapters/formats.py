@@ -56,21 +56,24 @@ class Source:
 
     def layer(self, name: str) -> str:
         """Return the only layer of the model with this name or name ending."""
-        found = [own for own in ModuleIndex(self.model).adaptable if f".{own}".endswith(f".{name}")]
-        if len(found) != 1:
+        layers = [
+            layer for layer in ModuleIndex(self.model).adaptable if f".{layer}".endswith(f".{name}")
+        ]
+        if len(layers) != 1:
             raise UserError(
-                f"{self.path} has an adapter for {name}, and {type(self.model).__name__} has "
-                f"{len(found) or 'no'} such layers: was it trained on another architecture?"
+                f"{self.path}: has an adapter for {name}, but {type(self.model).__name__} has "
+                f"{len(layers) or 'no'} such layers. Name the base model that it was trained on: "
+                "model.name_or_path=NAME."
             )
-        return found[0]
+        return layers[0]
 
     def scaling(self, rank: int, stored: Tensor | None = None) -> float:
         """Return alpha over rank; alpha comes from the file, else from the caller."""
         alpha = self.alpha if stored is None else float(stored)
         if alpha is None:
             raise UserError(
-                f"{self.path} holds no alpha, which says how much the adapter counts: give alpha=A "
-                "as it was trained with (kohya's tools take the rank where there is none)."
+                f"{self.path}: holds no alpha, the scale of the adapter. Type that of its "
+                "training: alpha=A (kohya's default is the rank)."
             )
         return alpha / rank
 
@@ -88,31 +91,31 @@ def read_layout(
     """Return the updates in a file of another tool, by the model's own layer names.
 
     Args:
-        path: safetensors file in the layout of kohya, LitGPT or torchtune.
-        model: base model.
-        alpha: alpha, used if the layout does not store it.
-        parts: see `Source`.
+        path: Safetensors file in the layout of kohya, LitGPT or torchtune.
+        model: Base model.
+        alpha: Alpha, used if the layout does not store it. Defaults to None.
+        parts: See `Source`. Defaults to q, k and v.
 
     Raises:
-        UserError: the file is a pickle, is damaged, has an unknown layout, or does not fit this
+        UserError: The file is a pickle, is damaged, has an unknown layout, or does not fit this
             model.
     """
     source = Source(path, _read(path), model, alpha, parts)
-    for sign, layout in LAYOUTS.items():
-        if any(re.search(sign, name) for name in source.tensors):
-            return layout(source)
+    for pattern, read in LAYOUTS.items():
+        if any(re.search(pattern, name) for name in source.tensors):
+            return read(source)
     some = ", ".join(sorted(source.tensors)[:3])
     raise UserError(
-        f"{path} is of no layout that is known here; it holds {some} ... Known: PEFT (give its "
-        "folder, with adapter_config.json), kohya, LitGPT, torchtune."
+        f"{path}: unknown layout, with {some} ... Known layouts: kohya, LitGPT, torchtune, and "
+        "PEFT as a folder with adapter_config.json."
     )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix in PICKLES:
         raise UserError(
-            f"{path} is a pickle, which can run code and is not read. Convert it once, if you "
-            'trust it: python -c "import torch; from safetensors.torch import save_file; '
+            f"{path}: is a pickle, which can run code and is never read. Convert it if you trust "
+            'it: python -c "import torch; from safetensors.torch import save_file; '
             f"d = torch.load('{path}', weights_only=True); "
             "save_file(d.get('model', d), 'adapter.safetensors')\""
         )
@@ -124,26 +127,26 @@ def _kohya(source: Source) -> dict[str, Update]:
 
     A layer's name is a prefix (lora_te_...) and then its path, with underscores for dots.
     """
-    written: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name in ModuleIndex(source.model).adaptable:
-        written.setdefault(name.replace(".", "_"), []).append(name)
+        names.setdefault(name.replace(".", "_"), []).append(name)
     updates, prefixes = {}, set()
     for key, (a, b) in _pairs(source, ".lora_down.weight", ".lora_up.weight", ".alpha").items():
-        ends = [end for end in written if f"_{key}".endswith(f"_{end}")]
+        ends = [end for end in names if f"_{key}".endswith(f"_{end}")]
         longest = max(ends, key=len, default="")
-        if len(written.get(longest, [])) != 1:
+        if len(names.get(longest, [])) != 1:
             raise UserError(
-                f"{source.path}: {key} names {len(written.get(longest, [])) or 'no'} layers of "
-                f"{type(source.model).__name__}: is it for another model? Here a name is a prefix "
-                f"and then, for instance, {next(iter(written))}."
+                f"{source.path}: {key} names {len(names.get(longest, [])) or 'no'} layers of "
+                f"{type(source.model).__name__}. A name must be a prefix and the path of a layer, "
+                f"such as {next(iter(names))}."
             )
         prefixes.add(key.removesuffix(longest))
         scaling = source.scaling(a.shape[0], source.tensors.get(f"{key}.alpha"))
-        updates[written[longest][0]] = Update(a, b, scaling)
+        updates[names[longest][0]] = Update(a, b, scaling)
     if len(prefixes) > 1:
         raise UserError(
-            f"{source.path} holds adapters of several models ({', '.join(sorted(prefixes))}): "
-            "keep the tensors of one."
+            f"{source.path}: holds adapters of several models ({', '.join(sorted(prefixes))}). "
+            "Keep the tensors of one."
         )
     return updates
 
@@ -157,17 +160,17 @@ def _litgpt(source: Source) -> dict[str, Update]:
     rows = {"q": heads * size, "k": groups * size, "v": groups * size}
     updates = {}
     for key, (a, b) in _pairs(source, ".lora_A", ".lora_B").items():
-        at = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", key)
+        match = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", key)
         rank = b.shape[1]
         scaling = source.scaling(rank)
-        if at and at[2] == "attn.qkv":
+        if match and match[2] == "attn.qkv":
             parts = _parts_of(source, a.shape[0] // rank, b.shape[0], rows)
             split = zip(parts, a.split(rank), b.split([rows[part] for part in parts]), strict=True)
             for part, part_a, part_b in split:
-                name = source.layer(f"layers.{at[1]}.self_attn.{part}_proj")
+                name = source.layer(f"layers.{match[1]}.self_attn.{part}_proj")
                 updates[name] = Update(part_a, part_b, scaling)
-        elif at and at[2] in LITGPT:
-            updates[source.layer(f"layers.{at[1]}.{LITGPT[at[2]]}")] = Update(a, b, scaling)
+        elif match and match[2] in LITGPT:
+            updates[source.layer(f"layers.{match[1]}.{LITGPT[match[2]]}")] = Update(a, b, scaling)
         elif key == "lm_head":
             vocabulary = int(source.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
             updates[source.layer(key)] = Update(a, b[:vocabulary], scaling)  # LitGPT pads the rows
@@ -181,8 +184,8 @@ def _parts_of(source: Source, count: int, height: int, rows: dict[str, int]) -> 
     parts = [part for part in PARTS if part in source.parts]
     if len(parts) != count or sum(rows[part] for part in parts) != height:
         raise UserError(
-            f"{source.path}: attn.qkv has adapters for {count} of q, k and v, and {height} rows. "
-            f"Say for which, as parts=q,v; here q has {rows['q']} rows, k and v {rows['k']} each."
+            f"{source.path}: attn.qkv has adapters for {count} of q, k and v, with {height} rows. "
+            f"Name them, as in parts=q,v (q has {rows['q']} rows, k and v have {rows['k']} each)."
         )
     return parts
 
@@ -195,15 +198,15 @@ def _torchtune(source: Source) -> dict[str, Update]:
     kind = str(source.model.config.model_type)  # type: ignore[union-attr]
     if kind not in (*INTERLEAVED, *HALVES):
         raise UserError(
-            f"{source.path} is of torchtune, whose order of rows is known here for "
-            f"{', '.join((*INTERLEAVED, *HALVES))}, not for {kind}. torchtune itself writes PEFT's "
-            "files beside its own: give their folder."
+            f"{source.path}: torchtune files of {kind} are not supported, only of "
+            f"{', '.join((*INTERLEAVED, *HALVES))}. torchtune also writes PEFT's files: "
+            "source=FOLDER."
         )
     updates = {}
     for key, (a, b) in _pairs(source, ".lora_a.weight", ".lora_b.weight").items():
-        at = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
-        if at and at[2] in TORCHTUNE:
-            name = f"layers.{at[1]}.{TORCHTUNE[at[2]]}"
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
+        if match and match[2] in TORCHTUNE:
+            name = f"layers.{match[1]}.{TORCHTUNE[match[2]]}"
             if kind in INTERLEAVED and name.endswith(("q_proj", "k_proj")):
                 b = _pairs_apart(b, source.heads()[2])
         elif key == "output":
@@ -228,7 +231,7 @@ def _pairs(source: Source, a: str, b: str, *others: str) -> dict[str, tuple[Tens
 
     The file may hold no other tensors.
     """
-    found = {}
+    pairs = {}
     for name, tensor in source.tensors.items():
         if not name.endswith((a, b, *others)):
             raise _unclear(source, name)
@@ -236,21 +239,20 @@ def _pairs(source: Source, a: str, b: str, *others: str) -> dict[str, tuple[Tens
             key = name.removesuffix(a)
             other = source.tensors.get(key + b)
             if other is None:
-                raise UserError(f"{source.path} holds {name}, and no {key + b}.")
+                raise UserError(f"{source.path}: holds {name}, but no {key + b}.")
             if tensor.dim() != 2 or other.dim() != 2:
-                raise UserError(f"{source.path}: {key} is no linear layer's adapter.")
-            found[key] = tensor, other
+                raise UserError(f"{source.path}: A and B of {key} must be matrices.")
+            pairs[key] = tensor, other
     for name in source.tensors:
         ending = next(end for end in (a, b, *others) if name.endswith(end))
-        if (key := name.removesuffix(ending)) not in found:
-            raise UserError(f"{source.path} holds {name}, and no {key + a}.")
-    return found
+        if (key := name.removesuffix(ending)) not in pairs:
+            raise UserError(f"{source.path}: holds {name}, but no {key + a}.")
+    return pairs
 
 
 def _unclear(source: Source, name: str) -> UserError:
     return UserError(
-        f"{source.path}: {name} is nothing that could be placed in "
-        f"{type(source.model).__name__} with certainty."
+        f"{source.path}: {name} has no certain place in a {type(source.model).__name__}."
     )
 
 

@@ -220,22 +220,20 @@ def _report(arguments: list[str]) -> None:
 
 
 def _evaluate(plain: dict[str, str], overrides: list[str]) -> None:
-    from lora_lightning.config.compose import over_saved
-
     folder = _need(plain, "adapter", "evaluate")
     _check_output(plain, (".json",), by="evaluate")
-    from lora_lightning.adapters.folder import read_sidecar
+    from lora_lightning.inference.overrides import changed_config
     from lora_lightning.utils.atomic_write import write_json
     from lora_lightning.utils.locks import locked_output
 
-    config = over_saved(read_sidecar(folder)["settings"], overrides)
+    config = changed_config(folder, overrides, verb="evaluate")
     from lora_lightning.inference.evaluate import evaluate
-    from lora_lightning.inference.output_files import refuse_other_file
+    from lora_lightning.inference.output_files import check_output_file
 
     writes = "output" in plain and cluster.tells()  # only the first of several processes
     output = _expanded(plain["output"], "output") if writes else None
     if output is not None:
-        refuse_other_file(output, by="evaluate", sources=_data_of(config))
+        check_output_file(output, by="evaluate", sources=_data_of(config))
     with locked_output(output):
         metrics = evaluate(folder, config)
         print(json.dumps(metrics, indent=2))
@@ -249,10 +247,12 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
         given = " ".join(overrides) or ("both" if "text" in plain else "neither")
         raise UserError(f'predict needs one of text="..." and input=FILE, but got {given}.')
     _check_output(plain, (".jsonl", ".ndjson"), by="predict")
-    from lora_lightning.inference.evaluate import predictor_for
+    from lora_lightning.inference.predictor import predictor_for
 
-    predictor = predictor_for(folder, overrides)
-    from lora_lightning.inference.predictor import predict_file, predict_text
+    verb = "predict text=" if "text" in plain else "predict"
+    predictor = predictor_for(folder, overrides, verb=verb)
+    from lora_lightning.inference.predict_file import predict_file
+    from lora_lightning.inference.predictor import predict_text
 
     if "text" in plain and predictor.module.task.generative:
         from lora_lightning.inference.chat import answer
@@ -271,9 +271,9 @@ def _predict(plain: dict[str, str], overrides: list[str]) -> None:
 
 def _chat(plain: dict[str, str], overrides: list[str]) -> None:
     folder = _need(plain, "adapter", "chat")
-    from lora_lightning.inference.evaluate import predictor_for
+    from lora_lightning.inference.predictor import predictor_for
 
-    predictor = predictor_for(folder, overrides)
+    predictor = predictor_for(folder, overrides, verb="chat")
     from lora_lightning.inference.chat import chat
 
     chat(predictor)
@@ -283,13 +283,13 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
     folder = _need(plain, "adapter", "merge")
     if "output" not in plain:
         raise UserError("merge needs output=DIR: where the merged model goes.")
-    from lora_lightning.inference.evaluate import model_changes
+    from lora_lightning.inference.overrides import changed_model
     from lora_lightning.utils.quiet import quiet_libraries
 
-    changes = model_changes(folder, overrides)
+    changes = changed_model(folder, overrides, verb="merge")
     quiet_libraries()
-    from lora_lightning.adapters.folder import belongs_to_quantised
-    from lora_lightning.inference.predictor import merge, quantisation_gap
+    from lora_lightning.adapters.folder import AdapterFolder
+    from lora_lightning.inference.merge import merge, quantization_gap
     from lora_lightning.utils.logs import read_json
 
     output = _expanded(plain["output"], "output")
@@ -300,12 +300,13 @@ def _merge(plain: dict[str, str], overrides: list[str]) -> None:
         print(f"its weights are {dtype}, as those of the base; for others: model.dtype=float32")
     kind, beside = changes.get("quantization"), ""
     if kind:
-        into = "what is left of it" if belongs_to_quantised(folder) else "the base as it was before"
+        of_quantized = AdapterFolder(folder).compensated_quantization() is not None
+        into = "what is left of it" if of_quantized else "the base as it was before"
         print(f"trained on a base in {kind}; merged into {into}")
         beside = ", both on that base"
     print(f"largest logit gap between adapter and merged model{beside}: {gap:.3g}")
     if kind:
-        gap = quantisation_gap(folder, output, model=changes)
+        gap = quantization_gap(folder, output, model=changes)
         print(f"largest logit gap to the adapter on the base in {kind}: {gap:.3g}")
 
 
@@ -339,7 +340,7 @@ def _export(plain: dict[str, str], others: list[str]) -> None:
         rank, rounding = write_canonical(source, folder)
         print(f"{folder}: rank {rank} and one alpha; B is rounded by at most {rounding:.1g}")
     else:
-        from lora_lightning.adapters.files import copy_adapter
+        from lora_lightning.adapters.stored_adapter import copy_adapter
 
         copy_adapter(source, folder)
         print(f"{folder}: the files of PEFT")
@@ -463,10 +464,10 @@ def _check_output(plain: dict[str, str], suffixes: tuple[str, ...], *, by: str) 
             f"output={output}: what is written is {suffixes[0][1:].upper()}, so give a name that "
             f"ends in {suffixes[0]}."
         )
-    from lora_lightning.inference.output_files import refuse_other_file
+    from lora_lightning.inference.output_files import check_output_file
 
     sources = [_expanded(plain[key], key) for key in ("input", "adapter") if key in plain]
-    refuse_other_file(output, by=by, sources=sources)
+    check_output_file(output, by=by, sources=sources)
 
 
 def _split(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -222,7 +222,7 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
             run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
         return
     goes_on |= outside and cluster.started_again()
-    from lora_lightning.adapters.folder import undone_on_mistake
+    from lora_lightning.adapters.run_entries import rollback_on_mistake
     from lora_lightning.training.run_folder import check_same_run, check_unused_folder, holds_run
 
     is_there = goes_on and holds_run(run_dir)
@@ -230,7 +230,7 @@ def _run(overrides: list[str], config: DictConfig, *, goes_on: bool) -> None:
         check_same_run(run_dir, config)
         if _is_complete(run_dir):
             return
-    with undone_on_mistake(run_dir):
+    with rollback_on_mistake(run_dir):
         if not is_there:
             check_unused_folder(run_dir)
         run_hydra(overrides, resume=goes_on)

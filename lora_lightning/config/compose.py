@@ -26,7 +26,7 @@ from .groups import LARGEST_SEED, METHODS, Schema, Settings, composed, register_
 from .messages import explain
 from .paths import anchor
 from .presets import primary, searched
-from .saved import RENAMED, leaves
+from .saved import ADDED, RENAMED, leaves
 from .schema import (
     GENERATION,
     OWN_GROUPS,
@@ -245,6 +245,9 @@ def config_hash(config: DictConfig) -> str:
     for key in ("output_dir", "tags", "logger"):
         plain.pop(key, None)
     plain["task"] = _with_earlier_names(plain["task"])
+    for group, values in ADDED.items():
+        items = plain[group].items()
+        plain[group] = {key: value for key, value in items if (key, value) not in values.items()}
     text = json.dumps(plain, sort_keys=True)
     for old, new in RENAMED.items():  # so that stopped sweeps and runs are found again
         text = text.replace(new, old)

@@ -44,6 +44,8 @@ RENAMED = {
     "lora_lightning.zero.ZeroStrategy": "lora_lightning.strategies.ZeroStrategy",
 }
 """Current names of classes by their names in configs of runs before 0.1."""
+ADDED = {"model": {"cpu_kernels": True}}
+"""Settings that configs of runs before 0.1 lack, with the values that these runs had."""
 
 
 def refuse_untyped(config: DictConfig, typed: list[str], source: str) -> list[str]:

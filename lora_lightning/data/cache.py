@@ -33,17 +33,17 @@ def write_sums(files: Iterable[Path], sums: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    found = {}
+    digests = {}
     for path in files:
         sync(path)
-        found[_name(path, sums)] = digest(path)
-    atomic_write(sums, json.dumps(found, indent=2) + "\n")
+        digests[_name(path, sums)] = digest(path)
+    atomic_write(sums, json.dumps(digests, indent=2) + "\n")
 
 
 def _name(path: Path, sums: Path) -> str:
     return Path(os.path.relpath(path, sums.parent)).as_posix()
 
 
-def tell_damage(path: Path) -> None:
+def report_damage(path: Path) -> None:
     """Report that damaged prepared data is rebuilt."""
-    say(f"{path} is damaged: what was prepared there is made again.", file=sys.stderr)
+    say(f"{path} is damaged and is built again.", file=sys.stderr)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.distributed.strategies import data_ranks, in_step
+from lora_lightning.distributed.strategy_internals import uses_distributed_sampler
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import uses_flash
-from lora_lightning.models.tokenizer import refuse_unknown
-from lora_lightning.tasks import IGNORE, Task
-from lora_lightning.utils.cache_folder import cache_folder
+from lora_lightning.models.tokenizer import check_tokens_known
+from lora_lightning.tasks import Task
 from lora_lightning.utils.terminal import say
 
 from .collators import (
@@ -30,21 +27,24 @@ from .collators import (
     PackingCollator,
     PaddingCollator,
 )
+from .examples import (
+    Examples,
+    highest_ids,
+    longest_input,
+    mark_rows_to_generate,
+    tokens_at_a_time,
+)
 from .loading import load_splits
-from .row_counts import doubts
-from .rows_cache import unwritable_cache
-from .sampler import FILLER, LengthBucketBatchSampler, ResumableDataLoader
+from .row_counts import row_warnings
+from .sampler import LengthBucketBatchSampler, ResumableDataLoader
 from .splits import make_splits
 from .tokenization import (
     Encoding,
     cores,
-    encode_rows,
+    encode_cached,
     in_main_thread,
 )
 
-CACHE_VERSION = 4  # increase it when the meaning of encoded rows changes
-CPU_TOKENS = 1024
-"""Default number of tokens computed at a time on a CPU. See experiments/throughput."""
 GPU_MULTIPLE = 8
 """On a GPU, the padded length of a batch is a multiple of this number. GPU kernels work in blocks,
 and a mask is copied if its rows do not begin at such a block."""
@@ -86,14 +86,14 @@ class LoraDataModule(L.LightningDataModule):
         self.seed = seed
         if config.packing and not task.packs:
             raise UserError(
-                f"data.packing=true needs a causal model and a task whose target is text: leave it "
-                f"out for task={task.name} with this model."
+                f"data.packing=true: is not supported with task={task.name} and this model. It "
+                "requires a causal model and a task whose target is text."
             )
         self.max_length = self._max_length(length_limit)
         self.raw: dict[str, Any] = {}
         self.encoded: dict[str, Any] = {}
         self.dropped: dict[str, int] = {}
-        self._has_told = False
+        self._has_warned = False
 
     def _max_length(self, length_limit: int | None) -> int:
         asked = longest_input(self.config, length_limit, self.tokenizer.model_max_length)
@@ -102,8 +102,8 @@ class LoraDataModule(L.LightningDataModule):
         special = self.tokenizer.num_special_tokens_to_add()
         if asked <= special:
             raise UserError(
-                f"data.max_length={asked}: {special} special tokens leave no room for text, so all "
-                "rows would be cut away. Use at least 16."
+                f"data.max_length={asked}: must leave room for text beside {special} special "
+                "tokens. Use at least 16."
             )
         return asked
 
@@ -118,41 +118,46 @@ class LoraDataModule(L.LightningDataModule):
         """Load the encoded rows, in every process."""
         if not self.encoded:
             self._build()
-        if stage == "fit" and not (self.has("train") and self.has("val")):
-            lacking = "val" if self.has("train") else "train"
-            raise UserError(
-                f"there is no {lacking} data, which training needs: give data.{lacking}=FILE"
-                + (", or data.val_fraction above 0." if lacking == "val" else ".")
-            )
-        trainer = self.trainer
-        if trainer is not None and trainer.world_size > 1:
-            connector = trainer._accelerator_connector
-            if connector.use_distributed_sampler:
-                raise UserError(
-                    "LoraDataModule spreads the rows over the ranks itself: "
-                    "give the Trainer use_distributed_sampler=False."
-                )
-            if in_step(trainer.strategy) and isinstance(self.config.max_tokens, int):
-                raise UserError(
-                    f"data.max_tokens={self.config.max_tokens}: where the base's layers are spread "
-                    "over processes (trainer=fsdp2), all must make equally many forward passes. "
-                    "Leave it out, and lower data.batch_size."
-                )
-            ranks = data_ranks(trainer)
-            for split in ("val", "test"):
-                rows = len(self.encoded[split]) if self.has(split) else ranks
-                if rows < ranks:  # torchmetrics cannot gather from a rank without rows
-                    raise UserError(
-                        f"there are {rows} {split} rows for {ranks} processes: give "
-                        "more rows, or fewer trainer.devices."
-                    )
+        if stage == "fit":
+            self._check_splits_to_fit()
+        if self.trainer is not None and self.trainer.world_size > 1:
+            self._check_ranks(self.trainer)
 
-    def tell_doubts(self) -> None:
-        """Report, once, the reasons in a run's rows to distrust its metrics."""
-        if not self._has_told and self.has("train"):
-            for line in doubts(self):
-                _tell(f"WARNING {line}")
-        self._has_told = True
+    def _check_splits_to_fit(self) -> None:
+        for split in ("train", "val"):
+            if not self.has(split):
+                fraction = ", or data.val_fraction above 0" if split == "val" else ""
+                raise UserError(
+                    f"data.{split}: must be given for training. Type data.{split}=FILE{fraction}."
+                )
+
+    def _check_ranks(self, trainer: L.Trainer) -> None:
+        if uses_distributed_sampler(trainer):
+            raise UserError(
+                "Trainer(use_distributed_sampler=True): is not supported with LoraDataModule. Give "
+                "use_distributed_sampler=False, because it spreads the rows itself."
+            )
+        if in_step(trainer.strategy) and isinstance(self.config.max_tokens, int):
+            raise UserError(
+                f"data.max_tokens={self.config.max_tokens}: is not supported with trainer=fsdp2, "
+                "whose ranks must make equally many forward passes. Remove it, and lower "
+                "data.batch_size."
+            )
+        ranks = data_ranks(trainer)
+        for split in ("val", "test"):
+            rows = len(self.encoded[split]) if self.has(split) else ranks
+            if rows < ranks:  # torchmetrics cannot gather from a rank without rows
+                raise UserError(
+                    f"data.{split}: must hold at least {ranks} rows for {ranks} processes, and "
+                    f"holds {rows}. Give more rows, or fewer trainer.devices."
+                )
+
+    def warn_about_rows(self) -> None:
+        """Warn, once, of rows that make a run's metrics doubtful."""
+        if not self._has_warned and self.has("train"):
+            for line in row_warnings(self):
+                _report(f"WARNING {line}")
+        self._has_warned = True
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
@@ -173,62 +178,34 @@ class LoraDataModule(L.LightningDataModule):
         raw = load_splits(self.config)
         self.task.learn(raw)
         for note in self.task.notes:
-            _tell(note)
+            _report(note)
         raw = make_splits(raw, self.config, strata=self.task.strata)
         for split in raw:
             limit = getattr(self.config, f"limit_{split}")
             if limit is not None:
                 raw[split] = raw[split].select(range(min(limit, len(raw[split]))))
+        encoding = Encoding(self.task, self.tokenizer, self.max_length)
         for split, rows in raw.items():
-            encoded = self._encode(rows)
+            encoded = encode_cached(rows, encoding, self.config.cache_dir)
             if self.rows is not None:
-                ids = _highest_ids(encoded)
-                refuse_unknown(ids, self.rows, self.tokenizer, where=f"the {split} data")
+                ids = highest_ids(encoded)
+                check_tokens_known(ids, self.rows, self.tokenizer, where=f"the {split} data")
             kept = [i for i, length in enumerate(encoded["length"][:]) if length > 0]
             self.dropped[split] = len(encoded) - len(kept)
             if not kept:
                 raise UserError(
-                    f"the {split} data has nothing to learn from: {self.task.dropped_means} in all "
+                    f"the {split} data has nothing to learn: {self.task.dropped_means} in all "
                     f"{len(rows)} rows. {self.task.dropped_advice}"
                 )
             if self.dropped[split]:
-                _tell(
-                    f"{split}: {self.dropped[split]} of {len(rows)} rows are left out: "
+                _report(
+                    f"{split}: {self.dropped[split]} of {len(rows)} rows are dropped: "
                     f"{self.task.dropped_means}."
                 )
             encoded = encoded.select(kept)
             if split != "train" and self.task.generate_rows:
-                encoded = _choose(encoded, self.task.generate_rows)
+                encoded = mark_rows_to_generate(encoded, self.task.generate_rows)
             self.raw[split], self.encoded[split] = rows.select(encoded["row"][:]), encoded
-
-    def _encode(self, rows: Any) -> Any:
-        """Return encoded rows, from the cache if the same rows were encoded before."""
-        key = {
-            "version": CACHE_VERSION,
-            "rows": rows._fingerprint,
-            "tokenizer": self._tokenizer_signature,
-            "max_length": self.max_length,
-            **self.task.signature(),
-        }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        folder = cache_folder(self.config.cache_dir)
-        encoding = Encoding(self.task, self.tokenizer, self.max_length)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return encode_rows(rows, encoding, folder / f"{digest[:32]}.arrow")
-        except OSError as error:
-            raise unwritable_cache(folder, error) from None
-
-    @cached_property
-    def _tokenizer_signature(self) -> str:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        else:
-            # Encoding changes the padding and truncation state, so the signature omits both.
-            state = json.loads(backend.to_str())
-            content = json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
     # Batches ---------------------------------------------------------------------------------
 
@@ -341,78 +318,7 @@ class LoraDataModule(L.LightningDataModule):
         return collate([examples[row] for row in order])
 
 
-def longest_input(config: DataConfig, model: int | None, tokenizer: int | None = None) -> int:
-    """Return the length limit of an example in tokens.
-
-    Args:
-        config: settings with the requested limit.
-        model: longest input that the model takes. None means unlimited.
-        tokenizer: longest input that the tokenizer takes. None (default) means unlimited.
-
-    Raises:
-        UserError: the requested limit is longer than the model takes.
-    """
-    asked = config.max_length
-    if asked is None:
-        return min(model or 512, tokenizer or 512, 512)
-    if model is not None and asked > model:
-        raise UserError(f"data.max_length={asked}: the model takes at most {model} tokens.")
-    return asked
-
-
-def tokens_at_a_time(config: DataConfig, device_type: str) -> int | None:
-    """Return the number of tokens computed at a time on a device, or None for whole batches."""
-    if config.max_tokens != "auto":
-        return config.max_tokens  # type: ignore[no-any-return]
-    return CPU_TOKENS if device_type == "cpu" else None
-
-
 @rank_zero_only
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
     """Print a message to stderr, because a run silences Lightning's logger at that level."""
     say(message, file=sys.stderr)
-
-
-class Examples(Dataset[dict[str, Any]]):
-    """Dataset of encoded rows by index. `FILLER` gives the first row without its labels."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return the rows of a batch, read at once."""
-        if FILLER in indices:
-            return [self[index] for index in indices]
-        columns = self.rows[indices]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index != FILLER:
-            return dict(self.rows[index])
-        row = dict(self.rows[0])
-        labels = row["labels"]
-        row["labels"] = [IGNORE] * len(labels) if isinstance(labels, list) else IGNORE
-        if "generate" in row:
-            row["generate"] = False
-        return row
-
-
-def _highest_ids(encoded: Any) -> list[int]:
-    """Return the highest token id of the inputs, and of the labels if they are tokens."""
-    import pyarrow.compute as pc
-
-    columns = [encoded.data.column(name) for name in ("input_ids", "labels")]
-    lists = [column for column in columns if hasattr(column.type, "value_type")]
-    found = [pc.max(pc.list_flatten(column)).as_py() for column in lists]
-    return [number for number in found if number is not None]
-
-
-def _choose(encoded: Any, count: int) -> Any:
-    """Mark evenly spaced rows to generate text for."""
-    total = len(encoded)
-    count = total if count == -1 else min(count, total)
-    chosen = {index * total // count for index in range(count)}
-    return encoded.add_column("generate", [index in chosen for index in range(total)])

@@ -20,7 +20,7 @@ from pathlib import Path
 from lora_lightning.errors import UserError
 from lora_lightning.utils.atomic_write import atomic_write
 
-from .cache import is_whole, tell_damage, write_sums
+from .cache import is_whole, report_damage, write_sums
 
 VERSION = 1  # increase it when the built rows change
 SUMMARY_WORDS = (3, 25)
@@ -51,7 +51,7 @@ def docstring_files(folder: Path) -> dict[str, Path]:
     sums = target / "sums.json"
     if not is_whole(paths.values(), sums):
         if sums.exists():
-            tell_damage(target)
+            report_damage(target)
         splits = build_docstrings(Path(sysconfig.get_path("stdlib")))
         target.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():

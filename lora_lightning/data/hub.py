@@ -18,8 +18,9 @@ from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import digest, expanded
 
-from .cache import is_whole, tell_damage, write_sums
-from .files import SPLITS_OF_SAVED, STATE, load_files, load_saved
+from .cache import is_whole, report_damage, write_sums
+from .folders import SPLITS_OF_SAVED, STATE, load_saved
+from .local_files import load_files
 from .readers import (
     BUILDERS,
     is_known,
@@ -41,28 +42,30 @@ def load_hub(config: DataConfig, cache: Path) -> dict[str, Any]:
     path = expanded(str(config.path), "data.path")
     try:
         if (path / SPLITS_OF_SAVED).is_file():
-            found = _splits_of_saved(config, path)
+            splits = _splits_of_saved(config, path)
         elif (path / STATE).is_file():
-            found = {"train": load_saved(f"data.path={path}", path)}
+            splits = {"train": load_saved(f"data.path={path}", path)}
+        elif path.is_dir():
+            splits = _splits_of_folder(path, config, cache)
         else:
-            found = _splits_of_folder(path, config, cache) if path.is_dir() else _hub(config, cache)
+            splits = _hub(config, cache)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"data.path={config.path}: the hub dataset cannot be loaded: {reason_of(error)} "
-            "Check the name, data.name and the network; for local files use data.train=FILE."
+            "Check the name, data.name and the network, or use data.train=FILE for local files."
         ) from error
     if config.splits:
         for split in config.splits.values():
-            if split not in found:
+            if split not in splits:
                 raise UserError(
-                    f"data.splits: {config.path} has no split {split!r}."
-                    f"{did_you_mean(split, found)} Its splits are {', '.join(found)}."
+                    f"data.splits: split {split!r} not found in {config.path}."
+                    f"{did_you_mean(split, splits)} Known: {', '.join(splits)}."
                 )
-        return {ours: found[theirs] for ours, theirs in config.splits.items()}
+        return {name: splits[hub_name] for name, hub_name in config.splits.items()}
     renamed = {"train": "train", "validation": "val", "val": "val", "dev": "val", "test": "test"}
-    return {renamed[split]: rows for split, rows in found.items() if split in renamed}
+    return {renamed[split]: rows for split, rows in splits.items() if split in renamed}
 
 
 def _splits_of_saved(config: DataConfig, path: Path) -> dict[str, Any]:
@@ -138,15 +141,15 @@ def _prepared_rows(config: DataConfig, builder: Any, cache: Path) -> dict[str, A
     key = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:32]
     sums = cache / f"hub-{key}.json"
     if sums.exists() and not is_whole(files, sums):
-        tell_damage(files[0].parent)
+        report_damage(files[0].parent)
         before = [digest(file) for file in files]
         builder = load_dataset_builder(str(config.path), config.name, revision=config.revision)
         builder.download_and_prepare(download_mode="reuse_cache_if_exists")
         splits = builder.as_dataset()
         if [digest(file) for file in files] == before:
             raise UserError(
-                f"data.path={config.path}: its rows in {files[0].parent} are damaged, and cannot "
-                "be prepared again without a network. Delete that folder, and run with a network."
+                f"data.path={config.path}: its rows in {files[0].parent} are damaged and cannot "
+                "be prepared again without a network. Delete that folder and run with a network."
             )
         sums.unlink()
     if files and not sums.exists():
@@ -226,7 +229,7 @@ def _check_files(config: DataConfig, builder: Any, belongs: Callable[[str], bool
     for file in files:
         if not belongs(file):
             raise UserError(
-                f"data.path={config.path} names {file}, which is no part of it. If you want it "
-                "read, give it yourself: data.train=FILE."
+                f"data.path={config.path}: names {file}, which is not part of it. To read that "
+                "file use data.train=FILE."
             )
     return files

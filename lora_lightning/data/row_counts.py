@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8
 """Minimum training rows per class. A class with fewer rows can hardly be learned."""
-FEW_JUDGES = 50
+FEW_EVALUATED = 50
 """Minimum validation or test rows. With fewer, one row weighs too much in the metrics."""
-UNEVEN = 3
-"""Minimum ratio of the rows of two classes at which they count as uneven."""
+IMBALANCE = 3
+"""Minimum ratio of the rows of two classes at which they count as imbalanced."""
 
 
 def class_counts(data: LoraDataModule) -> dict[str, int]:
@@ -21,28 +21,33 @@ def class_counts(data: LoraDataModule) -> dict[str, int]:
     return {} if counts is None else dict(counts(data.raw["train"]))
 
 
-def doubts(data: LoraDataModule) -> list[str]:
+def row_warnings(data: LoraDataModule) -> list[str]:
     """Return reasons to distrust metrics on these rows, one sentence each."""
-    found = [
-        f"only {len(rows)} {split} rows: each makes {100 / len(rows):.0f} % of what is measured"
+    warnings = [
+        f"only {_counted(len(rows), f'{split} row')}: each makes {100 / len(rows):.0f} % of the "
+        "metrics"
         for split, rows in data.encoded.items()
-        if split != "train" and len(rows) < FEW_JUDGES
+        if split != "train" and len(rows) < FEW_EVALUATED
     ]
     counts = class_counts(data)
-    found += [
-        f"only {n} training rows of {label!r}: too few to learn it"
-        for label, n in counts.items()
-        if n < FEW_ROWS
+    warnings += [
+        f"only {_counted(count, 'training row')} of {label!r}: too few to learn it"
+        for label, count in counts.items()
+        if count < FEW_ROWS
     ]
-    return [*found, *_uneven(counts, data.task.config)]
+    return [*warnings, *_imbalance(counts, data.task.config)]
 
 
-def _uneven(counts: dict[str, int], config: Any) -> list[str]:
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _imbalance(counts: dict[str, int], config: Any) -> list[str]:
     most = max(counts, key=counts.__getitem__, default="")
-    if not counts or counts[most] < UNEVEN * min(counts.values()):
+    if not counts or counts[most] < IMBALANCE * min(counts.values()):
         return []
     share = counts[most] / sum(counts.values())
-    line = f"uneven classes: the answer {most!r} to all has an accuracy of {share:.2f}"
+    line = f"imbalanced classes: to answer {most!r} always has an accuracy of {share:.2f}"
     if config.monitor == "val/accuracy":
-        line += ". val/f1, the macro F1, counts each class alike: task.monitor=val/f1"
+        line += ". val/f1, the macro F1, weighs all classes equally: task.monitor=val/f1"
     return [line]

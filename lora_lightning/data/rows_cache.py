@@ -15,7 +15,7 @@ from typing import Any
 from lora_lightning.errors import UserError, causes
 from lora_lightning.utils.output_folders import digest
 
-from .cache import is_whole, tell_damage, write_sums
+from .cache import is_whole, report_damage, write_sums
 
 SUMS = "sums.json"
 
@@ -31,8 +31,8 @@ PLAIN = ("Value", "ClassLabel", "Json", "Translation", "TranslationVariableLangu
 def unwritable_cache(folder: Path, error: OSError) -> UserError:
     """Return the error for a cache that cannot be written."""
     return UserError(
-        f"cannot write the cache of prepared data in {folder}: {error}. "
-        "Choose another folder: data.cache_dir=DIR."
+        f"data.cache_dir: cannot write the cache in {folder}: {error}. Choose another folder: "
+        "data.cache_dir=DIR."
     )
 
 
@@ -87,7 +87,7 @@ def is_kept(folder: Path) -> bool:
     """Return whether a folder holds intact rows, and report damage."""
     whole = is_whole(folder.glob("*.arrow"), folder / SUMS)
     if not whole and (folder / SUMS).exists():
-        tell_damage(folder)
+        report_damage(folder)
     return whole
 
 
@@ -129,15 +129,15 @@ def _is_plain(kind: Any) -> bool:
     return type(kind).__name__ in PLAIN if inner is None else _is_plain(inner)
 
 
-def keep(rows: Any, made: Path, folder: Path) -> None:
+def keep(rows: Any, staging: Path, folder: Path) -> None:
     """Move the files of a dataset to a folder, with their checksums, in one step."""
-    made.mkdir()
-    files = [made / f"{i:05}.arrow" for i in range(len(rows.cache_files))]
+    staging.mkdir()
+    files = [staging / f"{i:05}.arrow" for i in range(len(rows.cache_files))]
     for file, entry in zip(files, rows.cache_files, strict=True):
         os.replace(entry["filename"], file)
-    write_sums(files, made / SUMS)
+    write_sums(files, staging / SUMS)
     try:
-        made.rename(folder)
+        staging.rename(folder)
     except OSError:
         if not folder.exists():  # otherwise another process stored the same rows first
             raise

@@ -123,13 +123,15 @@ class ResumableDataLoader(DataLoader):  # type: ignore[type-arg]
         for name in ("epoch", "batches", "ranks"):
             count = state.get(name, 0) if isinstance(state, dict) else None
             if type(count) is not int or not 0 <= count < 2**53:
-                raise UserError(f"the checkpoint's state of the data has {name}={count!r:.100}.")
+                raise UserError(
+                    f"the checkpoint's data state has an invalid {name}: {count!r:.100}."
+                )
         ranks = self._batches().num_replicas
         if state.get("ranks", ranks) != ranks:
             raise UserError(
-                f"this run was trained by {state['ranks']} processes that see different rows, and "
-                f"here are {ranks}: its batches would be others. Go on with as many, or begin a "
-                "new run with what it has learned: adapter=RUN_DIR/checkpoints/last.ckpt."
+                f"trainer.devices: must give {state['ranks']} processes that see different rows, "
+                f"as before, and gives {ranks}. For a new run from this checkpoint: "
+                "adapter=RUN_DIR/checkpoints/last.ckpt."
             )
         self._resume = state
 

@@ -42,9 +42,13 @@ def make_splits(
     parts = _cut(rows, strata(rows), wanted, config.split_seed)
     empty = [split for split, indices in parts.items() if not indices]
     if empty:
+        cut_off = [split for split in empty if split != "train"] or list(wanted)
+        can_help = "train" not in empty and len(rows) > len(wanted)
         raise UserError(
-            f"the training data has only {len(rows)} rows, too few to cut off "
-            f"{' and '.join(empty)} data: give data.val and data.test, or larger fractions."
+            f"data.train: {len(rows)} row{'s' * (len(rows) > 1)} are too few to cut off "
+            f"{' and '.join(cut_off)} data. Give "
+            + " and ".join(f"data.{split}=FILE" for split in cut_off)
+            + (f", or a larger data.{cut_off[0]}_fraction." if can_help else ".")
         )
     return {**raw, **{split: rows.select(indices) for split, indices in parts.items()}}
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 from lora_lightning.tasks import Task
+from lora_lightning.utils.cache_folder import cache_folder
 
-from .cache import is_whole, tell_damage, write_sums
+from .cache import is_whole, report_damage, write_sums
+from .rows_cache import unwritable_cache
 
+CACHE_VERSION = 4
+"""Version of encoded rows. It increases when their meaning changes."""
 BATCH = 1000
 """Rows that a task encodes together. Blocks of documents end with these rows."""
 ROWS_ALONE = 10_000
@@ -38,6 +45,23 @@ class Encoding:
     tokenizer: Any
     max_length: int
 
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Everything that the result depends on beside the rows, as plain values."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            content = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        else:
+            # Encoding changes the padding and truncation state, so the key omits both.
+            state = json.loads(backend.to_str())
+            content = json.dumps({**state, "padding": None, "truncation": None}, sort_keys=True)
+        return {
+            "version": CACHE_VERSION,
+            "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
+            "max_length": self.max_length,
+            **self.task.signature(),
+        }
+
     def __call__(self, rows: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
         examples = self.task.encode(rows, self.tokenizer, self.max_length)
         examples["length"] = [len(ids) for ids in examples["input_ids"]]
@@ -59,6 +83,22 @@ class _Slices:
         return self.encoding(rows, range(start, start + count))
 
 
+def encode_cached(rows: Any, encoding: Encoding, cache_dir: str | None) -> Any:
+    """Return encoded rows, from the cache if the same rows were encoded before.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    key = {**encoding.key, "rows": rows._fingerprint}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    folder = cache_folder(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return encode_rows(rows, encoding, folder / f"{digest[:32]}.arrow")
+    except OSError as error:
+        raise unwritable_cache(folder, error) from None
+
+
 def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
     """Return encoded rows as a dataset, which is read from a file or written to it.
 
@@ -75,7 +115,7 @@ def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
     sums = file.with_suffix(".json")
     ready = is_whole([file], sums)
     if not ready and sums.exists():
-        tell_damage(file)
+        report_damage(file)
     processes = 1 if ready else _processes(rows, encoding)
     if processes > 1:
         _write_by_processes(rows, encoding, file, processes)
@@ -88,7 +128,7 @@ def encode_rows(rows: Any, encoding: Encoding, file: Path) -> Any:
         cache_file_name=str(file),
         load_from_cache_file=ready or processes > 1,
         new_fingerprint=file.stem,
-        desc="tokenising",
+        desc="tokenizing",
     )
     if not ready and file.exists():
         write_sums([file], sums)
@@ -141,7 +181,7 @@ def _write_by_processes(rows: Any, encoding: Encoding, file: Path, processes: in
                 num_proc=processes,
                 cache_file_name=str(Path(folder) / "part.arrow"),
                 new_fingerprint=file.stem,
-                desc="tokenising",
+                desc="tokenizing",
             )
         finally:
             # datasets disables parallel tokenizers for its processes, and does not undo it here.

@@ -19,6 +19,7 @@ from torch.distributed.constants import default_pg_timeout
 from lora_lightning.lora import UserError
 
 from .strategies import DataParallelStrategy
+from .strategy_internals import after_closure, process_group_backend
 
 SUPPORTED = ("Adam", "AdamW", "SGD")
 """Optimizers that are tested on shards of the trainable parameters."""
@@ -62,18 +63,18 @@ class ZeroStrategy(DataParallelStrategy):
         """
         if optimizer not in SUPPORTED:
             raise UserError(
-                f"optim.name={optimizer} would not do the same on shares of the parameters, which "
-                f"trainer=deepspeed gives it: use {' or '.join(SUPPORTED)}, or trainer=ddp."
+                f"optim.name={optimizer}: is not supported with trainer=deepspeed, which shards "
+                f"the parameters. Use {' or '.join(SUPPORTED)}, or trainer=ddp."
             )
         if precision == "16-mixed":
             raise UserError(
-                "trainer.precision=16-mixed scales gradients, and so does trainer=deepspeed: use "
-                "bf16-mixed or bf16-true, or trainer=ddp."
+                "trainer.precision=16-mixed: is not supported with trainer=deepspeed, which scales "
+                "gradients too. Use bf16-mixed or bf16-true, or trainer=ddp."
             )
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(
-                "trainer=deepspeed needs DeepSpeed: pip install 'lora_lightning[deepspeed]'. "
-                "Without it, trainer=ddp trains the same, and trainer=fsdp2 spreads the base."
+                "trainer=deepspeed: requires DeepSpeed. Install it: "
+                "pip install 'lora_lightning[deepspeed]', or use trainer=ddp."
             )
 
     def configure_ddp(self) -> None:
@@ -85,8 +86,8 @@ class ZeroStrategy(DataParallelStrategy):
         self.check(type(optimizer).__name__, str(self.precision_plugin.precision))
         if trainer.gradient_clip_algorithm == "value":
             raise UserError(
-                "trainer.gradient_clip_algorithm=value is not in DeepSpeed: use norm, or "
-                "trainer=ddp."
+                "trainer.gradient_clip_algorithm=value: is not supported with trainer=deepspeed. "
+                "Use norm, or trainer=ddp."
             )
         self._trained = [list(group["params"]) for group in optimizer.param_groups]
         self._engine = self._build_engine(optimizer, trainer.gradient_clip_val or 0.0)
@@ -101,7 +102,7 @@ class ZeroStrategy(DataParallelStrategy):
         # Disable a CPU inference kernel, which DeepSpeed otherwise compiles first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
-            self._process_group_backend, auto_mpi_discovery=False, verbose=False
+            process_group_backend(self), auto_mpi_discovery=False, verbose=False
         )
         trained = [parameter for group in self._trained for parameter in group]
         size = sum(parameter.numel() for parameter in trained)
@@ -133,8 +134,7 @@ class ZeroStrategy(DataParallelStrategy):
         self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
         result = closure()
-        assert self.lightning_module is not None
-        self.precision_plugin._after_closure(self.lightning_module, optimizer)
+        after_closure(self, optimizer)
         self._engine.step()
         self._engine.optimizer.loss_scale = 1.0
         return result
@@ -153,11 +153,11 @@ class ZeroStrategy(DataParallelStrategy):
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for trained, group in zip(self._trained, shared.param_groups, strict=True):
-            (share,) = group["params"]
+            (shard,) = group["params"]
             indices = range(len(state), len(state) + len(trained))
             values = {
-                name: _whole(value, share, trained)
-                for name, value in shared.state.get(share, {}).items()
+                name: _gather(value, shard, trained)
+                for name, value in shared.state.get(shard, {}).items()
             }
             for place, index in enumerate(indices):
                 state[index] = {name: each[place] for name, each in values.items()}
@@ -168,13 +168,15 @@ class ZeroStrategy(DataParallelStrategy):
         shared = self._engine.optimizer.optimizer
         (saved,) = checkpoint["optimizer_states"]
         state: dict[int, dict[str, Any]] = {}
-        for number, (theirs, ours) in enumerate(
+        for number, (saved_group, own_group) in enumerate(
             zip(saved["param_groups"], shared.param_groups, strict=True)
         ):
-            (share,) = ours["params"]
-            each = [saved["state"].get(index, {}) for index in theirs["params"]]
-            names = dict.fromkeys(name for one in each for name in one)
-            state[number] = {name: _share([one[name] for one in each], share) for name in names}
+            (shard,) = own_group["params"]
+            states = [saved["state"].get(index, {}) for index in saved_group["params"]]
+            names = dict.fromkeys(name for values in states for name in values)
+            state[number] = {
+                name: _take([values[name] for values in states], shard) for name in names
+            }
         groups = [
             {**group, "params": [number]} for number, group in enumerate(saved["param_groups"])
         ]
@@ -195,28 +197,28 @@ class _Trained(nn.Module):
 # DeepSpeed flattens a group's parameters into one vector, pads its end and shards it evenly.
 
 
-def _whole(value: Any, share: Tensor, trained: list[nn.Parameter]) -> list[Any]:
+def _gather(value: Any, shard: Tensor, trained: list[nn.Parameter]) -> list[Any]:
     """Gather an optimizer value from the shards of all ranks, one value per parameter of a group.
 
     Args:
         value: This rank's shard of the value, or a value for the whole group (the step count).
-        share: This rank's shard of the parameters.
+        shard: This rank's shard of the parameters.
         trained: Parameters of the group.
     """
-    if not isinstance(value, Tensor) or value.shape != share.shape:
+    if not isinstance(value, Tensor) or value.shape != shard.shape:
         # Copy, because each parameter's step would increment a shared count.
         return [copy.deepcopy(value) for _ in trained]
-    shares = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(shares, value)
+    shards = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, value)
     sizes = [parameter.numel() for parameter in trained]
-    values = torch.cat(shares)[: sum(sizes)].split(sizes)
-    return [one.view_as(like) for one, like in zip(values, trained, strict=True)]
+    values = torch.cat(shards)[: sum(sizes)].split(sizes)
+    return [value.view_as(like) for value, like in zip(values, trained, strict=True)]
 
 
-def _share(values: list[Any], share: Tensor) -> Any:
-    """Return this rank's shard of a value, the inverse of `_whole`."""
+def _take(values: list[Any], shard: Tensor) -> Any:
+    """Return this rank's shard of a value, the inverse of `_gather`."""
     if not isinstance(values[0], Tensor) or values[0].dim() == 0:
         return values[0]
-    size = share.numel()
+    size = shard.numel()
     part = torch.cat([value.flatten() for value in values])[dist.get_rank() * size :][:size]
     return nn.functional.pad(part, (0, size - part.numel()))

@@ -56,13 +56,12 @@ def check_nodes(count: int) -> None:
     Raises:
         UserError: If there are several nodes, and no setting says where they meet.
     """
-    told = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
-    if count > 1 and not from_outside() and not any(name in os.environ for name in told):
+    addresses = ("MASTER_ADDR", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
+    if count > 1 and not from_outside() and not any(name in os.environ for name in addresses):
         raise UserError(
-            f"trainer.num_nodes={count}: nothing has told this process where the other machines "
-            "are. Start it by torchrun (trainer=torchrun) or srun (trainer=slurm), or set "
-            "MASTER_ADDR, MASTER_PORT and NODE_RANK on each machine. On this machine alone: "
-            "trainer.num_nodes=1."
+            f"trainer.num_nodes={count}: requires the address of the other machines. Start with "
+            "torchrun (trainer=torchrun) or srun (trainer=slurm), or set MASTER_ADDR, MASTER_PORT "
+            "and NODE_RANK on each machine."
         )
 
 
@@ -142,7 +141,7 @@ def requeue_if_warned(signum: int) -> None:
     if failed:
         print(f"scontrol requeue {job} failed: {failed}. Submit the job again.", file=sys.stderr)
     else:
-        print(f"requeued: the job {job} goes on when it is started again.", file=sys.stderr)
+        print(f"requeued: job {job} resumes when it is started again.", file=sys.stderr)
 
 
 def _slurm_job() -> str:
@@ -171,8 +170,8 @@ def common_folder(make: Callable[[], str]) -> str:
         return f"outputs/torchrun-{run_id}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         raise UserError(
-            "these processes have no folder in common: give torchrun --rdzv-id=NAME, or this "
-            "command output_dir=DIR."
+            "output_dir: must be given, because these processes cannot agree on a folder. Type "
+            "output_dir=DIR, or torchrun --rdzv-id=NAME."
         )
     import torch.distributed as dist
 

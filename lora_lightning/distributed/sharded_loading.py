@@ -9,30 +9,25 @@ can be combined:
 
 `adapter_sharding` describes where the adapter is then stored.
 
-Only this file uses DTensor.
+Only this file and `parallel_dims` use DTensor.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora import UserError
 
-DATA, TENSOR = "data_parallel", "tensor_parallel"
-"""Lightning's names of the dimensions of its device mesh."""
+from .parallel_dims import ParallelDims, full_tensor
 
 # Plan for encoders that transformers has no plan for. Names are relative to the backbone, and the
 # styles are transformers' own.
@@ -48,49 +43,12 @@ TENSOR_PLANS = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "el
 """Tensor-parallel style of each layer's matrices, by model_type."""
 
 
-@dataclass(frozen=True)
-class Shards:
-    """Ranks of a run as a data x tensor mesh, with one batch per row of the mesh.
-
-    Args:
-        mesh: Lightning's device mesh, with the dimensions `DATA` and `TENSOR`.
-    """
-
-    mesh: DeviceMesh
-
-    @functools.cached_property
-    def data(self) -> int:
-        """Number of ranks that see different rows; the base's layers are sharded over them."""
-        return self.mesh[DATA].size()
-
-    @functools.cached_property
-    def tensor(self) -> int:
-        """Number of ranks that shard the matrices of a layer and see the same rows."""
-        return self.mesh[TENSOR].size()
-
-    @functools.cached_property
-    def data_rank(self) -> int:
-        """This process's rank among the ranks that see different rows."""
-        return self.mesh[DATA].get_local_rank()
-
-    @functools.cached_property
-    def data_group(self) -> dist.ProcessGroup:
-        """Group of the ranks that hold the same shards as this one and see different rows."""
-        return self.mesh[DATA].get_group()
-
-    @functools.cached_property
-    def tensor_group(self) -> dist.ProcessGroup:
-        """Group of the ranks that shard the same matrices as this one."""
-        return self.mesh[TENSOR].get_group()
-
-    @functools.cached_property
-    def tensor_rank(self) -> int:
-        """This process's rank in `tensor_group`."""
-        return self.mesh[TENSOR].get_local_rank()
-
-
 def loading_options(
-    auto_class: Any, model_config: Any, shards: Shards | None, *, trust_remote_code: bool = False
+    auto_class: Any,
+    model_config: Any,
+    shards: ParallelDims | None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return the from_pretrained arguments that shard a base while it loads.
 
@@ -105,7 +63,8 @@ def loading_options(
         DistributedConfig(fsdp_size=1)
     except (ImportError, TypeError):
         raise UserError(
-            "a sharded base needs a newer transformers: pip install 'transformers>=5.23'."
+            "transformers: a sharded base requires 5.23 or later. Install it: "
+            "pip install 'transformers>=5.23'."
         ) from None
     check_accelerator(shards.mesh.device_type)
     with torch.device("meta"):
@@ -118,8 +77,8 @@ def loading_options(
         plan = TENSOR_PLANS.get(getattr(model_config, "model_type", ""))
         if plan is None:
             raise UserError(
-                f"there is no plan for tensor parallelism of a {type(skeleton).__name__}. Use "
-                "trainer=fsdp2 or trainer=ddp."
+                f"trainer=tp: is not supported with a {type(skeleton).__name__}, which "
+                "has no plan. Use trainer=fsdp2 or trainer=ddp."
             )
         prefix = skeleton.base_model_prefix
         plans["tp_plan"] = {f"{prefix}.{name}": style for name, style in plan.items()}
@@ -132,8 +91,8 @@ def check_accelerator(device_type: str) -> None:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type != device_type:
         raise UserError(
-            f"trainer.accelerator={device_type}: transformers shards a base on the machine's "
-            f"accelerator, {accelerator.type}. To rehearse on a CPU, hide it: "
+            f"trainer.accelerator={device_type}: must be {accelerator.type}, this machine's "
+            "accelerator, for a sharded base. To rehearse on a CPU, hide the accelerator: "
             'CUDA_VISIBLE_DEVICES="" lora-lightning ...'
         )
 
@@ -162,9 +121,8 @@ def check_heads(model_config: Any, tensor: int) -> None:
         heads = getattr(text or model_config, key, None)
         if isinstance(heads, int) and heads % tensor:
             raise UserError(
-                f"tensor parallelism over {tensor} processes: the model's {key} is {heads}, which "
-                "cannot be cut evenly. Give another trainer.strategy.tensor_parallel_size, or use "
-                "trainer=fsdp2 or trainer=ddp."
+                f"trainer.strategy.tensor_parallel_size={tensor}: must divide the model's {key}, "
+                f"{heads}. Give another size, or use trainer=fsdp2 or trainer=ddp."
             )
 
 
@@ -182,13 +140,13 @@ def with_wildcards(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def take_whole(model: nn.Module, name: str, *, draw_again: bool) -> None:
+def take_whole(model: nn.Module, name: str, *, reinitialize: bool) -> None:
     """Replace a module with a copy in plain CPU tensors, the same on every rank.
 
     Args:
         model: Model that is sharded or on a GPU.
         name: Name of the module.
-        draw_again: Whether to draw its initial values again. The CPU's generator draws them, so
+        reinitialize: Whether to draw its initial values again. The CPU's generator draws them, so
             they are the same on any device and with any number of ranks.
 
     Raises:
@@ -199,15 +157,16 @@ def take_whole(model: nn.Module, name: str, *, draw_again: bool) -> None:
     module = model.get_submodule(name)
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         raise UserError(
-            f"lora.modules_to_save: {name} is sharded and cannot be trained whole. Adapt it "
-            "(lora.targets), or use trainer=ddp."
+            f"lora.modules_to_save={name}: is not supported with a sharded module. Adapt it "
+            "with lora.targets, or use trainer=ddp."
         )
     tensors = [*module.parameters(), *module.buffers()]
     memo = {
-        id(tensor): _same_kind(tensor, whole(tensor).detach().cpu().clone()) for tensor in tensors
+        id(tensor): _same_kind(tensor, full_tensor(tensor).detach().cpu().clone())
+        for tensor in tensors
     }
     plain = copy.deepcopy(module, memo)
-    if draw_again:
+    if reinitialize:
 
         def draw(part: nn.Module) -> None:
             part._is_hf_initialized = False  # type: ignore[assignment]
@@ -224,43 +183,6 @@ def _same_kind(original: Tensor, plain: Tensor) -> Tensor:
     if isinstance(original, nn.Parameter):
         return nn.Parameter(plain, requires_grad=original.requires_grad)
     return plain
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the unsharded tensor; every rank must call this for a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that tensor parallelism shards or replicates."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    assert tensor.device_mesh.ndim == 1, "a layer that FSDP2 has not gathered"
-    return tensor.to_local()
-
-
-@torch.no_grad()
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Copy rank 0's values to all ranks, because values drawn on different GPUs may differ."""
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
-
-
-def same_everywhere(number: int, device: torch.device) -> bool:
-    """Return whether all ranks pass the same number; every rank must call this.
-
-    Args:
-        number: Number less than 2^63.
-        device: Device of this rank.
-    """
-    ends = torch.tensor([number, -number], device=device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    return bool(ends[0] == -ends[1])
-
-
-def gathers_layers(model: nn.Module) -> bool:
-    """Return whether a pass through the model gathers layers from ranks that see other rows."""
-    return bool(getattr(model, "_is_fsdp_managed_module", False))
 
 
 @contextmanager
@@ -298,12 +220,3 @@ def gathered(model: nn.Module, module: nn.Module) -> Iterator[None]:
             registered.update(before)
         for unit in owners:
             unit.reshard()
-
-
-def most(model: nn.Module, number: int) -> int:
-    """Return the largest number over the ranks that run the model together."""
-    if not gathers_layers(model):
-        return number
-    largest = torch.tensor(number, device=next(model.parameters()).device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)

@@ -25,8 +25,9 @@ from torch.optim import Optimizer
 from lora_lightning.lora import UserError
 from lora_lightning.lora.running_statistics import is_statistic
 
+from .parallel_dims import ParallelDims
 from .precision import check_unscaled_loss
-from .sharded_loading import Shards
+from .strategy_internals import set_mesh_size
 
 BY_ELEMENT = (
     *("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD"),
@@ -132,10 +133,10 @@ class ShardedStrategy(ModelParallelStrategy):
         total, tensor = self.num_nodes * self.num_processes, self.tensor_size
         if tensor < 1 or total % tensor:
             raise UserError(
-                f"trainer.strategy.tensor_parallel_size={tensor} does not divide the "
-                f"{total} processes of this run."
+                f"trainer.strategy.tensor_parallel_size={tensor}: must divide the {total} "
+                "processes of this run."
             )
-        self._data_parallel_size, self._tensor_parallel_size = total // tensor, tensor
+        set_mesh_size(self, total // tensor, tensor)
         super().setup_environment()
 
     @staticmethod
@@ -143,14 +144,14 @@ class ShardedStrategy(ModelParallelStrategy):
         """Raise UserError for an optimizer whose updates differ on shards of a matrix."""
         if optimizer not in BY_ELEMENT:
             raise UserError(
-                f"optim.name={optimizer} looks at whole matrices, and in tensor parallelism each "
-                "process has a share of them: use AdamW or SGD, or trainer=fsdp2 or trainer=ddp."
+                f"optim.name={optimizer}: is not supported with tensor parallelism, because it "
+                "needs whole matrices. Use AdamW or SGD, or trainer=fsdp2 or trainer=ddp."
             )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         check_unscaled_loss(str(self.precision_plugin.precision))
         super().setup_optimizers(trainer)
-        if Shards(self.device_mesh).tensor > 1:
+        if ParallelDims(self.device_mesh).tensor > 1:
             for optimizer in self.optimizers:
                 self.check(type(optimizer).__name__)
 
@@ -168,15 +169,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         pairs = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-        shares = [self._placement.share_of_state(optimizer, state) for optimizer, state in pairs]
-        Strategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": shares})
+        states = [self._placement.shard_of_state(optimizer, state) for optimizer, state in pairs]
+        Strategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": states})
 
     @property
     def _placement(self) -> Any:
         return self.lightning_module.placement  # type: ignore[union-attr]
 
 
-def refuse_strategy(name: str) -> None:
+def check_strategy(name: str) -> None:
     """Raise UserError for strategies under which a run trains something else than configured.
 
     Args:
@@ -190,21 +191,20 @@ def refuse_strategy(name: str) -> None:
     kind = name.lower()
     if kind.startswith("deepspeed"):
         raise UserError(
-            f"trainer.strategy={name} is not supported: trainer=deepspeed has the optimizer in "
-            "shares (ZeRO-2), and trainer=fsdp2 the base."
+            f"trainer.strategy={name}: is not supported. trainer=deepspeed shards the optimizer "
+            "(ZeRO-2), and trainer=fsdp2 shards the base."
         )
     if kind.startswith("fsdp"):
         raise UserError(
-            f"trainer.strategy={name} is not supported: trainer=fsdp2 shards the base the same way."
+            f"trainer.strategy={name}: is not supported. Use trainer=fsdp2, which shards the base "
+            "the same way."
         )
 
 
-def refuse_full(strategy: object, *, full: bool) -> None:
+def check_full_fine_tuning(strategy: object, *, full: bool) -> None:
     """Raise UserError for full fine-tuning of a sharded base."""
     if full and isinstance(strategy, ShardedStrategy):
-        raise UserError(
-            "lora=full trains the base itself, which is in shares here: use trainer=ddp."
-        )
+        raise UserError("lora=full: is not supported with a sharded base. Use trainer=ddp.")
 
 
 def scale_gradients(strategy: Strategy, optimizer: Optimizer, factor: Tensor) -> None:
@@ -233,10 +233,10 @@ def data_ranks(trainer: Trainer) -> int:
     """Return the number of ranks that see different rows, fewer than all in tensor parallelism."""
     strategy = trainer.strategy
     if isinstance(strategy, ShardedStrategy):
-        return Shards(strategy.device_mesh).data
+        return ParallelDims(strategy.device_mesh).data
     return trainer.world_size
 
 
 def in_step(strategy: Strategy) -> bool:
     """Return whether ranks that see different rows must run equally many forward passes."""
-    return isinstance(strategy, ShardedStrategy) and Shards(strategy.device_mesh).data > 1
+    return isinstance(strategy, ShardedStrategy) and ParallelDims(strategy.device_mesh).data > 1

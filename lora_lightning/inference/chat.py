@@ -24,35 +24,35 @@ def chat(predictor: Predictor) -> None:
     A model of the task `instruct` sees the whole conversation; any other sees each line alone.
 
     Raises:
-        UserError: the task does not generate text.
+        UserError: The task does not generate text.
     """
     task = predictor.module.task
     if not task.generative:
         raise UserError(
-            f"chat needs a task that writes text; this adapter was trained for {task.name}. "
+            f"chat: requires a task that writes text, and this adapter has task={task.name}. "
             'Use: lora-lightning predict adapter=DIR text="..."'
         )
-    shown = sys.stdin.isatty()
-    if shown:
+    interactive = sys.stdin.isatty()
+    if interactive:
         print(HELP)
-    said: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> " if shown else "").strip()
+            line = input("> " if interactive else "").strip()
         except EOFError:
             break
         if not line:
             break
         if line == "/reset":
-            said = []
+            messages = []
             continue
         if not isinstance(task, InstructTask):
             answer(predictor, line)
             continue
-        said.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": line})
         task.columns = ["messages"]
-        reply = _reply(predictor, {"messages": said})
-        said.append({"role": "assistant", "content": reply})
+        reply = _reply(predictor, {"messages": messages})
+        messages.append({"role": "assistant", "content": reply})
 
 
 def _reply(predictor: Predictor, row: dict[str, Any]) -> str:
@@ -61,6 +61,6 @@ def _reply(predictor: Predictor, row: dict[str, Any]) -> str:
     columns = {name: [row.get(name)] for name in task.input_columns()}
     prompt = task.encode(columns, module.tokenizer, predictor.max_length, targets=False)
     if not prompt["input_ids"][0]:
-        raise UserError("the text is too long: shorten it, or raise data.max_length.")
-    predictor.refuse_unknown(prompt["input_ids"][0], where="the text")
+        raise UserError("the text is too long. Shorten it, or raise data.max_length.")
+    predictor.check_tokens(prompt["input_ids"][0], where="the text")
     return str(task.stream(module.model, prompt["input_ids"][0]))

@@ -1,7 +1,8 @@
-"""Conversion of other adapters to adapter folders of ours: `lora-lightning import`."""
+"""Conversion of checkpoints and other tools' adapters: `lora-lightning import`."""
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,8 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from lora_lightning.adapters.folder import base_fingerprint, refuse_run, save_trained
+from lora_lightning.adapters.folder import CARD, AdapterFolder
 from lora_lightning.adapters.formats import PARTS, read_layout
+from lora_lightning.adapters.model_card import write_import_card
+from lora_lightning.adapters.run_entries import check_not_in_run
+from lora_lightning.adapters.save import base_fingerprint, save_trained
 from lora_lightning.config.compose import (
     compose_config,
     over_saved,
@@ -31,12 +35,9 @@ from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.embeddings import make_room
 from lora_lightning.lora.serialization.load import adapter_from
-from lora_lightning.lora.serialization.peft_config import (
-    CONFIG_NAME,
-    from_peft_config,
-    ties_updates,
-)
-from lora_lightning.models.loading import load_model_config, load_tokenizer
+from lora_lightning.lora.serialization.peft_config import from_peft_config, ties_updates
+from lora_lightning.models.model_config import load_model_config
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import build_task
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
@@ -55,77 +56,83 @@ def import_adapter(
     alpha: float | None = None,
     parts: Sequence[str] = PARTS,
 ) -> LoraModule:
-    """Write an adapter folder of ours from a checkpoint of ours, a PEFT folder, or another tool.
+    """Write an adapter folder from a run's checkpoint, a PEFT folder, or another tool's file.
 
     Args:
         source: .ckpt file of a run, PEFT folder, or safetensors file (see `adapters.formats`).
-        output: new folder.
-        overrides: settings of the base model and the task, as for training.
-        alpha: alpha of a layout that does not store it.
-        parts: adapted parts, for a layout that does not store which of q, k and v are adapted.
+        output: New folder.
+        overrides: Settings of the base model and the task, as for training.
+        alpha: Alpha, for a layout that does not store it. Defaults to None.
+        parts: Adapted parts, for a layout that does not store them. Defaults to q, k and v.
 
     Returns:
         The module with the imported adapter or model.
 
     Raises:
-        UserError: the source cannot be used, or does not fit the base model or the task.
+        UserError: The source cannot be used, or does not fit the base model or the task.
     """
     quiet_libraries()
-    refuse_run(output)
+    check_not_in_run(output)
     refuse_loss(output, by="import", sources=[source])
     for override in overrides:
         if override.lstrip("+").startswith("lora"):
             raise UserError(
-                f"{override}: import takes an adapter as it is. Where a file holds no alpha, "
-                "alpha=A says it."
+                f"{override}: not supported by import, which keeps the adapter as it is. Leave it "
+                "out (for a file without alpha: alpha=A)."
             )
     if alpha is not None and (source.suffix == ".ckpt" or source.is_dir()):
-        raise UserError(f"alpha={alpha:g}: source={source} says its alpha itself: leave it out.")
+        raise UserError(f"alpha={alpha:g}: source={source} holds its own alpha. Leave it out.")
     if source.suffix == ".ckpt":
         module, config = _from_checkpoint(source, overrides)
     elif source.is_dir():
         module, config = _from_peft(source, overrides)
     elif source.is_file():
-        _need_base_and_task(source, overrides)
+        _check_base_and_task(source, overrides)
         config = compose_config(overrides)
         module, whole = _bare(config)
         updates = read_layout(source, module.model, alpha=alpha, parts=parts)
-        _put_on(module, whole, *_as_peft(updates), source)
+        _attach(module, whole, *_as_peft(updates), source)
     else:
-        raise UserError(f"source={source}: there is no such file or folder.")
+        raise UserError(f"source={source}: file or folder not found.")
     saved = saved_settings(config)
     if module.adapter is not None and source.suffix != ".ckpt":
         saved["lora"] = {**asdict(module.adapter.config), "method": "lora"}
     sources = (source, module.model_config.name_or_path)
-    save_trained(module, output, saved, base=base_fingerprint(module), by="import", sources=sources)
+    base = base_fingerprint(module)
+    save_trained(module, output, saved, base=base, by="import", sources=sources, later=[CARD])
+    lora = None if module.adapter is None else module.adapter.config
+    words = ["lora-lightning", "import", f"source={source}", *overrides]
+    words += [] if alpha is None else [f"alpha={alpha:g}"]
+    words += [] if tuple(parts) == PARTS else [f"parts={','.join(parts)}"]
+    write_import_card(output, replace(settings_of(config), lora=lora), module, shlex.join(words))
     return module
 
 
-def _chosen(overrides: list[str]) -> set[str]:
+def _keys(overrides: list[str]) -> set[str]:
     """Return the keys that overrides set."""
     return {override.lstrip("+").partition("=")[0] for override in overrides}
 
 
-def _need_base_and_task(source: Path, overrides: list[str]) -> None:
+def _check_base_and_task(source: Path, overrides: list[str]) -> None:
     """Raise UserError if defaults would replace settings that the file does not hold."""
-    chosen = _chosen(overrides)
-    lacking = [] if chosen & {"model", "model.name_or_path"} else ["model.name_or_path=..."]
-    lacking += [] if "task" in chosen else ["task=NAME"]
-    if lacking:
+    typed = _keys(overrides)
+    missing = [] if typed & {"model", "model.name_or_path"} else ["model.name_or_path=..."]
+    missing += [] if "task" in typed else ["task=NAME"]
+    if missing:
         raise UserError(
-            f"source={source} does not tell its base model and task: give {' and '.join(lacking)}."
+            f"source={source}: does not store its base model and task. Type {' '.join(missing)}."
         )
 
 
 def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
     """Return the module of a checkpoint, with the settings stored in it."""
     content = read_checkpoint(path)
-    own = content.get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    if not {"task", "model", "lora", "optim", "seed", "task_state"} <= own.keys():
-        raise UserError(f"{path} is no checkpoint of lora_lightning.")
-    own = arguments_from_file(own, path)
-    lora = {"method": "full"} if own["lora"] is None else {**own["lora"], "method": "lora"}
-    groups = {"model": own["model"], "task": own["task"], "optim": own["optim"], "lora": lora}
+    saved = content.get(LoraModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    if not {"task", "model", "lora", "optim", "seed", "task_state"} <= saved.keys():
+        raise UserError(f"source={path}: must be a checkpoint of lora_lightning.")
+    saved = arguments_from_file(saved, path)
+    lora = {"method": "full"} if saved["lora"] is None else {**saved["lora"], "method": "lora"}
+    groups = {**{name: saved[name] for name in ("model", "task", "optim")}, "lora": lora}
     config = over_saved({**groups, "data": _data_of_run(path)}, overrides)
     settings = settings_of(config)
     module = LoraModule(
@@ -133,8 +140,8 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
         settings.model,
         settings.lora,
         settings.optim,
-        seed=own["seed"],
-        task_state=own["task_state"],
+        seed=saved["seed"],
+        task_state=saved["task_state"],
     )
     module.configure_model()
     module.load_state_dict(content["state_dict"])
@@ -153,23 +160,24 @@ def _data_of_run(checkpoint: Path) -> dict[str, Any]:
 
 def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConfig]:
     """Return a PEFT adapter on its base, which its config names unless an override does."""
+    files = AdapterFolder(folder)
     checkpoints = sorted(folder.glob("*.ckpt"))
-    if checkpoints and not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"source={folder} holds checkpoints: name one, source={checkpoints[-1]}.")
+    if checkpoints and not files.config.is_file():
+        raise UserError(f"source={folder}: holds checkpoints. Name one: source={checkpoints[-1]}")
     refuse_links(folder)
     raw, tensors = read_adapter(folder)
     lora = from_peft_config(raw)
-    chosen = _chosen(overrides)
+    typed = _keys(overrides)
     kind, base = raw.get("task_type"), raw.get("base_model_name_or_path")
-    check_plain([kind, base], f"{folder / CONFIG_NAME}")
-    told = [f"task={TASKS[kind]}"] if "task" not in chosen and kind in TASKS else []
-    config = compose_config([*told, *overrides])
-    if isinstance(base, str) and not chosen & {"model", "model.name_or_path"}:
+    check_plain([kind, base], str(files.config))
+    task = [f"task={TASKS[kind]}"] if "task" not in typed and kind in TASKS else []
+    config = compose_config([*task, *overrides])
+    if isinstance(base, str) and not typed & {"model", "model.name_or_path"}:
         config.model.name_or_path = base
-    with_tokenizer = (folder / "tokenizer_config.json").is_file()
-    module, whole = _bare(config, kind=kind, tokenizer=str(folder) if with_tokenizer else None)
+    tokenizer = str(folder) if files.tokenizer_config.is_file() else None
+    module, whole = _bare(config, kind=kind, tokenizer=tokenizer)
     make_room(module.model, lora, tensors, folder)
-    _put_on(module, whole, lora, tensors, folder, together=ties_updates(raw))
+    _attach(module, whole, lora, tensors, folder, together=ties_updates(raw))
     return module, config
 
 
@@ -179,30 +187,29 @@ def _bare(
     """Return the base model of a config, ready for its task, and its fully trained modules.
 
     Args:
-        config: composed config.
-        kind: PEFT task type that the adapter was trained for, if known.
-        tokenizer: folder of a tokenizer other than the base's.
+        config: Composed config.
+        kind: PEFT task type that the adapter was trained for, if known. Defaults to None.
+        tokenizer: Folder of a tokenizer. Defaults to None, the base's own.
     """
     settings = settings_of(config)
     task = build_task(settings.task)
-    if tokenizer is None:
-        loaded = load_tokenizer(settings.model)
-    else:
-        loaded = load_tokenizer(replace(settings.model, tokenizer=tokenizer))
+    loaded = load_tokenizer(
+        replace(settings.model, tokenizer=tokenizer or settings.model.tokenizer)
+    )
     task.prepare(load_model_config(settings.model))
     if kind not in (None, task.peft_task_type):
         raise UserError(
-            f"the adapter is for {kind}, and task={task.name} for {task.peft_task_type}: give the "
-            "task that it was trained for, task=NAME."
+            f"task={task.name}: is for {task.peft_task_type}, but the adapter is for {kind}. Name "
+            "the task that it was trained for: task=NAME."
         )
-    task.learn_nothing()
+    task.learn_from_settings()
     module = LoraModule(task, settings.model, None, settings.optim, tokenizer=loaded)
     model, whole = task.build_model(settings.model, loaded)
     module.adopt(model, None)
     return module, whole
 
 
-def _put_on(
+def _attach(
     module: LoraModule,
     whole: list[str],
     config: LoraConfig,
@@ -215,8 +222,8 @@ def _put_on(
     new = [name for name in whole if name not in adapter.saved_modules]
     if new:
         raise UserError(
-            f"{source} holds no {', '.join(new)}, which task={module.task.name} puts on "
-            f"{module.model_config.name_or_path} untrained. Was it trained for another task?"
+            f"source={source}: holds no {', '.join(new)}, which task={module.task.name} requires. "
+            "Name the task that it was trained for: task=NAME."
         )
     module.adopt(module.model, adapter)
 
@@ -230,8 +237,8 @@ def _as_peft(updates: dict[str, Update]) -> tuple[LoraConfig, dict[str, Tensor]]
         rank=int(rank),
         alpha=alpha,
         targets=list(updates),
-        rank_pattern={name: own for name, own in ranks.items() if own != rank},
-        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        rank_pattern={name: each for name, each in ranks.items() if each != rank},
+        alpha_pattern={name: each for name, each in alphas.items() if each != alpha},
     )
     tensors = {}
     for name, update in updates.items():

@@ -6,7 +6,6 @@ import ctypes
 import inspect
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .private_api import attention_of, can_set_attention
 
 ATTENTION = "sdpa_cpu"
 """Name of `attend` among transformers' attention implementations."""
@@ -25,70 +26,12 @@ saved no time. A pack of eight ranks uses some 70.
 """
 
 
-CROWDED = 0.25
-"""Minimum load of other processes that triggers a warning, as a share of the machine's cores."""
-
-
-def crowded(threads: int) -> str | None:
-    """Return a warning if other processes occupy cores that this run's threads need, else None.
-
-    Threads of a matmul wait for the slowest one, which may wait for a core.
-
-    Args:
-        threads: Number of threads of this run.
-    """
-    cores = os.cpu_count() or 1
-    others = _load_of_others()
-    if others >= CROWDED * cores:  # the load still includes processes that ended a moment ago
-        others = min(others, _busy_cores(cores))
-    if others < CROWDED * cores or threads <= 1 or threads <= cores - others:
-        return None
-    free = max(1, int(cores - others))
-    return (
-        f"others keep {others:.1f} of this machine's {cores} cores busy, and this run has "
-        f"{threads} threads that wait for each other: it may take ten times as long. With "
-        f"OMP_NUM_THREADS={free} in front of the command it waits less."
-    )
-
-
-def _load_of_others() -> float:
-    """Return the mean load of the last minute, without this process."""
-    try:
-        return os.getloadavg()[0] - min(1.0, time.process_time() / 60)
-    except (OSError, AttributeError):
-        return 0.0
-
-
-def _busy_cores(cores: int) -> float:
-    """Return the number of busy cores while this process sleeps, all cores if unknown."""
-    before = _ticks()
-    time.sleep(SLEEP)
-    after = _ticks()
-    total = sum(after) - sum(before)
-    if total <= 0:
-        return float(cores)
-    idle = sum(after[IDLE]) - sum(before[IDLE])
-    return cores * (1 - idle / total)
-
-
-SLEEP = 0.2
-"""Seconds over which busy cores are measured."""
-IDLE = slice(3, 5)
-"""Columns of /proc/stat for idle time and time waiting for a disk."""
-
-
-def _ticks() -> list[int]:
-    try:
-        return [int(number) for number in STAT.read_text().split("\n")[0].split()[1:9]]
-    except (OSError, ValueError):
-        return []
-
-
-STAT = Path("/proc/stat")
-
-
 def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
     """Switch a model to faster dropout and attention, and keep less memory.
+
+    This registers an attention with transformers, under its own name. It also changes settings of
+    the process: oneDNN caches fewer matmuls, and glibc returns freed blocks to the system. A model
+    with `model.cpu_kernels=false` is not prepared.
 
     Args:
         model: A transformers model.
@@ -97,10 +40,10 @@ def prepare_for_cpu(model: nn.Module, *, checkpoints: bool) -> None:
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
-    _take_attention(model)
+    _set_attention(model)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read on first use
     if checkpoints:
-        _give_memory_back()
+        _return_freed_memory()
 
 
 class FastDropout(nn.Dropout):
@@ -126,17 +69,17 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     plain = input.device.type != "cpu" or torch.compiler.is_compiling()
     if not training or plain or not 0 < round(p * 2**16) < 2**16:
         return nn.functional.dropout(input, p, training)
-    return input * kept(input, p)
+    return input * dropout_mask(input, p)
 
 
-def kept(input: Tensor, p: float) -> Tensor:
+def dropout_mask(input: Tensor, p: float) -> Tensor:
     """Return dropout's multiplier, 0 for dropped elements and 1 / (1 - p) for the others.
 
     A torch mode can intercept this call like one of torch's own functions. Rows of several runs
     can then draw from separate generators.
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(kept, (input,), input, p)
+        return handle_torch_function(dropout_mask, (input,), input, p)
     cut, count = round(p * 2**16), input.numel()
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     mask = torch.empty(count, dtype=input.dtype)
@@ -144,16 +87,16 @@ def kept(input: Tensor, p: float) -> Tensor:
     return mask.mul_(2**16 / (2**16 - cut)).view(input.shape)
 
 
-def _take_attention(model: nn.Module) -> None:
+def _set_attention(model: nn.Module) -> None:
     """Set a model's attention to `attend` if it is transformers' "sdpa"."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    if not isinstance(model, PreTrainedModel) or model.config._attn_implementation != "sdpa":
+    if not isinstance(model, PreTrainedModel) or attention_of(model.config) != "sdpa":
         return
     # Some models look for the name "sdpa" itself (transformers 5.23: Falcon, Gemma 4, GLM 5).
     source = Path(inspect.getfile(type(model))).read_text(encoding="utf-8")
-    if not type(model)._can_set_attn_implementation() or '_implementation == "sdpa"' in source:
+    if not can_set_attention(model) or '_implementation == "sdpa"' in source:
         return
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -234,7 +177,7 @@ def _with_dropout(
     return torch.matmul(weights, value).transpose(1, 2).contiguous()
 
 
-def _give_memory_back() -> None:
+def _return_freed_memory() -> None:
     """Let glibc return large blocks to the system when they are freed.
 
     By default, glibc keeps them. A checkpointed layer then leaves holes that the next layer does

@@ -11,74 +11,43 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora.module_index import head_modules
 
+from .private_api import fake_tensors, first_expert_only
+
 BLOCK, BLOCK_OF_SCALES = 64, 256
 """Weights per scale in NF4, and scales per second-level scale."""
-_ACTIVE: ContextVar[bool] = ContextVar("skeletons", default=False)
+_ACTIVE: ContextVar[bool] = ContextVar("fake_models", default=False)
 
 
 @contextmanager
-def skeletons(device: torch.device) -> Iterator[None]:
+def fake_models(device: torch.device) -> Iterator[None]:
     """Build models from their configs within the block, with tensors that have no values.
 
     On the "meta" device, models only have shapes to count. Other devices use fake tensors, which
     allow dry runs of steps.
     """
     token = _ACTIVE.set(True)
-    fake = nullcontext() if device.type == "meta" else FakeTensorMode()
+    fake = nullcontext() if device.type == "meta" else fake_tensors()
     try:
-        with fake, torch.device(device), warnings.catch_warnings(), _experts_alike():
+        with fake, torch.device(device), warnings.catch_warnings(), first_expert_only():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield
     finally:
         _ACTIVE.reset(token)
 
 
-@contextmanager
-def _experts_alike() -> Iterator[None]:
-    """Route all rows through the first expert, because routing depends on values.
-
-    A matmul holds the same memory, whichever experts take part in it.
-    """
-    from transformers.integrations import moe
-
-    own = moe._grouped_mm
-    moe._grouped_mm = lambda input, weight, offs: input.to(weight.dtype) @ weight[0]
-    try:
-        yield
-    finally:
-        moe._grouped_mm = own
-
-
-def wants_skeletons() -> bool:
-    """Return whether `skeletons` is active, so that there are no weights to read."""
+def fakes_models() -> bool:
+    """Return whether `fake_models` is active, so that there are no weights to read."""
     return _ACTIVE.get()
 
 
-@contextmanager
-def rows_alone() -> Iterator[None]:
-    """Let transformers treat each row as one sequence, without a mask for packed sequences.
-
-    transformers reads the position ids to detect packing, which fails for ids without values.
-    """
-    from transformers import masking_utils
-
-    own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = own
-
-
-def build_skeleton(
+def build_fake(
     auto_class: Any, model_config: Any, config: ModelConfig, id2label: dict[int, str] | None = None
 ) -> nn.Module:
-    """Build the model that a transformers config describes; call this under `skeletons`.
+    """Build the model that a transformers config describes; call this within `fake_models`.
 
     Args:
         auto_class: The transformers class that loads the real model.
@@ -97,20 +66,20 @@ def build_skeleton(
     )
     if config.quantization is not None:
         compute_dtype = torch.bfloat16 if config.dtype == "auto" else dtype
-        _quantise(model, compute_dtype, but=head_modules(model))
+        _quantize(model, compute_dtype, but=head_modules(model))
     return model
 
 
-def _quantise(model: nn.Module, compute_dtype: torch.dtype, *, but: list[str]) -> None:
-    """Replace the layers that bitsandbytes would quantize with `Nf4Skeleton`."""
+def _quantize(model: nn.Module, compute_dtype: torch.dtype, *, but: list[str]) -> None:
+    """Replace the layers that bitsandbytes would quantize with `FakeNf4Linear`."""
     for name, module in list(model.named_modules()):
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         if linear and not any(name == other or name.startswith(f"{other}.") for other in but):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Nf4Skeleton(module, compute_dtype))
+            setattr(model.get_submodule(parent), leaf, FakeNf4Linear(module, compute_dtype))
 
 
-class Nf4Skeleton(nn.Module):
+class FakeNf4Linear(nn.Module):
     """A 4-bit linear layer in the storage format of bitsandbytes, without values.
 
     A byte stores two weights. Each 64 weights have a scale of one byte, and each 256 scales have a
@@ -148,7 +117,7 @@ class Nf4Skeleton(nn.Module):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Nf4Skeleton) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FakeNf4Linear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, layer.dequantized().to(x.dtype), bias)

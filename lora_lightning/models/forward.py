@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib import import_module
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import UserError
+
+from .private_api import attention_of, is_compiled
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
@@ -23,8 +23,7 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 def uses_flash(model: nn.Module | None) -> bool:
     """Return whether the model's attention is a flash kernel other than torch's own."""
-    config = getattr(model, "config", None)
-    return "flash" in str(getattr(config, "_attn_implementation", None))
+    return "flash" in str(attention_of(getattr(model, "config", None)))
 
 
 def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -43,8 +42,8 @@ def causal_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     if not uses_flash(model) or ("bounds" not in batch and len(ids) > 1):
         return inputs
     inputs = {name: tensor.view(1, -1) for name, tensor in inputs.items()}
-    taken = inspect.signature(model.forward).parameters.values()
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken):
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return inputs
     longest = batch.get("longest", ids.shape[1])
     bounds = batch.get("bounds")
@@ -65,14 +64,14 @@ def compile_layers(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(
-            f"model.compile=layer: a {type(model).__name__} has no layers that could be compiled "
-            "one by one. Leave it out."
+            f"model.compile=layer: not supported with a {type(model).__name__}, whose layers "
+            "transformers does not mark as repeated. Leave it out."
         )
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise UserError(
-            "model.compile=layer needs a C++ compiler on a CPU, such as g++. Install one, or leave "
-            "it out."
+            "model.compile=layer: requires a C++ compiler on a CPU, such as g++. Install one, or "
+            "leave it out."
         )
     for layer in layers:
         layer.compile(dynamic=True)
@@ -80,31 +79,9 @@ def compile_layers(model: nn.Module) -> None:
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Run compiled layers in eager mode, because a growing cache makes them recompile."""
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if any(is_compiled(module) for module in model.modules()):
         return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
     return nullcontext()
-
-
-@contextmanager
-def masks_without_waiting(device: torch.device) -> Iterator[None]:
-    """Let transformers build every mask without asking a GPU whether the mask is needed.
-
-    The answer is in GPU memory. To read it, the host waits for all launched kernels in each forward
-    pass. transformers does not ask while it traces a graph (checked with transformers 5.23).
-    Within the block, transformers therefore treats every tensor as traced.
-
-    A CPU has the answer at once and is faster without a mask.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    masks: Any = import_module("transformers.masking_utils")
-    own = masks.is_tracing
-    masks.is_tracing = lambda tensor=None: True
-    try:
-        yield
-    finally:
-        masks.is_tracing = own
 
 
 @torch.no_grad()
@@ -144,27 +121,26 @@ def check_packing(model: nn.Module) -> None:
         return model(**causal_inputs(model, inputs), use_cache=False).logits.view(*shape, -1)  # type: ignore[no-any-return]
 
     def joined(lanes: int) -> Tensor:
-        kept = torch.tensor(bounds[: 2 * lanes + 1], dtype=torch.int32, device=device)
+        used = torch.tensor(bounds[: 2 * lanes + 1], dtype=torch.int32, device=device)
         return logits(
-            input_ids=ids[:lanes], position_ids=places[:lanes], bounds=kept, longest=start
+            input_ids=ids[:lanes], position_ids=places[:lanes], bounds=used, longest=start
         )
 
     was_training = model.training
     model.eval()
     alone = logits(input_ids=[second])[0]
-    seeing = logits(input_ids=ids[:1])[0, start:]
+    leaking = logits(input_ids=ids[:1])[0, start:]
     error: Tensor | float = float("inf")
     if accepts(model, "position_ids"):
         one, two = joined(1), joined(2)
         packed = torch.stack([one[0, start:], two[0, start:], two[1, :stop]])
         error = (packed - alone).abs().max()
     model.train(was_training)
-    if not error <= 0.05 * (seeing - alone).abs().max():
+    if not error <= 0.05 * (leaking - alone).abs().max():
         raise UserError(
-            f"data.packing=true: in a {type(model).__name__} with attention "
-            f"{getattr(model.config, '_attn_implementation', None)!r} joined rows would see each "
-            "other. Leave packing off (for task=lm also task.blocks=false), or try "
-            "model.attn_implementation=sdpa or eager."
+            f"data.packing=true: not supported by a {type(model).__name__} with attention "
+            f"{attention_of(model.config)!r}, where packed rows see each other. Leave it out (for "
+            "task=lm also task.blocks=false), or try model.attn_implementation=sdpa or eager."
         )
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.distributed.sharded_loading import gathered, gathers_layers, most
+from lora_lightning.distributed.parallel_dims import gathers_layers, max_over_ranks
+from lora_lightning.distributed.sharded_loading import gathered
 from lora_lightning.lora.functional import check_differentiated_once
 
 CHUNK = 2**25
@@ -68,20 +69,20 @@ def loss_at(
     """
     head = _head_of(model)
     rows = max(1, _chunk(places.device) // _vocabulary(model))
-    in_shares = gathers_layers(model)  # then all ranks must take the same path
-    whole = len(targets) <= rows and not in_shares
-    if head is None or whole or not _REPLAYED.get(model, True):
+    sharded = gathers_layers(model)  # then all ranks must take the same path
+    one_chunk = len(targets) <= rows and not sharded
+    if head is None or one_chunk or not _REPLAYED.get(model, True):
         logits = logits_at(model, inputs, places)
         return _cross_entropy(logits, targets), None if model.training else _right(logits, targets)
-    found: list[Tensor] = []
+    hidden_states: list[Tensor] = []
     right: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
-        found.append(hidden.flatten(0, 1)[places])
-        return found[0][:1].unsqueeze(0)  # one row keeps the rest of the forward pass cheap
+        hidden_states.append(hidden.flatten(0, 1)[places])
+        return hidden_states[0][:1].unsqueeze(0)  # one row keeps the rest of the forward pass cheap
 
     with _before(head, keep):
-        own = model(**inputs, use_cache=False).logits.squeeze(0)
+        first_logits = model(**inputs, use_cache=False).logits.squeeze(0)
 
     def part(hidden: Tensor, wanted: Tensor) -> Tensor:
         logits = _finish(model, head(hidden))
@@ -90,18 +91,18 @@ def loss_at(
         return _cross_entropy(logits, wanted)
 
     learns = torch.is_grad_enabled()  # always False within a Function
-    with gathered(model, head) if in_shares else nullcontext():
+    with gathered(model, head) if sharded else nullcontext():
         if model not in _REPLAYED:
             with torch.no_grad():
-                differs = not _close(_finish(model, head(found[0][:1])), own)
-            _REPLAYED[model] = not most(model, int(differs))
+                differs = not _close(_finish(model, head(hidden_states[0][:1])), first_logits)
+            _REPLAYED[model] = not max_over_ranks(model, int(differs))
         if _REPLAYED[model]:
             trained = [p for p in head.parameters() if learns and p.requires_grad]
-            total = _ChunkedLoss.apply(part, rows, targets, found[0], *trained)
-            if in_shares:
+            total = _ChunkedLoss.apply(part, rows, targets, hidden_states[0], *trained)
+            if sharded:
                 # FSDP2 prepares the last layers' weights when the backward pass reaches the
                 # model's output.
-                total = total + 0 * own.sum()
+                total = total + 0 * first_logits.sum()
             return total, torch.stack(right).sum() if right else None
     return loss_at(model, inputs, places, targets)
 
@@ -156,10 +157,10 @@ class _ChunkedLoss(torch.autograd.Function):
             if not any(wanted):
                 continue
             sources = [states, *trained] if wanted[0] else trained
-            found = list(torch.autograd.grad(loss, sources))
+            chunk_grads = list(torch.autograd.grad(loss, sources))
             if grad_hidden is not None:
-                grad_hidden[chunk] = found.pop(0)
-            for grad, more in zip(grads, found, strict=True):
+                grad_hidden[chunk] = chunk_grads.pop(0)
+            for grad, more in zip(grads, chunk_grads, strict=True):
                 grad += more
         ctx.save_for_backward(grad_hidden, *grads)
         return total
@@ -200,9 +201,9 @@ def _vocabulary(model: nn.Module) -> int:
     return int(settings.get_text_config().vocab_size)
 
 
-def _close(ours: Tensor, own: Tensor) -> bool:
-    error = (ours.float() - own.float()).abs().max()
-    return bool(error <= 0.01 * own.float().abs().max())
+def _close(ours: Tensor, expected: Tensor) -> bool:
+    error = (ours.float() - expected.float()).abs().max()
+    return bool(error <= 0.01 * expected.float().abs().max())
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.casts import is_kept, source_of
 
-SMALLEST = 1024
+from .private_api import is_view_of_parameter
+
+MIN_ELEMENTS = 1024
 """Minimum elements of an offloaded tensor; a copy of a smaller one costs more than it frees."""
-ON_THE_WAY = 5
+MAX_PENDING = 5
 """Maximum number of tensors with pending copies, in each direction."""
 _STREAMS: dict[str, Any] = {"cuda": torch.cuda}
 """Module with the stream functions, by device type. Other device types copy synchronously."""
@@ -88,7 +90,7 @@ class _Moving:
             copy.copy_(tensor, non_blocking=True)
         # Hold the tensor until later computation waits for its copy. Its memory can then be reused.
         self._leaving.append((tensor.detach(), stream.record_event()))
-        if len(self._leaving) > ON_THE_WAY:
+        if len(self._leaving) > MAX_PENDING:
             current.wait_event(self._leaving.popleft()[1])
         return _Moved(tensor.device, copy)
 
@@ -103,7 +105,7 @@ class _Moving:
         if streams is None:
             return copy.to(device)
         current, stream = streams.current_stream(device), _stream(device)
-        if len(self._returning) == ON_THE_WAY:  # otherwise all tensors come back at once
+        if len(self._returning) == MAX_PENDING:  # otherwise all tensors come back at once
             self._returning.popleft().synchronize()
         self._returning.append(current.record_event())
         with streams.stream(stream):
@@ -119,9 +121,9 @@ class _Moving:
             _STREAMS[tensor.device.type].current_stream(tensor.device).wait_event(event)
 
     def _stays(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or is_view_of_parameter(tensor):
             return True
-        if tensor.numel() < SMALLEST or is_kept(tensor):
+        if tensor.numel() < MIN_ELEMENTS or is_kept(tensor):
             return True
         # Autocast's cast of a weight without an adapter carries no mark, so compare shapes.
         return tensor.shape in self._weights and not tensor.requires_grad

@@ -20,7 +20,7 @@ from lora_lightning.lora import UserError
 from lora_lightning.lora.module_index import head_modules
 
 KEY = "quantization_config"
-PLAIN = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+FULL_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
 """Dtypes of tensors in an unquantized base."""
 
 
@@ -44,8 +44,8 @@ def quantization_options(
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"model.quantization={config.quantization} needs bitsandbytes: "
-            'pip install "lora_lightning[quant]".'
+            f"model.quantization={config.quantization}: requires bitsandbytes. "
+            'pip install "lora_lightning[quant]"'
         )
     from transformers import BitsAndBytesConfig
 
@@ -65,7 +65,7 @@ def quantization_options(
     }
 
 
-def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) -> None:
+def check_weights_quantized(name: str, model_config: Any, *, revision: str | None) -> None:
     """Raise UserError for a base with unquantized weights whose config asks for quantized layers.
 
     transformers quantizes such a base silently. A base that was saved quantized passes.
@@ -79,13 +79,13 @@ def refuse_plain_weights(name: str, model_config: Any, *, revision: str | None) 
         UserError: If the config asks for quantized layers but the weights are not quantized.
     """
     text = model_config.get_text_config(decoder=True)
-    asked = getattr(model_config, KEY, None) or getattr(text, KEY, None)
-    files = _weight_files(name, revision) if asked else []
-    if files and not any(map(_is_quantised, files)):
-        method = asked.get("quant_method", "?") if isinstance(asked, dict) else "?"
+    options = getattr(model_config, KEY, None) or getattr(text, KEY, None)
+    files = _weight_files(name, revision) if options else []
+    if files and not any(map(_is_quantized, files)):
+        method = options.get("quant_method", "?") if isinstance(options, dict) else "?"
         raise UserError(
-            f"{name}: its config.json asks for quantised layers ({method}), but its weights are "
-            f"not quantised. Take {KEY} out of it. To quantise them: model.quantization=nf4."
+            f"model.name_or_path={name}: config.json asks for quantized layers ({method}), but the "
+            f"weights are not quantized. Remove {KEY}, and quantize with model.quantization=nf4."
         )
 
 
@@ -107,12 +107,12 @@ def _weight_files(name: str, revision: str | None) -> list[str]:
     return [path for path in map(find, names) if path is not None]
 
 
-def _is_quantised(path: str) -> bool:
+def _is_quantized(path: str) -> bool:
     with safe_open(path, "pt") as file:
-        return any(file.get_slice(name).get_dtype() not in PLAIN for name in file.keys())  # noqa: SIM118
+        return any(file.get_slice(name).get_dtype() not in FULL_DTYPES for name in file.keys())  # noqa: SIM118
 
 
-def experts_left(model: nn.Module) -> str:
+def note_on_experts(model: nn.Module) -> str:
     """Return a note on expert weights that bitsandbytes leaves unquantized, or "" without experts.
 
     bitsandbytes quantizes linear layers, but transformers keeps a layer's experts in one tensor.
@@ -127,8 +127,8 @@ def experts_left(model: nn.Module) -> str:
     if not kinds:
         return ""
     return (
-        f"NOTE the weights of experts are not quantised and stay {', '.join(sorted(kinds))}: only "
-        "linear layers are. What that comes to: lora-lightning check.\n"
+        f"NOTE only linear layers are quantized. The weights of experts stay "
+        f"{', '.join(sorted(kinds))}, see their memory with: lora-lightning check\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""New tokens in a tokenizer, their embedding rows in the model, and a check for unknown tokens."""
+"""Loading of tokenizers, new tokens in tokenizer and model, and a check for unknown tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,50 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.config.schema import ModelConfig
 from lora_lightning.errors import UserError
 from lora_lightning.lora.embeddings import grow
+
+from .resolve import reported_failure, resolve
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load the model's tokenizer with a padding token and with `config.new_tokens`.
+
+    A tokenizer without a padding token uses EOS. This package masks padding by position, never by
+    token id, so an EOS in the text keeps its meaning.
+    """
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer or config.name_or_path
+    with reported_failure(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(
+                name,
+                option="model.tokenizer" if config.tokenizer else "model.tokenizer (not given)",
+                markers=TOKENIZER_FILES,
+            ),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if tokenizer.pad_token_id is None:
+        stand_in = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if stand_in is None:
+            raise UserError(
+                f"model.tokenizer={name}: has no token that can pad a batch. Choose another."
+            )
+        tokenizer.pad_token = stand_in
+    add_tokens(tokenizer, config.new_tokens)
+    return tokenizer
 
 
 def add_tokens(tokenizer: Any, tokens: list[str]) -> None:
@@ -21,12 +63,11 @@ def add_tokens(tokenizer: Any, tokens: list[str]) -> None:
         UserError: If the tokenizer already has one of them.
     """
     known = tokenizer.get_vocab()
-    there = [token for token in tokens if token in known]
-    if there:
+    present = [token for token in tokens if token in known]
+    if present:
         raise UserError(
-            f"model.new_tokens: the tokenizer has {_listed(there)} already. Leave out what is no "
-            "new token; rows of known tokens are trained with lora.trainable_token_indices="
-            f"[{known[there[0]]}]."
+            f"model.new_tokens: the tokenizer already has {_listed(present)}. Leave them out, or "
+            f"train their rows: lora.trainable_token_indices=[{known[present[0]]}]."
         )
     if tokens:
         from transformers import AddedToken
@@ -39,18 +80,18 @@ def token_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
     return [int(number) for number in tokenizer.convert_tokens_to_ids(tokens)]
 
 
-def make_room(model: nn.Module, tokenizer: Any) -> None:
+def grow_embeddings(model: nn.Module, tokenizer: Any) -> None:
     """Grow a model's embeddings and output layer until every token has a row."""
     grow(model, 1 + max(tokenizer.get_vocab().values()))
 
 
-def rows_in(model_config: Any) -> int | None:
+def embedding_rows(model_config: Any) -> int | None:
     """Return the number of embedding rows in a model's transformers config, or None if absent."""
     rows = getattr(model_config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 
-def refuse_unknown(ids: Iterable[int], rows: int, tokenizer: Any, *, where: str) -> None:
+def check_tokens_known(ids: Iterable[int], rows: int, tokenizer: Any, *, where: str) -> None:
     """Check that every token of a text has a row in the embeddings.
 
     A tokenizer may know more tokens than its model, like the tokenizer of Gemma 3. This is allowed
@@ -65,10 +106,9 @@ def refuse_unknown(ids: Iterable[int], rows: int, tokenizer: Any, *, where: str)
     token = tokenizer.convert_ids_to_tokens(highest)
     extra = sorted((number, name) for name, number in tokenizer.get_vocab().items())[rows:]
     raise UserError(
-        f"{where} holds the token {token!r}, id {highest}, and the model has embeddings for "
-        f"{rows} tokens: the tokenizer knows more, {_listed([name for _, name in extra])}. Take "
-        "the model's own tokenizer (leave out model.tokenizer), and let the run add tokens and "
-        "train them: model.new_tokens=[...]."
+        f"{where}: holds the token {token!r}, id {highest}, but the model has {rows} embeddings. "
+        f"The tokenizer has more tokens ({_listed([name for _, name in extra])}): leave out "
+        "model.tokenizer, and add them with model.new_tokens=[...]."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards
-from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.distributed.parallel_dims import ParallelDims
 
 IGNORE = -100
 """Label of a position or row that loss and metrics ignore."""
@@ -104,11 +102,11 @@ class Task(ABC):
             UserError: a column or label is unknown or missing.
         """
 
-    def suppose(self) -> None:  # noqa: B027, most tasks build the same model for any data
+    def assume_labels(self) -> None:  # noqa: B027, most tasks build the same model for any data
         """Set the values that the model depends on, as `learn` does, if there is no data yet."""
 
     @abstractmethod
-    def learn_nothing(self) -> None:
+    def learn_from_settings(self) -> None:
         """Determine columns and labels from the settings alone.
 
         This serves an adapter from elsewhere, which has no data.
@@ -141,7 +139,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_model(
-        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+        self, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
     ) -> tuple[nn.Module, list[str]]:
         """Return the base model in train mode, and the names of the modules to train whole.
 
@@ -255,71 +253,3 @@ class Task(ABC):
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`, so that an adapter needs no training data."""
-
-
-def as_text(value: Any) -> str:
-    """Return a value of a text, target or label column as text, or "" if it is missing.
-
-    Raises:
-        TypeError: the value is neither text, a number, true nor false.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()  # as in JSON files
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    raise TypeError(type(value).__name__)
-
-
-def texts_of(rows: dict[str, list[Any]], column: str | None) -> list[str]:
-    """Return the texts in a column of raw rows.
-
-    Raises:
-        UserError: a value is not a text.
-    """
-    assert column is not None
-    check_texts("", column, rows[column])
-    return [as_text(value) for value in rows[column]]
-
-
-def check_texts(split: str, column: str | None, values: Sequence[Any]) -> None:
-    """Raise UserError if a value is neither text, a number, nor missing."""
-    for row, value in enumerate(values, 1):
-        try:
-            as_text(value)
-        except TypeError as error:
-            where = f"the {split} data holds no text in row {row} of" if split else "no text in"
-            raise UserError(
-                f"{where} column {column!r} but {error}: {str(value)[:60]}. Name another column "
-                "or convert it."
-            ) from None
-
-
-def need_columns(split: str, rows: Any, columns: Sequence[str | None]) -> None:
-    """Raise UserError if a split lacks a column that the training data has."""
-    for column in columns:
-        if column not in rows.column_names:
-            raise UserError(
-                f"the {split} data has no column {column!r}; its columns are "
-                f"{', '.join(rows.column_names)}."
-            )
-
-
-def pick_column(
-    asked: str | None, candidates: Sequence[str], columns: Sequence[str], option: str
-) -> str | None:
-    """Return the column that the user named, or else the first candidate that exists, or None.
-
-    Raises:
-        UserError: the named column does not exist.
-    """
-    if asked is not None:
-        if asked not in columns:
-            raise UserError(
-                f"{option}={asked}: the data has no such column.{did_you_mean(asked, columns)} "
-                f"Its columns are {', '.join(columns)}."
-            )
-        return asked
-    by_lower = {column.lower(): column for column in columns}
-    return next((by_lower[name] for name in candidates if name in by_lower), None)

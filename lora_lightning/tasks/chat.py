@@ -7,12 +7,8 @@ from typing import Any
 from lora_lightning.config.schema import InstructConfig
 from lora_lightning.errors import UserError
 
-from .base import (
-    IGNORE,
-    need_columns,
-    pick_column,
-    texts_of,
-)
+from .base import IGNORE
+from .columns import need_columns, pick_column, texts_of
 from .generation import GenerativeTask
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -52,7 +48,7 @@ class InstructTask(GenerativeTask):
             for number, row in enumerate(rows, 1):
                 self.conversation(row, where=f"the {split} data, row {number}")
 
-    def learn_nothing(self) -> None:
+    def learn_from_settings(self) -> None:
         self.columns = [self.config.messages_column or MESSAGE_COLUMNS[0]]
 
     def find_inputs(self, columns: list[str]) -> None:
@@ -70,10 +66,9 @@ class InstructTask(GenerativeTask):
             return
         else:
             raise UserError(
-                "task=instruct finds no conversations: the data has "
-                f"{', '.join(columns)}. It takes a column of messages (name it: "
-                "task.messages_column=NAME), or prompt and completion, question and answer, or "
-                "instruction, input and output."
+                "task=instruct: no conversations found in the columns "
+                f"{', '.join(columns)}. Name a column of messages, task.messages_column=NAME, or "
+                "give prompt and completion, question and answer, or instruction, input and output."
             )
 
     def row_of(self, text: str) -> dict[str, Any]:
@@ -159,9 +154,9 @@ class InstructTask(GenerativeTask):
             after = self._template(messages[: index + 1])
             if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise UserError(
-                    "the chat template writes earlier turns differently once others follow, so "
-                    "the turns of the assistant cannot be told from the text. Give conversations "
-                    "of one exchange, or a tokenizer with another template: model.tokenizer=NAME."
+                    "task=instruct: the chat template must write a turn in the same way when "
+                    "others follow, and does not. Give conversations of one exchange, or a "
+                    "tokenizer with another template: model.tokenizer=NAME."
                 )
             spans.append((len(before), len(after.rstrip())))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -187,7 +182,7 @@ class InstructTask(GenerativeTask):
     ) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                "task=instruct needs a chat template, and this tokenizer has none: choose an "
+                "task=instruct: requires a tokenizer with a chat template. Choose an "
                 "instruction-tuned model, or its tokenizer: model.tokenizer=NAME."
             )
         try:
@@ -198,7 +193,8 @@ class InstructTask(GenerativeTask):
             )
         except Exception as error:  # templates raise jinja2 errors of any kind
             raise UserError(
-                f"the chat template refuses a conversation of {[m['role'] for m in messages]}: "
+                "task=instruct: the chat template rejects the roles "
+                f"{[message['role'] for message in messages]}: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from None
 
@@ -221,28 +217,30 @@ def _messages(value: Any, where: str, *, role: str | None = None) -> list[dict[s
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise UserError(
-            f"{where}: a conversation must be a list of messages, got {type(value).__name__}: "
+            f"{where}: a conversation must be a list of messages, and is {type(value).__name__}: "
             f"{str(value)[:60]!r}."
         )
     found = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            raise UserError(f"{where}: message {number} must be an object, got {message!r}.")
+            raise UserError(f"{where}: message {number} must be an object, and is {message!r}.")
         speaker = message.get("role") or message.get("from")
         content = (
             message.get("content") if message.get("content") is not None else message.get("value")
         )
         if speaker is None:
-            raise UserError(f"{where}: message {number} has no role. Known: {', '.join(ROLES)}.")
+            raise UserError(
+                f"{where}: message {number} must have a role. Known: {', '.join(ROLES)}."
+            )
         speaker = SPEAKERS.get(speaker, speaker)
         if speaker not in ROLES:
             raise UserError(
-                f"{where}: message {number} has the unknown role {speaker!r}. "
-                f"Known: {', '.join(ROLES)}."
+                f"{where}: message {number}: role {speaker!r} not found. Known: {', '.join(ROLES)}."
             )
         if not isinstance(content, str):
             raise UserError(
-                f"{where}: message {number} ({speaker}) has no text but {type(content).__name__}."
+                f"{where}: message {number} ({speaker}) must hold text, and holds "
+                f"{type(content).__name__}."
             )
         found.append({"role": speaker, "content": content})
     return found

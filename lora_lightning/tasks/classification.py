@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections import Counter
 from typing import Any
 
@@ -13,21 +11,15 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.config.schema import ClassificationConfig, ModelConfig
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.models.forward import classification_logits
-from lora_lightning.models.loading import class_names, load_classifier
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.model_config import class_names
 
-from .base import (
-    IGNORE,
-    LossOutput,
-    Task,
-    as_text,
-    check_texts,
-    need_columns,
-    pick_column,
-    texts_of,
-)
+from .base import IGNORE, LossOutput, Task
+from .columns import as_text, check_texts, need_columns, pick_column, texts_of, which_column
+from .labels import check_label_types, find_labels, is_number, order_by_head, written
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "comment", "tweet", "document", "body")
 LABEL_COLUMNS = (
@@ -86,23 +78,28 @@ class ClassificationTask(Task):
             for column in filter(None, (self.text_column, self.pair_column)):
                 need_columns(split, rows, [column])
                 check_texts(split, column, rows[column][:])
-            self._check_kinds(split, rows[self.label_column][:])
+            check_label_types(split, self.label_column, rows[self.label_column][:])
         if not self.labels:
-            self._learn_labels(reference)
-            self._settle_head()
+            labels = find_labels(reference, self.label_column, self.config.labels)
+            source = f"adapter={self._begins_with}" if self._begins_with else ""
+            head = order_by_head(labels, self._head, typed=self.config.labels, adapter=source)
+            self.labels, self._new_head, self.notes = head
         for split, rows in splits.items():
             self._check_names(split, getattr(rows.features[self.label_column], "names", None))
             self._check_labels(split, rows[self.label_column][:])
 
-    def learn_nothing(self) -> None:
+    def learn_from_settings(self) -> None:
         if not self.config.labels:
-            raise UserError("name the classes in the order of the head's rows: task.labels=[...].")
+            raise UserError(
+                "task.labels: must name the classes in the order of the head's rows, as in "
+                "task.labels=[negative,positive]."
+            )
         self.labels = [str(label) for label in self.config.labels]
         self.text_column = self.config.text_column or TEXT_COLUMNS[0]
         self.pair_column = self.config.text_pair_column
         self.label_column = self.config.label_column or LABEL_COLUMNS[0]
 
-    def suppose(self) -> None:
+    def assume_labels(self) -> None:
         self.labels = [str(label) for label in self.config.labels or ("0", "1")]
 
     def _learn_columns(self, columns: list[str]) -> None:
@@ -111,86 +108,16 @@ class ClassificationTask(Task):
             self.config.label_column, LABEL_COLUMNS, columns, "task.label_column"
         )
         if self.label_column is None:
-            raise _which_column("label", columns)
+            raise which_column("label", columns)
 
     def find_inputs(self, columns: list[str]) -> None:
         known = (self.text_column, *TEXT_COLUMNS) if self.text_column else TEXT_COLUMNS
         self.text_column = pick_column(self.config.text_column, known, columns, "task.text_column")
         if self.text_column is None:
-            raise _which_column("text", columns)
+            raise which_column("text", columns)
         self.pair_column = pick_column(
             self.config.text_pair_column, (), columns, "task.text_pair_column"
         )
-
-    def _learn_labels(self, rows: Any) -> None:
-        assert self.label_column is not None
-        feature = rows.features[self.label_column]
-        values = [value for value in map(_written, rows[self.label_column][:]) if value != ""]
-        distinct = sorted(set(values), key=_sort_key)
-        if self.config.labels:
-            self.labels = [str(label) for label in self.config.labels]
-        elif hasattr(feature, "names"):
-            self.labels = list(feature.names)
-        else:
-            self.labels = distinct
-        if len(self.labels) != len(set(self.labels)):
-            raise UserError(f"task.labels names a class twice: {', '.join(self.labels)}.")
-        if not self.labels:
-            raise UserError(
-                f"column {self.label_column!r} is empty in all {len(rows)} rows: fill it in, or "
-                "name the column with the label: task.label_column=NAME."
-            )
-        if len(self.labels) < 2:
-            only = f"only {self.labels[0]!r}"
-            raise UserError(
-                f"column {self.label_column!r} holds {only}: a classifier needs two classes or "
-                "more. Name the column with the label: task.label_column=NAME."
-            )
-        if len(self.labels) > 1000 or (len(values) > 50 and len(distinct) > len(values) // 2):
-            raise UserError(
-                f"column {self.label_column!r} holds {len(distinct)} different values in "
-                f"{len(values)} rows, so it is no class label. Name the column with the label: "
-                "task.label_column=NAME."
-            )
-
-    def _settle_head(self) -> None:
-        """Give the classes the places that they have in an existing head.
-
-        Raises:
-            UserError: the head has other classes, or the user has typed another order.
-        """
-        head, typed = self._head, self.config.labels is not None
-        if head is None or len(head) != len(self.labels):
-            return
-        ours = {label.casefold(): label for label in self.labels}
-        theirs = [name.casefold() for name in head]
-        source = f"adapter={self._begins_with}" if self._begins_with else "the base's head"
-        if set(theirs) == set(ours) and len(ours) == len(self.labels):
-            ordered = [ours[name] for name in theirs]
-            if typed and ordered != self.labels:
-                raise UserError(
-                    f"task.labels={_listed(self.labels)} is another order than that of {source}: "
-                    f"leave it out, or give task.labels={_listed(ordered)}."
-                )
-            self.labels = ordered
-            return
-        if self._begins_with:
-            if not typed:
-                raise UserError(
-                    f"{source} has learned the classes {', '.join(head)}, and the data has "
-                    f"{', '.join(self.labels)}. If they mean the same, name the data's in the "
-                    "order of the former: task.labels=[...]."
-                )
-            return
-        unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in head)
-        if unnamed and (typed or self.labels == [str(i) for i in range(len(head))]):
-            return
-        self._new_head = True
-        self.notes = [
-            f"The base's head is of other classes ({', '.join(head)}) than the data "
-            f"({', '.join(self.labels)}): training begins with a new head."
-            + (" To keep it, name its rows in their order: task.labels=[...]." if unnamed else "")
-        ]
 
     def _check_names(self, split: str, names: list[str] | None) -> None:
         """Map the numbers that a dataset gives its classes to the ids of their names."""
@@ -200,37 +127,26 @@ class ClassificationTask(Task):
         places = {number: self.labels.index(name) for number, name in enumerate(names) if same}
         if not same or (numbered := self._numbered or places) != places:
             raise UserError(
-                f"the {split} data numbers its classes as {', '.join(names)}, and the training "
-                f"data as {', '.join(self.labels)}: the same number is another class. Write the "
-                "names themselves into the label column, or leave out task.labels."
+                f"the {split} data: must number its classes as the training data, "
+                f"{', '.join(self.labels)}, and numbers them {', '.join(names)}. Write names into "
+                "the label column, or remove task.labels."
             )
         self._ids = self._numbered = numbered
 
-    def _check_kinds(self, split: str, values: list[Any]) -> None:
-        for row, value in enumerate(values, 1):
-            if value is not None and not isinstance(value, (str, int, float)):
-                name = type(value).__name__
-                kind = {"list": "a list", "dict": "an object"}.get(name, f"a {name}")
-                raise UserError(
-                    f"the {split} data has {kind} as its label in row {row}, and a label is one "
-                    f"name or number (column {self.label_column!r}). Name the column with the "
-                    "label: task.label_column=NAME."
-                )
-
     def _check_labels(self, split: str, values: list[Any]) -> None:
-        lacking = [row for row, value in enumerate(values, 1) if _written(value) == ""]
+        lacking = [row for row, value in enumerate(values, 1) if written(value) == ""]
         if lacking:
             raise UserError(
-                f"the {split} data has no label in {len(lacking)} of {len(values)} rows, the first "
-                f"is row {lacking[0]} below the header (column {self.label_column!r}): fill it in "
-                "or remove the row."
+                f"the {split} data, column {self.label_column!r}: {len(lacking)} of {len(values)} "
+                f"rows have no label, first row {lacking[0]} below the header. Fill it in or "
+                "remove the row."
             )
         for row, value in enumerate(values):
             if self.label_id(value) is None:
-                shown = repr(_written(value) if isinstance(value, bool) else value)
+                shown = repr(written(value) if isinstance(value, bool) else value)
                 raise UserError(
-                    f"the {split} data has the unknown label {shown} in row {row + 1}."
-                    f"{did_you_mean(_written(value), self.labels)} Known labels: "
+                    f"the {split} data: unknown label {shown} in row {row + 1}."
+                    f"{did_you_mean(written(value), self.labels)} Known: "
                     f"{', '.join(self.labels)}. Correct it, or list all: task.labels=[...]."
                 )
 
@@ -242,12 +158,12 @@ class ClassificationTask(Task):
         """
         if isinstance(value, int) and not isinstance(value, bool) and value in self._ids:
             return self._ids[value]
-        name = _written(value)
+        name = written(value)
         # A truth value has no spelling of its own, so both usual spellings are its name.
         for spelling in (name, str(value)) if isinstance(value, bool) else (name,):
             if spelling in self.labels:
                 return self.labels.index(spelling)
-        if self.config.labels and not any(map(_is_number, self.labels)):
+        if self.config.labels and not any(map(is_number, self.labels)):
             places = [str(place) for place in range(len(self.labels))]
             return places.index(name) if name in places else None
         return None
@@ -279,12 +195,12 @@ class ClassificationTask(Task):
     def strata(self, raw: Any) -> list[Any] | None:
         columns = raw.column_names
         column = pick_column(self.config.label_column, LABEL_COLUMNS, columns, "task.label_column")
-        return None if column is None else [_written(value) for value in raw[column][:]]
+        return None if column is None else [written(value) for value in raw[column][:]]
 
     # Model, loss, metrics --------------------------------------------------------------------
 
     def build_model(
-        self, config: ModelConfig, tokenizer: Any, shards: Shards | None = None
+        self, config: ModelConfig, tokenizer: Any, shards: ParallelDims | None = None
     ) -> tuple[nn.Module, list[str]]:
         return load_classifier(config, tokenizer, self.labels, shards, new_head=self._new_head)
 
@@ -402,31 +318,3 @@ class ClassificationTask(Task):
 
 SentimentTask = ClassificationTask
 """Earlier name of `ClassificationTask`."""
-
-
-def _which_column(what: str, columns: list[str]) -> UserError:
-    return UserError(
-        f"which column holds the {what}? The data has {', '.join(columns)}. "
-        f"Name it: task.{what}_column=NAME."
-    )
-
-
-def _listed(labels: list[str]) -> str:
-    return f"[{','.join(labels)}]"
-
-
-def _written(value: Any) -> str:
-    """Return a label as written in a file, without outer blanks. "" means no label."""
-    return as_text(value).strip()
-
-
-def _is_number(name: str) -> bool:
-    try:
-        return math.isfinite(float(name))
-    except ValueError:
-        return False
-
-
-def _sort_key(name: str) -> tuple[bool, float, str]:
-    """Return a sort key that orders numbers by their value, before all names."""
-    return (False, float(name), name) if _is_number(name) else (True, 0.0, name)

@@ -6,16 +6,9 @@ from typing import Any
 
 from lora_lightning.config.schema import LanguageModelConfig
 
-from .base import (
-    IGNORE,
-    as_text,
-    check_texts,
-    need_columns,
-    pick_column,
-    texts_of,
-)
+from .base import IGNORE
+from .columns import as_text, check_texts, need_columns, pick_column, texts_of, which_column
 from .generation import GenerativeTask
-from .text_to_text import which_column
 
 MIN_PIECE = 8
 """Minimum free tokens in a block for a document to begin in it."""
@@ -50,7 +43,7 @@ class LanguageModelTask(GenerativeTask):
             need_columns(split, rows, [self.text_column])
             check_texts(split, self.text_column, rows[self.text_column][:])
 
-    def learn_nothing(self) -> None:
+    def learn_from_settings(self) -> None:
         self.text_column = self.config.text_column or TEXT_COLUMNS[0]
 
     def find_inputs(self, columns: list[str]) -> None:

@@ -6,15 +6,8 @@ import re
 from typing import Any
 
 from lora_lightning.config.schema import SummarizationConfig
-from lora_lightning.errors import UserError
 
-from .base import (
-    as_text,
-    check_texts,
-    need_columns,
-    pick_column,
-    texts_of,
-)
+from .columns import as_text, check_texts, need_columns, pick_column, texts_of, which_column
 from .generation import GenerativeTask
 
 SOURCE_COLUMNS = (
@@ -59,7 +52,7 @@ class SummarizationTask(GenerativeTask):
             for column in needed:
                 check_texts(split, column, rows[column][:])
 
-    def learn_nothing(self) -> None:
+    def learn_from_settings(self) -> None:
         self.source_column = self.config.source_column or SOURCE_COLUMNS[0]
         self.target_column = self.config.target_column or TARGET_COLUMNS[0]
 
@@ -133,11 +126,3 @@ def lead_sentence(text: str) -> str:
     """Return a text up to its first full stop, question or exclamation mark, or blank line."""
     start = re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
     return " ".join(start.split())
-
-
-def which_column(what: str, columns: list[str]) -> UserError:
-    """Return the error for a column that cannot be guessed."""
-    return UserError(
-        f"which column holds the {what}? The data has {', '.join(columns)}. "
-        f"Name it: task.{what}_column=NAME."
-    )

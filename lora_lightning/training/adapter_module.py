@@ -9,9 +9,11 @@ import lightning as L
 from torch import Tensor, nn
 
 from lora_lightning.distributed.adapter_sharding import Placement
-from lora_lightning.distributed.sharded_loading import Shards
-from lora_lightning.lora import Adapter
+from lora_lightning.distributed.parallel_dims import ParallelDims
+from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.lora.serialization.validation import check_tensors
+
+from .build import AdaptedModel
 
 
 class AdapterModule(L.LightningModule):
@@ -22,10 +24,14 @@ class AdapterModule(L.LightningModule):
         self.strict_loading = False  # the base is missing on purpose; load_state_dict checks
         self.adapter: Adapter | None = None
         """The adapter, or None before the model is built and in full fine-tuning."""
-        self.shards: Shards | None = None
+        self.shards: ParallelDims | None = None
         """Processes that the base is sharded over, or None."""
         self.placement: Placement | None = None
         """The part of the adapter that this rank holds when the base is sharded."""
+        self.lora_from_data: LoraConfig | None = None
+        """Adapter settings that result from data-dependent initialization."""
+        self.total_parameters = self.trainable_parameters = 0
+        """Sizes of the model, before a sharded strategy counts tied weights twice."""
 
     @property
     def is_built(self) -> bool:
@@ -43,8 +49,15 @@ class AdapterModule(L.LightningModule):
             raise RuntimeError(f"{type(self).__name__} has no model yet: call configure_model().")
         return self._modules["model"]  # type: ignore[return-value]
 
+    def take_over(self, built: AdaptedModel) -> None:
+        """Set a model that `build_adapted_model` has built."""
+        self.placement, self.lora_from_data = built.placement, built.lora_from_data
+        self.total_parameters = built.total_parameters
+        self.trainable_parameters = built.trainable_parameters
+        self.adopt(built.model, built.adapter)
+
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
-        """Take over a built model and its adapter."""
+        """Set the model and its adapter."""
         self.model = model  # type: ignore[misc]  # nn.Module registers it, past the property
         self.adapter = adapter
 
@@ -88,3 +101,15 @@ class AdapterModule(L.LightningModule):
         with self.whole_adapter():
             check_tensors(self.state_dict(), dict(state_dict), source="the checkpoint")
             return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip gradients, by the norm over all ranks if the adapter's matrices are sharded."""
+        placement = self.placement
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        if placement is None or not placement.cuts or not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        trained = self.trainer.precision_plugin.main_params(optimizer)
+        placement.clip_by_norm(trained, float(gradient_clip_val))

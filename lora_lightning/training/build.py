@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from lora_lightning.config.compatibility import refuse_combinations
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.distributed.adapter_sharding import Placement, place_adapter
-from lora_lightning.distributed.sharded_loading import Shards, local_rank_in_environment
-from lora_lightning.distributed.strategies import ShardedStrategy, refuse_full, refuse_strategy
+from lora_lightning.distributed.parallel_dims import ParallelDims
+from lora_lightning.distributed.sharded_loading import local_rank_in_environment
+from lora_lightning.distributed.strategies import (
+    ShardedStrategy,
+    check_full_fine_tuning,
+    check_strategy,
+)
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.initialization.loftq import initialize_loftq
 from lora_lightning.lora.layers.trainable_tokens import rows_of_tokens
@@ -52,7 +57,7 @@ def build_adapted_model(
     *,
     seed: int = 0,
     start_from: str | None = None,
-    shards: Shards | None = None,
+    shards: ParallelDims | None = None,
     trainer: L.Trainer | None = None,
     data: Any = None,
 ) -> AdaptedModel:
@@ -149,7 +154,7 @@ def _complete(
     return replace(config, modules_to_save=saved, trainable_token_indices=rows)
 
 
-def find_shards(trainer: L.Trainer | None, mesh: Any, *, full: bool) -> Shards | None:
+def find_shards(trainer: L.Trainer | None, mesh: Any, *, full: bool) -> ParallelDims | None:
     """Return the processes that a Trainer's strategy shards the base over, or None.
 
     Args:
@@ -163,7 +168,7 @@ def find_shards(trainer: L.Trainer | None, mesh: Any, *, full: bool) -> Shards |
     if trainer is None:
         return None
     strategy = trainer.strategy
-    refuse_strategy(type(strategy).__name__)
+    check_strategy(type(strategy).__name__)
     if mesh is None:
         return None
     if not isinstance(strategy, ShardedStrategy):
@@ -171,5 +176,5 @@ def find_shards(trainer: L.Trainer | None, mesh: Any, *, full: bool) -> Shards |
             f"{type(strategy).__name__} is not supported: it does not know which gradients of an "
             "adapter to average. Use lora_lightning.strategies.ShardedStrategy, or trainer=fsdp2."
         )
-    refuse_full(strategy, full=full)
-    return Shards(mesh)
+    check_full_fine_tuning(strategy, full=full)
+    return ParallelDims(mesh)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lora_lightning.errors import UserError
@@ -84,6 +86,20 @@ def _is_own(path: str, run_dir: Path) -> bool:
         return False
     parent = Path(os.path.realpath(os.path.dirname(path)))
     return parent.is_relative_to(os.path.realpath(run_dir)) or not os.path.lexists(path)
+
+
+def check_checkpoint_folders(callbacks: list[L.Callback], run_dir: Path) -> None:
+    """Raise UserError if a callback that deletes older checkpoints keeps them outside the run.
+
+    The checkpoint names these files, and they may belong to others.
+    """
+    for callback in callbacks:
+        place = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
+        if place and not Path(place).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(
+                f"the run keeps its best checkpoints in {place}, outside of its folder, and a "
+                "resumed run may delete files there. Start a new run: adapter=CHECKPOINT.ckpt."
+            )
 
 
 def describe_mismatch(saved: Any, own: Any, where: str, *, of: Sequence[Any] = ()) -> str | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from lora_lightning.adapters.folder import read_sidecar
+from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.lora.serialization.checksums import SIDECAR, check_files
-from lora_lightning.models.loading import load_model_config, load_tokenizer, max_positions
-from lora_lightning.models.tokenizer import rows_in
+from lora_lightning.models.model_config import load_model_config, max_positions
+from lora_lightning.models.tokenizer import embedding_rows, load_tokenizer
 from lora_lightning.tasks import Task
 
 from .module import LoraModule
@@ -43,7 +41,7 @@ def build_components(
         tokenizer,
         settings.data,
         length_limit=max_positions(model_config),
-        rows=None if settings.model.new_tokens else rows_in(model_config),
+        rows=None if settings.model.new_tokens else embedding_rows(model_config),
         seed=seed,
     )
     module = LoraModule(
@@ -64,9 +62,10 @@ def _check_start(source: str, settings: Settings) -> None:
     if source.endswith(".ckpt"):
         return  # a checkpoint is checked when it is read
     earlier: dict[str, Any] = {}
-    if (Path(source) / SIDECAR).is_file():
-        sidecar = read_sidecar(Path(source))
-        check_files(Path(source))
+    folder = AdapterFolder(source)
+    if folder.sidecar.is_file():
+        sidecar = folder.read_sidecar()
+        folder.check_files()
         earlier = sidecar["settings"]
         check_same_tokens(source, earlier["model"], settings.model)
     check_same_loftq(source, earlier, settings.model, settings.lora)

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from torch import nn
 
+from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.untrusted import arguments_from_file
 from lora_lightning.lora import LoraConfig, UserError
 from lora_lightning.lora.initialization.eva import EvaResult, run_eva
-from lora_lightning.lora.serialization.checksums import check_files
 from lora_lightning.lora.serialization.load import read_adapter
 from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.tasks import Task, to_device
@@ -121,7 +121,7 @@ def earlier_settings(source: str, config: LoraConfig) -> LoraConfig:
         before = LoraConfig(**saved.get("lora") or {})
     else:
         raw, _ = read_adapter(source)
-        check_files(source)
+        AdapterFolder(source).check_files()
         before = from_peft_config(raw)
     return replace(
         config,

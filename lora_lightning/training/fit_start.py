@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch
 
-from lora_lightning.distributed.sharded_loading import broadcast, same_everywhere
+from lora_lightning.distributed.parallel_dims import broadcast, equal_over_ranks
 from lora_lightning.lora import UserError
 from lora_lightning.lora.products import joins_products
+from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.models.forward import check_packing, run_once
-from lora_lightning.models.loading import fingerprint
-from lora_lightning.models.quantization import experts_left
+from lora_lightning.models.quantization import note_on_experts
 from lora_lightning.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def prepare_fit(module: LoraModule) -> None:
     check_packed_rows(module)
     check_trainable_types(module)
     if module.model_config.quantization is not None and trainer.is_global_zero:
-        say(experts_left(module.model), end="", file=sys.stderr)
+        say(note_on_experts(module.model), end="", file=sys.stderr)
     if trainer.world_size > 1:
         with module.whole_adapter():
             broadcast(module.trainable_tensors().values())
@@ -52,11 +52,11 @@ def check_packed_rows(module: LoraModule) -> None:
 
 
 def report_doubts(trainer: L.Trainer) -> None:
-    """Print the data module's doubts about the data.
+    """Print the data module's warnings about its rows.
 
     This follows the building of the model, so that an error in the model is reported alone.
     """
-    tell = getattr(getattr(trainer, "datamodule", None), "tell_doubts", None)
+    tell = getattr(getattr(trainer, "datamodule", None), "warn_about_rows", None)
     if tell is not None and trainer.is_global_zero:
         tell()
 
@@ -75,7 +75,7 @@ def check_trainable_types(module: LoraModule) -> None:
 def check_same_base(module: LoraModule) -> None:
     """Raise UserError if ranks have read different files, since the base is not broadcast."""
     frozen = ((n, p) for n, p in module.named_parameters() if not p.requires_grad)
-    if not same_everywhere(int(fingerprint(frozen)[:15], 16), module.device):
+    if not equal_over_ranks(int(fingerprint(frozen)[:15], 16), module.device):
         raise UserError(
             f"model.name_or_path={module.model_config.name_or_path}: the processes of this run "
             "have loaded different weights. Give all of them the same files."

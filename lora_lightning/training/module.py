@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.config.schema import ModelConfig, OptimConfig, direction_of
 from lora_lightning.lora import Adapter, LoraConfig
-from lora_lightning.models.forward import masks_without_waiting
-from lora_lightning.models.loading import load_tokenizer
-from lora_lightning.models.offload import offloaded_activations
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import Task, build_task
 
 from .adapter_module import AdapterModule
@@ -32,7 +29,7 @@ from .optim import (
     step_by_metric,
 )
 from .stage_metrics import StageMetrics, check_monitor
-from .step_loss import FiniteLossCheck, StepLoss
+from .step_loss import FiniteLossCheck, StepLoss, task_loss
 from .trainer import planned_steps
 from .warm_start import values_of
 
@@ -113,10 +110,6 @@ class LoraModule(AdapterModule):
         """The run's StopSignals, or None."""
         self.logs_validation = True
         """Whether loggers receive validation metrics."""
-        self.lora_from_data: LoraConfig | None = None
-        """Adapter settings that result from data-dependent initialization."""
-        self.total_parameters = self.trainable_parameters = 0
-        """Sizes of the model, before a sharded strategy counts tied weights twice."""
         self._step_loss = StepLoss()
         self._finite = FiniteLossCheck()
         self._batch = 0
@@ -131,27 +124,25 @@ class LoraModule(AdapterModule):
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.model_config)
         self.shards = find_shards(trainer, self.device_mesh, full=self.lora_config is None)
-        built = build_adapted_model(
-            self.task,
-            self.model_config,
-            self.lora_config,
-            self.tokenizer,
-            seed=self.seed,
-            start_from=self.start_from,
-            shards=self.shards,
-            trainer=trainer,
-            data=self.data,
+        self.take_over(
+            build_adapted_model(
+                self.task,
+                self.model_config,
+                self.lora_config,
+                self.tokenizer,
+                seed=self.seed,
+                start_from=self.start_from,
+                shards=self.shards,
+                trainer=trainer,
+                data=self.data,
+            )
         )
-        self.placement, self.lora_from_data = built.placement, built.lora_from_data
-        self.total_parameters = built.total_parameters
-        self.trainable_parameters = built.trainable_parameters
-        self.adopt(built.model, built.adapter)
         if self.start_from is not None and self.start_from.endswith(".ckpt"):
             self.load_state_dict(values_of(self.start_from, self.model_config, self.lora_config))
-        check_monitor(self.task)
+        check_monitor(self.task, self.val_metrics.metrics)
 
     def adopt(self, model: nn.Module, adapter: Adapter | None) -> None:
-        """Take over a built model and its adapter."""
+        """Set the model and its adapter, and the metrics of its task."""
         super().adopt(model, adapter)
         self.val_metrics = StageMetrics(self.task)
         self.test_metrics = StageMetrics(self.task)
@@ -190,10 +181,8 @@ class LoraModule(AdapterModule):
 
     def training_loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the summed loss of a batch, and add it to the totals of its step."""
-        offloads = self.model_config.offload_activations
-        offloaded = offloaded_activations(self.model) if offloads else nullcontext()
-        with offloaded, masks_without_waiting(self.device):
-            output = self.task.loss(self.model, batch)
+        offload = self.model_config.offload_activations
+        output = task_loss(self.task, self.model, batch, self.device, offload=offload)
         self._step_loss.add(output)
         return output.total
 
@@ -217,17 +206,6 @@ class LoraModule(AdapterModule):
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Do nothing, because Lightning calls this after the first micro-batches' backward."""
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        placement = self.placement
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        if placement is None or not placement.cuts or not by_norm:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        trained = self.trainer.precision_plugin.main_params(optimizer)
-        placement.clip_by_norm(trained, float(gradient_clip_val))
 
     def on_train_end(self) -> None:
         self._check_losses()

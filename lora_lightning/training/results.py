@@ -10,11 +10,12 @@ import lightning as L
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.adapters.folder import ADAPTER, peak_memory_mib
+from lora_lightning.adapters.run_entries import ADAPTER
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.row_counts import doubts
+from lora_lightning.data.row_counts import row_warnings
 from lora_lightning.tasks import Task
+from lora_lightning.utils.memory import peak_memory_mib
 from lora_lightning.utils.terminal import command, say
 
 from .callbacks.loggers import EventsLogger
@@ -28,7 +29,7 @@ FEW_STEPS = 20
 def row_facts(task: Task, data: LoraDataModule) -> dict[str, Any]:
     """Return the rows per split, the warnings and the baseline that qualify a run's metrics."""
     rows = {split: len(rows) for split, rows in data.encoded.items()}
-    return {"baseline": baseline(task, data), "rows": rows, "warnings": doubts(data)}
+    return {"baseline": baseline(task, data), "rows": rows, "warnings": row_warnings(data)}
 
 
 def baseline(task: Task, data: LoraDataModule) -> dict[str, Any]:

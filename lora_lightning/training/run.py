@@ -13,17 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from lora_lightning.adapters.folder import (
-    ADAPTER,
-    BAD_STEP,
-    RESULT,
-    base_fingerprint,
-    folder_bytes,
-    save_trained,
-    versions,
-    writable,
-)
-from lora_lightning.adapters.model_card import CARD, write_card
+from lora_lightning.adapters.folder import CARD, AdapterFolder
+from lora_lightning.adapters.model_card import write_card
+from lora_lightning.adapters.run_entries import ADAPTER, BAD_STEP, RESULT, check_writable
+from lora_lightning.adapters.save import base_fingerprint, save_trained
 from lora_lightning.config.compose import (
     config_hash,
     saved_settings,
@@ -35,13 +28,14 @@ from lora_lightning.distributed.hardware_speed import is_on_cpu
 from lora_lightning.distributed.precision import automatic_precision_message, with_precision
 from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.lora import UserError
-from lora_lightning.models.cpu_kernels import crowded
 from lora_lightning.tasks import build_task
 from lora_lightning.utils.atomic_write import remove_debris, write_json
+from lora_lightning.utils.cpu_load import load_warning
 from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import refuse_loss
 from lora_lightning.utils.quiet import quiet_libraries
 from lora_lightning.utils.terminal import say
+from lora_lightning.utils.versions import versions
 
 from .callbacks.forgetting import Retention
 from .callbacks.graceful_stop import StopSignals
@@ -50,7 +44,7 @@ from .callbacks.heartbeat import Heartbeat
 from .callbacks.last_checkpoint import LastCheckpoint
 from .callbacks.loggers import count_from
 from .callbacks.throughput import RunClock
-from .checkpoint_validation import check_resumable
+from .checkpoint_validation import check_checkpoint_folders, check_resumable
 from .checkpointing import read_checkpoint
 from .components import build_components
 from .outcome import recorded_outcome
@@ -162,7 +156,7 @@ class Run:
 
     def _open_folder(self, stack: ExitStack, accelerator: str) -> None:
         """Lock the run's folder until the stack ends, which writes result.json at last."""
-        writable(self.dir)
+        check_writable(self.dir)
         stack.enter_context(locked(self.dir, setting="output_dir"))
         remove_debris(*(self.dir / name for name in WRITTEN))
         if not self.resume:
@@ -171,7 +165,7 @@ class Run:
         write_json(self.dir / RESULT, self.result)
         if message := automatic_precision_message(self.requested, self.config):
             print(message, file=sys.stderr)
-        if is_on_cpu(accelerator) and (message := crowded(torch.get_num_threads())):
+        if is_on_cpu(accelerator) and (message := load_warning(torch.get_num_threads())):
             say(message, file=sys.stderr)
         stack.push(lambda kind, error, trace: self._record(error))
 
@@ -238,7 +232,7 @@ class Run:
         """Check that the run can resume from a checkpoint, and cut its log to that step."""
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
-        _check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
+        check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
         step = content["global_step"]
 
         def resumed() -> None:
@@ -280,19 +274,5 @@ class Run:
             log_hparams(self.trainer, self.settings, self.config, self.result)
             adapter = self.dir / ADAPTER
             write_card(adapter, self.dir, self.settings, self.module, self.data, self.result)
-            self.result["adapter_bytes"] = folder_bytes(adapter)
+            self.result["adapter_bytes"] = AdapterFolder(adapter).size()
             print_result(self.result, self.dir, self.data)
-
-
-def _check_checkpoint_folders(callbacks: list[L.Callback], run_dir: Path) -> None:
-    """Raise UserError if a callback that deletes older checkpoints keeps them outside the run.
-
-    The checkpoint names these files, and they may belong to others.
-    """
-    for callback in callbacks:
-        place = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-        if place and not Path(place).resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(
-                f"the run keeps its best checkpoints in {place}, outside of its folder, and a "
-                "resumed run may delete files there. Start a new run: adapter=CHECKPOINT.ckpt."
-            )

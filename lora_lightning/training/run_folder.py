@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from lora_lightning.adapters.folder import HYDRA, OWN_ENTRIES, RESULT
+from lora_lightning.adapters.run_entries import HYDRA, OWN_ENTRIES, RESULT
 from lora_lightning.config.compose import config_hash
 from lora_lightning.config.saved import read_config
 from lora_lightning.config.schema import LOG, MULTIRUN, SWEEP

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torchmetrics import MetricCollection
 
 from lora_lightning.config.schema import direction_of, refuse_direction
 from lora_lightning.lora import UserError
@@ -53,8 +54,8 @@ class StageMetrics(nn.Module):
         return values
 
 
-def check_monitor(task: Task) -> None:
-    """Raise UserError if the task does not measure `task.monitor`, or its mode contradicts it."""
+def check_monitor(task: Task, metrics: MetricCollection) -> None:
+    """Raise UserError if the metrics do not measure `task.monitor`, or its mode contradicts it."""
     monitor, mode = task.config.monitor, task.config.mode
     known = ["val/loss", *(f"val/{name}" for name in task.metric_names())]
     if monitor not in known:
@@ -62,7 +63,7 @@ def check_monitor(task: Task) -> None:
             f"task.monitor={monitor}: not measured by this task. Known: {', '.join(known)}."
         )
     chosen = direction_of(monitor, mode)
-    for name, metric in task.metrics().items(keep_base=True):
+    for name, metric in metrics.items(keep_base=True, copy_state=False):
         higher = metric.higher_is_better
         if monitor == f"val/{name}" and higher not in (None, chosen == "max"):
             if mode is not None:

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lightning.adapters.folder import BAD_STEP
+from lora_lightning.adapters.run_entries import BAD_STEP
 from lora_lightning.distributed.strategies import scale_gradients, sum_over_ranks
 from lora_lightning.lora import UserError
+from lora_lightning.models.offload import offloaded_activations
+from lora_lightning.models.private_api import masks_without_waiting
+from lora_lightning.tasks import Task
 from lora_lightning.tasks.base import LossOutput
 from lora_lightning.utils.atomic_write import atomic_write
+
+
+def task_loss(
+    task: Task, model: nn.Module, batch: dict[str, Any], device: torch.device, *, offload: bool
+) -> LossOutput:
+    """Return the task's loss of a batch in training.
+
+    Args:
+        task: Task of the run.
+        model: Model with its adapter.
+        batch: Batch on the device.
+        device: Device of the model.
+        offload: Whether activations wait for the backward pass in host memory.
+    """
+    offloaded = offloaded_activations(model) if offload else nullcontext()
+    with offloaded, masks_without_waiting(device):
+        return task.loss(model, batch)
 
 
 class StepLoss:

@@ -22,8 +22,8 @@ from lora_lightning.distributed.environment import check_nodes
 from lora_lightning.distributed.precision import lightning_precision
 from lora_lightning.distributed.strategies import (
     ShardedStrategy,
-    refuse_full,
-    refuse_strategy,
+    check_full_fine_tuning,
+    check_strategy,
     resident,
 )
 from lora_lightning.errors import did_you_mean
@@ -45,8 +45,8 @@ def build_trainer(config: DictConfig, **changes: Any) -> L.Trainer:
     if isinstance(arguments.get("strategy"), dict):
         arguments["strategy"] = instantiate_one(config.trainer, "strategy")
     strategy = arguments.get("strategy")
-    refuse_strategy(str(strategy))
-    refuse_full(strategy, full=config.lora.method == "full")
+    check_strategy(str(strategy))
+    check_full_fine_tuning(strategy, full=config.lora.method == "full")
     if isinstance(strategy, ZeroStrategy):
         strategy.check(config.optim.name, str(arguments.get("precision")))
     if isinstance(strategy, ShardedStrategy) and strategy.asked != 1:

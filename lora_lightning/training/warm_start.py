@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import arguments_from_file
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.serialization.base_copies import without_copies
-from lora_lightning.lora.serialization.checksums import SIDECAR, check_files
 from lora_lightning.lora.serialization.load import read_adapter
 from lora_lightning.utils.logs import read_json
 
@@ -24,7 +23,7 @@ def load_values(adapter: Adapter, folder: str) -> None:
             tokens.
     """
     raw, tensors = read_adapter(folder)
-    check_files(folder)
+    AdapterFolder(folder).check_files()
     stored = raw.get("trainable_token_indices") or {}
     earlier = list(stored.values()) if isinstance(stored, dict) else [stored]
     current = [rows.indices for rows in adapter.rows]
@@ -46,7 +45,7 @@ def task_state_of(source: str) -> dict[str, Any]:
     if source.endswith(".ckpt"):
         state = read_checkpoint(source).get("hyper_parameters", {}).get("task_state")
     else:
-        sidecar = Path(source) / SIDECAR
+        sidecar = AdapterFolder(source).sidecar
         state = read_json(sidecar).get("task_state") if sidecar.is_file() else None
     return state if isinstance(state, dict) else {}
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from compatibility.make import FILES, IDS, KINDS, RUN, base_of
+from helpers.runs import result_of
 from lora_lightning.lora import load_adapter
 
 
@@ -32,12 +33,12 @@ def assert_ended_as_then(run) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     measured = json.loads((FILES / "measured.json").read_text())
     assert {key: result[key] for key in measured} == pytest.approx(measured, abs=1e-4)
 
 
-def test_run_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
+def test_run_of_an_earlier_version_resumes(tmp_path, run_cli):
     run = shutil.copytree(FILES / "run", tmp_path / "run")
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 0, err
@@ -45,12 +46,12 @@ def test_run_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
 
 
 @pytest.mark.slow
-def test_sweep_stopped_in_an_earlier_version_resumes(tmp_path, run_cli):
+def test_sweep_of_an_earlier_version_resumes(tmp_path, run_cli):
     sweep = shutil.copytree(FILES / "sweep", tmp_path / "sweep")
     status, _, err = run_cli("train", "-m", *RUN, "seed=0,1", f"hydra.sweep.dir={sweep}")
     assert status == 0, err
     assert_ended_as_then(sweep / "0")
-    assert json.loads((sweep / "1" / "result.json").read_text())["status"] == "completed"
+    assert result_of(sweep / "1")["status"] == "completed"
 
 
 def test_adapter_and_checkpoint_of_an_earlier_version_predict(tmp_path, run_cli):
@@ -61,4 +62,4 @@ def test_adapter_and_checkpoint_of_an_earlier_version_predict(tmp_path, run_cli)
     for adapter in (FILES / "adapter", imported):
         status, out, err = run_cli("predict", f"adapter={adapter}", "text=A lovely day.")
         assert status == 0, err
-        assert sum(json.loads(out)["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert sum(json.loads(out)["prediction"]["scores"].values()) == pytest.approx(1, abs=1e-5)

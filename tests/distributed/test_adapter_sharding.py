@@ -14,7 +14,7 @@ import torch
 
 from helpers.data import make_rows, write_jsonl
 from lora_lightning import UserError
-from lora_lightning.distributed.adapter_sharding import Cut, ShareOfDropout, even_bounds
+from lora_lightning.distributed.matrix_shards import Cut, ShardedDropout, even_bounds
 from lora_lightning.distributed.strategies import BY_ELEMENT, ShardedStrategy
 from lora_lightning.lora.layers.fused_parts import Part, cut_parts
 
@@ -180,7 +180,9 @@ def test_parts_within_some_rows():
 
 @pytest.mark.parametrize("name", ["Adafactor", "LBFGS", "Muon"])
 def test_optimizers_that_look_at_whole_matrices_are_refused(name):
-    with pytest.raises(UserError, match=f"optim.name={name} looks at whole matrices"):
+    with pytest.raises(
+        UserError, match=f"optim.name={name}: is not supported with tensor parallelism"
+    ):
         ShardedStrategy.check(name)
 
 
@@ -209,7 +211,7 @@ def test_dropout_of_shares_is_that_of_the_whole():
     shares = []
     for rank in range(3):
         torch.manual_seed(4)
-        dropout = ShareOfDropout(0.4, Cut(1, bounds), rank)
+        dropout = ShardedDropout(0.4, Cut(1, bounds), rank)
         shares.append(dropout(x[..., bounds[rank] : bounds[rank + 1]]))
     torch.testing.assert_close(torch.cat(shares, -1), whole)
     assert dropout.eval()(shares[-1]) is shares[-1]

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.asserts import assert_tensors_close
 from helpers.data import make_rows, write_jsonl
+from helpers.runs import result_of, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,11 @@ def common(tiny_llama, tmp_path_factory) -> list[str]:
     ]
 
 
+def cache_of(common: list[str]) -> list[str]:
+    """Return the folder of the cache, which a resumed run needs typed again."""
+    return [item for item in common if item.startswith("data.cache_dir=")]
+
+
 def pair(way: str) -> list[str]:
     trainer, *others = WAYS[way]
     return [trainer, "trainer.accelerator=cpu", "trainer.devices=2", *others]
@@ -73,15 +80,6 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     return said
 
 
-def wait_for(found, process: subprocess.Popen[str]) -> None:
-    """Waits until a condition holds, while the process runs."""
-    until = time.monotonic() + 180
-    while not found():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def children(pid: int) -> list[int]:
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -89,14 +87,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def assert_same(run: Path, truth: Path, *, error: float = 0.0) -> None:
-    ours, theirs = load_file(run / ADAPTER), load_file(truth / ADAPTER)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=error, rtol=0)
-    assert max(t.abs().max() for name, t in theirs.items() if "lora_B" in name) > 1e-3
+def assert_runs_equal(run: Path, truth: Path, *, error: float = 0.0) -> None:
+    expected = load_file(truth / ADAPTER)
+    assert_tensors_close(load_file(run / ADAPTER), expected, atol=error)
+    assert max(t.abs().max() for name, t in expected.items() if "lora_B" in name) > 1e-3
     for name in ("steps", "epochs", "tokens"):
-        results = [json.loads((one / "result.json").read_text())[name] for one in (run, truth)]
+        results = [result_of(one)[name] for one in (run, truth)]
         assert results[0] == results[1]
 
 
@@ -111,8 +107,8 @@ def stopped(request, common, tmp_path_factory):
     (second,) = children(process.pid)
     os.kill(second, signal.SIGTERM)
     said = finish(process, 128 + signal.SIGTERM)
-    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
-    assert "To go on: lora-lightning train resume=" in said
+    assert result_of(folder / "run")["status"] == "interrupted"
+    assert "To resume: lora-lightning train resume=" in said
     assert "Traceback" not in said
     return request.param, folder
 
@@ -125,11 +121,11 @@ def whole(stopped, common) -> Path:
     return folder / "whole"
 
 
-def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, whole):
+def test_a_run_that_was_told_to_end_goes_on_exactly(stopped, common, whole):
     _, folder = stopped
     shutil.copytree(folder / "run", folder / "same")
-    finish(start([*TRAIN, "resume=same"], folder))
-    assert_same(folder / "same", whole)
+    finish(start([*TRAIN, "resume=same", *cache_of(common)], folder))
+    assert_runs_equal(folder / "same", whole)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +167,12 @@ def test_it_ends_amid_the_texts_that_it_generates(way, moment, told, common, tin
     wait_for(lambda: all(file.exists() for file in files), process)
     os.kill([process.pid, *children(process.pid)][told], signal.SIGTERM)
     said = finish(process, 128 + signal.SIGTERM)
-    assert "interrupted. To go on" in said
+    assert "interrupted. To resume" in said
     assert "Traceback" not in said
     assert "ended while waiting" not in said
 
 
-def test_it_goes_on_by_another_strategy(stopped, whole):
+def test_it_goes_on_by_another_strategy(stopped, common, whole):
     """As many rows at a time give the same run, whoever holds the base; dropout is drawn again."""
     way, folder = stopped
     if way == "ddp":
@@ -187,8 +183,8 @@ def test_it_goes_on_by_another_strategy(stopped, whole):
         "deepspeed": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
     }[way]
     shutil.copytree(folder / "run", folder / "other")
-    finish(start([*TRAIN, "resume=other", *other], folder))
-    assert_same(folder / "other", whole, error=1e-5)
+    finish(start([*TRAIN, "resume=other", *other, *cache_of(common)], folder))
+    assert_runs_equal(folder / "other", whole, error=1e-5)
 
 
 def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(stopped, common):
@@ -196,8 +192,8 @@ def test_with_other_batches_it_is_refused_and_begun_from_what_it_has_learned(sto
     if way == "tp":
         pytest.skip("its two processes see the same rows, as one does")
     shutil.copytree(folder / "run", folder / "alone")
-    said = finish(start([*TRAIN, "resume=alone", "trainer=cpu"], folder), 2)
-    assert "2 processes saw different rows when this checkpoint was written, and 1 do now" in said
+    said = finish(start([*TRAIN, "resume=alone", "trainer=cpu", *cache_of(common)], folder), 2)
+    assert "written by 2 processes with different rows, and this run has 1" in said
     new = [*common, "trainer=cpu", "trainer.max_epochs=1", f"adapter=alone/{LAST}"]
     finish(start([*TRAIN, *new, "output_dir=begun"], folder))
     learned = torch.load(folder / "alone" / LAST, weights_only=True)["state_dict"]
@@ -219,7 +215,7 @@ def test_one_that_is_killed_takes_the_others_along(victim, common, tmp_path):
     process.wait(timeout=30)
     assert process.returncode == (1 if victim == 1 else -signal.SIGKILL)  # nobody's mistake
     if victim == 1:
-        assert "error: another process of this run has died, or was killed. To go on:" in said
+        assert "error: another process of this run has died, or was killed. To resume:" in said
         assert "Traceback" not in said
     while Path(f"/proc/{second}").exists() and time.monotonic() < killed + 30:
         time.sleep(0.1)
@@ -263,7 +259,7 @@ def test_two_agents_of_torchrun_have_one_folder(named, common, tmp_path):
     if not named:
         (run,) = (tmp_path / "outputs").glob("*/*")
     finish(start([*TRAIN, *common, *pair("ddp"), epochs, "output_dir=whole"], tmp_path))
-    assert_same(run, tmp_path / "whole")
+    assert_runs_equal(run, tmp_path / "whole")
 
 
 def test_what_torchrun_starts_again_goes_on(common, tmp_path):
@@ -277,7 +273,7 @@ def test_what_torchrun_starts_again_goes_on(common, tmp_path):
     os.kill(children(agent.pid)[1], signal.SIGKILL)
     finish(agent)
     finish(start([*TRAIN, *common, *pair("ddp"), "output_dir=whole"], tmp_path))
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_runs_equal(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "tp"])
@@ -291,7 +287,7 @@ def test_a_base_in_shares_under_torchrun(way, common, tmp_path):
     agent.remove("trainer=torchrun")
     finish(start(agent, tmp_path))
     finish(start([*TRAIN, *settings, *common, epochs, "output_dir=whole"], tmp_path))
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_runs_equal(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(common, tmp_path):
@@ -327,4 +323,4 @@ def test_a_slurm_job_at_its_time_limit_is_requeued_and_goes_on(common, tmp_path)
     for task in tasks(1):
         finish(task)
     finish(start([*TRAIN, *common, *pair("ddp"), "output_dir=whole"], tmp_path))
-    assert_same(run, tmp_path / "whole")
+    assert_runs_equal(run, tmp_path / "whole")

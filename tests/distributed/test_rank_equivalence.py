@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.data import make_rows, write_jsonl
+from helpers.runs import logged, result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.training.run import train
 
@@ -160,15 +160,6 @@ def runs(request, one):
     return folder / "one", folder / name, done, count
 
 
-def result(folder) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def logged(folder, name) -> list[float]:
-    with (folder / "csv" / "metrics.csv").open() as handle:
-        return [float(row[name]) for row in csv.DictReader(handle) if row.get(name)]
-
-
 @each_pair
 def test_losses_and_weights_equal_those_of_one_process(runs):
     one, other, _, _ = runs
@@ -187,7 +178,7 @@ def test_losses_and_weights_equal_those_of_one_process(runs):
 
 @each_pair
 def test_metrics_over_uneven_ranks_equal_those_of_one_process(runs):
-    one, two = result(runs[0]), result(runs[1])
+    one, two = result_of(runs[0]), result_of(runs[1])
     assert two["world_size"] == runs[3]
     for name, value in one.items():
         if name.startswith(("val/", "test/")):
@@ -207,7 +198,7 @@ def test_checkpoints_hold_what_is_trained_and_nothing_else(runs):
         for run in runs[:2]:
             (path,) = (run / "checkpoints").glob(pattern)
             kept = torch.load(path, weights_only=True)["state_dict"]
-            assert sum(t.numel() for t in kept.values()) == result(run)["trainable_parameters"]
+            assert sum(t.numel() for t in kept.values()) == result_of(run)["trainable_parameters"]
             assert all(tensor.isfinite().all() for tensor in kept.values())
             shapes.append({name: tensor.shape for name, tensor in kept.items()})
         assert shapes[0] == shapes[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.runs import result_of
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config, settings_of
 
@@ -102,14 +103,14 @@ def run_process(arguments: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_every_shell_line_is_of_a_kind_that_is_tested():
+def test_shell_lines_are_all_of_a_tested_kind():
     other = ("pip install -c constraints.txt", "tensorboard ", "pytest", "ruff ", "python tests/")
     for page in PAGES:
         for line in "".join(blocks_of(page, "bash")).replace("\\\n", " ").splitlines():
             assert line.startswith(("lora-lightning ", *other)), line
 
 
-def test_set_up_commands_are_two_and_ci_calls_them():
+def test_ci_calls_the_two_set_up_commands():
     lines = "".join(blocks_of("README.md", "bash")).splitlines()
     setup = [line for line in lines if line.startswith("pip install")]
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
@@ -130,7 +131,7 @@ def test_index_names_every_page():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", PAGES[page]):
         path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
         assert path.exists(), target
@@ -209,7 +210,7 @@ def check_results(page: str, said: str, folder: Path) -> None:
         assert stored["r"] == 8  # the page's --max-lora-rank
     if page == "docs/multi-gpu.md":
         assert "complete" in said  # as the page says
-        assert json.loads((folder / "rehearsal/result.json").read_text())["status"] == "completed"
+        assert result_of(folder / "rehearsal")["status"] == "completed"
     if page == "docs/sweeps.md":
         assert len((folder / "ranks/results.csv").read_text().splitlines()) == 1 + 4
         assert (folder / "ranks/report.html").is_file()

@@ -70,7 +70,7 @@ WRONG = {
 # Verdicts ------------------------------------------------------------------------------------
 
 
-def test_checks_are_25_and_the_riskiest_come_first():
+def test_checks_are_25_with_the_riskiest_first():
     assert sorted(CHECKS) == list(range(1, 26))
     assert list(CHECKS)[:5] == [2, 3, 6, 5, 7]
     assert all(60 * check.minutes <= check.limit <= 600 for check in CHECKS.values())
@@ -102,7 +102,7 @@ def test_verdict_of_figures_left_out_is_pass_or_skip_and_says_why():
 
 
 @pytest.mark.parametrize("value", [NAN, None, "3", True, math.inf])
-def test_bound_of_what_is_no_number_does_not_hold(value):
+def test_bound_of_nan_does_not_hold(value):
     assert not at_most(4).holds(value, 4)
     assert not at_least(4).holds(None if value == math.inf else value, 4)
 
@@ -160,7 +160,7 @@ def test_peers_without_time_or_package_are_left_out_with_the_reason(tmp_path, mo
     assert reasons == {"trainer": "no time left", "trl": "needs no_such_package"}
 
 
-def test_profile_with_gaps_math_attention_and_fp32_products_is_told():
+def test_profile_reports_gaps_math_attention_and_fp32_products():
     events = [
         *[("aten::mm", False, 0.0, 1.0), ("cudaLaunchKernel", False, 0.0, 1.0)] * 6,
         ("aten::_scaled_dot_product_attention_math", False, 0.0, 9.0),
@@ -206,7 +206,7 @@ def test_recompilations_of_a_function_with_other_shapes_are_counted():
         ((0, ""), (1, "Traceback: it needs accelerate"), False),
     ],
 )
-def test_installation_check_passes_where_both_runs_end_as_they_may(
+def test_installation_check_with_two_good_runs_passes(
     plain, without, passes, tmp_path, monkeypatch
 ):
     def process(place, *arguments, code):
@@ -315,7 +315,7 @@ def run_suite(tmp_path, monkeypatch, capsys):
     return runs
 
 
-def test_suite_with_checks_that_end_badly_records_each_and_goes_on(run_suite, tmp_path):
+def test_suite_with_failing_checks_records_each_and_continues(run_suite, tmp_path):
     status, results, out = run_suite()
     assert status == 1
     assert [(r["check"], r["status"]) for r in results] == [
@@ -332,7 +332,7 @@ def test_suite_with_checks_that_end_badly_records_each_and_goes_on(run_suite, tm
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_suite_that_was_cut_goes_on_with_what_has_no_result(run_suite, tmp_path):
+def test_suite_after_an_interruption_runs_checks_without_a_result(run_suite, tmp_path):
     assert run_suite("1")[0] == 0
     with (tmp_path / "out/results.jsonl").open("a") as handle:
         handle.write('{"check": 3, "mode": "rehearsal", "stat')  # a line that was cut
@@ -341,7 +341,7 @@ def test_suite_that_was_cut_goes_on_with_what_has_no_result(run_suite, tmp_path)
     assert [result["check"] for result in results] == [1, 2]
 
 
-def test_suite_begins_no_check_when_its_time_is_spent(run_suite):
+def test_suite_after_its_time_limit_starts_no_check(run_suite):
     run_suite("1")
     status, results, out = run_suite("1", "2", "--skip-done", "--seconds", "0")
     assert status == 1
@@ -350,7 +350,7 @@ def test_suite_begins_no_check_when_its_time_is_spent(run_suite):
     assert "| 2 | crashes | not run |" in out
 
 
-def test_suite_without_a_gpu_says_how_to_rehearse(monkeypatch, capsys):
+def test_suite_without_a_gpu_prints_how_to_rehearse(monkeypatch, capsys):
     monkeypatch.setattr(runner, "cuda", lambda: False)
     assert runner.main(["2"]) == 2
     assert "--rehearse" in capsys.readouterr().err

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from checks import fused, probes
+
+from helpers.runs import result_of
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +26,7 @@ def command(tiny_bert, rows_jsonl, tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), TYPES, ids=str)
-def test_fused_step_on_cuda_is_as_near_to_float64_as_autograd(dtype, autocast):
+def test_fused_step_on_cuda_is_as_close_to_float64_as_autograd(dtype, autocast):
     for case in CASES:
         if (case.dtype, case.autocast) == (dtype, autocast):
             assert fused.excess(case, fused.compare(case, "cuda")) <= 1.0, str(case)
@@ -55,7 +55,7 @@ def test_training_step_on_cuda_waits_for_transformers_masks_alone(precision, com
 def test_result_on_cuda_has_the_peak_of_the_steps_and_the_device(command, run_cli, tmp_path):
     status, _, err = run_cli(*command, "+callbacks.probe._target_=checks.probes.Steps")
     assert status == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["device"] == "cuda:0"
     peak = torch.cuda.max_memory_allocated() / 2**20
     assert result["peak_memory_mib"] == pytest.approx(peak, rel=0.01)

@@ -127,6 +127,6 @@ def like_a_gpu(monkeypatch):
 
     Models that are loaded afterwards have transformers' own attention.
     """
-    monkeypatch.setattr("lora_lightning.models.cpu_kernels._take_attention", lambda model: None)
+    monkeypatch.setattr("lora_lightning.models.cpu_kernels._set_attention", lambda model: None)
     monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     monkeypatch.setattr(products, "_try_float32", lambda device, dtype: dtype.itemsize == 2)

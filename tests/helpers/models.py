@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from helpers.data import WORDS
+from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora import Adapter, LoraConfig
+from lora_lightning.models.loading import load_generator
 
 IDS = torch.arange(3, 15).view(2, 6)
 """Token ids of two rows, which every tiny model knows."""
@@ -38,6 +43,12 @@ def word_tokenizer(specials: list[str], **kwargs):
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocab[bos])]
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **kwargs)
+
+
+def load_llama(folder: Path, quantization: str | None = None) -> nn.Module:
+    """Load a causal model with fp32 weights, or quantized ones, as a run does."""
+    config = ModelConfig(str(folder), quantization=quantization, dtype="float32")
+    return load_generator(config, AutoTokenizer.from_pretrained(folder)).eval()
 
 
 def logits(model: nn.Module, ids: Tensor = IDS, **inputs: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.data import make_rows, to_jsonl, write_jsonl
+from helpers.runs import result_of
 from lora_lightning.training.callbacks.progress import ProgressBar
 
 
@@ -24,20 +25,12 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_bert, tiny_llama, rows_jsonl, fast) -> dict[str, Path]:
+def runs(trained_run, tiny_llama) -> dict[str, Path]:
     """A run on the tiny encoder, one on the tiny decoder, and a full fine-tuning."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    found = {}
-    kinds = {"bert": (tiny_bert, []), "llama": (tiny_llama, []), "full": (tiny_bert, ["lora=full"])}
-    for name, (model, changes) in kinds.items():
-        found[name] = tmp_path_factory.mktemp(name) / "run"
-        where = [f"model.name_or_path={model}", f"data.train={rows_jsonl}"]
-        more = ["data.test_fraction=0.3", "optim.lr=3e-2", "trainer.max_epochs=3"]
-        more += ["callbacks.early_stopping=null", f"output_dir={found[name]}"]
-        train(compose_config([*fast, *where, *more, *changes]))
-    return found
+    more = ["data.test_fraction=0.3", "optim.lr=3e-2", "trainer.max_epochs=3"]
+    more.append("callbacks.early_stopping=null")
+    kinds = {"bert": [], "llama": [f"model.name_or_path={tiny_llama}"], "full": ["lora=full"]}
+    return {name: trained_run(*more, *changes) for name, changes in kinds.items()}
 
 
 @pytest.fixture
@@ -159,11 +152,51 @@ def test_completion(run_cli, monkeypatch, line, expected):
 def test_predict_takes_the_text_verbatim(run_cli, adapter, text):
     status, out, err = run_cli("predict", f"adapter={adapter}", f"text={text}")
     assert status == 0, err
-    answer = json.loads(out)
-    assert answer["text"] == text
+    row = json.loads(out)
+    assert row.keys() == {"text", "prediction"}  # as a line of predict input=FILE
+    assert row["text"] == text
+    answer = row["prediction"]
     assert answer["label"] in ("negative", "positive")
     assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert answer["score"] == max(answer["scores"].values())
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "advice"),
+    [
+        ("predict text=good", "task.text_column=review", "or read a column of a file: input=FILE"),
+        ("predict text=good", "data.batch_size=2", "Leave it out."),
+        ("predict text=good", "task.monitor=val/loss", "Leave it out."),
+        ("predict text=good", "trainer=cpu", "Leave it out."),
+        ("predict text=good", "seed=3", "Leave it out."),
+        ("predict text=good", "model.compile=layer", "Leave it out."),
+        ("predict input=in.jsonl", "data.limit_test=2", "Leave it out."),
+        ("predict input=in.jsonl", "task.label_column=text", "Leave it out."),
+        ("evaluate", "trainer.max_epochs=2", "Leave it out."),
+        ("evaluate", "lora.rank=2", "Leave it out."),
+        ("evaluate", "task.labels=[a,b]", "Leave it out."),
+        ("merge output=merged", "data.batch_size=2", "Leave it out."),
+    ],
+)
+def test_override_without_an_effect_is_refused(run_cli, adapter, verb, override, advice):
+    Path("in.jsonl").write_text('{"text": "good"}\n')
+    status, out, err = run_cli(*verb.split(), f"adapter={adapter}", override)
+    assert (status, out) == (2, "")
+    assert f"error: {override}: no effect on {verb.split()[0]}" in err
+    assert advice in " ".join(err.split())
+
+
+def test_override_of_the_text_column_decides_what_predict_reads_of_a_file(run_cli, adapter):
+    Path("in.jsonl").write_text('{"text": "good", "review": "never again"}\n')
+    command = ["predict", f"adapter={adapter}", "input=in.jsonl"]
+    default, other = (
+        json.loads(run_cli(*command, *more)[1])["prediction"]["scores"]
+        for more in ([], ["task.text_column=review"])
+    )
+    status, out, err = run_cli("predict", f"adapter={adapter}", "text=never again")
+    assert status == 0, err
+    assert json.loads(out)["prediction"]["scores"] == pytest.approx(other, abs=2e-6)
+    assert other != pytest.approx(default, abs=2e-6)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -192,11 +225,12 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
         expected = other["prediction"]["scores"]
         assert one["prediction"]["scores"] == pytest.approx(expected, abs=2e-6)
 
-    from lora_lightning.inference.predictor import Predictor, load_trained, predict_text
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.predictor import Predictor, predict_text
 
     alone = Predictor(load_trained(adapter, device="cpu"))
     for row in found[:8]:
-        single = predict_text(alone, row["text"])
+        single = predict_text(alone, row["text"])["prediction"]
         assert single["label"] == row["prediction"]["label"]
         assert single["scores"] == pytest.approx(row["prediction"]["scores"], abs=2e-6)
 
@@ -206,7 +240,7 @@ def test_predict_a_file(run_cli, adapter, runs, suffix):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "full"])
 def test_evaluate_gives_the_metrics_of_the_run(run_cli, runs, name):
-    result = json.loads((runs[name] / "result.json").read_text())
+    result = result_of(runs[name])
     status, out, err = run_cli("evaluate", f"adapter={runs[name] / 'adapter'}", "output=m.json")
     assert status == 0, err
     metrics = json.loads(out)
@@ -245,7 +279,8 @@ def test_evaluate_uses_one_device_and_loads_onto_it(run_cli, adapter, monkeypatc
 
 
 def test_evaluate_on_other_data(run_cli, adapter):
-    from lora_lightning.inference.predictor import Predictor, load_trained
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.predictor import Predictor
 
     rows = make_rows(30, seed=9)
     write_jsonl(Path("other.jsonl"), rows)
@@ -277,7 +312,7 @@ def test_evaluate_needs_no_training_data(run_cli, fast, tiny_bert, tmp_path, mon
     assert json.loads(out) == json.loads(same)
     status, _, err = run_cli(*evaluate, "data.test=other.jsonl")
     assert status == 2
-    assert "task.text_column=Body Text: the data has no such column" in err
+    assert "task.text_column=Body Text: column not found" in err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -295,7 +330,7 @@ def test_a_turned_bit_in_a_fully_tuned_model_is_told(run_cli, runs, rows_jsonl, 
 def test_every_monitor_is_measured(runs):
     from lora_lightning.config.schema import MONITORS
 
-    result = json.loads((runs["bert"] / "result.json").read_text())
+    result = result_of(runs["bert"])
     assert {key for key in result if key.startswith("val/")} == set(MONITORS)
 
 
@@ -306,7 +341,9 @@ def test_every_monitor_is_measured(runs):
 def test_merge_gives_a_plain_model(run_cli, runs, name):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-    from lora_lightning.inference.predictor import PROBES, Predictor, load_trained
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.inference.merge import PROBES
+    from lora_lightning.inference.predictor import Predictor
     from lora_lightning.models.forward import classification_logits
 
     adapter = runs[name] / "adapter"
@@ -388,7 +425,7 @@ def test_check_shows_what_a_run_would_do(run_cli, request, rows_jsonl, fast, nam
     assert cut == pytest.approx(sum(length > 8 for length in lengths), abs=0.2)
     assert "negative 32, positive 32" in out
     layers = {"tiny_bert": 12, "tiny_llama": 14}[name]
-    assert re.search(r"Gradients: all \d+ trained tensors receive one", out)
+    assert re.search(r"Gradients: all \d+ trainable tensors receive one", out)
     counts = [int(n) for n in re.findall(r"^\S+ +(\d+)  +\d+ -> \d+ +2 ", out, re.MULTILINE)]
     assert sum(counts) - ("pooler" in out) == layers
     assert out.rstrip().endswith("All checks passed.")
@@ -405,7 +442,7 @@ def test_check_decodes_rows_as_the_model_sees_them(run_cli, tiny_bert, rows_json
 def test_check_counts_the_trained_parameters_that_training_trains(run_cli, tiny_bert, runs, fast):
     rows = json.loads((runs["bert"] / "adapter/lora_lightning.json").read_text())
     out = check_report(run_cli, tiny_bert, rows["settings"]["data"]["train"], fast)
-    result = json.loads((runs["bert"] / "result.json").read_text())
+    result = result_of(runs["bert"])
     assert f"trainable {result['trainable_parameters']:,} of {result['total_parameters']:,}" in out
 
 
@@ -443,9 +480,9 @@ def test_warm_start_begins_with_exactly_these_weights(run_cli, runs, adapter, fa
     command = ["train", *fast, *where, *same]
     assert run_cli(*command, f"adapter={adapter}", "output_dir=warm")[0] == 0
     assert run_cli(*command, "output_dir=cold")[0] == 0
-    first = json.loads((runs["bert"] / "result.json").read_text())
-    warm = json.loads(Path("warm/result.json").read_text())
-    cold = json.loads(Path("cold/result.json").read_text())
+    first = result_of(runs["bert"])
+    warm = result_of(Path("warm"))
+    cold = result_of(Path("cold"))
     for name in ("test/loss", "test/accuracy", "test/f1", "test/auroc"):
         assert warm["before"][name] == pytest.approx(first[name], abs=1e-6)
     # It went on from there, and a start without the adapter is elsewhere.
@@ -468,7 +505,7 @@ def test_output_dir_with_blanks_and_quotes(run_cli, tiny_bert, rows_jsonl, fast)
     folder = Path("my runs, it's")
     status, out, err = run_cli("train", *fast, *where, f'output_dir="{folder}"')
     assert status == 0, err
-    steps = json.loads((folder / "result.json").read_text())["steps"]
+    steps = result_of(folder)["steps"]
     assert (f"Only {steps} optimizer steps were taken" in out) == (steps < 20)
     assert " MB with the tokenizer)" in out
     assert (folder / "result.json").is_file()
@@ -484,7 +521,7 @@ def test_a_log_that_is_no_terminal_tells_how_far_a_run_is(
     where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}", "output_dir=run"]
     status, out, err = run_cli("train", *shown, *where)
     assert status == 0, err
-    steps = json.loads(Path("run/result.json").read_text())["steps"]
+    steps = result_of(Path("run"))["steps"]
     told = re.findall(r"^epoch 1, step (\d+) of (\d+), train/loss \d\.\d{4}$", out, flags=re.M)
     assert told == [(str(step), str(steps)) for step in range(1, steps + 1)]
 

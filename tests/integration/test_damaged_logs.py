@@ -15,6 +15,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
+from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config, config_hash
 from lora_lightning.sweeps.launcher import _own
 from lora_lightning.sweeps.live_table import JobTable
@@ -301,7 +302,7 @@ def test_an_exit_in_a_run_keeps_its_last_words(settings, tmp_path, run_cli, monk
     status, _, err = run_cli("train", *settings, *ends, f"output_dir={tmp_path / 'run'}")
     assert status == 130
     assert "last words\n" in err
-    assert "interrupted. To go on" in err
+    assert "interrupted. To resume" in err
 
 
 @pytest.mark.parametrize("content", [b"", b'{"at": 0.', ZEROS, b'{"at": "x", "rungs": []}'])
@@ -394,7 +395,7 @@ def test_a_sweep_writes_a_damaged_config_again(contents, sweep):
     ]
     whole = [file.read_text() for file in files]
     for state, content in zip(("completed", "interrupted", "waiting"), contents, strict=True):
-        result = json.loads((folders[1] / "result.json").read_text())
+        result = result_of(folders[1])
         (folders[1] / "result.json").write_text(json.dumps({**result, "status": state}))
         if state == "waiting":
             (folders[1] / "result.json").unlink()

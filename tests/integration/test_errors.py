@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.asserts import contents
 from helpers.data import make_rows, to_jsonl
+from helpers.runs import result_of
 
 
 @dataclass
@@ -165,7 +167,7 @@ COMMAND = [
         "plan, an optimizer that looks at values",
         lambda p: ["plan", f"model.name_or_path={p.bert}", "optim.name=ASGD"],
         "optim.name=ASGD",
-        "Take AdamW",
+        "Use AdamW",
     ),
     Case(
         "plan, too long",
@@ -323,8 +325,8 @@ DATA = [
     Case(
         "missing folder", lambda p: p.train("data.train=no/a.csv"), "folder no ", "path of a file"
     ),
-    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv is empty", "rows"),
-    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "holds no rows", "data.train"),
+    Case("empty file", lambda p: p.on("a.csv", ""), "a.csv: is empty", "rows"),
+    Case("header alone", lambda p: p.on("a.csv", "text,label\n"), "must hold rows", "data.train"),
     Case("ending", lambda p: p.on("a.xlsx", "x"), "a.xlsx", ".jsonl"),
     Case("zero byte", lambda p: p.on("a.csv", b"text,label\na\0b,x\n"), "line 2", "UTF-8"),
     Case("encoding", lambda p: p.on("a.csv", b"text,label\nsch\xf6n,x\n"), "line 2", "iconv"),
@@ -343,8 +345,8 @@ DATA = [
     Case(
         "unclosed quote in CSV",
         lambda p: p.on("a.csv", 'text,label\n"a,x\nb,y\n'),
-        "not readable as CSV",
-        "in double quotes",
+        "cannot be read as CSV",
+        "double quotes",
     ),
     Case("ragged CSV", lambda p: p.on("a.csv", "text,label\na,x\nb,y,z,w\n"), "line 3", "quotes"),
     Case(
@@ -358,7 +360,7 @@ DATA = [
     Case(
         "empty folder",
         lambda p: p.train(f"data.train={p.write('d/x.md', '').parent}"),
-        "holds no .txt",
+        "must hold .txt",
         ".csv",
     ),
     Case(
@@ -373,7 +375,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"x": row["text"], "label": row["label"]} for row in ROWS))
         ),
-        "holds the text",
+        "usual name for the text",
         "task.text_column=",
     ),
     Case(
@@ -381,7 +383,7 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*({"text": row["text"], "y": row["label"]} for row in ROWS))
         ),
-        "holds the label",
+        "usual name for the label",
         "task.label_column=",
     ),
     Case(
@@ -401,20 +403,20 @@ DATA = [
         lambda p: p.on(
             "a.jsonl", jsonl(*ROWS, {"text": "a", "label": None}), "data.val_fraction=0"
         ),
-        "the first is row",
-        "fill it in",
+        "first row 41",
+        "Fill it in",
     ),
     Case(
         "no label in val",
         lambda p: p.train(f"data.val={p.write('v.jsonl', jsonl({'text': 'a'}))}"),
-        "val data has no column 'label'",
+        "val data: column 'label' not found",
         "text",
     ),
     Case(
         "no label anywhere",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": ""} for row in ROWS))),
-        "column 'label' is empty in all",
-        "fill it in",
+        "column 'label': is empty in all",
+        "Fill it in",
     ),
     Case(
         "one class", lambda p: p.on("a.jsonl", jsonl(*ROWS[::2])), "only 'negative'", "two classes"
@@ -422,20 +424,20 @@ DATA = [
     Case(
         "label is a list",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": [row["label"]]} for row in ROWS))),
-        "a list as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is a list",
         "task.label_column=NAME",
     ),
     Case(
         "label is an object",
         lambda p: p.on("a.jsonl", jsonl(*({**row, "label": {"is": 1}} for row in ROWS))),
-        "an object as its label in row 1",
+        "row 1, column 'label': a label must be a name or a number, and is an object",
         "task.label_column=NAME",
     ),
     Case("no UTF-8", lambda p: p.train("data.train=caf\udce9"), "caf\\udce9", "rename"),
     Case(
         "labels all distinct",
         lambda p: p.on("a.jsonl", jsonl(*({**ROWS[0], "label": f"{i} x"} for i in range(80)))),
-        "no class label",
+        "too many for a class label",
         "task.label_column=",
     ),
     Case("class named twice", lambda p: p.train("task.labels=[a,b,a]"), "twice", "task.labels"),
@@ -459,8 +461,18 @@ DATA = [
         "no row to train on",
         "data.val_fraction",
     ),
-    Case("too few rows", lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])), "only 4 rows", "data.val"),
-    Case("no validation", lambda p: p.train("data.val_fraction=0"), "no val data", "data.val=FILE"),
+    Case(
+        "too few rows",
+        lambda p: p.on("a.jsonl", jsonl(*ROWS[:4])),
+        "4 rows are too few",
+        "data.val",
+    ),
+    Case(
+        "no validation",
+        lambda p: p.train("data.val_fraction=0"),
+        "data.val: must be given",
+        "data.val=FILE",
+    ),
     Case("no training data", lambda p: p.train("data.train=null", "data=files"), "no data", "FILE"),
     Case(
         "only test data",
@@ -525,7 +537,7 @@ MODEL = [
             f"model.name_or_path={p.model(lambda m: shutil.copy(p.llama / 'config.json', m))}"
         ),
         "lacks most weights",
-        "another kind of model",
+        "another model",
     ),
     Case(
         "no such architecture",
@@ -568,7 +580,7 @@ MODEL = [
     Case(
         "nodes",
         lambda p: p.train("trainer.num_nodes=2"),
-        "num_nodes=2: nothing has told this process where",
+        "num_nodes=2: requires the address of the other machines",
         "MASTER_ADDR",
     ),
     Case(
@@ -582,7 +594,7 @@ MODEL = [
         lambda p: p.train(
             *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.limit_test=1")
         ),
-        "there are 1 test rows for 2 processes",
+        "at least 2 rows for 2 processes, and holds 1",
         "fewer trainer.devices",
     ),
     Case("torchrun", lambda p: p.train("trainer=torchrun"), "trainer=torchrun", "trainer=ddp"),
@@ -591,7 +603,7 @@ MODEL = [
     Case(
         "tensor parallel size",
         lambda p: p.train("trainer=tp", *ONE_CPU, "trainer.strategy.tensor_parallel_size=2"),
-        "tensor_parallel_size=2 does not divide",
+        "tensor_parallel_size=2: must divide",
         "1 processes",
     ),
     Case(
@@ -646,7 +658,7 @@ TRAINING = [
     Case("optimizer, check", lambda p: p.check("optim.name=Adamw"), "optim.name", "'AdamW'"),
     Case("its options", lambda p: p.train("+optim.options.beta=1"), "AdamW", "beta"),
     Case("schedule", lambda p: p.train("optim.scheduler=linea"), "optim.scheduler", "'linear'"),
-    Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "'linea'", "'linear'"),
+    Case("schedule, check", lambda p: p.check("optim.scheduler=linea"), "=linea:", "'linear'"),
     Case("rate", lambda p: p.train("optim.lr=-1"), "optim.lr", "positive"),
     Case("rate not a number", lambda p: p.train("optim.lr=nan"), "optim.lr", "positive"),
     Case("rate beyond use", lambda p: p.train("optim.lr=1e38"), "optim.lr", "at most 1e+30"),
@@ -759,7 +771,7 @@ TRAINING = [
         Case(
             f"no training, {key}",
             lambda p, key=key: p.train(f"trainer.{key}=0"),
-            f"trainer.{key}=0: nothing would be trained",
+            f"trainer.{key}=0: the run would not train",
             "Leave it out",
         )
         for key in ("max_epochs", "max_steps", "limit_train_batches")
@@ -1067,19 +1079,19 @@ ADAPTERS = [
         "import of what is not there",
         lambda p: ["import", "source=no", "output=new"],
         "source=no",
-        "no such file",
+        "not found",
     ),
     Case(
         "import of a pickle",
         lambda p: ["import", f"source={p.write('lit_model.pth.lora', 'x')}", *to_llama(p)],
         "is a pickle",
-        "Convert it once",
+        "Convert it if you trust it",
     ),
     Case(
         "import of another layout",
         lambda p: ["import", f"source={tensors_of(p, 'a.weight')}", *to_llama(p)],
-        "it holds a.weight",
-        "Known: PEFT",
+        "unknown layout, with a.weight",
+        "Known layouts: kohya",
     ),
     Case(
         "import of another model",
@@ -1095,7 +1107,7 @@ ADAPTERS = [
             *to_llama(p),
         ],
         "holds no alpha",
-        "give alpha=A",
+        "alpha=A",
     ),
     Case(
         "import of a classifier without its classes",
@@ -1122,8 +1134,8 @@ ADAPTERS = [
     Case(
         "import with an alpha too many",
         lambda p: ["import", f"source={p.run / 'adapter'}", "output=new", "alpha=8"],
-        "says its alpha itself",
-        "leave it out",
+        "holds its own alpha",
+        "Leave it out",
     ),
     Case(
         "import of a folder of checkpoints",
@@ -1142,37 +1154,10 @@ ADAPTERS = [
 CASES = [*COMMAND, *LORA, *DATA, *MODEL, *TRAINING, *FOLDERS, *ADAPTERS]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> Path:
-    """A run on the tiny model."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    overrides = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("cwd"))
-        config = compose_config([*fast, *overrides, f"output_dir={folder}"])
-        train(config)
-    (folder / ".hydra").mkdir()
-    from omegaconf import OmegaConf
-
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    return folder
-
-
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_bert, tiny_llama, rows_jsonl, fast, trained) -> Place:
+def place(tmp_path, monkeypatch, tiny_bert, tiny_llama, rows_jsonl, fast, trained_run) -> Place:
     monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, tiny_bert, tiny_llama, rows_jsonl, fast, trained)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder below `folder`, with the bytes of the files."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
+    return Place(tmp_path, tiny_bert, tiny_llama, rows_jsonl, fast, trained_run())
 
 
 def assert_clear(status: int, err: str, case: Case) -> None:
@@ -1249,7 +1234,7 @@ def test_check_refuses_what_train_refuses(case, place, run_cli):
         (["trainer=tp", "lora.bias=all"], "lora.bias=all would train biases of the base itself"),
         (
             ["trainer=tp", "trainer.devices=3"],
-            "num_attention_heads is 4, which cannot be cut evenly",
+            "tensor_parallel_size=3: must divide the model's num_attention_heads, 4",
         ),
     ],
 )
@@ -1298,7 +1283,7 @@ def test_second_try_into_the_same_folder(place, run_cli):
     assert contents(place.root) == {"out": None, "out/notes.txt": b"mine"}
     status, _, err = run_cli(*right)
     assert status == 0, err
-    assert json.loads((place.root / "out/result.json").read_text())["status"] == "completed"
+    assert result_of(place.root / "out")["status"] == "completed"
     assert mine.read_text() == "mine"
 
 
@@ -1322,7 +1307,7 @@ def test_job_of_a_sweep(place, run_cli):
     assert message == "error: 1 of 2 jobs failed."
     assert job.startswith(f"  job 1 (data.train={files[1]}): data.train")
     assert "line 1" in job
-    results = [json.loads((place.root / f"sweep/{job}/result.json").read_text()) for job in (0, 1)]
+    results = [result_of(place.root / f"sweep/{job}") for job in (0, 1)]
     assert [result["status"] for result in results] == ["completed", "failed"]
 
 
@@ -1335,7 +1320,7 @@ def test_what_is_no_mistake_of_the_user_shows_its_traceback(place, run_cli, monk
     assert status == 1
     assert "\nTraceback (most recent call last):\n" in err
     assert err.splitlines()[-1] == "ZeroDivisionError: a \\x1b[31mbug\\x07"
-    assert json.loads((place.root / "out/result.json").read_text())["status"] == "failed"
+    assert result_of(place.root / "out")["status"] == "failed"
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError, match="bug"):
         run_cli(*place.train("output_dir=other"))

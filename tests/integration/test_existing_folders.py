@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from helpers.asserts import contents, flip_bit
 from lora_lightning import (
     LoraConfig,
     LoraModule,
@@ -19,38 +20,18 @@ from lora_lightning import (
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import AdapterSet
 from lora_lightning.training.data_init import earlier_settings
-from lora_lightning.training.run import train
 from lora_lightning.training.run_folder import check_sweep_folder, check_unused_folder
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
-    """A run's folder."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    settings = [
-        *("trainer=cpu", "trainer.precision=32-true", "trainer.max_epochs=1", "logger=none"),
-        *("trainer.enable_progress_bar=false", "callbacks.progress_bar=null", "test_before=false"),
-        *("callbacks.rich_summary=null", "data.limit_train=16", "data.limit_val=8"),
-        *(f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"),
-    ]
-    train(compose_config([*settings, f"output_dir={folder}"]))
-    return folder
-
-
 @pytest.fixture
-def place(trained, tiny_bert, tmp_path, monkeypatch) -> Path:
+def place(trained_run, tiny_bert, tmp_path, monkeypatch) -> Path:
     """A folder with the run, and with another whose adapter a user has added to; and the base."""
     monkeypatch.chdir(tmp_path)
     for name in ("run", "other"):
-        shutil.copytree(trained, tmp_path / name)
+        shutil.copytree(trained_run(), tmp_path / name)
     (tmp_path / "other" / "adapter" / "notes.md").write_text("mine")
     shutil.copytree(tiny_bert, tmp_path / "base")
     return tmp_path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 WRITERS = {
@@ -72,7 +53,7 @@ def test_no_command_replaces_what_it_did_not_write(command, output, place, run_c
     assert status == 2, err
     assert "Traceback" not in err
     told = " ".join(err.split())
-    assert any(words in told for words in ("This would be lost:", "lies in the run", "reads:"))
+    assert any(words in told for words in ("This would be lost:", "is in the run", "reads:"))
     assert contents(place) == before
 
 
@@ -126,12 +107,6 @@ def test_a_start_that_was_killed_is_in_no_ones_way(left, tmp_path):
     check_unused_folder(tmp_path)
 
 
-def _turn(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-
-
 def _double_alpha(path: Path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "lora_alpha": 2 * content["lora_alpha"]}))
@@ -144,7 +119,7 @@ def _rename_entry(path: Path) -> None:
 
 
 DAMAGES = {
-    "adapter_model.safetensors": _turn,
+    "adapter_model.safetensors": flip_bit,
     "adapter_config.json": _double_alpha,
     "tokenizer.json": _rename_entry,
 }
@@ -252,10 +227,10 @@ def test_weights_of_an_older_folder_are_checked(place):
     sums = content.pop("sha256")
     del content["content_sha256"]
     path.write_text(json.dumps({**content, "weights_sha256": sums["adapter_model.safetensors"]}))
-    from lora_lightning.inference.predictor import load_trained
+    from lora_lightning.inference.loading import load_trained
 
     load_trained(adapter, device="cpu")
-    _turn(adapter / "adapter_model.safetensors")
+    flip_bit(adapter / "adapter_model.safetensors", -5)
     with pytest.raises(UserError, match="is damaged, or was changed"):
         load_trained(adapter, device="cpu")
 
@@ -280,7 +255,7 @@ def test_a_sweep_replaces_no_file_of_the_users(
     )
     assert status == 2, err
     lost = entry if entry.endswith((".txt", ".jsonl", "n", "multirun.yaml")) else "0/csv"
-    assert f"This would be lost: {lost}." in " ".join(err.split())
+    assert f"would overwrite: {lost}." in " ".join(err.split())
     assert sorted(folder.rglob("*")) == before
     assert mine.read_text() == path.read_text() == '{"mine": 1}'
 

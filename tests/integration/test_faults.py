@@ -27,6 +27,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from helpers.runs import result_of, wait_for
 from lora_lightning.config.compose import compose_config
 from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
@@ -54,14 +55,6 @@ def settings(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> list[str]:
     ]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def stopped(settings, tmp_path_factory) -> Path:
     """A run that SIGUSR1 has stopped in mid-training; its exit status says so."""
@@ -73,12 +66,12 @@ def stopped(settings, tmp_path_factory) -> Path:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(folder / "run" / LAST, process)
+    wait_for((folder / "run" / LAST).exists, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1, err
-    assert "interrupted. To go on: lora-lightning train resume=" in err
-    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert "interrupted. To resume: lora-lightning train resume=" in err
+    assert result_of(folder / "run")["status"] == "interrupted"
     assert not list((folder / "run" / "checkpoints").glob(".*")), "nothing half written is left"
     return folder / "run"
 
@@ -112,7 +105,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
     assert not list((run / "checkpoints").glob(".last*"))
     whole = resumed(run)
     assert whole.returncode == 0, whole.stderr
-    assert json.loads((run / "result.json").read_text())["status"] == "completed"
+    assert result_of(run)["status"] == "completed"
 
 
 def test_a_disk_that_is_full_for_a_log_is_told(settings, tmp_path, run_cli, monkeypatch):
@@ -218,10 +211,10 @@ def change(content: dict, key: str, value: object) -> None:
         ("global_step", 10**12, "steps, and its 'global_step' is 10000"),
         ("loops", {"fit_loop": {}}, "loops have made None steps"),
         ("pytorch-lightning_version", "garbage", "version"),
-        ("hyper_parameters", [1], "no checkpoint of lora_lightning"),
+        ("hyper_parameters", [1], "not a checkpoint of lora_lightning"),
         ("optimizer_states/0/state/0/exp_avg", torch.zeros(3), "exp_avg of tensor 0 is (3,)"),
         ("optimizer_states/0/state/0/exp_avg", torch.tensor(math.nan), "not finite"),
-        ("optimizer_states/0/param_groups/0/lr", "x", "a learning rate is no number"),
+        ("optimizer_states/0/param_groups/0/lr", "x", "a learning rate is not a number"),
         ("optimizer_states/0/param_groups/0/params", [0], "it has groups of"),
     ],
 )
@@ -269,7 +262,7 @@ def test_other_batches_are_told(stopped, tmp_path, run_cli):
     torch.save({**state, "data_ranks": 2}, run / LAST)
     status, _, err = run_cli("train", f"resume={run}")
     assert status == 2
-    assert "2 processes saw different rows when this checkpoint was" in " ".join(err.split())
+    assert "the checkpoint was written by 2 processes with different rows" in " ".join(err.split())
 
 
 class KillsWorkers(Callback):
@@ -305,7 +298,7 @@ def test_a_terminal_that_is_closed_ends_a_run_as_its_signal_does(settings, tmp_p
             said += os.read(master, 4096)
     os.close(master)
     assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 128 + signal.SIGHUP, said
-    assert json.loads((run / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(run)["status"] == "interrupted"
 
 
 class TakesAway(Callback):
@@ -327,7 +320,7 @@ def test_a_folder_that_is_taken_away_is_told(settings, tmp_path):
         f"+callbacks.takes.folder={run}",
     ]
     config = compose_config([*settings, *more])
-    with pytest.raises(UserError, match=r"is gone: was .*run moved or deleted"):
+    with pytest.raises(UserError, match=r"is missing: was .*run moved or deleted"):
         train(config)
 
 
@@ -395,8 +388,8 @@ def test_two_that_start_at_once_into_one_folder(settings, tmp_path):
     ]
     said = [process.communicate(timeout=240)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
-    assert any("in use by another process" in err or "holds a run already" in err for err in said)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert any("in use by another process" in err or "already holds a run" in err for err in said)
+    result = result_of(tmp_path / "run")
     assert result["status"] == "completed"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -540,11 +533,11 @@ def test_a_run_ends_that_has_no_step_to_save_at(change, settings, tmp_path):
     long = ["trainer.max_epochs=100000", "callbacks.best=null", "callbacks.samples=null"]
     command = [*TRAIN, *settings, *long, change, "trainer.log_every_n_steps=1", "output_dir=run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "run" / "csv" / "metrics.csv", process)
+    wait_for((tmp_path / "run" / "csv" / "metrics.csv").exists, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(tmp_path / "run")["status"] == "interrupted"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lora_lightning.inference.predictor import load_trained
+from helpers.runs import logged, result_of
+from lora_lightning.inference.loading import load_trained
 
 TEXTS = ["good film", "bad", "a thing of two words", "film film film", "awful number"]
 
@@ -20,12 +20,6 @@ def texts(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
-
-
-def curve(run, name):
-    with (run / "csv" / "metrics.csv").open(newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if row.get(name)]
-    return [float(row[name]) for row in rows]
 
 
 def loss_of(model, tokenizer) -> float:
@@ -39,7 +33,9 @@ def loss_of(model, tokenizer) -> float:
     return total / count
 
 
-def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path):
+def test_forgetting_of_a_language_model_is_the_loss_on_other_texts(
+    tiny_llama, rows_jsonl, texts, run_cli, fast, tmp_path
+):
     run = tmp_path / "run"
     status, out, err = run_cli(
         *(
@@ -54,13 +50,13 @@ def test_loss_of_a_language_model(tiny_llama, rows_jsonl, texts, run_cli, fast, 
     )
     assert status == 0, err
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    first, *_, last = curve(run, "val/retained_loss")
+    first, *_, last = logged(run, "val/retained_loss")
     base = loss_of(AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), tokenizer)
     assert math.isclose(first, base, rel_tol=1e-5)
     trained = loss_of(load_trained(run / "adapter").model, tokenizer)
     assert abs(trained - base) > 0.01
     assert math.isclose(last, trained, rel_tol=1e-4)
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert math.isclose(result["val/retained_loss"], trained, rel_tol=1e-4)
     assert math.isclose(result["before"]["val/retained_loss"], base, rel_tol=1e-5)
     told = f"{base:.4f} -> {result['val/retained_loss']:.4f}"
@@ -81,7 +77,9 @@ def similarities(model, tokenizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_similarity_in_an_encoder(method, tiny_bert, rows_jsonl, texts, run_cli, fast, tmp_path):
+def test_forgetting_of_an_encoder_is_the_similarity_of_its_vectors(
+    method, tiny_bert, rows_jsonl, texts, run_cli, fast, tmp_path
+):
     run = tmp_path / "run"
     status, _, err = run_cli(
         *("train", *fast, f"lora={'full' if method == 'full' else 'default'}"),
@@ -89,18 +87,20 @@ def test_similarity_in_an_encoder(method, tiny_bert, rows_jsonl, texts, run_cli,
         *(f"callbacks.retention.texts={texts}", "optim.lr=0.02", "trainer.max_epochs=2"),
     )
     assert status == 0, err
-    found = curve(run, "val/retained_similarity")
+    found = logged(run, "val/retained_similarity")
     assert math.isclose(found[0], 1.0, abs_tol=1e-6)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     base = similarities(AutoModel.from_pretrained(tiny_bert).eval(), tokenizer)
     trained = similarities(load_trained(run / "adapter").model.bert, tokenizer)
     expected = float(torch.corrcoef(torch.stack([base, trained]))[0, 1])
     assert expected < 0.999
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert math.isclose(result["val/retained_similarity"], expected, abs_tol=1e-3)
 
 
-def test_texts_in_no_known_column(tiny_bert, rows_jsonl, run_cli, fast, tmp_path):
+def test_forgetting_texts_without_a_known_column_are_refused(
+    tiny_bert, rows_jsonl, run_cli, fast, tmp_path
+):
     path = tmp_path / "other.jsonl"
     path.write_text('{"words": "a"}\n' * 3)
     status, _, err = run_cli(

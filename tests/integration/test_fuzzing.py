@@ -26,15 +26,13 @@ from omegaconf import OmegaConf
 
 from helpers.data import to_jsonl
 from helpers.fuzz import FUZZ
-from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import DataConfig, ModelConfig
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.lora import UserError
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.sweeps.packed.__main__ import main as packed
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import train
 
 VALUES = st.recursive(
     st.none()
@@ -147,17 +145,16 @@ class Reached(UserError):
 
 
 @pytest.fixture(scope="module")
-def begun(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
+def begun(trained_run, tmp_path_factory) -> Path:
     """A run that was stopped after its first epoch, as its files say."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    config = compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"])
-    train(config)
-    (folder / ".hydra").mkdir()
+    run = tmp_path_factory.mktemp("begun") / "run"
+    shutil.copytree(trained_run(), run)
+    config = OmegaConf.load(run / ".hydra" / "config.yaml")
     config.trainer.max_epochs = 2
-    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    (folder / "result.json").write_text("{}")
-    return folder
+    config.output_dir = str(run)
+    OmegaConf.save(config, run / ".hydra" / "config.yaml")
+    (run / "result.json").write_text("{}")
+    return run
 
 
 @pytest.fixture
@@ -249,17 +246,17 @@ def test_forged_config_of_a_run(
         ("callbacks/EarlyStopping*/wait_count", [1], "wait_count is list [1]"),
         ("callbacks/EarlyStopping*/wait_count", "absent", "KeyError: 'wait_count'"),
         ("callbacks/EarlyStopping*/best_score", math.nan, "best_score is float nan"),
-        ("callbacks/EarlyStopping*", [], "is no mapping"),
-        ("callbacks/BestCheckpoint*/current_score", "x", "a score that is no number"),
+        ("callbacks/EarlyStopping*", [], "is not a mapping"),
+        ("callbacks/BestCheckpoint*/current_score", "x", "a score that is not a number"),
         ("loops/fit_loop/epoch_progress/current/ready", -1, "epoch_progress.current counts"),
         ("loops/fit_loop/epoch_progress/total", {"step": 1}, "total has no 'completed'"),
         ("loops/fit_loop/epoch_progress/total/completed", "absent", "total has no 'completed'"),
         ("loops/fit_loop/epoch_progress/total/reset", 1, "holds 'reset', which"),
         ("loops/fit_loop/state_dict/combined_loader", [{"batches": "x"}], "batches is str 'x'"),
         ("lr_schedulers/0/last_epoch", 1.5, "last_epoch is float 1.5, not a whole number"),
-        ("lr_schedulers/0/base_lrs", [0.1], "base_lrs is no list of 2"),
+        ("lr_schedulers/0/base_lrs", [0.1], "base_lrs is not a list of 2"),
         ("lr_schedulers/0/step", "x", "holds 'step', which no run writes"),
-        ("optimizer_states/0/param_groups/0/betas", "x", "betas is no list of 2"),
+        ("optimizer_states/0/param_groups/0/betas", "x", "betas is not a list of 2"),
         ("optimizer_states/0/state/0/exp_avg", "absent", "exp_avg of tensor 0 is absent"),
         ("optimizer_states/0/state/0/step", torch.zeros(2), "step of tensor 0 is Tensor"),
     ],

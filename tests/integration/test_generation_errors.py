@@ -43,7 +43,7 @@ REFUSED = [
         "summarization",
         [{"a": "x", "summary": "y"}] * 9,
         [],
-        "the source?",
+        "usual name for the source",
         "task.source_column",
     ),
     Case(
@@ -51,7 +51,7 @@ REFUSED = [
         "summarization",
         [{"document": "x", "a": "y"}] * 9,
         [],
-        "the target?",
+        "usual name for the target",
         "task.target_column",
     ),
     Case(
@@ -76,14 +76,14 @@ REFUSED = [
         [*GOOD, {"document": "x", "summary": "y"}],
         ["task.source_column=summary", "task.target_column=nothing"],
         "nothing",
-        "columns are",
+        "The data has",
     ),
     Case(
         "mixed types",
         "summarization",
         [{"document": ["a"], "summary": "b"}] * 40,
         [],
-        "no text in row 1",
+        "must hold text",
         "convert it",
     ),
     Case(
@@ -156,7 +156,7 @@ REFUSED = [
         "task.generation.num_beams",
         "at least 1",
     ),
-    Case("no text", "lm", [{"a": "b"}] * 9, [], "the text?", "task.text_column"),
+    Case("no text", "lm", [{"a": "b"}] * 9, [], "usual name for the text", "task.text_column"),
     Case(
         "nothing to compare",
         "lm",
@@ -170,7 +170,7 @@ REFUSED = [
         "instruct",
         [{"a": "b"}] * 9,
         [],
-        "finds no conversations",
+        "no conversations found",
         "task.messages_column",
     ),
     Case(
@@ -178,7 +178,7 @@ REFUSED = [
         "instruct",
         [messages({"content": "a"})] * 9,
         [],
-        "message 1 has no role",
+        "message 1 must have a role",
         "assistant",
     ),
     Case(
@@ -186,11 +186,16 @@ REFUSED = [
         "instruct",
         [messages(turn("boss", "a"))] * 9,
         [],
-        "unknown role 'boss'",
+        "role 'boss' not found",
         "assistant",
     ),
     Case(
-        "no content", "instruct", [messages(turn("user", None))] * 9, [], "has no text", "message 1"
+        "no content",
+        "instruct",
+        [messages(turn("user", None))] * 9,
+        [],
+        "must hold text",
+        "message 1",
     ),
     Case(
         "messages are a text",
@@ -213,10 +218,17 @@ REFUSED = [
         "instruct",
         TALKS,
         ["task.system=hello"],
-        "refuses a conversation",
+        "rejects the roles",
         "no system",
     ),
-    Case("no template", "instruct", TALKS, [], "needs a chat template", "model.tokenizer"),
+    Case(
+        "no template",
+        "instruct",
+        TALKS,
+        [],
+        "requires a tokenizer with a chat template",
+        "model.tokenizer",
+    ),
 ]
 
 

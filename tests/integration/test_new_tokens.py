@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_packed_sweep import alone, assert_same, make_run
+from test_packed_sweep import alone, assert_runs_equal, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.data import write_jsonl
 from helpers.models import logits
+from helpers.runs import result_of
 from lora_lightning import load_trained
 from lora_lightning.config.compose import compose_config, with_direction
 from lora_lightning.config.instantiate import instantiate_all
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.inference.convert import import_adapter
 from lora_lightning.lora import UserError
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.sweeps.packed.pack import Pack
 from lora_lightning.training.run import train
 
@@ -58,39 +59,35 @@ def bases(tiny_llama, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def settings(bases, pairs, fast):
+def changes(bases, pairs):
+    """A function that returns what a run changes of fast ones."""
+
     def make(name: str, *more: str) -> list[str]:
         return [
-            *(item for item in fast if not item.startswith(("trainer.max_epochs", "data."))),
-            "task=summarization",
-            'task.prompt="{source}"',
-            "task.generation.max_new_tokens=6",
-            f"model.name_or_path={bases[name]}",
-            f"data.train={pairs}",
-            "trainer.max_epochs=6",
-            "optim.lr=1.5e-2",
-            "data.batch_size=4",
-            "task.generate_rows=0",
-            "callbacks.samples=null",
-            NEW,
-            *more,
+            *(
+                "task=summarization",
+                'task.prompt="{source}"',
+                "task.generation.max_new_tokens=6",
+                NEW,
+            ),
+            *(f"model.name_or_path={bases[name]}", f"data.train={pairs}", "data.batch_size=4"),
+            *("trainer.max_epochs=6", "optim.lr=1.5e-2", "task.generate_rows=0"),
+            *("callbacks.samples=null", *more),
         ]
 
     return make
 
 
 @pytest.fixture(scope="module")
-def trained(settings, tmp_path_factory):
-    made: dict[tuple[str, ...], Path] = {}
+def settings(changes, fast):
+    """A function that returns the settings of a run."""
+    return lambda name, *more: [*fast, *changes(name, *more)]
 
-    def make(name: str, *more: str) -> Path:
-        key = (name, *more)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("runs") / f"{name}{len(made)}"
-            train(compose_config(settings(name, *more, f"output_dir={made[key]}")))
-        return made[key]
 
-    return make
+@pytest.fixture(scope="module")
+def trained(trained_run, changes):
+    """A function that returns the run of a model by its name."""
+    return lambda name, *more: trained_run(*changes(name, *more))
 
 
 def logits_of_new(model, tokenizer) -> torch.Tensor:
@@ -104,12 +101,12 @@ def last_line(out: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_a_model_learns_to_write_a_new_token(name, trained, bases, run_cli, tmp_path):
+def test_new_tokens_are_learned_and_merged(name, trained, bases, run_cli, tmp_path):
     run = trained(name)
     adapter = run / "adapter"
     status, out, _ = run_cli("predict", f"adapter={adapter}", "text=the room was")
     assert (status, last_line(out)) == (0, ANSWER)
-    assert json.loads((run / "result.json").read_text())["test/token_accuracy"] == 1.0
+    assert result_of(run)["test/token_accuracy"] == 1.0
 
     old = AutoTokenizer.from_pretrained(bases[name])
     tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -134,7 +131,7 @@ def test_a_model_learns_to_write_a_new_token(name, trained, bases, run_cli, tmp_
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_the_folder_in_peft(name, trained, bases):
+def test_new_tokens_load_in_peft(name, trained, bases):
     import peft
 
     adapter = trained(name) / "adapter"
@@ -152,20 +149,20 @@ def test_the_folder_in_peft(name, trained, bases):
 
 
 @pytest.mark.slow
-def test_a_16_bit_base_with_checkpointed_layers(trained):
+def test_new_tokens_train_on_a_16_bit_base_with_checkpointed_layers(trained):
     run = trained("tied", "trainer.precision=bf16-true", "model.gradient_checkpointing=true")
     stored = load_file(run / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     rows = stored["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
     assert not torch.equal(rows, rows.bfloat16().float())
-    assert json.loads((run / "result.json").read_text())["test/token_accuracy"] == 1.0
+    assert result_of(run)["test/token_accuracy"] == 1.0
     # The base is told to be the same in either precision, of which a grown row would not be.
     for dtype in ("float32", "bfloat16"):
         model = load_trained(run / "adapter", model={"dtype": dtype}).model
         assert model.lm_head.rows.dtype == torch.float32
 
 
-def test_another_base_is_still_told(trained, bases, tmp_path):
+def test_new_tokens_on_another_base_are_refused(trained, bases, tmp_path):
     shutil.copytree(bases["tied"], tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(bases["tied"])
     model.model.embed_tokens.weight.data.mul_(1.5)
@@ -175,7 +172,7 @@ def test_another_base_is_still_told(trained, bases, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_exactly(settings, trained, tmp_path):
+def test_new_tokens_run_resumes_exactly(settings, trained, tmp_path):
     short = ("callbacks.last.every_n_steps=1", "trainer.max_epochs=2")
     whole = trained("untied", *short)
     part = tmp_path / "part"
@@ -203,7 +200,7 @@ def _die():
 
 
 @pytest.mark.slow
-def test_a_warm_start(settings, trained, tmp_path):
+def test_new_tokens_run_warm_starts_from_the_same_tokens(settings, trained, tmp_path):
     first = trained("tied")
     for source in (first / "adapter", first / "checkpoints" / "last.ckpt"):
         config = compose_config(
@@ -239,7 +236,7 @@ def test_full_fine_tuning_stores_a_model_with_the_grown_vocabulary(trained, run_
 
 
 @pytest.mark.slow
-def test_classifying_with_new_tokens(tiny_bert, fast, tmp_path, run_cli):
+def test_new_tokens_decide_the_class_of_an_encoder(tiny_bert, fast, tmp_path, run_cli):
     """The encoder has no output layer to learn; the token that decides the label is a new one."""
     path = tmp_path / "rows.jsonl"
     rows = [
@@ -260,7 +257,7 @@ def test_classifying_with_new_tokens(tiny_bert, fast, tmp_path, run_cli):
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder(tiny_t5, pairs, fast, tmp_path, run_cli):
+def test_new_tokens_are_learned_by_an_encoder_decoder(tiny_t5, pairs, fast, tmp_path, run_cli):
     run = tmp_path / "run"
     overrides = [*fast, "task=summarization", f"model.name_or_path={tiny_t5}", NEW]
     overrides += [f"data.train={pairs}", "optim.lr=3e-2", f"output_dir={run}"]
@@ -274,7 +271,7 @@ def test_an_encoder_decoder(tiny_t5, pairs, fast, tmp_path, run_cli):
 
 
 @pytest.mark.slow
-def test_packed_runs_equal_solo_ones(settings, tmp_path):
+def test_new_tokens_in_packed_runs_equal_solo_runs(settings, tmp_path):
     ranks = ["lora.rank=2", "lora.rank=5"]
     common = settings("tied", "trainer.log_every_n_steps=1", "trainer.max_epochs=2")
     folders = [make_run(tmp_path / f"packed{i}", [*common, r]) for i, r in enumerate(ranks)]
@@ -282,11 +279,11 @@ def test_packed_runs_equal_solo_ones(settings, tmp_path):
     pack.run()
     assert [slot.error for slot in pack.slots] == [None, None]
     for index, rank in enumerate(ranks):
-        assert_same(folders[index], alone(tmp_path / f"alone{index}", [*common, rank]))
+        assert_runs_equal(folders[index], alone(tmp_path / f"alone{index}", [*common, rank]))
 
 
 @pytest.mark.slow
-def test_combined_and_exported(trained, run_cli, tmp_path):
+def test_new_tokens_combine_with_the_same_tokens_alone(trained, run_cli, tmp_path):
     adapter = trained("untied") / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     expected = logits_of_new(load_trained(adapter).model, tokenizer)
@@ -304,10 +301,10 @@ def test_combined_and_exported(trained, run_cli, tmp_path):
         "combine", f"adapter={adapter},{other}", f"output={tmp_path / 'no'}", "whole=first"
     )
     assert status == 2
-    assert "trained rows of different tokens" in err or "different base models" in err
+    assert "rows of the same tokens" in " ".join(err.split()) or "one base model" in err
 
 
-def test_check_shows_them(settings, run_cli, tmp_path):
+def test_check_shows_new_tokens(settings, run_cli, tmp_path):
     arguments = settings("untied", f"output_dir={tmp_path / 'out'}")
     arguments[arguments.index(NEW)] = """model.new_tokens=["<think>","</think>","<never>"]"""
     status, out, err = run_cli("check", *arguments)
@@ -322,13 +319,13 @@ def test_check_shows_them(settings, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ('["<think>","good"]', "the tokenizer has 'good' already.*trainable_token_indices=\\["),
+        ('["<think>","good"]', "the tokenizer already has 'good'.*trainable_token_indices=\\["),
         ('["<think>","<think>"]', "model.new_tokens names '<think>' more than once"),
         ('["<think>",""]', "must be a list of texts, none of them empty"),
         ('["<think>"," "]', "must be a list of texts, none of them empty"),
     ],
 )
-def test_lists_that_are_refused(value, message, settings, run_cli, tmp_path):
+def test_new_tokens_with_a_wrong_list_are_refused(value, message, settings, run_cli, tmp_path):
     arguments = settings("untied", f"output_dir={tmp_path / 'out'}")
     arguments[arguments.index(NEW)] = f"model.new_tokens={value}"
     for verb in ("train", "check"):
@@ -339,7 +336,7 @@ def test_lists_that_are_refused(value, message, settings, run_cli, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_settings_that_are_refused(settings, trained, run_cli, tmp_path):
+def test_new_tokens_with_unsupported_settings_are_refused(settings, trained, run_cli, tmp_path):
     def refused(message, *arguments):
         status, _, err = run_cli(*arguments)
         assert status == 2
@@ -350,10 +347,12 @@ def test_other_settings_that_are_refused(settings, trained, run_cli, tmp_path):
     refused("lora.targets: not supported on", *run, "lora.targets=[embed_tokens,q_proj]")
     refused("lora.modules_to_save: not supported on", *run, "lora.modules_to_save=[lm_head]")
     adapter = f"adapter={trained('tied') / 'adapter'}"
-    refused("has its own model.new_tokens", "predict", adapter, "text=a", NEW.replace("<", "[", 1))
+    refused("the tokens of adapter=", "predict", adapter, "text=a", NEW.replace("<", "[", 1))
 
 
-def test_a_tokenizer_that_knows_more_than_the_model(settings, trained, bases, run_cli, tmp_path):
+def test_tokenizer_with_more_tokens_than_the_model_is_refused_by_its_texts(
+    settings, trained, bases, run_cli, tmp_path
+):
     """Told before training, and only where a text has one of those tokens."""
     larger = load_tokenizer(ModelConfig(str(bases["untied"]), new_tokens=["<think>", "</think>"]))
     larger.save_pretrained(tmp_path / "tokenizer")
@@ -362,8 +361,8 @@ def test_a_tokenizer_that_knows_more_than_the_model(settings, trained, bases, ru
     for verb in ("train", "check"):
         status, _, err = run_cli(verb, *run, f"output_dir={tmp_path / 'out'}")
         assert status == 2
-        assert "the train data holds the token '</think>', id 54" in err
-        assert "embeddings for 53 tokens" in err
+        assert "the train data: holds the token '</think>', id 54" in err
+        assert "the model has 53 embeddings" in err
         assert "model.new_tokens=[...]" in err
     assert not (tmp_path / "out").exists()
 
@@ -376,7 +375,7 @@ def test_a_tokenizer_that_knows_more_than_the_model(settings, trained, bases, ru
     assert "holds the token '<think>', id 53" in err
 
 
-def test_imported_from_peft_and_from_a_checkpoint(trained, bases, tmp_path):
+def test_new_tokens_are_imported_from_peft_and_from_a_checkpoint(trained, bases, tmp_path):
     run = trained("tied")
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     expected = logits_of_new(load_trained(run / "adapter").model, tokenizer)
@@ -396,7 +395,7 @@ def in_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_rows_as_one(settings, tmp_path):
+def test_new_tokens_in_two_processes_equal_one(settings, tmp_path):
     where = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
     common = ["trainer.max_epochs=1", "optim.name=SGD", "data.max_tokens=null"]
     two, one = tmp_path / "two", tmp_path / "one"
@@ -412,7 +411,7 @@ def test_two_processes_train_the_same_rows_as_one(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["fsdp2", "tp"])
-def test_a_base_in_shares_is_refused(way, settings, tmp_path):
+def test_new_tokens_on_a_sharded_base_are_refused(way, settings, tmp_path):
     given = [item for item in settings("tied") if item != "trainer=cpu"]
     where = [f"trainer={way}", "trainer.accelerator=cpu", "trainer.devices=1"]
     done = in_processes(*given, *where, f"output_dir={tmp_path / 'out'}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers.data import make_rows, write_jsonl
-from lora_lightning.inference.output_files import refuse_other_file
+from lora_lightning.inference.output_files import check_output_file
 from lora_lightning.lora import UserError
 from lora_lightning.utils.locks import locked_output
 
@@ -21,16 +21,9 @@ ROWS = make_rows(120, seed=5)
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, tiny_bert, rows_jsonl, fast) -> list[Path]:
+def adapters(trained_run) -> list[Path]:
     """Two of the same task."""
-    from lora_lightning.config.compose import compose_config
-    from lora_lightning.training.run import train
-
-    found = [tmp_path_factory.mktemp("runs") / str(seed) for seed in (0, 1)]
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    for seed, run in enumerate(found):
-        train(compose_config([*fast, *where, f"seed={seed}", f"output_dir={run}"]))
-    return [run / "adapter" for run in found]
+    return [trained_run(*more) / "adapter" for more in ([], ["seed=1"])]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +35,7 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def _impatient(monkeypatch):
     """Has no process wait for another's output."""
-    for module in ("utils.locks", "inference.predictor"):
+    for module in ("utils.locks", "inference.predict_file"):
         monkeypatch.setattr(
             f"lora_lightning.{module}.locked_output", partial(locked_output, patience=0)
         )
@@ -54,8 +47,8 @@ def texts(path: Path) -> list[str]:
 
 def predictions(pipe, adapter: Path, stop_at: int | None) -> None:
     """Predicts row by row in a process of its own, which waits at one until it is told to go on."""
-    from lora_lightning.inference.evaluate import predictor_for
-    from lora_lightning.inference.predictor import Predictor, predict_file
+    from lora_lightning.inference.predict_file import predict_file
+    from lora_lightning.inference.predictor import Predictor, predictor_for
 
     answer = Predictor.__call__
 
@@ -95,7 +88,7 @@ def written() -> bool:
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_an_output_is_refused_that_another_writes(run_cli, adapters):
+def test_predict_refuses_an_output_that_another_process_writes(run_cli, adapters):
     """Whatever adapter the other one has; what it writes is whole."""
     process, pipe = start(adapters[0], stop_at=51)
     try:
@@ -113,7 +106,7 @@ def test_an_output_is_refused_that_another_writes(run_cli, adapters):
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_evaluate_is_refused_an_output_that_another_writes(run_cli, adapters, rows_jsonl):
+def test_evaluate_refuses_an_output_that_another_process_writes(run_cli, adapters, rows_jsonl):
     command = ["evaluate", f"adapter={adapters[0]}", f"data.test={rows_jsonl}", "output=out.json"]
     with locked_output(Path("out.json")):
         status, out, err = run_cli(*command)
@@ -125,7 +118,7 @@ def test_evaluate_is_refused_an_output_that_another_writes(run_cli, adapters, ro
     assert sorted(os.listdir()) == ["in.jsonl", "out.json"]
 
 
-def test_predict_goes_on_after_a_kill(adapters):
+def test_predict_after_a_kill_resumes(adapters):
     process, _ = start(adapters[0], stop_at=101)
     process.kill()
     process.join(60)
@@ -138,7 +131,9 @@ def test_predict_goes_on_after_a_kill(adapters):
 
 
 @pytest.mark.parametrize("change", [lambda lines: lines * 2, lambda lines: lines[:-1]])
-def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
+def test_predict_refuses_partial_output_that_another_program_changed(
+    change, run_cli, adapters, monkeypatch
+):
     """What another program has done to them is told, and no output is made of it."""
     from lora_lightning.inference.predictor import Predictor
 
@@ -161,7 +156,7 @@ def test_predict_counts_the_lines(change, run_cli, adapters, monkeypatch):
     assert not Path("out.jsonl").exists()
 
 
-def test_predict_follows_no_link(run_cli, adapters):
+def test_predict_refuses_partial_output_that_is_a_link(run_cli, adapters):
     process, _ = start(adapters[0], stop_at=51)
     process.kill()
     process.join(60)
@@ -172,7 +167,7 @@ def test_predict_follows_no_link(run_cli, adapters):
     command = ["predict", f"adapter={adapters[0]}", "input=in.jsonl", "output=out.jsonl"]
     status, _, err = run_cli(*command, "data.eval_batch_size=1")
     assert status == 2
-    assert "output=out.jsonl cannot be written" in " ".join(err.split())
+    assert "output=out.jsonl: cannot be written" in " ".join(err.split())
     assert Path("victim").read_bytes() == before
 
 
@@ -187,20 +182,22 @@ MINE = {
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("in.jsonl", "output=in.jsonl is what predict reads"),
-        ("linked.jsonl", "output=linked.jsonl is what predict reads"),
+        ("in.jsonl", "output=in.jsonl: is what predict reads"),
+        ("linked.jsonl", "output=linked.jsonl: is what predict reads"),
         ("rows.jsonl", "predict did not write it: it holds text, label"),
         ("broken.jsonl", "predict did not write it: it holds something else"),
         ("notes.json", "evaluate did not write it: it holds done"),
         ("list.json", "evaluate did not write it: it holds something else"),
         ("peft/adapter_config.json", "evaluate did not write it: it holds alpha_pattern"),
-        ("RUN/result.json", "lies in the run"),
-        ("RUN/pause.json", "lies in the run"),
-        ("RUN/samples.jsonl", "lies in the run"),
-        ("RUN/adapter/scores.json", "lies in the run"),
+        ("RUN/result.json", "is in the run"),
+        ("RUN/pause.json", "is in the run"),
+        ("RUN/samples.jsonl", "is in the run"),
+        ("RUN/adapter/scores.json", "is in the run"),
     ],
 )
-def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tmp_path, run_cli):
+def test_output_that_another_program_wrote_is_refused(
+    output, told, adapters, rows_jsonl, tmp_path, run_cli
+):
     shutil.copytree(adapters[0], tmp_path / "peft")
     for name, content in MINE.items():
         Path(name).write_text(content)
@@ -216,7 +213,7 @@ def test_an_output_replaces_no_other_file(output, told, adapters, rows_jsonl, tm
     assert (Path(output).read_bytes() if Path(output).exists() else None) == before
 
 
-def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jsonl, run_cli):
+def test_output_of_the_same_command_or_an_empty_file_is_replaced(adapters, rows_jsonl, run_cli):
     commands = {
         "out.jsonl": ["predict", "input=in.jsonl"],
         "out.json": ["evaluate", f"data.test={rows_jsonl}"],
@@ -228,20 +225,20 @@ def test_an_output_of_the_same_command_or_of_none_is_replaced(adapters, rows_jso
             assert status == 0, err
 
 
-def test_an_output_is_not_among_what_is_read(tmp_path):
+def test_check_output_file_refuses_files_that_the_command_reads(tmp_path):
     """Nor is a source that is not there a traceback."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text('{"prediction": "by hand"}\n')
     for source in (tmp_path / "in", tmp_path / "in" / "a.jsonl"):
-        with pytest.raises(UserError, match=r"(is|lies in) what predict reads"):
-            refuse_other_file(tmp_path / "in" / "a.jsonl", by="predict", sources=[source])
-    refuse_other_file(
+        with pytest.raises(UserError, match=r"is (in )?what predict reads"):
+            check_output_file(tmp_path / "in" / "a.jsonl", by="predict", sources=[source])
+    check_output_file(
         tmp_path / "in" / "a.jsonl", by="predict", sources=[tmp_path / "absent.jsonl"]
     )
 
 
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
-def test_a_lock_with_a_content_is_left_alone(verb, run_cli, adapters, rows_jsonl):
+def test_output_lock_with_content_is_refused_and_kept(verb, run_cli, adapters, rows_jsonl):
     name = {"predict": "out.jsonl", "evaluate": "out.json"}[verb]
     reads = {"predict": "input=in.jsonl", "evaluate": f"data.test={rows_jsonl}"}[verb]
     mine = Path(f".{name}.lock")
@@ -253,7 +250,7 @@ def test_a_lock_with_a_content_is_left_alone(verb, run_cli, adapters, rows_jsonl
     assert not Path(name).exists()
 
 
-def test_a_lock_that_is_written_to_meanwhile_stays():
+def test_output_lock_that_gets_content_is_kept():
     lock = Path(".out.jsonl.lock")
     with locked_output(Path("out.jsonl")):
         lock.write_text("mine")
@@ -261,7 +258,7 @@ def test_a_lock_that_is_written_to_meanwhile_stays():
 
 
 @pytest.mark.parametrize("key", ["data.test", "data.val", "data.path", "data.test in a list"])
-def test_evaluate_does_not_write_to_what_it_reads(key, run_cli, adapters):
+def test_evaluate_refuses_an_output_that_it_reads(key, run_cli, adapters):
     """Even a file that looks like an evaluation of its own."""
     content = json.dumps({"rows": 1, "test/loss": 1.0, "text": "a", "label": "good"})
     Path("in.json").write_text(content)
@@ -326,7 +323,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("said", PATHS)
-def test_a_path_that_leads_nowhere_is_told_by_its_setting(said, run_cli, adapters, tiny_bert):
+def test_path_that_cannot_be_resolved_is_refused_by_its_setting(said, run_cli, adapters, tiny_bert):
     for end in ("", ".json", ".jsonl"):
         Path(f"{RING}{end}").symlink_to(f"other{end}")
         Path(f"other{end}").symlink_to(f"{RING}{end}")

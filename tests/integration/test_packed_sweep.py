@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from helpers.data import write_jsonl
-from lora_lightning.adapters.folder import peak_memory_mib
+from helpers.runs import logged, result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.packed.__main__ import main
@@ -25,6 +24,7 @@ from lora_lightning.sweeps.packed.pack import Pack
 from lora_lightning.sweeps.packed_launcher import PackedLauncher
 from lora_lightning.sweeps.queue import Job
 from lora_lightning.training.run import train
+from lora_lightning.utils.memory import peak_memory_mib
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -44,16 +44,7 @@ def alone(folder: Path, overrides: list[str]) -> Path:
     return folder
 
 
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def logged(folder: Path, name: str) -> list[float]:
-    with (folder / "csv/metrics.csv").open() as handle:
-        return [float(row[name]) for row in csv.DictReader(handle) if row.get(name)]
-
-
-def assert_same(packed: Path, solo: Path) -> None:
+def assert_runs_equal(packed: Path, solo: Path) -> None:
     """Weights, every logged loss, final metrics, the best step and the optimizer's state."""
     ours, truth = load_file(packed / ADAPTER), load_file(solo / ADAPTER)
     assert ours.keys() == truth.keys()
@@ -107,7 +98,7 @@ def test_classification(common, tmp_path):
     for number, own in enumerate(slots):
         solo = alone(tmp_path / f"alone{number}", [*common, *own])
         assert result_of(solo)["steps"] == 32
-        assert_same(tmp_path / f"packed{number}", solo)
+        assert_runs_equal(tmp_path / f"packed{number}", solo)
     first, *others = [slot.module.model for slot in pack.slots]
     weight = first.bert.encoder.layer[0].attention.self.query.base_layer.weight
     for model in others:  # one base in memory
@@ -131,7 +122,7 @@ def test_the_family(common, tmp_path):
     assert [slot.error for slot in pack.slots] == [None] * len(slots)
     for number, own in enumerate(slots):
         solo = alone(tmp_path / f"alone{number}", [*common, *own])
-        assert_same(tmp_path / f"packed{number}", solo)
+        assert_runs_equal(tmp_path / f"packed{number}", solo)
 
 
 def test_what_is_not_trained_yet_is_computed_once(common, tmp_path, monkeypatch):
@@ -164,7 +155,7 @@ def test_what_is_not_trained_yet_is_computed_once(common, tmp_path, monkeypatch)
         before = result_of(tmp_path / f"packed{number}")["before"]
         assert before == result_of(solo)["before"]
         assert before.keys() == {"test/loss", "test/accuracy", "test/f1", "test/auroc"}
-        assert_same(tmp_path / f"packed{number}", solo)
+        assert_runs_equal(tmp_path / f"packed{number}", solo)
 
 
 def test_causal_model_with_accumulation_and_another_seed(fast, tiny_llama, tmp_path):
@@ -187,7 +178,7 @@ def test_causal_model_with_accumulation_and_another_seed(fast, tiny_llama, tmp_p
     for number, own in enumerate(slots):
         solo = alone(tmp_path / f"alone{number}", [*common, *own])
         assert result_of(solo)["steps"] >= 30
-        assert_same(tmp_path / f"packed{number}", solo)
+        assert_runs_equal(tmp_path / f"packed{number}", solo)
 
 
 def test_one_that_stops_early_and_one_that_fails_leave_the_others_alone(common, tmp_path):
@@ -203,7 +194,7 @@ def test_one_that_stops_early_and_one_that_fails_leave_the_others_alone(common, 
     assert result_of(tmp_path / "packed2")["status"] == "failed"
     for number in (0, 1):
         solo = alone(tmp_path / f"alone{number}", [*common, *slots[number]])
-        assert_same(tmp_path / f"packed{number}", solo)
+        assert_runs_equal(tmp_path / f"packed{number}", solo)
     assert result_of(tmp_path / "packed1")["steps"] < result_of(tmp_path / "packed0")["steps"]
 
 
@@ -231,7 +222,9 @@ def test_memory_decides_how_many_train_at_a_time(common, tmp_path, capsys):
     assert "1 of 3 runs at a time" in out
     assert "WARNING one alone needs about" in out
     for number, more in enumerate(own):
-        assert_same(tmp_path / f"packed{number}", alone(tmp_path / f"alone{number}", common + more))
+        assert_runs_equal(
+            tmp_path / f"packed{number}", alone(tmp_path / f"alone{number}", common + more)
+        )
 
 
 def test_a_mistake_met_by_the_estimate_is_told_by_each_run(common, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.lora.target_presets import target_sets
-from lora_lightning.models.loading import load_generator, load_model_config
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.model_config import load_model_config
 from lora_lightning.tasks import build_task
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.preflight import free_memory
@@ -36,7 +37,7 @@ def real_module(config) -> LoraModule:
     settings = settings_of(config)
     task = build_task(settings.task)
     task.prepare(load_model_config(settings.model))
-    task.suppose()
+    task.assume_labels()
     tokenizer = AutoTokenizer.from_pretrained(settings.model.name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     module = LoraModule(task, settings.model, settings.lora, settings.optim, tokenizer=tokenizer)
@@ -79,7 +80,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_and_activations_are_those_of_the_real_model(request, tmp_path, case):
+def test_dry_run_memory_equals_the_real_model(request, tmp_path, case):
     """Against the tensors of the loaded model and what autograd saves of a pass through it."""
     model, settings = CASES[case]
     folder = request.getfixturevalue(model)
@@ -101,7 +102,7 @@ def test_weights_and_activations_are_those_of_the_real_model(request, tmp_path, 
     assert weights == pytest.approx(sum(storages.values()), rel=0.02)
 
 
-def test_nf4_weights_are_as_large_as_those_of_bitsandbytes(tiny_llama, tmp_path):
+def test_dry_run_nf4_bytes_equal_bitsandbytes(tiny_llama, tmp_path):
     pytest.importorskip("bitsandbytes")
     config = ModelConfig(str(tiny_llama), quantization="nf4", dtype="float32")
     model = load_generator(config, AutoTokenizer.from_pretrained(tiny_llama))
@@ -116,7 +117,7 @@ def test_nf4_weights_are_as_large_as_those_of_bitsandbytes(tiny_llama, tmp_path)
         assert run.tracker.now["weights"] - adapter == pytest.approx(real, rel=0.01)
 
 
-def test_checkpointing_keeps_less_and_computes_a_layer_again(tiny_llama):
+def test_dry_run_with_checkpointing_keeps_less_and_recomputes_a_layer(tiny_llama):
     parts = {}
     for on in ("false", "true"):
         settings = [*INSTRUCT, f"model.gradient_checkpointing={on}"]
@@ -130,7 +131,7 @@ def test_checkpointing_keeps_less_and_computes_a_layer_again(tiny_llama):
 
 
 @pytest.mark.parametrize("lora", ["default", "pissa"])
-def test_adapters_are_as_large_as_a_runs_files(
+def test_plan_adapter_size_equals_the_file_of_a_run(
     run_cli, tiny_bert, rows_jsonl, fast, lora, tmp_path
 ):
     """plan's table from config.json against what train has counted and written."""
@@ -146,7 +147,7 @@ def test_adapters_are_as_large_as_a_runs_files(
         "callbacks.samples=null",
     )
     assert status == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     written = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
     place = bare(tiny_bert, tmp_path / "bare")
     status, out, err = run_cli("plan", *common, f"model.name_or_path={place}")
@@ -156,7 +157,7 @@ def test_adapters_are_as_large_as_a_runs_files(
     assert int(row[2].replace(",", "")) == written
 
 
-def test_patterns_of_single_modules_count_where_they_find_some(run_cli, tiny_llama, tmp_path):
+def test_plan_with_patterns_counts_matched_modules(run_cli, tiny_llama, tmp_path):
     """down_proj has a rank of its own, which the narrower sets do not have; o_proj has, in one."""
     place = bare(tiny_llama, tmp_path / "bare")
     pattern = "+lora.rank_pattern={down_proj: 5, o_proj: 2}"
@@ -187,7 +188,7 @@ def test_patterns_of_single_modules_count_where_they_find_some(run_cli, tiny_lla
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_optimizer_states_are_those_of_a_real_step(tiny_bert, name):
+def test_dry_run_optimizer_states_equal_a_real_step(tiny_bert, name):
     settings = [*SHORT, f"optim.name={name}"]
     module = real_module(config_of(tiny_bert, *settings))
     optimizer = module.build_optimizer()
@@ -201,7 +202,7 @@ def test_optimizer_states_are_those_of_a_real_step(tiny_bert, name):
         assert run.step(2)["optimizer"] == real
 
 
-def test_micro_batches_bound_the_activations(tiny_llama):
+def test_dry_run_micro_batches_bound_the_activations(tiny_llama):
     settings = [*INSTRUCT, "data.max_tokens=64"]
     with dry_run(config_of(tiny_llama, *settings), CPU) as run:
         assert run.at_a_time == 2
@@ -213,7 +214,7 @@ def test_micro_batches_bound_the_activations(tiny_llama):
 
 
 @pytest.mark.parametrize("limit", [5e6, 1e8])
-def test_the_largest_batch_fits_and_one_row_more_does_not(tiny_bert, limit):
+def test_most_rows_fit_and_one_more_does_not(tiny_bert, limit):
     with dry_run(config_of(tiny_bert, *SHORT), CPU) as run:
         sizes = {}
 
@@ -227,7 +228,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(tiny_bert, limit):
 
 
 @pytest.mark.parametrize(("level", "slope", "start"), [(0, 7, 3), (500, 7, 40), (10, 5, 1)])
-def test_the_search_agrees_with_trying_all(level, slope, start):
+def test_most_rows_equals_trying_all(level, slope, start):
     def need(rows: int) -> int:
         return int(max(level, 100 + slope * rows))
 
@@ -236,7 +237,7 @@ def test_the_search_agrees_with_trying_all(level, slope, start):
         assert most_rows(need, limit, start) == max(fitting, default=0)
 
 
-def test_what_needs_another_precision_gets_it(tiny_llama):
+def test_methods_of_full_fine_tuning_take_fp32_weights(tiny_llama):
     """Full fine-tuning keeps its weights in fp32 where LoRA is asked for in bf16-true."""
     config = config_of(tiny_llama, "task=lm", "trainer.precision=bf16-true")
     each = {name: (c.trainer.precision, c.model.dtype) for name, c in methods(config).items()}
@@ -247,7 +248,7 @@ def test_what_needs_another_precision_gets_it(tiny_llama):
     }
 
 
-def test_target_sets_are_found_by_name(tiny_bert, tiny_llama, tiny_t5):
+def test_target_sets_of_each_architecture_are_its_own_names(tiny_bert, tiny_llama, tiny_t5):
     found = {}
     for folder, task in ((tiny_bert, "sentiment"), (tiny_llama, "lm"), (tiny_t5, "summarization")):
         module = real_module(config_of(folder, f"task={task}", "lora=full"))
@@ -261,7 +262,7 @@ def test_target_sets_are_found_by_name(tiny_bert, tiny_llama, tiny_t5):
     assert all(sets["all linear layers"] == "all-linear" for sets in found.values())
 
 
-def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
+def test_plan_report_adds_up_for_each_method(run_cli, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where nobody has trained before
     place = bare(tiny_llama, tmp_path / "bare")
     where = [f"model.name_or_path={place}", "task=instruct", "task.generation.max_new_tokens=8"]
@@ -293,7 +294,7 @@ def test_the_report(run_cli, tiny_llama, tmp_path, monkeypatch):
     ],
     ids=["above its own", "the root's", "version 1", "container"],
 )
-def test_free_memory_is_within_the_limits_of_control_groups(line, files, tmp_path, monkeypatch):
+def test_free_bytes_respect_control_groups(line, files, tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory, "MEMBERSHIP", tmp_path / "own")
     monkeypatch.setattr(free_memory, "CGROUPS", tmp_path / "groups")
     (tmp_path / "own").write_text(f"{line}\n")

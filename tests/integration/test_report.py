@@ -410,7 +410,7 @@ def _small_sweep(root: Path, values: dict[int, tuple[float, ...]], *, monitor="v
                 "objective": value,
                 "rows": {"train": 100, "val": 20, "test": 20},
                 "baseline": {"name": "majority class", "val/f1": 0.35, "val/accuracy": 0.55},
-                "warnings": ["only 20 val rows: each makes 5 % of what is measured"],
+                "warnings": ["only 20 val rows: each makes 5 % of the metrics"],
             }
             given = [f"task.monitor={monitor}", f"lora.rank={rank}", f"seed={seed}"]
             write_run(root / str(job), given, result)
@@ -432,7 +432,7 @@ def test_no_lucky_seed_is_the_best(tmp_path, capsys):
     assert lines["Best"] == "lora.rank=4: val/f1 0.9550 ± 0.0071, mean of 2 seeds"
     assert lines["Doubts"].startswith("one of 20 rows is 5 % of val/f1; the seeds share their rows")
     assert lines["Beside"] == "majority class: val/f1 0.3500"
-    assert lines["Warning"] == "only 20 val rows: each makes 5 % of what is measured"
+    assert lines["Warning"] == "only 20 val rows: each makes 5 % of the metrics"
     assert lines["Adapter"] == f"{root / '2/adapter'} (the first of jobs 2 3)"
     command = shlex.split(lines["Again"])
     assert command[2:5] == ["--config-name", "whole", "hydra.searchpath=[file:///my conf]"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
 import re
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from helpers.runs import QUIET, csv_rows, result_of
 from lora_lightning.cli.main import main
 from lora_lightning.config.compose import compose_config
 from lora_lightning.training.callbacks import last_checkpoint
@@ -26,14 +25,10 @@ from lora_lightning.training.run import train
 
 # 64 training rows in batches of 6: 11 batches, so windows of 2 leave a last one of a single batch.
 SETTINGS = [
-    "trainer=cpu",
-    "trainer.precision=32-true",
+    *QUIET,
     "trainer.max_epochs=5",
     "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=1",
-    "trainer.enable_progress_bar=false",
-    "callbacks.progress_bar=null",
-    "callbacks.rich_summary=null",
     "callbacks.last.every_n_steps=1",
     "callbacks.early_stopping.patience=2",
     "test_before=false",
@@ -124,7 +119,7 @@ def settings(tiny_bert, rows_jsonl, output: Path, *more: str) -> list[str]:
 
 
 def outcome(run_dir: Path) -> tuple[bytes, dict]:
-    result = json.loads((run_dir / "result.json").read_text())
+    result = result_of(run_dir)
     assert result["status"] == "completed"
     kept = {
         name: value
@@ -134,12 +129,10 @@ def outcome(run_dir: Path) -> tuple[bytes, dict]:
     return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(), kept
 
 
-def logged(run_dir: Path) -> dict[int, dict[str, str]]:
+def logged_by_step(run_dir: Path) -> dict[int, dict[str, str]]:
     """What the CSV log holds for each step."""
-    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
     steps: dict[int, dict[str, str]] = {}
-    for row in rows:
+    for row in csv_rows(run_dir):
         values = {name: value for name, value in row.items() if value and LOGGED.match(name)}
         steps.setdefault(int(row["step"]), {}).update(values)
     return steps
@@ -199,7 +192,7 @@ EVERY_STEP = ("epochs", "validation in mid-epoch", "validation every second epoc
         *(pytest.param(v, 1 if v in EVERY_STEP else 5, marks=pytest.mark.slow) for v in VARIANTS),
     ],
 )
-def test_every_save_point_goes_on_exactly(
+def test_resume_from_every_save_point_equals_the_uninterrupted_run(
     variant, every, request, rows_jsonl, tmp_path, capsys, monkeypatch
 ):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
@@ -211,13 +204,13 @@ def test_every_save_point_goes_on_exactly(
         f"+callbacks.keep.copies={copies}",
     ]
     train(compose_config([*overrides, *keep]))
-    expected, expected_log = outcome(run_dir), logged(run_dir)
+    expected, expected_log = outcome(run_dir), logged_by_step(run_dir)
     found = sorted(copies.iterdir())
     assert len(found) >= 8
     assert best_step(run_dir) > 6, "the best is to come of more than the first epoch"
     for copy in dict.fromkeys([*found[::every], found[-1]]):
         assert resume(copy, run_dir, overrides) == expected, copy.name
-        assert logged(run_dir) == expected_log, copy.name
+        assert logged_by_step(run_dir) == expected_log, copy.name
     torn = found[len(found) // 2] / "checkpoints" / "last.ckpt"
     torn.write_bytes(torn.read_bytes()[:-100])
     write = last_checkpoint._write
@@ -228,7 +221,7 @@ def test_every_save_point_goes_on_exactly(
 
     monkeypatch.setattr(last_checkpoint, "_write", watched)
     assert resume(torn.parent.parent, run_dir, overrides) == expected, "by the one before it"
-    assert logged(run_dir) == expected_log
+    assert logged_by_step(run_dir) == expected_log
     assert f"{run_dir / 'checkpoints' / 'last.ckpt'} is truncated" in capsys.readouterr().err
 
 
@@ -240,8 +233,7 @@ OWN = f"callbacks.die._target_={__name__}.Die"
 
 
 DOUBTS = "".join(
-    f"WARNING only 8 {split} rows: each makes 12 % of what is measured\n"
-    for split in ("val", "test")
+    f"WARNING only 8 {split} rows: each makes 12 % of the metrics\n" for split in ("val", "test")
 )
 
 
@@ -296,7 +288,9 @@ def _in_fork(
     ["train:3", "train:17", "save:6", "validation:1", "epoch:2", "test"],
     ids=["before a checkpoint", "mid-epoch", "saving", "validation", "between epochs", "test"],
 )
-def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_a_kill_equals_the_uninterrupted_run(
+    moment, killable, uninterrupted, run_cli, tmp_path
+):
     run_dir = tmp_path / "run"
     assert _in_fork(killable(run_dir), {"DIE_AT": moment}) == -signal.SIGKILL
     assert (run_dir / "adapter").exists() == (moment == "test")
@@ -306,7 +300,9 @@ def test_killed_and_resumed(moment, killable, uninterrupted, run_cli, tmp_path):
     assert outcome(run_dir) == uninterrupted
 
 
-def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_two_kills_equals_the_uninterrupted_run(
+    killable, uninterrupted, run_cli, tmp_path
+):
     run_dir = tmp_path / "run"
     assert _in_fork(killable(run_dir), {"DIE_AT": "train:14"}) == -signal.SIGKILL
     again = _in_fork(["train", f"resume={run_dir}", OWN], {"DIE_AT": "train:25"})
@@ -320,20 +316,22 @@ def test_killed_twice(killable, uninterrupted, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["train:17", "validation:1", "test"])
-def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_an_interrupt_equals_the_uninterrupted_run(
+    moment, killable, uninterrupted, run_cli, tmp_path
+):
     """Ctrl-C: exit status 130 and one line that says how to go on."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     arguments = killable(run_dir)
     if moment != "test":
         arguments.append("test_before=true")
     assert _in_fork(arguments, {"DIE_AT": moment, "DIE_OF": "SIGINT"}, errors) == 130
-    told = f"interrupted. To go on: lora-lightning train resume={run_dir} {OWN}\n"
+    told = f"interrupted. To resume: lora-lightning train resume={run_dir} {OWN}\n"
     assert errors.read_text() == DOUBTS + told
-    stopped = json.loads((run_dir / "result.json").read_text())
+    stopped = result_of(run_dir)
     assert stopped["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
-    resumed = json.loads((run_dir / "result.json").read_text())
+    resumed = result_of(run_dir)
     retained = resumed["before"].pop("val/retained_similarity")  # is in the checkpoint
     assert retained == pytest.approx(1.0, abs=1e-6)
     assert resumed["before"] == stopped["before"]
@@ -356,7 +354,9 @@ def test_interrupted(moment, killable, uninterrupted, run_cli, tmp_path):
         pytest.param("train:11", 6, marks=pytest.mark.slow),
     ],
 )
-def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_path):
+def test_resume_after_an_error_equals_the_uninterrupted_run(
+    moment, saved, killable, whole_run, run_cli, tmp_path
+):
     """An exception loses no whole step, but where it comes amid one, or in a validation."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     arguments = [*killable(run_dir), "callbacks.last.every_n_steps=null"]
@@ -365,11 +365,11 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
     assert (died, read_checkpoint(last)["global_step"]) == (1, saved)
     told = f"saved the state after step {saved}: {last}\n"
     assert (told in errors.read_text()) == (saved != 6)
-    failed = json.loads((run_dir / "result.json").read_text())
+    failed = result_of(run_dir)
     assert (failed["status"], failed["error"]) == ("failed", f"RuntimeError: died at {moment}")
     assert run_cli("train", f"resume={run_dir}", OWN, "data.num_workers=0")[0] == 0
     assert outcome(run_dir) == outcome(whole_run)
-    found, expected = logged(run_dir), logged(whole_run)
+    found, expected = logged_by_step(run_dir), logged_by_step(whole_run)
     if moment == "end:16":  # Lightning logs what a step has measured after its hooks
         del found[9], expected[9]
     assert found == expected
@@ -384,27 +384,31 @@ def test_failed_and_resumed(moment, saved, killable, whole_run, run_cli, tmp_pat
         ("SIGHUP", "train:17", 129),
     ],
 )
-def test_told_to_end(how, moment, status, killable, uninterrupted, run_cli, tmp_path):
+def test_resume_after_sigterm_equals_the_uninterrupted_run(
+    how, moment, status, killable, uninterrupted, run_cli, tmp_path
+):
     """At once where no step is near, else after one; the same run comes of it."""
     run_dir, errors = tmp_path / "run", tmp_path / "errors"
     told = _in_fork(killable(run_dir), {"DIE_AT": moment, "DIE_OF": how}, errors)
     assert told == status, errors.read_text()
     said = errors.read_text().splitlines()
     assert [line[:8] for line in said[:-1]] == ["WARNING "] * (len(said) - 1)  # of few rows
-    assert said[-1].startswith("interrupted. To go on")
+    assert said[-1].startswith("interrupted. To resume")
     last = run_dir / "checkpoints" / "last.ckpt"
     assert last.exists() == (moment != "setup:fit")
-    assert json.loads((run_dir / "result.json").read_text())["status"] == "interrupted"
+    assert result_of(run_dir)["status"] == "interrupted"
     assert run_cli("train", f"resume={run_dir}", OWN)[0] == 0
     assert outcome(run_dir) == uninterrupted
 
 
-def test_a_closed_terminal_ends_no_run_of_nohup(killable, tmp_path):
+def test_sighup_under_nohup_ends_no_run(killable, tmp_path):
     died = {"DIE_AT": "train:17", "DIE_OF": "SIGHUP", "NOHUP": "1"}
     assert _in_fork([*killable(tmp_path / "run"), "trainer.max_epochs=2"], died) == 0
 
 
-def test_command_killed_from_outside(killable, uninterrupted, run_cli, tmp_path):
+def test_resume_of_a_killed_command_equals_the_uninterrupted_run(
+    killable, uninterrupted, run_cli, tmp_path
+):
     """A fresh interpreter, killed by another process at whatever step it has come to."""
     run_dir = tmp_path / "run"
     last = run_dir / "checkpoints" / "last.ckpt"

@@ -34,15 +34,18 @@ from helpers.data import write_jsonl
 from helpers.fuzz import FUZZ
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
-from lora_lightning.adapters.files import Stored, copy_adapter
-from lora_lightning.adapters.folder import SIDECAR, read_sidecar, undone_on_mistake
+from lora_lightning.adapters.folder import AdapterFolder
+from lora_lightning.adapters.run_entries import rollback_on_mistake
+from lora_lightning.adapters.stored_adapter import StoredAdapter, copy_adapter
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.saved import read_config, refuse_untyped, to_be_typed
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import EXPERTS, arguments_from_file, settings_from_file
 from lora_lightning.inference.convert import import_adapter
-from lora_lightning.inference.evaluate import evaluate, predictor_for
-from lora_lightning.inference.predictor import load_trained, merge
+from lora_lightning.inference.evaluate import evaluate
+from lora_lightning.inference.loading import load_trained
+from lora_lightning.inference.merge import merge
+from lora_lightning.inference.predictor import predictor_for
 from lora_lightning.lora import (
     Adapter,
     LoraConfig,
@@ -50,13 +53,11 @@ from lora_lightning.lora import (
     load_adapter,
     save_adapter,
 )
+from lora_lightning.lora.serialization.checksums import SIDECAR
 from lora_lightning.models.cpu_kernels import ATTENTION
-from lora_lightning.models.loading import (
-    load_classifier,
-    load_generator,
-    load_model_config,
-    load_tokenizer,
-)
+from lora_lightning.models.loading import load_classifier, load_generator
+from lora_lightning.models.model_config import load_model_config
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.sweeps.live_table import JobTable
 from lora_lightning.sweeps.queue import Job
 from lora_lightning.tasks import build_task
@@ -64,7 +65,8 @@ from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpoint_validation import check_resumable
 from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.run import Interrupted, train
+from lora_lightning.training.outcome import Interrupted
+from lora_lightning.training.run import train
 from lora_lightning.training.warm_start import values_of
 from lora_lightning.utils.locks import is_abandoned
 from lora_lightning.utils.terminal import printable
@@ -97,11 +99,8 @@ def adapter(model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(fast, tiny_bert, rows_jsonl, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "run"
-    where = [f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
-    train(compose_config([*fast, *where, "trainer.max_epochs=1", f"output_dir={folder}"]))
-    return folder
+def run(trained_run) -> Path:
+    return trained_run()
 
 
 def write_sidecar(folder: Path, content: dict[str, Any]) -> None:
@@ -213,7 +212,7 @@ def test_tensors_of_any_type_and_shape(data, model, adapter, tmp_path):
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + body)
     loads_or_tells(model, folder)
     with suppress(UserError):
-        Stored.read(folder)
+        StoredAdapter.read(folder)
 
 
 @FUZZ
@@ -307,7 +306,7 @@ def test_classes_that_come_with_an_adapter_are_not_built(group, run, rows_jsonl,
     content["settings"].setdefault(group, {})["evil"] = node
     write_sidecar(folder, content)
     try:
-        settings = read_sidecar(folder)["settings"]
+        settings = AdapterFolder(folder).read_sidecar()["settings"]
         assert set(settings) <= {"model", "task", "data", "lora", "optim"}
         from lora_lightning.config.compose import over_saved
 
@@ -324,7 +323,7 @@ def test_an_adapter_cannot_allow_remote_code_or_say_where_to_write(run, tmp_path
     content["settings"]["model"]["trust_remote_code"] = True
     content["settings"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
     write_sidecar(folder, content)
-    settings = read_sidecar(folder)["settings"]
+    settings = AdapterFolder(folder).read_sidecar()["settings"]
     assert "trust_remote_code" not in settings["model"]
     assert "cache_dir" not in settings["data"]
     assert load_trained(folder).model_config.trust_remote_code is False
@@ -336,7 +335,7 @@ def test_an_adapter_cannot_read_the_environment(run, tmp_path):
     content["settings"]["model"]["name_or_path"] = "${oc.env:HOME}"
     write_sidecar(folder, content)
     with pytest.raises(UserError, match="settings must be plain values"):
-        read_sidecar(folder)
+        AdapterFolder(folder).read_sidecar()
 
 
 def evil_base(tiny_bert, folder: Path) -> Path:
@@ -739,14 +738,14 @@ def test_values_that_are_not_numbers_are_refused(model, adapter, tmp_path):
 )
 def test_weights_of_a_type_that_no_adapter_has_are_refused(kind, model, adapter, tmp_path):
     folder = with_weights(adapter, tmp_path / "forged", lambda tensor: tensor.to(kind))
-    for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
+    for read in (lambda: load_adapter(model, folder), lambda: StoredAdapter.read(folder)):
         with pytest.raises(UserError, match="must be float32, float16"):
             read()
 
 
 def test_what_is_finite_in_64_bits_alone_is_refused(model, adapter, tmp_path):
     folder = with_weights(adapter, tmp_path / "forged", lambda t: t.double().fill_(1e300))
-    for read in (lambda: load_adapter(model, folder), lambda: Stored.read(folder)):
+    for read in (lambda: load_adapter(model, folder), lambda: StoredAdapter.read(folder)):
         with pytest.raises(UserError, match="not finite"):
             read()
 
@@ -771,7 +770,10 @@ def test_attention_kernels_of_the_hub_are_not_an_adapters_to_choose(run, tmp_pat
     for asked, kept in (("k/k@main", None), ("flash_attention_2", None), ("sdpa", "sdpa")):
         content["settings"]["model"]["attn_implementation"] = asked
         write_sidecar(folder, content)
-        assert read_sidecar(folder)["settings"]["model"].get("attn_implementation") == kept
+        assert (
+            AdapterFolder(folder).read_sidecar()["settings"]["model"].get("attn_implementation")
+            == kept
+        )
 
 
 @pytest.mark.parametrize("verb", ["merge", "combine", "export", "canonical", "import", "base"])
@@ -854,17 +856,17 @@ def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
     for victim, name in zip(victims, (".lock", ".writable"), strict=True):
         victim.write_text("PRECIOUS")
         (folder / name).symlink_to(victim)
-    with pytest.raises(UserError, match=r"cannot be written.*\.lock"), undone_on_mistake(folder):
+    with pytest.raises(UserError, match=r"cannot be written.*\.lock"), rollback_on_mistake(folder):
         pass
     assert not is_abandoned(folder)
     (folder / ".lock").unlink()
     os.mkfifo(folder / ".lock")  # which would never open
-    with pytest.raises(UserError, match="it is no file"), undone_on_mistake(folder):
+    with pytest.raises(UserError, match="it is no file"), rollback_on_mistake(folder):
         pass
     assert not is_abandoned(folder)
     (folder / ".lock").unlink()
     (folder / ".lock").write_text("kept")
-    with undone_on_mistake(folder):
+    with rollback_on_mistake(folder):
         assert (folder / ".lock").read_text() == "kept"
     assert is_abandoned(folder)
     assert [victim.read_text() for victim in victims] == ["PRECIOUS"] * 2

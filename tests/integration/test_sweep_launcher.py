@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from helpers.runs import result_of
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.folder import note, sweep_folder
 from lora_lightning.sweeps.launcher import (
@@ -29,10 +30,6 @@ from lora_lightning.sweeps.queue import (
     Work,
     environment_of_job,
 )
-
-
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
 
 
 def jobs_without_config(root: Path, count: int) -> list[Job]:
@@ -459,7 +456,7 @@ def test_a_sweep_by_another_launcher_goes_on(run_cli, tmp_path, monkeypatch, swe
     weights.unlink()
     status, out, err = run_cli(*command)
     assert status == 0, err
-    assert "goes on from step" in out
+    assert "resumes from step" in out
     assert first.stat().st_mtime_ns == before
     assert json.loads(second.read_text())["status"] == "completed"
     assert weights.read_bytes() == trained

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.data import write_jsonl
+from helpers.runs import result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.data.docstrings import build_docstrings
-from lora_lightning.models.loading import resolve
+from lora_lightning.models.resolve import resolve
 
 NAME = "pkg://lora_lightning/embedded/tiny_lm"
 QUIET = [
@@ -92,7 +93,7 @@ def test_summarization_with_nothing_else_typed(run_cli, tmp_path):
     ]
     status, out, err = run_cli("train", "task=summarization", *limits, *QUIET)
     assert status == 0, err
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["baseline"]["name"] == "lead sentence"
     assert f"(lead sentence: {result['baseline']['test/rougeL']:.4f})" in out
     assert result["test/loss"] < result["before"]["test/loss"]
@@ -107,7 +108,7 @@ def test_lm_with_nothing_else_typed(run_cli, tmp_path):
     run = tmp_path / "run"
     status, _, err = run_cli("train", "task=lm", "debug=limit", f"output_dir={run}", *QUIET)
     assert status == 0, err
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["test/loss"] < result["before"]["test/loss"]
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert any(sample["prediction"] for sample in samples)
@@ -126,7 +127,7 @@ def test_conversations_and_chat(run_cli, tmp_path, monkeypatch):
         "train", "task=instruct", "model=tiny_lm", f"data.train={data}", *settings, *QUIET
     )
     assert status == 0, err
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["test/loss"] < result["before"]["test/loss"] / 2
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 7?\n"))
     status, out, err = run_cli("chat", f"adapter={run / 'adapter'}")
@@ -141,6 +142,6 @@ def test_the_default_summarization_run_gains(run_cli, tmp_path):
         "train", "task=summarization", f"output_dir={tmp_path / 'run'}", *QUIET
     )
     assert status == 0, err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["test/rougeL"] > result["before"]["test/rougeL"] + 0.08
     assert result["test/loss"] < result["before"]["test/loss"] - 0.3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -20,20 +19,12 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from helpers.data import make_rows, write_jsonl
 from helpers.models import word_tokenizer
+from helpers.runs import QUIET, csv_rows, result_of
 from lora_lightning.config.compose import compose_config
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.lora import UserError
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
-
-QUIET = [
-    "trainer=cpu",
-    "trainer.precision=32-true",
-    "trainer.enable_progress_bar=false",
-    "callbacks.progress_bar=null",
-    "callbacks.rich_summary=null",
-    "data.batch_size=8",
-]
 
 
 def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
@@ -45,6 +36,7 @@ def run_in(folder: Path, model: Path, *overrides: str) -> SimpleNamespace:
     config = compose_config(
         [
             *QUIET,
+            "data.batch_size=8",
             f"model.name_or_path={model}",
             *(f"data.{split}={folder / split}.jsonl" for split in parts),
             f"output_dir={folder / 'run'}",
@@ -75,19 +67,14 @@ def predictions(run, split: str, run_cli) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def csv_rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "csv" / "metrics.csv").open(newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
 # result.json and the folder ----------------------------------------------------------------------
 
 
-def test_result_is_what_was_returned(run):
-    assert json.loads((run.dir / "result.json").read_text()) == run.result
+def test_train_returns_what_result_json_holds(run):
+    assert result_of(run.dir) == run.result
 
 
-def test_result_counts(run, tiny_bert):
+def test_result_counts_rows_tokens_steps_and_parameters(run, tiny_bert):
     result, adapter = run.result, run.dir / "adapter"
     tensors = load_file(adapter / "adapter_model.safetensors")
     trained = sum(tensor.numel() for tensor in tensors.values())
@@ -107,7 +94,7 @@ def test_result_counts(run, tiny_bert):
     )
 
 
-def test_result_fields(run):
+def test_result_holds_status_objective_and_versions(run):
     result = run.result
     assert result["status"] == "completed"
     assert result["monitor"] == "val/accuracy"
@@ -123,14 +110,14 @@ def test_result_fields(run):
     assert result["peak_memory_mib"] > 50
 
 
-def test_it_learned(run):
+def test_train_on_learnable_rows_reaches_a_high_accuracy(run):
     assert run.result["before"]["test/accuracy"] < 0.75
     assert run.result["val/accuracy"] > 0.9
     assert run.result["test/accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_metrics_are_those_of_the_predictions(run, split, run_cli):
+def test_result_metrics_equal_those_of_predictions(run, split, run_cli):
     rows = predictions(run, split, run_cli)
     truth = [int(row["label"] == "positive") for row in rows]
     scores = [row["prediction"]["scores"]["positive"] for row in rows]
@@ -145,7 +132,7 @@ def test_metrics_are_those_of_the_predictions(run, split, run_cli):
     assert found == pytest.approx(expected, abs=2e-5)
 
 
-def test_layout_of_the_folder(run):
+def test_run_folder_holds_the_documented_files(run):
     names = {path.name for path in run.dir.iterdir()}
     assert names == {
         "adapter",
@@ -170,7 +157,7 @@ def test_layout_of_the_folder(run):
     assert len(list((run.dir / "checkpoints").iterdir())) == 3
 
 
-def test_the_adapter_is_the_best_not_the_last(tiny_bert, tmp_path):
+def test_adapter_after_a_worse_last_epoch_is_the_best(tiny_bert, tmp_path):
     # What is most like the base is taken for the best: a run that learns has it before its end.
     metric = "val/retained_similarity"
     (tmp_path / "texts.txt").write_text("good film\nbad hotel\nnever again\nfine room\n")
@@ -204,7 +191,7 @@ def events(run) -> EventAccumulator:
     return accumulator
 
 
-def test_scalars_of_training(events):
+def test_tensorboard_holds_training_scalars_by_step(events):
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == list(range(10, 201, 10))
     assert sum(event.value for event in losses[-4:]) < 0.5 * sum(e.value for e in losses[:4])
@@ -215,7 +202,7 @@ def test_scalars_of_training(events):
         assert rate == pytest.approx(3e-3 * min(up, down), rel=1e-5)
 
 
-def test_scalars_of_validation(events, run):
+def test_tensorboard_holds_validation_scalars_by_epoch(events, run):
     for name in ("loss", "accuracy", "f1", "auroc"):
         values = events.Scalars(f"val/{name}")
         assert [event.step for event in values] == [40, 80, 120, 160, 200]
@@ -227,7 +214,7 @@ def test_scalars_of_validation(events, run):
         assert tested[-1].value == pytest.approx(run.result[f"test/{name}"])
 
 
-def test_update_norms_are_those_of_the_exported_adapter(events, run):
+def test_update_norms_equal_those_of_the_exported_adapter(events, run):
     adapter = run.dir / "adapter"
     tensors = load_file(adapter / "adapter_model.safetensors")
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -248,7 +235,7 @@ def test_update_norms_are_those_of_the_exported_adapter(events, run):
     assert found == pytest.approx(norms, rel=1e-4)
 
 
-def test_hparams_are_filled_once(events, run):
+def test_tensorboard_hparams_are_written_once(events, run):
     tags = Counter(
         value.tag
         for path in sorted((run.dir / "tensorboard").glob("events*"))
@@ -273,14 +260,14 @@ def test_hparams_are_filled_once(events, run):
     assert shown == ["val/accuracy", "rank", "alpha", "scaling", "lr"]
 
 
-def test_each_card_of_scalars_is_a_curve(events):
+def test_tensorboard_scalars_are_all_curves(events):
     groups = {tag.partition("/")[0] for tag in events.Tags()["scalars"]}
     assert groups == {"epoch", "lr-AdamW", "test", "throughput", "train", "update_norm", "val"}
     for tag in events.Tags()["scalars"]:
         assert len(events.Scalars(tag)) > 1
 
 
-def test_sample_predictions_are_those_of_predict(events, run, run_cli):
+def test_sample_predictions_equal_those_of_predict(events, run, run_cli):
     shown = events.Tensors("samples/val/text_summary")[-1].tensor_proto.string_val[0].decode()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
     assert lines[0] == ["input", "target", "prediction"]
@@ -293,7 +280,7 @@ def test_sample_predictions_are_those_of_predict(events, run, run_cli):
         assert float(score) == pytest.approx(row["prediction"]["score"], abs=2e-3)
 
 
-def test_csv_holds_the_same(events, run):
+def test_csv_log_equals_tensorboard(events, run):
     by_step = {int(row["step"]): row for row in csv_rows(run.dir) if row["train/loss"]}
     for event in events.Scalars("train/loss"):
         assert float(by_step[event.step]["train/loss"]) == pytest.approx(event.value)
@@ -311,6 +298,7 @@ def small(tiny_bert, rows_jsonl, tmp_path):
             compose_config(
                 [
                     *QUIET,
+                    "data.batch_size=8",
                     "test_before=false",
                     f"model.name_or_path={model}",
                     f"data.train={rows_jsonl}",
@@ -323,21 +311,21 @@ def small(tiny_bert, rows_jsonl, tmp_path):
     return start
 
 
-def test_decoder_learns(small, tiny_llama):
+def test_train_on_a_decoder_learns(small, tiny_llama):
     settings = ["optim.lr=1e-2", "lora.rank=16", "trainer.max_epochs=40"]
     result = small(*settings, "callbacks.early_stopping=null", model=tiny_llama)
     assert result["val/accuracy"] > 0.9
     assert result["test/accuracy"] > 0.9
 
 
-def test_full_fine_tuning_leaves_a_hugging_face_folder(small, tmp_path):
+def test_full_fine_tuning_writes_a_hugging_face_folder(small, tmp_path):
     result = small("lora=full", "trainer.max_epochs=1", "optim.lr=1e-3")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter")
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert result["trainable_parameters"] == result["total_parameters"]
 
 
-def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, capsys):
+def test_full_fine_tuning_names_unused_tensors(small, monkeypatch, capsys):
     adopt = LoraModule.adopt
 
     def with_a_spare_part(self, model, adapter):
@@ -347,12 +335,12 @@ def test_full_fine_tuning_names_what_the_task_does_not_use(small, monkeypatch, c
     monkeypatch.setattr(LoraModule, "adopt", with_a_spare_part)
     small("lora=full", "trainer.max_steps=2", "optim.lr=1e-4")
     said = capsys.readouterr().err
-    assert "the first step does not reach 2 trained tensors, such as spare.weight: " in said
-    assert "2 trained tensors never got a gradient, such as spare.bias" in said
+    assert "the first step gives 2 trainable tensors no gradient, such as spare.weight: " in said
+    assert "2 trainable tensors never got a gradient, such as spare.bias" in said
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_encoder_decoders_train(kind, small, tmp_path):
+def test_train_on_an_encoder_decoder_completes(kind, small, tmp_path):
     from transformers import BartConfig, BartModel, T5Config, T5ForConditionalGeneration
 
     tokenizer = word_tokenizer(
@@ -393,7 +381,7 @@ def test_encoder_decoders_train(kind, small, tmp_path):
     assert any("encoder" in name for name in moved)
 
 
-def test_early_stopping_stops(small):
+def test_early_stopping_without_improvement_ends_the_run(small):
     result = small(
         "optim.lr=1e-12",  # nothing moves, so nothing improves
         "trainer.max_epochs=9",
@@ -402,37 +390,37 @@ def test_early_stopping_stops(small):
     assert result["epochs"] == 3
 
 
-def test_without_a_logger_the_rest_is_as_it_was(small, tmp_path):
+def test_train_without_a_logger_completes(small, tmp_path):
     result = small("trainer.max_steps=2", "logger=none", "trainer.enable_progress_bar=false")
     assert result["status"] == "completed"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert not list((tmp_path / "run").rglob("events.out*"))
 
 
-def test_max_steps_may_end_before_the_first_validation(small):
+def test_max_steps_before_the_first_validation_completes(small):
     result = small("trainer.max_steps=3")
     assert result["steps"] == 3
     assert result["status"] == "completed"
 
 
-def test_a_used_folder_is_refused(small, tmp_path):
+def test_train_into_a_used_folder_raises(small, tmp_path):
     small("trainer.max_epochs=1", "trainer.limit_train_batches=1")
     before = (tmp_path / "run" / "result.json").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         small("trainer.max_epochs=1")
     assert (tmp_path / "run" / "result.json").read_bytes() == before
 
 
-def test_a_run_that_fails_says_so(small, tmp_path):
+def test_result_of_a_failed_run_holds_the_error(small, tmp_path):
     with pytest.raises(UserError, match="training loss is"):
         small("optim.lr=1e30", "optim.warmup=0", "trainer.max_epochs=2")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["status"] == "failed"
     assert "lower optim.lr" in result["error"]
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_nothing_is_said_that_no_user_can_act_on(small, capfd, caplog, recwarn):
+def test_train_prints_no_warning_that_a_user_cannot_act_on(small, capfd, caplog, recwarn):
     caplog.set_level("INFO")
     small("trainer.max_epochs=1")
     out, err = capfd.readouterr()
@@ -442,12 +430,12 @@ def test_nothing_is_said_that_no_user_can_act_on(small, capfd, caplog, recwarn):
     assert "On the 8 test rows:" in out
 
 
-def test_validation_amid_a_window_is_refused(small):
+def test_validation_within_an_accumulation_window_raises(small):
     with pytest.raises(UserError, match="multiple of trainer.accumulate_grad_batches"):
         small("trainer.accumulate_grad_batches=4", "trainer.val_check_interval=6")
 
 
-def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, monkeypatch):
+def test_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, monkeypatch):
     """Lightning forgets a signal that came in a call's last batch when the next call begins."""
     import os
     import signal
@@ -457,15 +445,15 @@ def test_a_sigterm_at_the_end_of_the_first_test_stops_the_run(small, tmp_path, m
     monkeypatch.setattr(
         LoraModule, "on_test_end", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=False
     )
-    told = r"To go on \(from the start: no checkpoint was due yet\): lora-lightning train resume="
+    told = r"To resume \(from the start: no checkpoint was due yet\): lora-lightning train resume="
     with pytest.raises(KeyboardInterrupt, match=told):
         small("test_before=true")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["status"] == "interrupted"
     assert not list((tmp_path / "run").rglob("*.ckpt"))  # not a step of training was done
 
 
-def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fast):
+def test_train_with_dropped_rows_reports_their_number(tmp_path, run_cli, tiny_bert, fast):
     rows = [*make_rows(60), *({"text": " ", "label": label} for label in ("negative", "positive"))]
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, rows)
@@ -473,16 +461,16 @@ def test_a_run_tells_of_rows_that_it_leaves_out(tmp_path, run_cli, tiny_bert, fa
     files = [f"data.{split}={path}" for split in ("val", "test")]
     status, _, err = run_cli("train", *fast, *where, *files, f"output_dir={tmp_path / 'run'}")
     assert status == 0, err
-    assert err.count("2 of 62 rows are left out: empty text.") == 3
+    assert err.count("2 of 62 rows are dropped: empty text.") == 3
 
 
-def test_early_stopping_says_why_it_ends_a_run(small, capsys):
+def test_early_stopping_prints_its_reason(small, capsys):
     more = ["optim.lr=1e-20", "callbacks.early_stopping.patience=2", "trainer.max_epochs=9"]
     result = small(*more)
     best = f"{result['objective']:.4f}"
     assert (
-        f"stopped early, after step {result['steps']}: val/accuracy has not been better than "
-        f"{best} in 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
+        f"stopped early, after step {result['steps']}: val/accuracy has not improved on "
+        f"{best} for 2 validations. To wait longer: callbacks.early_stopping.patience=N.\n"
     ) in capsys.readouterr().out
     assert result["epochs"] == 3
 
@@ -490,7 +478,7 @@ def test_early_stopping_says_why_it_ends_a_run(small, capsys):
 # Which state is kept ------------------------------------------------------------------------------
 
 
-def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, tmp_path):
+def test_best_checkpoint_of_a_loss_without_a_mode_is_the_lowest(tiny_bert, tmp_path):
     run = run_in(
         tmp_path,
         tiny_bert,
@@ -507,7 +495,7 @@ def test_the_state_of_the_lowest_loss_is_kept_where_no_mode_is_typed(tiny_bert, 
             assert float(state.get("best_model_score", min(losses))) == pytest.approx(min(losses))
 
 
-def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, run_cli, fast):
+def test_few_and_uneven_rows_are_reported_by_train_as_by_check(tiny_bert, tmp_path, run_cli, fast):
     """What always answers the majority class, by scikit-learn, stands beside what was learned."""
     rows = [row for i, row in enumerate(make_rows(160)) if i % 2 == 0 or i % 8 == 1]
     parts = {"train": rows[:70], "val": rows[70:90], "test": rows[90:]}
@@ -517,10 +505,10 @@ def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, r
     command = [*fast, f"model.name_or_path={tiny_bert}", *files]
     counts = Counter(row["label"] for row in parts["train"])
     told = [
-        "only 20 val rows: each makes 5 % of what is measured",
-        "only 10 test rows: each makes 10 % of what is measured",
-        "uneven classes: the answer 'negative' to all has an accuracy of "
-        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, counts each class alike: "
+        "only 20 val rows: each makes 5 % of the metrics",
+        "only 10 test rows: each makes 10 % of the metrics",
+        "imbalanced classes: to answer 'negative' always has an accuracy of "
+        f"{counts['negative'] / 70:.2f}. val/f1, the macro F1, weighs all classes equally: "
         "task.monitor=val/f1",
     ]
     status, out, err = run_cli("check", *command, f"output_dir={tmp_path / 'no'}")
@@ -531,7 +519,7 @@ def test_few_and_uneven_rows_are_told_as_check_tells_them(tiny_bert, tmp_path, r
     assert status == 0, err
     for text in (err, out):  # at its start and at its end
         assert [line[8:] for line in text.splitlines() if line.startswith("WARNING")] == told
-    result = json.loads((tmp_path / "run/result.json").read_text())
+    result = result_of(tmp_path / "run")
     assert result["warnings"] == told
     assert result["rows"] == {split: len(part) for split, part in parts.items()}
     assert result["baseline"].pop("name") == "majority class"

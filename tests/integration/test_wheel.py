@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors import safe_open
 
+from helpers.runs import result_of
 from lora_lightning.utils.locks import locked
 
 ROOT = Path(__file__).parents[2]
@@ -177,10 +178,6 @@ for line in sys.argv[1:]:
 """Runs several commands in one process, which imports the libraries once."""
 
 
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
 def test_wheel_holds_every_file_of_the_package(built):
     source = built / "source"
     plugin = "lora_lightning/sweeps/plugin/"
@@ -217,7 +214,7 @@ def test_wheel_runs_its_commands_from_any_folder(installed, tiny_bert):
         f"train experiment=full_reviews debug=limit {model} output_dir=full",
     )
     predicted, merged, checked, _, _ = out.split("<end>\n")
-    assert sum(json.loads(predicted)["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert sum(json.loads(predicted)["prediction"]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert float(re.search(r"merged model: ([\d.e-]+)$", merged, flags=re.M)[1]) < 0.01
     with safe_open(installed.folder / "merged" / "model.safetensors", "pt") as weights:
         assert not [name for name in weights.keys() if "lora" in name]  # noqa: SIM118

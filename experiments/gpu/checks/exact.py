@@ -208,8 +208,8 @@ def peft_gap(adapter: Path, dtype: str, device: str) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from lora_lightning.inference.predictor import load_trained
-    from lora_lightning.models.loading import resolve
+    from lora_lightning.inference.loading import load_trained
+    from lora_lightning.models.resolve import resolve
 
     module = load_trained(adapter, model={"dtype": dtype}, device=device)
     kind = getattr(torch, dtype)

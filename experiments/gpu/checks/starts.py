@@ -63,7 +63,7 @@ def read_report(path: Path) -> Figures:
         problem = case.find("failure") if case.find("failure") is not None else case.find("error")
         if problem is not None:
             said = f"{problem.get('message')}{problem.text}"
-            wants = re.search(r"No module named|is not installed|needs bitsandbytes", said)
+            wants = re.search(r"No module named|is not installed|requires bitsandbytes", said)
             counts["without_a_package" if wants else "failed"] += 1
             failed += [] if wants else [name]
         else:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from lora_lightning.adapters.folder import peak_memory_mib
 from lora_lightning.config.compose import settings_of
 from lora_lightning.config.saved import read_config
 from lora_lightning.distributed.precision import with_precision
 from lora_lightning.tasks import build_task
 from lora_lightning.training.components import build_components
 from lora_lightning.training.preflight.memory import Memory
+from lora_lightning.utils.memory import peak_memory_mib
 from lora_lightning.utils.quiet import quiet_libraries
 
 from .pack import device_of

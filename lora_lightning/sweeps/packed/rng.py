@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lora_lightning.lora.batched import Stack
-from lora_lightning.models.cpu_kernels import kept
+from lora_lightning.models.cpu_kernels import dropout_mask
 
 
 class SlotwiseRandomness(TorchFunctionMode):
@@ -53,7 +53,7 @@ class SlotwiseRandomness(TorchFunctionMode):
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a call draws random numbers: dropout, its mask, or attention with dropout."""
-    if func is kept:
+    if func is dropout_mask:
         return True
     name = getattr(func, "__name__", "")
     if name == "dropout":

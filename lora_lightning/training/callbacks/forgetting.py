@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lora_lightning.data.collators import PaddingCollator
-from lora_lightning.data.files import load_rows
+from lora_lightning.data.local_files import load_rows
 from lora_lightning.lora import UserError
 from lora_lightning.tasks import IGNORE, to_device
 from lora_lightning.training.module import LoraModule

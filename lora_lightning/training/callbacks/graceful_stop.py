@@ -9,19 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
-from lora_lightning.distributed.sharded_loading import Shards
+from lora_lightning.distributed.parallel_dims import ParallelDims
 from lora_lightning.training.lightning_internals import skip_sigterm_broadcast
+
+from .rank_messages import SharedNumber, announce, announced, store
 
 UNHEARD = 30.0
 """Seconds after which a signal ends a process that is waiting for others outside of Python."""
@@ -81,66 +81,6 @@ def raise_on_signals() -> Iterator[None]:
 def heard() -> tuple[signal.Signals, ...]:
     """Return the members of SIGNALS that nohup or a shell has not turned off."""
     return tuple(number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
-
-
-class SharedNumber:
-    """A number that all processes exchange at each step or batch, where the highest counts.
-
-    They read it one step later, so that the host never waits for a device that is still busy.
-    """
-
-    def __init__(self) -> None:
-        self._sent: Tensor | None = None
-        self._arrives: torch.cuda.Event | None = None
-
-    def exchange(self, trainer: L.Trainer, number: int) -> int:
-        """Send a number, and return the highest number of the previous step (initially 0).
-
-        A single process gets its own number at once. All processes must call this at every step.
-        """
-        if trainer.world_size == 1:
-            return number
-        previous = self._read()
-        sent = torch.full((), number, device=trainer.strategy.root_device)
-        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
-        if sent.is_cuda:
-            host = torch.empty((), dtype=sent.dtype, pin_memory=True)
-            sent = host.copy_(sent, non_blocking=True)
-            self._arrives = torch.cuda.Event()
-            self._arrives.record()
-        self._sent = sent
-        return previous
-
-    def highest(self, trainer: L.Trainer, number: int) -> int:
-        """Return the highest number of all processes now, which waits for the device."""
-        own = self.exchange(trainer, number)
-        return own if trainer.world_size == 1 else self._read()
-
-    def _read(self) -> int:
-        if self._sent is None:
-            return 0
-        if self._arrives is not None:
-            self._arrives.synchronize()
-        return int(self._sent)
-
-
-def _announce(key: str, signum: int) -> None:
-    """Announce a signal to all processes through their rendezvous store, so that none waits."""
-    with suppress(Exception):  # the store may be gone with its process
-        if dist.is_available() and dist.is_initialized():
-            _store().set(key, str(signum))
-
-
-def _announced(key: str) -> int:
-    """Return the signal that another process has announced, or 0."""
-    with suppress(Exception):
-        if dist.is_available() and dist.is_initialized() and _store().check([key]):
-            return int(_store().get(key))
-    return 0
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()  # torch 2.13 has no public access to it
 
 
 class StopSignals(Callback):
@@ -205,7 +145,7 @@ class StopSignals(Callback):
                 came = time.monotonic()
                 if number[0] not in self._before:
                     continue
-                _announce(self._word, number[0])
+                announce(self._word, number[0])
                 while self._heard < came - 1.0:  # Python may have handled it first
                     if time.monotonic() - came > UNHEARD:
                         name = signal.Signals(number[0]).name
@@ -245,7 +185,7 @@ class StopSignals(Callback):
         """
         if not self.received and time.monotonic() - self._asked > ASKED:
             self._asked = time.monotonic()
-            self.received = _announced(self._word)
+            self.received = announced(self._word)
         return bool(self.received)
 
     def is_requested_together(self, group: int) -> bool:
@@ -260,14 +200,14 @@ class StopSignals(Callback):
         self._tokens += 1
         key = f"{self._word}/{group}"
         if self.is_requested():
-            stop = _store().compare_set(key, "", str(self._tokens + AHEAD))
-        elif _store().check([key]):
-            stop = _store().get(key)
+            stop = store().compare_set(key, "", str(self._tokens + AHEAD))
+        elif store().check([key]):
+            stop = store().get(key)
         else:
             return False
         return self._tokens >= int(stop)
 
-    def check_for(self, shards: Shards | None) -> Callable[[], bool]:
+    def check_for(self, shards: ParallelDims | None) -> Callable[[], bool]:
         """Return the check to call amid text generation, for processes that share a base.
 
         Tensor-parallel processes, which cut each matrix, must generate the same tokens.

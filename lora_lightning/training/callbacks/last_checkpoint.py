@@ -36,8 +36,9 @@ from lora_lightning.utils.output_folders import made_folder, sync
 from lora_lightning.utils.terminal import say
 
 from .best_checkpoint import save_to
-from .graceful_stop import SharedNumber, Stopped, StopSignals
+from .graceful_stop import Stopped, StopSignals
 from .halving_pause import HalvingPause, Paused
+from .rank_messages import SharedNumber
 
 
 class _Caught(TorchCheckpointIO):

@@ -12,19 +12,19 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from lora_lightning.adapters.folder import undone_on_mistake
+from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.config.compatibility import refuse_combinations
 from lora_lightning.config.compose import settings_of, with_direction
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
-from lora_lightning.data.row_counts import class_counts, doubts
+from lora_lightning.data.row_counts import class_counts, row_warnings
 from lora_lightning.distributed.precision import automatic_precision_message, with_precision
 from lora_lightning.distributed.sharded_loading import check_heads
 from lora_lightning.distributed.strategies import ShardedStrategy
 from lora_lightning.lora import UserError
 from lora_lightning.lora.embeddings import vocabulary_rows
 from lora_lightning.models.forward import check_packing
-from lora_lightning.models.loading import load_model_config
+from lora_lightning.models.model_config import load_model_config
 from lora_lightning.models.tokenizer import token_ids
 from lora_lightning.tasks import build_task, to_device
 from lora_lightning.training.components import build_components
@@ -56,7 +56,7 @@ def check(config: DictConfig) -> str:
     settings = settings_of(config)
     output = Path(config.output_dir)
     check_unused_folder(output)
-    with undone_on_mistake(output, always=True):
+    with rollback_on_mistake(output, always=True):
         task = build_task(settings.task)
         module, data = build_components(settings, task, seed=config.seed, start_from=config.adapter)
         trainer = build_trainer(config)
@@ -160,7 +160,7 @@ def _data(data: LoraDataModule, settings: Settings) -> str:
     counts = class_counts(data)
     if counts:
         lines.append(f"classes {', '.join(f'{label} {n:,}' for label, n in counts.items())}")
-    lines += [f"WARNING {line}" for line in doubts(data)]
+    lines += [f"WARNING {line}" for line in row_warnings(data)]
     return "\n".join(lines)
 
 

@@ -17,14 +17,17 @@ from torch import Tensor
 from lora_lightning.config.compose import settings_of
 from lora_lightning.config.schema import OptimConfig
 from lora_lightning.data.collators import LANE
-from lora_lightning.data.datamodule import longest_input, tokens_at_a_time
+from lora_lightning.data.examples import longest_input, tokens_at_a_time
 from lora_lightning.lora import UserError
-from lora_lightning.models.fake import rows_alone, skeletons
+from lora_lightning.models.fake import fake_models
 from lora_lightning.models.lm_head import trust_head
-from lora_lightning.models.loading import load_model_config, max_positions
+from lora_lightning.models.model_config import load_model_config, max_positions
+from lora_lightning.models.private_api import unpacked_rows
 from lora_lightning.tasks import build_task
 from lora_lightning.tasks.generation import GenerativeTask
-from lora_lightning.training.module import LoraModule
+from lora_lightning.training.build import build_adapted_model
+from lora_lightning.training.optim import build_optimizer
+from lora_lightning.training.step_loss import task_loss
 
 from .storage_tracker import StorageTracker
 
@@ -59,7 +62,7 @@ class DryRun:
         self.task = build_task(settings.task)
         model_config = load_model_config(settings.model)
         self.task.prepare(model_config)
-        self.task.suppose()
+        self.task.assume_labels()
         self.length = longest_input(settings.data, max_positions(model_config))
         self.joined = settings.data.packing or self.task.joins_rows
         self.rows_in_lane = max(1, LANE // self.length) if self.joined else 1
@@ -68,17 +71,20 @@ class DryRun:
         self.at_a_time = None if lanes is None else lanes * self.rows_in_lane
         """Full-length rows that are computed together; None means the whole batch."""
         tracker.part = "weights"
-        self.module = LoraModule(
+        self.offload = settings.model.offload_activations
+        self.optim = replace(settings.optim, options=_as_on(device, settings.optim))
+        # No LoraModule: its metrics copy their states, and copies of fake tensors damage memory
+        # (torch 2.13 frees the weak references of FakeTensorMode twice).
+        built = build_adapted_model(
             self.task,
             replace(settings.model, compile=None),
             settings.lora,
-            replace(settings.optim, options=_as_on(device, settings.optim)),
-            tokenizer=SimpleNamespace(pad_token_id=0),
+            SimpleNamespace(pad_token_id=0),
         )
-        self.module.configure_model()
-        trust_head(self.module.model)
+        self.model, self.adapter = built.model, built.adapter
+        trust_head(self.model)
         gc.collect()
-        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: tracker.assign([p.grad], "gradients")
@@ -90,7 +96,8 @@ class DryRun:
 
         The optimizer state that the first step creates stays allocated.
         """
-        optimizer = self.module.build_optimizer()
+        from_zero = [] if self.adapter is None else self.adapter.zero_initialized()
+        optimizer = build_optimizer(self.model.named_parameters(), self.optim, from_zero=from_zero)
         self._add_gradients()
         self.tracker.part = "optimizer"
         try:
@@ -102,7 +109,7 @@ class DryRun:
             optimizer.step()
         except RuntimeError as error:  # the step reads values, which fake tensors lack
             raise UserError(
-                f"optim.name={self.module.optim_config.name} is not supported by plan: its step "
+                f"optim.name={self.optim.name} is not supported by plan: its step "
                 "reads values. Use AdamW here, or lora-lightning check."
             ) from error
         optimizer.zero_grad()
@@ -138,9 +145,10 @@ class DryRun:
         mixed = self.autocast is not None
         with (
             torch.autocast(self.device.type, self.autocast) if mixed else nullcontext(),
-            nullcontext() if self.joined else rows_alone(),
+            nullcontext() if self.joined else unpacked_rows(),
         ):
-            loss = self.module.training_loss(self.batch(rows))
+            batch = self.batch(rows)
+            loss = task_loss(self.task, self.model, batch, self.device, offload=self.offload).total
         self.tracker.part = "transient"
         return loss
 
@@ -172,7 +180,7 @@ def dry_run(config: DictConfig, device: torch.device) -> Iterator[DryRun]:
     Raises:
         UserError: If the settings do not fit the model.
     """
-    with skeletons(device), StorageTracker(device.type) as tracker:
+    with fake_models(device), StorageTracker(device.type) as tracker:
         yield DryRun(config, device, tracker)
 
 

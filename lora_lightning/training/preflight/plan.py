@@ -18,8 +18,8 @@ from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.serialization.save import weights_bytes
 from lora_lightning.lora.target_modules import match_targets
 from lora_lightning.lora.target_presets import target_sets
-from lora_lightning.models.fake import skeletons
-from lora_lightning.models.loading import load_model_config
+from lora_lightning.models.fake import fake_models
+from lora_lightning.models.model_config import load_model_config
 from lora_lightning.tasks import build_task
 from lora_lightning.utils.quiet import quiet_libraries
 
@@ -134,8 +134,8 @@ def _adapters(config: DictConfig) -> str:
     assert settings.lora is not None
     task = build_task(settings.task)
     task.prepare(load_model_config(settings.model))
-    task.suppose()
-    with skeletons(torch.device("meta")):
+    task.assume_labels()
+    with fake_models(torch.device("meta")):
         model, head = task.build_model(settings.model, SimpleNamespace(pad_token_id=0))
         count = sum(parameter.numel() for parameter in model.parameters())
         saved = list(dict.fromkeys([*settings.lora.modules_to_save, *head]))

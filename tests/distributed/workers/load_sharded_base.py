@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
-from lora_lightning.models.loading import load_generator, load_tokenizer
+from lora_lightning.distributed.parallel_dims import DATA, TENSOR, ParallelDims
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.tokenizer import load_tokenizer
 
 
 def anonymous() -> float:
@@ -33,7 +34,7 @@ def main(folder: str, tensor: int) -> None:
     mesh = init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=(DATA, TENSOR))
     config = ModelConfig(name_or_path=folder, dtype="bfloat16")  # a copy: not the file's own pages
     tokenizer = load_tokenizer(config)
-    shards = Shards(mesh) if world > 1 else None
+    shards = ParallelDims(mesh) if world > 1 else None
     before = peak = anonymous()
     done = False
 

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning.config.schema import ModelConfig
-from lora_lightning.distributed.sharded_loading import DATA, TENSOR, Shards
+from lora_lightning.distributed.parallel_dims import DATA, TENSOR, ParallelDims
 from lora_lightning.lora import Adapter, LoraConfig
 from lora_lightning.models import lm_head as head
-from lora_lightning.models.loading import load_generator, load_tokenizer
+from lora_lightning.models.loading import load_generator
+from lora_lightning.models.tokenizer import load_tokenizer
 
 ROWS = 4
 """Of logits, at a time."""
@@ -46,7 +47,9 @@ class Logits(TorchDispatchMode):
         return result
 
 
-def losses(folder: str, case: str, shards: Shards | None, rank: int) -> tuple[int, list[float]]:
+def losses(
+    folder: str, case: str, shards: ParallelDims | None, rank: int
+) -> tuple[int, list[float]]:
     """Rows of logits at a time; losses of two steps and of an evaluation, and gradients."""
     config = ModelConfig(name_or_path=folder)
     model = load_generator(config, load_tokenizer(config), shards).eval()
@@ -90,7 +93,7 @@ def main(cases: list[str]) -> None:
         head.CHUNK = 2**25
         _, expected = losses(folder, case, None, rank)
         head.CHUNK = ROWS * len(load_tokenizer(ModelConfig(name_or_path=folder)))
-        most, ours = losses(folder, case, Shards(mesh), rank)
+        most, ours = losses(folder, case, ParallelDims(mesh), rank)
         found[case] = [None] * world
         dist.all_gather_object(found[case], (most, ours, expected))
     if rank == 0:

@@ -47,7 +47,7 @@ def read_by_rule(base, folder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_canonical(rslora, base, tmp_path):
+def test_write_canonical_keeps_outputs_for_engines_and_peft(rslora, base, tmp_path):
     source = stored(base, tmp_path / "source", use_rslora=rslora, **PATTERNS)
     expected = logits(load_adapter(base(), source).model)
     assert not torch.allclose(read_by_rule(base, source), expected, atol=1e-2)
@@ -64,7 +64,7 @@ def test_canonical(rslora, base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_canonical_of_a_file_in_16_bits_does_not_round_to_16_bits(kind, base, tmp_path):
+def test_write_canonical_of_a_16_bit_file_rounds_in_fp32(kind, base, tmp_path):
     source = stored(base, tmp_path / "source", **PATTERNS)
     path = source / "adapter_model.safetensors"
     save_file({name: tensor.to(kind) for name, tensor in load_file(path).items()}, path)
@@ -77,7 +77,7 @@ def test_canonical_of_a_file_in_16_bits_does_not_round_to_16_bits(kind, base, tm
         torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_canonical_already_keeps_its_bytes(base, tmp_path):
+def test_write_canonical_of_a_canonical_adapter_keeps_its_bytes(base, tmp_path):
     source = stored(base, tmp_path / "source", rank=3, alpha=5)
     assert write_canonical(source, tmp_path / "new") == (3, 0.0)
     name = "adapter_model.safetensors"
@@ -89,15 +89,15 @@ def test_what_is_canonical_already_keeps_its_bytes(base, tmp_path):
     [
         ({"rank": 8}, "", ""),
         ({"rank": 8, "use_rslora": True, "init": "pissa"}, "", ""),
-        (PATTERNS, "ranks or alphas of single modules", "ranks or alphas of single modules"),
+        (PATTERNS, "ranks and alphas of single modules", "ranks and alphas of single modules"),
         ({"use_dora": True}, "DoRA", "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)", "trained whole (lm_head)"),
-        ({"rank": 600, "targets": ["q_proj"]}, "rank 600, above --max-lora-rank's most", ""),
-        ({"layers": [1]}, "", "only some layers of mlp.down_proj"),
-        ({"targets": ["embed_tokens", "q_proj"]}, "", "an adapter on an embedding"),
+        ({"modules_to_save": ["lm_head"]}, "modules (lm_head)", "modules (lm_head)"),
+        ({"rank": 600, "targets": ["q_proj"]}, "rank 600 is above the maximum", ""),
+        ({"layers": [1]}, "", "mlp.down_proj, mlp.gate_proj"),
+        ({"targets": ["embed_tokens", "q_proj"]}, "", "adapters on embeddings"),
     ],
 )
-def test_rules(settings, vllm, lorax, base, tmp_path):
+def test_engine_problems_name_each_broken_rule(settings, vllm, lorax, base, tmp_path):
     folder = stored(base, tmp_path / "a", **settings)
     for engine, expected in (("vllm", vllm), ("lorax", lorax)):
         found = engine_problems(folder, engine)
@@ -105,12 +105,12 @@ def test_rules(settings, vllm, lorax, base, tmp_path):
         assert expected in "; ".join(found)
 
 
-def test_the_command(base, tmp_path, run_cli):
+def test_export_command_checks_writes_or_names_the_mistake(base, tmp_path, run_cli):
     source = stored(base, tmp_path / "source", **PATTERNS)
     where = f"adapter={source}"
     status, out, err = run_cli("export", where, "check=vllm,lorax")
     assert status == 2
-    assert "vllm: ranks or alphas of single modules, which it does not read" in out
+    assert "vllm: ranks and alphas of single modules are ignored" in out
     assert "is not for vllm, lorax" in " ".join(err.split())
     output = tmp_path / "new"
     arguments = ("export", where, f"output={output}", "format=canonical", "check=vllm,lorax")
@@ -121,7 +121,7 @@ def test_the_command(base, tmp_path, run_cli):
     no = f"output={tmp_path / 'no'}"
     status, out, err = run_cli("export", where, no, "check=vllm")
     assert (status, (tmp_path / "no").exists()) == (2, False)
-    assert "vllm: ranks or alphas of single modules" in out
+    assert "vllm: ranks and alphas of single modules" in out
     assert "is not for vllm, for the reasons above. Nothing was written." in " ".join(err.split())
     status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
     assert status == 0
@@ -138,7 +138,7 @@ def test_the_command(base, tmp_path, run_cli):
         assert message in " ".join(err.split())
 
 
-def test_an_encoder_decoders_adapter_is_for_neither(base, tmp_path):
+def test_engine_problems_of_an_encoder_decoder_name_it(base, tmp_path):
     folder = stored(base, tmp_path / "a", rank=8)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_2_SEQ_LM"}))
@@ -146,7 +146,7 @@ def test_an_encoder_decoders_adapter_is_for_neither(base, tmp_path):
         assert "encoder-decoder" in "; ".join(engine_problems(folder, engine))
 
 
-def test_dora_is_refused(base, tmp_path):
+def test_write_canonical_of_dora_is_refused(base, tmp_path):
     folder = stored(base, tmp_path / "a", use_dora=True)
-    with pytest.raises(UserError, match="is a DoRA adapter"):
+    with pytest.raises(UserError, match="DoRA is not supported here"):
         write_canonical(folder, tmp_path / "new")

@@ -207,7 +207,7 @@ def test_optuna_is_told_the_direction_of_the_metric(monitor):
 @pytest.mark.parametrize("name", TASK_CONFIGS)
 def test_the_direction_by_name_is_that_of_torchmetrics(name):
     task = build_task({"name": name})
-    task.suppose()
+    task.assume_labels()
     for key, metric in task.metrics().items(keep_base=True):
         assert metric.higher_is_better is not None
         for monitor in task.metric_names():

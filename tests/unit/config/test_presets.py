@@ -116,7 +116,7 @@ def test_a_run_that_is_there_is_left_as_it_was(mine, run_cli):
     status, _, err = run_cli(
         "train", "--config-dir", str(mine), "experiment=own", "output_dir=run", "trainer=cpu"
     )
-    assert (status, "holds a run already" in err) == (2, True)
+    assert (status, "already holds a run" in err) == (2, True)
     assert config.read_text() == "seed: 3\n"
 
 

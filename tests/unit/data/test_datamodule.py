@@ -32,7 +32,7 @@ from lora_lightning.data.sampler import FILLER
 from lora_lightning.data.splits import make_splits
 from lora_lightning.distributed.strategies import ShardedStrategy
 from lora_lightning.errors import UserError
-from lora_lightning.models.loading import load_tokenizer
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import (
     IGNORE,
     LanguageModelTask,
@@ -146,7 +146,7 @@ def test_given_splits_are_left_as_they_are():
 
 
 def test_too_few_rows_to_cut():
-    with pytest.raises(UserError, match="only 3 rows, too few to cut off val and test"):
+    with pytest.raises(UserError, match="3 rows are too few to cut off val and test"):
         _cut(_rows(a=2, b=1))
 
 
@@ -189,8 +189,8 @@ def test_nothing_but_empty_rows(build):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_length": 65}, "takes at most 64 tokens"),
-        ({"max_length": 2}, "no room for text"),
+        ({"max_length": 65}, "must be at most 64"),
+        ({"max_length": 2}, "must leave room for text"),
     ],
 )
 def test_wrong_lengths_are_refused(build, rows_jsonl, settings, message):
@@ -520,7 +520,7 @@ def test_longest_batch(build, rows_jsonl):
 
 def test_fit_needs_validation_rows(build, rows_jsonl):
     data = build(rows_jsonl, val_fraction=0.0)
-    with pytest.raises(UserError, match="no val data"):
+    with pytest.raises(UserError, match="data.val: must be given"):
         data.setup("fit")
 
 
@@ -540,7 +540,9 @@ def test_fewer_rows_than_processes_are_refused(build, rows_jsonl):
     )
     data.setup("fit")
     data.trainer.world_size = 9
-    with pytest.raises(UserError, match="8 val rows for 9 processes"):
+    with pytest.raises(
+        UserError, match="data.val: must hold at least 9 rows for 9 processes, and holds 8"
+    ):
         data.setup("fit")
 
 
@@ -552,7 +554,7 @@ def test_a_budget_is_refused_where_all_must_keep_step(build, rows_jsonl):
     data.trainer = SimpleNamespace(
         world_size=2, _accelerator_connector=connector, strategy=strategy
     )
-    with pytest.raises(UserError, match="data.max_tokens=30: where the base's layers are spread"):
+    with pytest.raises(UserError, match="data.max_tokens=30: is not supported with trainer=fsdp2"):
         data.setup("fit")
 
 

@@ -1,4 +1,4 @@
-"""Prepared data that was damaged, or whose source has changed, is made again."""
+"""Prepared data that was damaged, or whose source has changed, is built again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.asserts import flip_bit
 from helpers.data import make_rows, write_jsonl
 from lora_lightning.config.schema import DataConfig
 from lora_lightning.data import docstrings, hub
@@ -88,7 +89,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ["one"])
     (tmp_path / "file").write_text("no folder")
     config = DataConfig(train=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot write the cache of prepared data in .*file"):
+    with pytest.raises(UserError, match="cannot write the cache in .*file"):
         load_splits(config)
 
 
@@ -97,18 +98,12 @@ def test_a_damaged_parquet_file_is_the_files_fault(tmp_path):
     content = bytearray((tmp_path / "rows.parquet").read_bytes())
     content[8:4000] = bytes(3992)
     (tmp_path / "rows.parquet").write_bytes(content)
-    with pytest.raises(UserError, match="is not readable as PARQUET"):
+    with pytest.raises(UserError, match="cannot be read as PARQUET"):
         read(tmp_path / "rows.parquet")
 
 
-def _turn(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGES = {
-    "turned bit": _turn,
+    "turned bit": flip_bit,
     "emptied": lambda path: path.write_bytes(b""),
     "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -127,7 +122,7 @@ def test_damaged_copies_of_rows_are_made_again(ending, damage, tmp_path, capsys)
     DAMAGES[damage](made)
     capsys.readouterr()
     assert read(path) == words
-    assert capsys.readouterr().err.count("is damaged: what was prepared there is made again") == 1
+    assert capsys.readouterr().err.count("is damaged and is built again") == 1
     assert read(path) == words
     assert capsys.readouterr().err.count("is damaged") == 0
 
@@ -150,7 +145,7 @@ def test_splits_of_a_folder_are_those_of_its_files_now(damage, tmp_path, capsys)
                 capsys.readouterr()
             else:
                 before |= set(made)
-                assert capsys.readouterr().err.count("is made again") == 1
+                assert capsys.readouterr().err.count("is built again") == 1
 
 
 def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
@@ -174,12 +169,12 @@ def test_damaged_rows_of_the_hub_are_made_again(tmp_path, monkeypatch, capsys):
     file.write_bytes(content.replace(b"row 50", b"row 05"))
     capsys.readouterr()
     assert read_all() == expected
-    assert capsys.readouterr().err.count("is made again") == 1
+    assert capsys.readouterr().err.count("is built again") == 1
     assert read_all() == expected
-    assert "is made again" not in capsys.readouterr().err
+    assert "is built again" not in capsys.readouterr().err
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", lambda *_, **__: None)
     file.write_bytes(content.replace(b"row 50", b"row 05"))
-    with pytest.raises(UserError, match="are damaged, and cannot be prepared again without"):
+    with pytest.raises(UserError, match="are damaged and cannot be prepared again without"):
         read_all()
 
 
@@ -204,10 +199,10 @@ def test_damaged_tokens_are_made_again(damage, tiny_bert, tmp_path, capsys):
         DAMAGES[damage](file)
     capsys.readouterr()
     assert tokens() == expected
-    assert capsys.readouterr().err.count("is made again") == len(files)
+    assert capsys.readouterr().err.count("is built again") == len(files)
     assert tokens() == expected
     assert [file.read_bytes() for file in files] == contents
-    assert capsys.readouterr().err.count("is made again") == 0
+    assert capsys.readouterr().err.count("is built again") == 0
 
 
 def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys, monkeypatch):
@@ -218,7 +213,7 @@ def test_made_rows_are_made_again_where_a_letter_has_turned(tmp_path, capsys, mo
     monkeypatch.setattr(docstrings, "build_docstrings", lambda _: rows)
     paths = docstrings.docstring_files(tmp_path)
     contents = {split: path.read_bytes() for split, path in paths.items()}
-    _turn(paths["test"])
+    flip_bit(paths["test"])
     docstrings.docstring_files(tmp_path)
     assert {split: path.read_bytes() for split, path in paths.items()} == contents
-    assert "is made again" in capsys.readouterr().err
+    assert "is built again" in capsys.readouterr().err

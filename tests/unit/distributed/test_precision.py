@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from helpers.data import make_rows, write_jsonl
-from lora_lightning.adapters.folder import read_sidecar
+from helpers.runs import result_of
+from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.compose import compose_config
 from lora_lightning.distributed import hardware_speed, precision
 from lora_lightning.distributed.precision import (
@@ -22,7 +22,6 @@ from lora_lightning.distributed.precision import (
 from lora_lightning.distributed.tf32 import tf32_matmuls
 from lora_lightning.lora import UserError
 from lora_lightning.models.cpu_kernels import attend
-from lora_lightning.training.run import train
 
 
 @pytest.mark.parametrize(
@@ -147,35 +146,21 @@ def test_tf32_matmuls_stays_on_until_the_last_thread_leaves(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_llama, tmp_path_factory):
+def runs(trained_run, tiny_llama):
     """The same three steps in each precision."""
-    folder = tmp_path_factory.mktemp("precision")
-    write_jsonl(folder / "rows.jsonl", make_rows(40))
     common = [
-        "trainer=cpu",
         "trainer.max_steps=3",
         "trainer.log_every_n_steps=1",
-        "trainer.enable_progress_bar=false",
-        "callbacks.progress_bar=null",
-        "callbacks.rich_summary=null",
-        "test_before=false",
-        "data.batch_size=8",
-        f"data.train={folder / 'rows.jsonl'}",
         f"model.name_or_path={tiny_llama}",
     ]
     names = ("32-true", "bf16-true", "bf16-mixed")
-    return folder, {
-        name: train(
-            compose_config([*common, f"trainer.precision={name}", f"output_dir={folder / name}"])
-        )
-        for name in names
-    }
+    return {name: trained_run(*common, f"trainer.precision={name}") for name in names}
 
 
 def test_train_in_each_precision_gives_nearly_the_same_fp32_adapter(runs):
-    folder, results = runs
+    results = {name: result_of(run) for name, run in runs.items()}
     adapters = {
-        name: load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in results
+        name: load_file(run / "adapter" / "adapter_model.safetensors") for name, run in runs.items()
     }
     for name, result in results.items():
         assert result["precision"] == name
@@ -188,19 +173,17 @@ def test_train_in_each_precision_gives_nearly_the_same_fp32_adapter(runs):
 
 
 def test_saved_settings_hold_the_dtype_of_the_base(runs):
-    folder, _ = runs
     types = {
-        name: read_sidecar(folder / name / "adapter")["settings"]["model"]["dtype"]
+        name: AdapterFolder(runs[name] / "adapter").read_sidecar()["settings"]["model"]["dtype"]
         for name in ("32-true", "bf16-true")
     }
     assert types == {"32-true": "float32", "bf16-true": "bfloat16"}
 
 
 def test_load_trained_of_bf16_true_has_a_bf16_base(runs):
-    from lora_lightning.inference.predictor import load_trained
+    from lora_lightning.inference.loading import load_trained
 
-    folder, _ = runs
-    module = load_trained(folder / "bf16-true" / "adapter")
+    module = load_trained(runs["bf16-true"] / "adapter")
     for name, parameter in module.model.named_parameters():
         trained = "lora_" in name or name == "score.weight"
         assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name

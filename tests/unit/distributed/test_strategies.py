@@ -26,7 +26,7 @@ from lora_lightning.distributed.strategies import (
 )
 from lora_lightning.lora import UserError
 from lora_lightning.training.module import LoraModule
-from lora_lightning.training.results import measured
+from lora_lightning.training.results import measurements
 from lora_lightning.training.run import train
 from lora_lightning.training.trainer import FIRST_SCALE, build_trainer, half_precision
 
@@ -65,7 +65,7 @@ def test_memory_is_that_of_the_device_that_trained(monkeypatch):
         strategy=SimpleNamespace(root_device=gpu), current_epoch=1, global_step=2, world_size=4
     )
     clock = SimpleNamespace(seconds=1.0, tokens=1)
-    found = measured(compose_config([]), module, trainer, clock, {})
+    found = measurements(compose_config([]), module, trainer, clock, {})
     assert (found["device"], found["peak_memory_mib"]) == ("cuda:3", 7.0)
 
 

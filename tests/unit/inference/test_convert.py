@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from helpers.models import logits
 from lora_lightning.adapters.formats import read_layout
 from lora_lightning.inference.convert import import_adapter
-from lora_lightning.inference.predictor import Predictor, load_trained
+from lora_lightning.inference.loading import load_trained
+from lora_lightning.inference.predictor import Predictor
 from lora_lightning.lora import UserError, load_adapter
 
 RANK, ALPHA = 3, 6.0
@@ -61,7 +62,7 @@ def same_everywhere(base, folder, expected) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_kohya(base, tiny_llama, tmp_path):
+def test_import_of_kohya_files_keeps_outputs(base, tiny_llama, tmp_path):
     tensors, updates = {}, {}
     layers = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
     for seed, (name, alpha) in enumerate(zip(layers, (2.0, None), strict=True)):
@@ -86,7 +87,7 @@ def test_kohya(base, tiny_llama, tmp_path):
         (".lora_a.weight", ".lora_b.weight", "layers.{}.attn.output_proj"),
     ],
 )
-def test_half_a_pair_is_told(a, b, name, base, tmp_path):
+def test_read_layout_of_half_a_pair_is_refused(a, b, name, base, tmp_path):
     """Of a layer that the model has, and of one that it does not have."""
     down, up = drawn(0, HIDDEN, HIDDEN)
     for lost, layer in ((a, 1), (b, 1), (a, 9)):
@@ -94,12 +95,12 @@ def test_half_a_pair_is_told(a, b, name, base, tmp_path):
         tensors |= {name.format(layer) + a: down.clone(), name.format(layer) + b: up.clone()}
         del tensors[name.format(layer) + lost]
         save_file(tensors, tmp_path / "half.safetensors")
-        with pytest.raises(UserError, match=f"and no {re.escape(name.format(layer) + lost)}"):
+        with pytest.raises(UserError, match=f"but no {re.escape(name.format(layer) + lost)}"):
             read_layout(tmp_path / "half.safetensors", base(), alpha=ALPHA)
 
 
 @pytest.mark.parametrize("parts", ["qkv", "qv", "k"])
-def test_litgpt(parts, base, tiny_llama, tmp_path):
+def test_import_of_litgpt_files_keeps_outputs(parts, base, tiny_llama, tmp_path):
     pairs = {part: drawn(ord(part), ROWS[part], HIDDEN) for part in parts}
     down = drawn(1, HIDDEN, 64)
     head = drawn(2, base().config.vocab_size, HIDDEN)
@@ -142,7 +143,7 @@ def rotated_in_halves(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1)
 
 
-def test_torchtune(base, tiny_llama, tmp_path):
+def test_import_of_torchtune_files_keeps_attention_scores(base, tiny_llama, tmp_path):
     q, k, up = drawn(0, ROWS["q"], HIDDEN), drawn(1, ROWS["k"], HIDDEN), drawn(2, 64, HIDDEN)
     tensors = {}
     for name, (a, b) in {"attn.q_proj": q, "attn.k_proj": k, "mlp.w3": up}.items():
@@ -176,7 +177,7 @@ def test_torchtune(base, tiny_llama, tmp_path):
     same_everywhere(base, folder, with_updates(base(), updates))
 
 
-def test_peft_classifier(tiny_bert, tmp_path):
+def test_import_of_a_peft_classifier_keeps_scores(tiny_bert, tmp_path):
     """Base, task and head come with PEFT's folder; the names of the classes do not."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
@@ -200,11 +201,13 @@ def test_peft_classifier(tiny_bert, tmp_path):
     torch.testing.assert_close(
         torch.tensor(list(row["scores"].values())), expected, rtol=0, atol=2e-6
     )
-    with pytest.raises(UserError, match="is for SEQ_CLS, and task=lm for CAUSAL_LM"):
+    with pytest.raises(
+        UserError, match="task=lm: is for CAUSAL_LM, but the adapter is for SEQ_CLS"
+    ):
         import_adapter(tmp_path / "peft", tmp_path / "other", [*FAST, "task=lm"])
 
 
-def test_head_that_is_not_there(tiny_bert, tmp_path):
+def test_import_without_the_head_of_its_task_is_refused(tiny_bert, tmp_path):
     name = "bert.encoder.layer.0.attention.self.query"
     a, b = drawn(0, HIDDEN, HIDDEN)
     key = "lora_te_" + name.replace(".", "_")
@@ -218,21 +221,11 @@ def test_head_that_is_not_there(tiny_bert, tmp_path):
 
 
 @pytest.fixture
-def run(tiny_bert, run_cli, fast, rows_jsonl, tmp_path):
-    """The folder of a run on the tiny model."""
-    folder = tmp_path / "run"
-    status, _, err = run_cli(
-        "train",
-        *fast,
-        f"model.name_or_path='{tiny_bert}'",
-        f"output_dir='{folder}'",
-        f"data.train='{rows_jsonl}'",
-    )
-    assert status == 0, err
-    return folder
+def run(trained_run):
+    return trained_run()
 
 
-def test_checkpoint(run, run_cli, tmp_path):
+def test_import_of_the_best_checkpoint_equals_the_adapter_of_the_run(run, run_cli, tmp_path):
     """The best checkpoint of a run gives the adapter that the run has left, to the byte."""
     [best] = (run / "checkpoints").glob("best-*.ckpt")
     status, _, err = run_cli("import", f"source={best}", f"output={tmp_path / 'new'}")
@@ -248,7 +241,7 @@ def test_checkpoint(run, run_cli, tmp_path):
     assert ours["settings"]["data"] == theirs["settings"]["data"]
 
 
-def test_export_merged_is_merge(run, run_cli, tmp_path):
+def test_export_merged_equals_merge(run, run_cli, tmp_path):
     adapter = f"adapter={run / 'adapter'}"
     status, out, err = run_cli("export", adapter, f"output={tmp_path / 'a'}", "format=merged")
     assert status == 0, err

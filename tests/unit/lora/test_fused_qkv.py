@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helpers.architectures import case
+from helpers.asserts import assert_tensors_close
 from helpers.models import randomise
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
@@ -118,12 +119,6 @@ def copy_values(source: Adapter, target: Adapter) -> None:
             tensor.copy_(values[name])
 
 
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, tensor in actual.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
 def train(adapter: Adapter, inputs: dict[str, Tensor], steps: int) -> None:
     config = OptimConfig(lr=1e-2, weight_decay=0.1)
     optimizer = build_optimizer(adapter.model.named_parameters(), config)
@@ -153,8 +148,8 @@ def test_split_layer_equals_separate_layers(name, rslora, tmp_path):
     for adapter in (ours, oracle):
         adapter.model.zero_grad()
         adapter.model(**this.inputs).logits.square().mean().backward()
-    assert_same(by_part(ours, gradient=True), by_part(oracle, gradient=True))
-    assert_same(by_part(ours), by_part(oracle))
+    assert_tensors_close(by_part(ours, gradient=True), by_part(oracle, gradient=True), rtol=1e-5)
+    assert_tensors_close(by_part(ours), by_part(oracle), rtol=1e-5)
 
     ours.model.float()
     save_adapter(ours, tmp_path)
@@ -198,7 +193,7 @@ def test_split_layer_file_has_blocks_and_zeros(name, tmp_path):
     # Training goes on from it, in parts again.
     again = fused(name)
     again.load_tensors(read_adapter(tmp_path)[1])
-    assert_same(again.named_tensors(), adapter.named_tensors())
+    assert_tensors_close(again.named_tensors(), adapter.named_tensors(), rtol=1e-5)
 
 
 def test_split_layer_with_a_dense_file_raises(tmp_path):

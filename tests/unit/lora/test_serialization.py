@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.architectures import case
+from helpers.asserts import contents
 from helpers.models import randomise
 from lora_lightning.lora import (
     Adapter,
@@ -57,10 +58,6 @@ def edit_tensors(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def assert_untouched(model):

@@ -24,8 +24,8 @@ from lora_lightning.lora import (
     save_adapter,
 )
 from lora_lightning.lora.layers.trainable_tokens import rows_of_tokens
+from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.models.lm_head import loss_at
-from lora_lightning.models.loading import fingerprint
 
 NEW = [VOCABULARY + 2, VOCABULARY, VOCABULARY + 1]
 ROWS = VOCABULARY + 3

@@ -1,25 +1,31 @@
-"""The CPU's faster ways compute what torch and transformers do."""
+"""CPU kernels compute what torch and transformers compute."""
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig, BertModel, FalconConfig, FalconModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_lightning.models import cpu_kernels as cpu
+from lora_lightning.config.compose import compose_config, config_hash
+from lora_lightning.config.schema import ModelConfig
+from lora_lightning.models import cpu_kernels
 from lora_lightning.models.cpu_kernels import (
     ATTENTION,
     FastDropout,
     attend,
-    crowded,
     dropout,
     prepare_for_cpu,
 )
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.tokenizer import load_tokenizer
+from lora_lightning.utils.cpu_load import load_warning
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +52,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
     assert torch.equal(x.grad, out.detach())  # x is one: both are the mask
 
 
-def test_dropout_follows_the_seed_and_is_off_where_torch_has_it_off():
+def test_dropout_follows_the_seed_and_torchs_off_switches():
     x = torch.randn(64, 65)
     drawn = []
     for seed in (1, 1, 2):
@@ -67,7 +73,7 @@ def masks(rows: int, positions: int) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("which", range(3), ids=["no mask", "boolean", "added"])
-def test_attention_with_dropout_is_attention(which):
+def test_attention_with_dropout_has_the_plain_attention_as_mean(which):
     """What nothing is dropped of equals transformers'; what is dropped of has that as its mean."""
     module = nn.Module().train()
     module.is_causal = False
@@ -94,7 +100,7 @@ def test_attention_with_dropout_is_attention(which):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_of_other_kinds_is_left_to_transformers(causal):
+def test_attend_without_a_fast_path_draws_as_transformers(causal):
     """Causal without a mask, or with fewer keys than queries: the same draws as transformers'."""
     module = nn.Module().train()
     module.is_causal, module.num_key_value_groups = causal, 1 if causal else 2
@@ -108,14 +114,14 @@ def test_attention_of_other_kinds_is_left_to_transformers(causal):
     assert torch.equal(*outputs)
 
 
-def test_a_model_gets_the_faster_dropout():
+def test_prepare_for_cpu_replaces_every_dropout():
     model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     count = sum(type(module) is nn.Dropout for module in model.modules())
     prepare_for_cpu(model, checkpoints=False)
     assert sum(isinstance(module, FastDropout) for module in model.modules()) == count > 2
 
 
-def test_attention_of_other_models_stays_as_it_is():
+def test_prepare_for_cpu_leaves_the_attention_of_other_models():
     """The faster attention has a name of its own, which one model's config holds and no file."""
     settings = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     ours, other = BertModel(settings), BertModel(deepcopy(settings))
@@ -130,35 +136,58 @@ def test_attention_of_other_models_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("load", "idle", "threads", "told"),
+    ("load", "busy", "threads", "expected"),
     [
-        (4.0, 0, 2, "OMP_NUM_THREADS=1 "),  # as many others as there are threads
-        (4.0, 0, 1, None),
-        (0.2, 0, 4, None),  # busy for this moment alone
-        (4.0, 100, 4, None),  # they have ended
-        (2.0, 50, 4, "others keep 2.0 of this machine's 4 cores busy, and this run has 4 threads"),
+        (4.0, 100, 2, "OMP_NUM_THREADS=1 "),  # as many others as there are threads
+        (4.0, 100, 1, None),
+        (0.2, 100, 4, None),  # busy for this moment alone
+        (4.0, 0, 4, None),  # they have ended
+        (2.0, 50, 4, "keep 2.0 of this machine's 4 cores busy, and this run has 4 threads"),
         (2.0, 50, 4, "OMP_NUM_THREADS=2 "),
         (2.0, 50, 2, None),
     ],
 )
-def test_others_that_compute_on_the_machine_are_told(load, idle, threads, told, monkeypatch):
+def test_load_warning_names_busy_cores_and_free_ones(load, busy, threads, expected, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("time.process_time", lambda: 0.0)
-    ticks = iter([[5, 5, 5, 5, 5, 0, 0, 0], [105 - idle, 5, 5, 5 + idle, 5, 0, 0, 0]])
-    monkeypatch.setattr(cpu, "_ticks", lambda: next(ticks))
-    found = crowded(threads)
-    assert told in found if told else found is None
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: float(busy))
+    warning = load_warning(threads)
+    assert expected in warning if expected else warning is None
 
 
-def test_a_system_that_tells_no_load_is_not_crowded(monkeypatch, tmp_path):
+def test_load_warning_without_measurements_uses_the_load_or_nothing(monkeypatch):
+    def unknown(*_):
+        raise OSError("not measured")
+
     monkeypatch.setattr("os.getloadavg", lambda: (9.0, 9.0, 9.0))
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr(cpu, "STAT", tmp_path / "none")
-    assert "others keep 4.0 of" in crowded(4)  # it tells the load alone
-
-    def unknown():
-        raise OSError("no load")
-
+    monkeypatch.setattr("psutil.cpu_percent", unknown)
+    assert "keep 4.0 of" in load_warning(4)
     monkeypatch.setattr("os.getloadavg", unknown)
-    assert crowded(4) is None
+    assert load_warning(4) is None
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_cpu_kernels_switch_decides_about_kernels_and_process_settings(
+    kernels, tiny_bert, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(cpu_kernels, "_return_freed_memory", lambda: calls.append("mallopt"))
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    config = ModelConfig(str(tiny_bert), gradient_checkpointing=True, cpu_kernels=kernels)
+    model, _ = load_classifier(config, load_tokenizer(config), ["a", "b"])
+    assert any(isinstance(module, FastDropout) for module in model.modules()) == kernels
+    assert model.config._attn_implementation == (ATTENTION if kernels else "sdpa")
+    assert ("ONEDNN_PRIMITIVE_CACHE_CAPACITY" in os.environ) == kernels
+    assert calls == ["mallopt"] * kernels
+
+
+def test_config_hash_of_earlier_runs_lacks_cpu_kernels():
+    config = compose_config(["model.name_or_path=x"])
+    earlier = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+    del earlier.model.cpu_kernels
+    assert config_hash(config) == config_hash(earlier)
+    assert config_hash(compose_config(["model.name_or_path=x", "model.cpu_kernels=false"])) != (
+        config_hash(earlier)
+    )

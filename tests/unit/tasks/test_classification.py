@@ -18,7 +18,9 @@ from lora_lightning.config.schema import ModelConfig, SentimentConfig
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.errors import UserError
 from lora_lightning.models.forward import classification_logits
-from lora_lightning.models.loading import load_classifier, load_model_config, load_tokenizer
+from lora_lightning.models.loading import load_classifier
+from lora_lightning.models.model_config import load_model_config
+from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import (
     IGNORE,
     LossOutput,
@@ -114,7 +116,7 @@ def test_typed_truth_values_are_names(tmp_path):
 @pytest.mark.parametrize("value", [["a", "b"], {"a": 1}])
 def test_a_text_that_is_none_is_refused(value):
     rows = Dataset.from_dict({"text": [value, value], "label": ["a", "b"]})
-    with pytest.raises(UserError, match="the train data holds no text in row 1 of column 'text'"):
+    with pytest.raises(UserError, match="the train data, row 1, column 'text': must hold text"):
         SentimentTask().learn({"train": rows})
 
 
@@ -129,11 +131,11 @@ def test_other_splits_may_say_the_same_in_another_type():
     ("values", "settings", "message"),
     [
         (["pos", "neg", "meh"], {"labels": ["pos", "neg"]}, "unknown label 'meh' in row 3"),
-        (["pos", None, "neg"], {}, "no label in 1 of 3 rows, the first is row 2"),
+        (["pos", None, "neg"], {}, "1 of 3 rows have no label, first row 2"),
         (["pos", "pos"], {}, "only 'pos'"),
         (["pos", "neg"], {"labels": ["pos", "neg", "pos"]}, "names a class twice"),
         (["pos", "neg"], {"label_column": "lable"}, "Did you mean 'label'"),
-        ([f"label {i}" for i in range(80)], {}, "no class label"),
+        ([f"label {i}" for i in range(80)], {}, "too many for a class label"),
         ([3, 1], {"labels": ["a", "b"]}, "unknown label 3 in row 1"),
         ([1.0, 0.0], {"labels": ["1", "0"]}, "unknown label 1.0 in row 1"),
         ([1.0, 0.0], {"labels": ["a", "b"]}, "unknown label 1.0 in row 1"),
@@ -351,11 +353,15 @@ def test_names_that_are_numbers_are_no_places():
 def test_splits_that_number_their_classes_otherwise_are_refused():
     task = SentimentTask()
     splits = {"train": named(["neg", "pos"], [0, 1]), "val": named(["pos", "neg"], [0, 1])}
-    with pytest.raises(UserError, match="the val data numbers its classes as pos, neg"):
+    with pytest.raises(
+        UserError, match="the val data: must number its classes as .*numbers them pos, neg"
+    ):
         task.learn(splits)
     task = SentimentTask()
     task.learn({"train": splits["train"]})
-    with pytest.raises(UserError, match="the test data numbers its classes as pos, neg"):
+    with pytest.raises(
+        UserError, match="the test data: must number its classes as .*numbers them pos, neg"
+    ):
         task.learn({"test": splits["val"]})
 
 
@@ -437,7 +443,7 @@ def test_the_head_of_a_base_is_kept_for_its_own_classes(
     for name, tensor in base.bert.state_dict().items():
         assert torch.equal(tensor, built.bert.state_dict()[name])
     told = " ".join(task.notes)
-    assert ("training begins with a new head" in told) == (not kept and len(names) == 2)
+    assert ("Training begins with a new head" in told) == (not kept and len(names) == 2)
 
 
 def test_another_order_than_that_of_the_head_is_refused():
@@ -446,7 +452,7 @@ def test_another_order_than_that_of_the_head_is_refused():
         BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "b", 1: "a"})
     )
     rows = Dataset.from_dict({"text": ["t", "u"], "label": ["a", "b"]})
-    with pytest.raises(UserError, match=r"task.labels=\[a,b\] is another order .*\[b,a\]"):
+    with pytest.raises(UserError, match=r"task.labels=\[a,b\]: must have the order .*\[b,a\]"):
         task.learn({"train": rows})
 
 
@@ -475,7 +481,7 @@ def test_an_adapter_to_start_from_keeps_its_order(values, typed, labels):
     task.begin_with({"labels": ["b", "a"]}, "old/adapter")
     rows = Dataset.from_dict({"text": ["t", "u"], "label": values})
     if labels is None:
-        with pytest.raises(UserError, match="adapter=old/adapter has learned the classes b, a"):
+        with pytest.raises(UserError, match="adapter=old/adapter: has the classes b, a"):
             task.learn({"train": rows})
         return
     task.learn({"train": rows})

@@ -63,7 +63,7 @@ class Clock(Callback):
 @pytest.mark.parametrize(
     ("every_n_minutes", "steps"), [(5.0, [3, 6, 9, 10]), (4.0, [2, 4, 6, 8, 10]), (None, [10])]
 )
-def test_last_checkpoint_is_saved_when_so_many_minutes_have_passed(
+def test_last_checkpoint_every_n_minutes_is_saved_by_the_clock(
     every_n_minutes, steps, run, events, monkeypatch
 ):
     clock = Clock(minutes=2)
@@ -72,7 +72,7 @@ def test_last_checkpoint_is_saved_when_so_many_minutes_have_passed(
     assert [step for kind, step in events if kind == "written"] == steps
 
 
-def test_training_continues_while_the_last_checkpoint_is_written(run, events, monkeypatch):
+def test_last_checkpoint_write_does_not_block_training(run, events, monkeypatch):
     """The write of step 3 stands still until step 5 is done."""
     released, write = threading.Event(), last_checkpoint._write
 

@@ -21,7 +21,7 @@ TRAINER.fit_loop.epoch_loop = SimpleNamespace()
 
 
 @pytest.mark.parametrize("what", ["test", "validation"])
-def test_a_signal_ends_an_evaluation_amid_a_batch(what):
+def test_signal_within_an_evaluation_ends_the_run(what):
     signals = StopSignals()
     with signals:
         signals.on_train_start(TRAINER, None)
@@ -56,7 +56,7 @@ class Evaluated(L.LightningModule):
     validation_step = test_step = on_validation_epoch_end = on_test_epoch_end = setup = _note
 
 
-def test_a_line_says_where_a_run_is():
+def test_heartbeat_line_names_epoch_and_step():
     beat = Heartbeat(wanted=True)
     module, data = Evaluated(beat), DataLoader(torch.ones(2, 1))
     assert beat.line() == "preparing the model and the data"
@@ -86,7 +86,7 @@ def test_a_line_says_where_a_run_is():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_lines_come_in_a_file_and_not_in_a_terminal(monkeypatch, terminal):
+def test_heartbeat_prints_to_a_file_and_not_to_a_terminal(monkeypatch, terminal):
     told, lines = threading.Event(), []
     monkeypatch.setattr(heartbeat, "say", lambda line: (lines.append(line), told.set()))
     monkeypatch.setattr(heartbeat.sys.stdout, "isatty", lambda: terminal, raising=False)

@@ -38,7 +38,7 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_disk_that_fails_ends_the_curves_alone(number, failing, tmp_path, capsys):
+def test_events_logger_on_a_failing_disk_warns_once(number, failing, tmp_path, capsys):
     failing(1 + 3, number)  # the first is TensorBoard's own
     logger = EventsLogger(tmp_path, name="", version="")
     for step in range(50):
@@ -54,14 +54,14 @@ def test_a_disk_that_fails_ends_the_curves_alone(number, failing, tmp_path, caps
     assert scalars(tmp_path)[:2] == [0, 1]
 
 
-def test_other_mistakes_are_raised(tmp_path):
+def test_events_logger_raises_other_errors(tmp_path):
     logger = EventsLogger(tmp_path, name="", version="")
     with pytest.raises(ValueError, match="not supported"):
         logger.log_metrics({"loss": object()}, 0)
     logger.finalize("success")
 
 
-def test_a_folder_that_cannot_be_made_ends_the_curves_alone(tmp_path, capsys, monkeypatch):
+def test_events_logger_without_a_folder_warns_once(tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.EROFS, "no")
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModel, AutoModelForCausalLM
 
+from helpers.asserts import assert_tensors_close
 from helpers.gpu import Waits
 from helpers.modules import LABELS, LORA, SGD, batches_of, encoded_rows, make_module
 from lora_lightning.config.compose import compose_config, settings_of
@@ -76,7 +77,7 @@ def base_weights(folder, auto_class) -> dict[str, torch.Tensor]:
 # What is trained ---------------------------------------------------------------------------------
 
 
-def test_optimizer_holds_exactly_the_adapter(tiny_bert):
+def test_optimizer_holds_the_adapter_alone(tiny_bert):
     module = make_module(tiny_bert)
     trainer = fit(module, batches_of(encoded_rows(8), [4, 4]))
     held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
@@ -88,7 +89,7 @@ def test_optimizer_holds_exactly_the_adapter(tiny_bert):
     assert {"classifier.weight", "classifier.bias"} <= names
 
 
-def test_base_is_unchanged_bit_for_bit(tiny_bert):
+def test_training_leaves_the_base_bit_identical(tiny_bert):
     module = make_module(tiny_bert)
     before = snapshot(module)
     fit(module, batches_of(encoded_rows(24), [8, 8, 8]), epochs=3)
@@ -133,7 +134,7 @@ class Unfreeze(L.Callback):
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_base_layer_that_a_callback_unfreezes_is_refused(epoch, tiny_bert):
+def test_base_layer_unfrozen_by_a_callback_raises(epoch, tiny_bert):
     """No checkpoint would hold it; so it is said before it is trained."""
     module = make_module(tiny_bert)
     weight = module.model.bert.encoder.layer[0].output.LayerNorm.weight
@@ -158,7 +159,7 @@ class Counting(nn.Module):
         return self.layer(x)
 
 
-def test_a_buffer_of_the_base_that_training_moves_is_refused(tiny_bert):
+def test_base_buffer_moved_by_training_raises(tiny_bert):
     module = make_module(tiny_bert)
     first = module.model.bert.encoder.layer[0].output
     first.LayerNorm = Counting(first.LayerNorm)
@@ -166,7 +167,7 @@ def test_a_buffer_of_the_base_that_training_moves_is_refused(tiny_bert):
         fit(module, batches_of(encoded_rows(8), [4, 4]))
 
 
-def test_running_statistics_of_the_base_are_in_a_checkpoint(tiny_bert, tmp_path):
+def test_checkpoint_holds_running_statistics_of_the_base(tiny_bert, tmp_path):
     module, other = make_module(tiny_bert), make_module(tiny_bert)
     for one in (module, other):
         config = one.adapter.config
@@ -223,7 +224,7 @@ class Recorder(LoraModule):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_train_mode_is_really_set(tiny_llama, dropout):
+def test_training_sets_train_mode_on_every_layer(tiny_llama, dropout):
     """At every step, also after a validation; Llama itself has no dropout, so LoRA's shows."""
     module = make_module(tiny_llama, lora=LoraConfig(rank=4, dropout=dropout), kind=Recorder)
     module.modes, module.noise = [], []
@@ -237,7 +238,7 @@ def test_train_mode_is_really_set(tiny_llama, dropout):
         assert max(module.noise) == 0.0
 
 
-def test_initialisation_depends_on_the_seed_alone(tiny_bert):
+def test_initialization_depends_on_the_seed_alone(tiny_bert):
     def tensors(seed: int) -> dict[str, torch.Tensor]:
         task = SentimentTask()
         task.restore(LABELS)
@@ -259,7 +260,7 @@ def test_initialisation_depends_on_the_seed_alone(tiny_bert):
     assert all(not torch.equal(one[name], other[name]) for name in drawn)
 
 
-def test_training_starts_from_a_given_adapter(tiny_bert, tmp_path):
+def test_warm_start_begins_with_the_weights_of_the_adapter(tiny_bert, tmp_path):
     first = make_module(tiny_bert)
     save_adapter(first.adapter, tmp_path / "adapter", base_model=str(tiny_bert))
     task = SentimentTask()
@@ -310,18 +311,12 @@ class LastGradients(L.Callback):
             self.gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
 
 
-def assert_near(found: dict, expected: dict, atol: float = 1e-6) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("sizes", "accumulate"),
     [([8], 1), ([1] * 8, 8), ([4, 3, 1], 3), ([4, 3, 1], 8), ([2, 6], 2)],
     ids=["1x8", "8x1", "4+3+1", "short window", "2+6"],
 )
-def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
+def test_optimizer_step_is_the_mean_over_all_targets(tiny_llama, sizes, accumulate):
     rows = encoded_rows(8)
     rows[2]["labels"] = rows[5]["labels"] = IGNORE  # targets are counted, not rows
     expected, gradients = reference(tiny_llama, [rows])
@@ -330,7 +325,7 @@ def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
         module, batches_of(rows, sizes), accumulate_grad_batches=accumulate, callbacks=[last]
     )
     assert trainer.global_step == 1
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
     assert max(g.abs().max() for g in gradients.values()) > 1e-2
     assert trainer.callback_metrics["train/loss"] == pytest.approx(
         torch.nn.functional.cross_entropy(
@@ -343,7 +338,7 @@ def test_a_step_is_the_mean_over_its_targets(tiny_llama, sizes, accumulate):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_micro_batches_of_a_batch_equal_the_whole(tiny_llama, accumulate):
+def test_micro_batches_equal_the_whole_batch(tiny_llama, accumulate):
     """Two epochs of batches of 8 and 4 rows in uneven parts, one of them without any target."""
     rows = encoded_rows(12)
     rows[8]["labels"] = rows[9]["labels"] = IGNORE
@@ -359,10 +354,10 @@ def test_micro_batches_of_a_batch_equal_the_whole(tiny_llama, accumulate):
         gradient_clip_val=0.3,
     )
     assert trainer.global_step == 2 * len(a_step)
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
 
 
-def test_short_last_window_over_several_epochs(tiny_llama):
+def test_short_last_accumulation_window_equals_the_reference(tiny_llama):
     """13 rows as 4+4+3 | 1+1 with accumulation over three: two steps an epoch, twice."""
     rows = encoded_rows(13)
     expected, _ = reference(tiny_llama, 2 * [rows[:11], rows[11:]])
@@ -370,11 +365,11 @@ def test_short_last_window_over_several_epochs(tiny_llama):
     batches = batches_of(rows, [4, 4, 3, 1, 1])
     trainer = fit(module, batches, accumulate_grad_batches=3, epochs=2)
     assert trainer.global_step == 4
-    assert_near(snapshot(module), expected)
+    assert_tensors_close(snapshot(module), expected)
 
 
 @pytest.mark.parametrize(("sizes", "accumulate"), [([8], 1), ([4, 3, 1], 3), ([4, 3, 1], 8)])
-def test_clipping_sees_the_normalised_gradient(tiny_llama, sizes, accumulate):
+def test_gradient_clipping_sees_the_normalized_gradient(tiny_llama, sizes, accumulate):
     rows = encoded_rows(8)
     _, gradients = reference(tiny_llama, [rows])
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
@@ -387,7 +382,7 @@ def test_clipping_sees_the_normalised_gradient(tiny_llama, sizes, accumulate):
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
         )
-        assert_near(snapshot(module), expected)
+        assert_tensors_close(snapshot(module), expected)
 
 
 def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
@@ -399,10 +394,10 @@ def test_gradient_checkpointing_gives_the_same_step(tiny_llama):
         fit(module, batches_of(encoded_rows(8), [8]))
         results.append(snapshot(module))
         assert len(calls) == (2 if checkpointing else 1), "the forward pass is to run again"
-    assert_near(results[1], results[0], atol=1e-7)
+    assert_tensors_close(results[1], results[0], atol=1e-7)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama):
+def test_non_finite_loss_stops_training(tiny_llama):
     module = make_module(tiny_llama)
     module.model.score.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="lower optim.lr"):
@@ -430,7 +425,7 @@ class Last(L.Callback):
 
 
 @pytest.mark.parametrize("kind", ["sentiment", "lm"])
-def test_a_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
+def test_training_step_does_not_wait_for_its_device(tiny_llama, tmp_path, kind):
     rows = encoded_rows(12)
     if kind == "lm":
         rows = [{**row, "labels": row["input_ids"]} for row in rows]
@@ -536,9 +531,7 @@ def test_training_step_copies_nothing_between_host_and_device(tiny_llama, kind, 
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_first_step_computes_layers_together_as_later_ones_do(
-    tiny_llama, tiny_t5, kind, monkeypatch
-):
+def test_first_step_groups_layers_as_later_steps_do(tiny_llama, tiny_t5, kind, monkeypatch):
     """A resumed run would otherwise begin with other last bits than one without a break."""
     monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     calls = []
@@ -568,7 +561,7 @@ def test_first_step_computes_layers_together_as_later_ones_do(
     assert steps[0] == steps[1] == steps[2]
 
 
-def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch):
+def test_throughput_counts_training_time_alone(tiny_llama, tmp_path, monkeypatch):
     """By a clock that says half a second a batch, and a hundred a validation."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(measured.time, "monotonic", lambda: clock.now)
@@ -621,7 +614,7 @@ def test_throughput_is_that_of_training_alone(tiny_llama, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("precision", "mixed"), [("bf16-mixed", True), ("32-true", False)])
-def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, precision, mixed):
+def test_packing_probe_runs_in_the_training_context(tiny_llama, monkeypatch, precision, mixed):
     """Flash attention takes no fp32, which an fp32 base gives it outside of autocast."""
     contexts = []
     monkeypatch.setattr(
@@ -636,7 +629,7 @@ def test_packing_is_probed_in_the_context_of_training(tiny_llama, monkeypatch, p
 
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_t5"])
-def test_text_is_generated_once_an_epoch_as_for_each_row(kind, request, monkeypatch):
+def test_generation_runs_once_an_epoch_and_equals_row_by_row(kind, request, monkeypatch):
     """Batches of 4, two of them cut to micro-batches; 7 rows are marked, of 12."""
     folder = request.getfixturevalue(kind)
     settings = {"name": "summarization", "max_new_tokens": 6, "text_metrics": ["rouge", "bleu"]}
@@ -692,7 +685,7 @@ def test_text_is_generated_once_an_epoch_as_for_each_row(kind, request, monkeypa
     assert {name: found[f"val/{name}"] for name in truth} == pytest.approx(truth)
 
 
-def test_a_runs_clock_stops_when_the_device_is_done(monkeypatch):
+def test_run_clock_stops_when_the_device_is_done(monkeypatch):
     clock = SimpleNamespace(now=10.0)
     waited = []
 
@@ -757,7 +750,7 @@ def test_load_from_checkpoint_gives_equal_logits(checkpoint):
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "not finite"])
-def test_loading_is_strict(checkpoint, damage):
+def test_load_from_checkpoint_with_damaged_state_raises(checkpoint, damage):
     module, path = checkpoint
     state = torch.load(path, weights_only=True)["state_dict"]
     name = next(name for name in state if "lora_A" in name)
@@ -776,7 +769,7 @@ def test_loading_is_strict(checkpoint, damage):
     assert all(torch.equal(t, before[n]) for n, t in snapshot(module).items())
 
 
-def test_checkpoint_of_other_labels_is_refused(checkpoint, tiny_bert):
+def test_checkpoint_of_other_labels_raises(checkpoint, tiny_bert):
     _, path = checkpoint
     content = torch.load(path, weights_only=True)
     module = make_module(tiny_bert)
@@ -785,12 +778,12 @@ def test_checkpoint_of_other_labels_is_refused(checkpoint, tiny_bert):
         module.on_load_checkpoint(content)
 
 
-def test_foreign_checkpoint_is_refused(tiny_bert):
+def test_checkpoint_of_another_module_raises(tiny_bert):
     with pytest.raises(UserError, match="not written by lora_lightning"):
         make_module(tiny_bert).on_load_checkpoint({"state_dict": {}})
 
 
-def test_full_checkpoint_round_trip(tiny_bert, tmp_path):
+def test_full_fine_tuning_checkpoint_round_trip_is_exact(tiny_bert, tmp_path):
     module = make_module(tiny_bert, lora=None)
     fit(module, batches_of(encoded_rows(8), [8])).save_checkpoint(tmp_path / "full.ckpt")
     loaded = LoraModule.load_from_checkpoint(tmp_path / "full.ckpt", map_location="cpu")
@@ -798,7 +791,7 @@ def test_full_checkpoint_round_trip(tiny_bert, tmp_path):
     assert all(torch.equal(t, expected[name]) for name, t in snapshot(loaded).items())
 
 
-def test_adapter_off_is_the_base(tiny_llama):
+def test_disabled_adapter_equals_the_base(tiny_llama):
     module = make_module(tiny_llama)
     assert isinstance(module.adapter, Adapter)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).model.eval()
@@ -811,7 +804,7 @@ def test_adapter_off_is_the_base(tiny_llama):
         assert torch.equal(found, base(**inputs).last_hidden_state)
 
 
-def test_eva_goes_on_from_an_adapter_with_its_own_settings(tiny_bert, rows_jsonl, fast, tmp_path):
+def test_eva_warm_start_keeps_the_settings_of_the_adapter(tiny_bert, rows_jsonl, fast, tmp_path):
     """Layers and ranks are the adapter's, all else the run's."""
     own = [*fast, "lora=eva", f"model.name_or_path={tiny_bert}", f"data.train={rows_jsonl}"]
     train(compose_config([*own, f"output_dir={tmp_path / 'run'}"]))

@@ -25,7 +25,7 @@ def _model() -> nn.Module:
     return model
 
 
-def test_matrices_decay_and_vectors_do_not():
+def test_weight_decay_applies_to_matrices_alone():
     model = _model()
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(weight_decay=0.3))
     decayed, others = optimizer.param_groups
@@ -36,12 +36,12 @@ def test_matrices_decay_and_vectors_do_not():
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
 
 
-def test_loraplus_without_an_adapter_is_told():
-    with pytest.raises(UserError, match="there is none to train"):
+def test_loraplus_without_an_adapter_raises():
+    with pytest.raises(UserError, match="requires an adapter"):
         build_optimizer(_model().named_parameters(), OptimConfig(loraplus_lr_ratio=16))
 
 
-def test_any_optimizer_of_torch_with_its_options():
+def test_optimizer_takes_any_class_of_torch_with_its_options():
     config = OptimConfig(name="SGD", lr=0.5, options={"momentum": 0.9, "nesterov": True})
     optimizer = build_optimizer(_model().named_parameters(), config)
     assert type(optimizer) is torch.optim.SGD
@@ -57,7 +57,7 @@ def test_any_optimizer_of_torch_with_its_options():
         ({"options": {"betas": [2.0, 0.9]}}, "AdamW does not take"),
     ],
 )
-def test_wrong_optimizers_are_told(settings, message):
+def test_unknown_optimizer_or_option_raises(settings, message):
     with pytest.raises(UserError, match=message):
         build_optimizer(_model().named_parameters(), OptimConfig(**settings))
 
@@ -74,13 +74,13 @@ def _rates(config: OptimConfig, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0.1, 2])
-def test_warmup_is_a_share_or_a_number_of_steps(warmup):
+def test_warmup_takes_a_fraction_or_a_number_of_steps(warmup):
     rates = _rates(OptimConfig(lr=1.0, warmup=warmup), 20)
     expected = [min(step / 2, (20 - step) / 18) for step in range(21)]
     assert rates == pytest.approx(expected)
 
 
-def test_cosine():
+def test_cosine_schedule_equals_its_formula():
     rates = _rates(OptimConfig(lr=1.0, warmup=0, scheduler="cosine"), 10)
     assert rates == pytest.approx([(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)])
 
@@ -114,16 +114,16 @@ def test_stable_schedule_decays_in_its_last_tenth():
     [
         ({"scheduler": "linear", "scheduler_options": {"foo": 1}}, "foo"),
         ({"scheduler": "greedy", "scheduler_options": {"foo": 1}}, "foo"),
-        ({"scheduler": "constant", "scheduler_options": {"num_cycles": 2}}, "leave them out"),
+        ({"scheduler": "constant", "scheduler_options": {"num_cycles": 2}}, "Leave them out"),
     ],
 )
-def test_options_that_a_schedule_does_not_take_are_told(settings, said):
+def test_schedule_option_that_is_unknown_raises(settings, said):
     optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
     with pytest.raises(UserError, match=said):
         build_scheduler(optimizer, OptimConfig(**settings), 10)
 
 
-def test_a_run_without_an_end_has_a_schedule_without_one():
+def test_schedule_that_needs_an_end_without_one_raises():
     optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
     build_scheduler(optimizer, OptimConfig(scheduler="constant_with_warmup", warmup=3), None)
     build_scheduler(optimizer, OptimConfig(scheduler="constant", warmup=0), None)
@@ -132,13 +132,13 @@ def test_a_run_without_an_end_has_a_schedule_without_one():
             build_scheduler(optimizer, OptimConfig(**settings), None)
 
 
-def test_unknown_schedule_is_told():
+def test_unknown_schedule_raises():
     optimizer = build_optimizer(_model().named_parameters(), OptimConfig())
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         build_scheduler(optimizer, OptimConfig(scheduler="cosin"), 10)
 
 
-def test_optimizer_on_a_gpu_is_fused_unless_losses_are_scaled(monkeypatch):
+def test_optimizer_on_a_gpu_is_fused_without_loss_scaling(monkeypatch):
     """The meta device stands for the GPU: torch's fused step refuses a device that it lacks."""
     made = {}
 
@@ -165,7 +165,7 @@ def test_optimizer_on_a_gpu_is_fused_unless_losses_are_scaled(monkeypatch):
     assert fused() is None
 
 
-def test_checkpoint_of_another_device_steps_as_this_one_does():
+def test_optimizer_state_of_another_device_gives_the_same_step():
     """A checkpoint's groups say `fused`, which a resumed run on a CPU would take over."""
     model = _model()
     saved = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).state_dict()

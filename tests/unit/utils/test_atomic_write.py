@@ -16,7 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from lora_lightning.adapters.folder import writable
+from lora_lightning.adapters.run_entries import check_writable
 from lora_lightning.cli.train import _whole_configs
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
@@ -190,7 +190,7 @@ def _locked(folder: Path) -> None:
 
 MAKERS = {
     "any": made_folder,
-    "run": writable,
+    "run": check_writable,
     "lock": _locked,
     ".hydra of a run": _config_of_a_run,
     ".hydra of a job": _config_of_a_job,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.adapters import folder as storage
-from lora_lightning.adapters.folder import undone_on_mistake
+from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.lora import UserError
 from lora_lightning.utils import locks as lock
 from lora_lightning.utils.locks import (
@@ -59,7 +59,7 @@ def hold(pipe, folder: Path) -> None:
     storage.locked = partial(locked, patience=1.0)
     pipe.recv()
     try:
-        with undone_on_mistake(folder):
+        with rollback_on_mistake(folder):
             pipe.send("holds")
             if pipe.recv() == "mistake":
                 raise UserError("a mistake")
@@ -166,7 +166,7 @@ def test_what_another_begins_is_not_removed(tmp_path, monkeypatch):
             (folder / ".hydra").mkdir()  # the other's
 
     monkeypatch.setattr(storage, "locked", held)
-    with pytest.raises(UserError, match="a mistake"), undone_on_mistake(folder):
+    with pytest.raises(UserError, match="a mistake"), rollback_on_mistake(folder):
         raise UserError("a mistake")
     assert (folder / ".hydra").is_dir()
 
