@@ -63,11 +63,11 @@ def lack_of_memory(error: BaseException | None) -> str | None:
     seen: set[int] = set()  # a chain may be a ring
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        said = str(error)
+        message = str(error)
         lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         lacks |= isinstance(error, OSError) and error.errno == errno.ENOMEM
-        if lacks or (not isinstance(error, UserError) and _NO_MEMORY.search(said)):
-            return said.splitlines()[0][:200] if said else type(error).__name__
+        if lacks or (not isinstance(error, UserError) and _NO_MEMORY.search(message)):
+            return message.splitlines()[0][:200] if message else type(error).__name__
         error = error.__cause__ or error.__context__
     return None
 

@@ -17,7 +17,7 @@ import torch
 
 from lora_lightning.errors import did_you_mean
 from lora_lightning.lora import UserError, read_adapter
-from lora_lightning.lora.serialization.peft_folder import from_peft_config
+from lora_lightning.lora.serialization.peft_config import from_peft_config
 
 from .folder import AdapterFolder
 from .stored_adapter import StoredAdapter, write_like

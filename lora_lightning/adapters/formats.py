@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import UserError
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.module_index import ModuleIndex
-from lora_lightning.lora.serialization.peft_folder import read_tensors
+from lora_lightning.lora.serialization.load import read_tensors
 
 PICKLES = (".pt", ".pth", ".bin", ".lora")
 PARTS = ("q", "k", "v")

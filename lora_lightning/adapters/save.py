@@ -79,7 +79,7 @@ def save_trained(
         save_tokenizer(module.tokenizer, staging)
         write_checksums(staging, content)
 
-    check_trained(module.trainable_tensors(), kept=f"{folder} was not written.")
+    check_trained(module.trainable_tensors(), hint=f"{folder} was not written.")
     if module.adapter is not None:
         save_adapter(
             module.adapter,

@@ -16,7 +16,8 @@ from lora_lightning.config.untrusted import check_links
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.serialization.checksums import write_checksums
-from lora_lightning.lora.serialization.peft_folder import from_peft_config, write_files
+from lora_lightning.lora.serialization.peft_config import from_peft_config
+from lora_lightning.lora.serialization.save import write_files
 from lora_lightning.lora.serialization.validation import check_values
 from lora_lightning.utils.output_folders import replaced_folder
 from lora_lightning.utils.terminal import command as command_line

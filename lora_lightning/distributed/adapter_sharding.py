@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_lightning.lora import Adapter, UserError
-from lora_lightning.lora.layers.fused_parts import Part, within
+from lora_lightning.lora.layers.fused_parts import Part, cut_parts
 from lora_lightning.lora.layers.fused_qkv import SplitLayer
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 
 from .collectives import join_collectives
 from .matrix_shards import Cut, ShardedDropout, even_bounds
@@ -252,9 +252,9 @@ def _sharded_layer(layer: LoraLayer, matrix: str, shards: ParallelDims) -> _Shar
         return _ShardedLayer(layer, matrix, Cut(0, bounds))
     # B has rows only for adapted parts.
     rows = [
-        sum(part.size or 0 for part in within(layer.parts, 0, bound) if part.adapted)
+        sum(part.size or 0 for part in cut_parts(layer.parts, 0, bound) if part.adapted)
         for bound in bounds
     ]
     start, stop = bounds[shards.tensor_rank : shards.tensor_rank + 2]
-    parts = (layer.parts, within(layer.parts, start, stop))
+    parts = (layer.parts, cut_parts(layer.parts, start, stop))
     return _ShardedLayer(layer, matrix, Cut(0, tuple(rows)), parts)

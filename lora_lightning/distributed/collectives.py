@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lightning.lora.functional import refuse_second_derivatives
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.functional import check_differentiated_once
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 
 from .parallel_dims import local_tensor
 
@@ -91,7 +91,7 @@ class _SummedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        refuse_second_derivatives("layers with cut matrices (trainer=tp)", "use another trainer")
+        check_differentiated_once("layers with cut matrices (trainer=tp)", "use another trainer")
         total = grad.contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

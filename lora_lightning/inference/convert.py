@@ -34,11 +34,8 @@ from lora_lightning.config.untrusted import (
 from lora_lightning.lora import LoraConfig, UserError, read_adapter
 from lora_lightning.lora.arithmetic import Update
 from lora_lightning.lora.embeddings import make_room
-from lora_lightning.lora.serialization.peft_folder import (
-    adapter_from,
-    from_peft_config,
-    is_together,
-)
+from lora_lightning.lora.serialization.load import adapter_from
+from lora_lightning.lora.serialization.peft_config import from_peft_config, ties_updates
 from lora_lightning.models.model_config import load_model_config
 from lora_lightning.models.tokenizer import load_tokenizer
 from lora_lightning.tasks import build_task
@@ -180,7 +177,7 @@ def _from_peft(folder: Path, overrides: list[str]) -> tuple[LoraModule, DictConf
     tokenizer = str(folder) if files.tokenizer_config.is_file() else None
     module, whole = _bare(config, kind=kind, tokenizer=tokenizer)
     make_room(module.model, lora, tensors, folder)
-    _attach(module, whole, lora, tensors, folder, together=is_together(raw))
+    _attach(module, whole, lora, tensors, folder, together=ties_updates(raw))
     return module, config
 
 

@@ -16,7 +16,7 @@ from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import check_links
 from lora_lightning.data.collators import PaddingCollator
 from lora_lightning.lora import UserError, load_adapter
-from lora_lightning.lora.initialization.loftq import take_over_values
+from lora_lightning.lora.initialization.loftq import copy_quantized_values
 from lora_lightning.training.module import LoraModule
 from lora_lightning.utils.output_folders import check_replaceable, replaced_folder
 
@@ -84,7 +84,7 @@ def _unquantized(folder: Path, model: dict[str, Any]) -> LoraModule:
     config = replace(module.model_config, quantization=None)
     base, _ = module.task.build_model(config, module.tokenizer)
     assert module.adapter is not None
-    take_over_values(base, module.adapter.remove())
+    copy_quantized_values(base, module.adapter.remove())
     module.adopt(base, load_adapter(base, folder))
     return module.eval()
 

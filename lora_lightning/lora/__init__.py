@@ -10,15 +10,13 @@ if TYPE_CHECKING:
 
     from .config import LoraConfig
     from .embeddings import grow
-    from .layers.linear import (
-        LoraConv1D,
-        LoraEmbedding,
-        LoraLayer,
-        LoraLinear,
-    )
+    from .layers.embedding import LoraEmbedding
+    from .layers.linear import LoraConv1D, LoraLinear
+    from .layers.lora_layer import LoraLayer
     from .model import Adapter
     from .multi_adapter import AdapterSet
-    from .serialization.peft_folder import load_adapter, read_adapter, save_adapter
+    from .serialization.load import load_adapter, read_adapter
+    from .serialization.save import save_adapter
     from .summary import Summary
 
 _HOME = {
@@ -26,15 +24,15 @@ _HOME = {
     "AdapterSet": "multi_adapter",
     "LoraConfig": "config",
     "LoraConv1D": "layers.linear",
-    "LoraEmbedding": "layers.linear",
-    "LoraLayer": "layers.linear",
+    "LoraEmbedding": "layers.embedding",
+    "LoraLayer": "layers.lora_layer",
     "LoraLinear": "layers.linear",
     "Summary": "summary",
     "UserError": ".errors",
     "grow": "embeddings",
-    "load_adapter": "serialization.peft_folder",
-    "read_adapter": "serialization.peft_folder",
-    "save_adapter": "serialization.peft_folder",
+    "load_adapter": "serialization.load",
+    "read_adapter": "serialization.load",
+    "save_adapter": "serialization.save",
 }
 
 __all__ = [

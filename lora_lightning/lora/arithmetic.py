@@ -68,13 +68,12 @@ def combine(
     """
     if method not in METHODS:
         raise UserError(
-            f"method must be one of {', '.join(METHODS)}, got {method!r}."
-            f"{did_you_mean(method, METHODS)}"
+            f"method={method}: must be one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
         )
     if rank < 1 and method not in ("cat", "linear"):  # these set the rank themselves
-        raise UserError(f"rank must be at least 1, got {rank}.")
+        raise UserError(f"rank={rank}: must be at least 1.")
     if not 0 < density <= 1:
-        raise UserError(f"density must be in (0, 1], got {density}.")
+        raise UserError(f"density={density}: must be in (0, 1].")
     if method == "linear":
         roots = [abs(w * u.scaling) ** 0.5 for w, u in zip(weights, updates, strict=True)]
         signs = [-1.0 if w * u.scaling < 0 else 1.0 for w, u in zip(weights, updates, strict=True)]
@@ -125,9 +124,9 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
     `density` is the share of entries kept.
     """
-    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    largest = delta.abs().flatten().topk(int(density * delta.numel())).indices
     result = torch.zeros_like(delta).flatten()
-    result[kept] = delta.flatten()[kept]
+    result[largest] = delta.flatten()[largest]
     return result.view_as(delta)
 
 
@@ -146,5 +145,5 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def dare(delta: Tensor, density: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Drop entries at random and rescale the rest by DARE (Yu et al. 2024, arXiv:2311.03099)."""
-    kept = torch.bernoulli(torch.full_like(delta, density), generator=generator)
-    return delta * kept / density
+    mask = torch.bernoulli(torch.full_like(delta, density), generator=generator)
+    return delta * mask / density

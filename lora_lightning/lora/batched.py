@@ -9,28 +9,22 @@ would on its own.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lightning.errors import UserError
 
+from .batched_functional import GroupedLinear, StackedLinear
 from .casts import cast_frozen
-from .functional import (
-    _down,
-    _low_rank_backward,
-    joins_products,
-    refuse_second_derivatives,
-)
 from .layers.base import Wrapper
-from .layers.linear import LoraConv1D, LoraLayer, LoraLinear
+from .layers.lora_layer import LoraLayer
 from .layers.parameter import LoraParameter
+from .products import joins_products
 from .running_statistics import keeps_statistics
 
 
@@ -70,9 +64,8 @@ class Stack:
         each, rest = divmod(rows, sum(counts))
         if rest:
             raise UserError(
-                f"a layer of this model sees {rows} rows of {sum(counts)} that stacked adapters "
-                "share, so it mixes rows, and they cannot go through it together: one adapter at a "
-                "time, in a sweep with hydra/launcher=process."
+                f"a layer of this model mixes rows: it gets {rows} for {sum(counts)} of several "
+                "adapters. Use one adapter at a time, in a sweep with hydra/launcher=process."
             )
         start = 0
         for slot, count in zip(self.slots, counts, strict=True):
@@ -115,12 +108,12 @@ class StackedLayer(nn.Module):
         parts = list(self._stack.parts(x.shape[0], inner=inner))
         matrices = [matrix for layer in layers for matrix in layer.matrices()]  # type: ignore[operator]
         grouped = joins_products(x.device) and not self._stack.counts
-        linear = _GroupedLinear if grouped else _StackedLinear
+        linear = GroupedLinear if grouped else StackedLinear
         output: Tensor = linear.apply(
             rows,
             cast_frozen(weight, dtype),
             None if bias is None else bias.to(dtype),
-            [(layer.scaling, layer._dropout_now()) for layer in layers],  # type: ignore[operator]
+            [(layer.scaling, layer.active_dropout()) for layer in layers],  # type: ignore[operator]
             parts,
             self._stack.randomness,
             *matrices,
@@ -138,178 +131,17 @@ class StackedLayer(nn.Module):
 def _common_weight(layers: list[nn.Module]) -> Tensor | None:
     """Return the plain frozen weight that all layers adapt, or None if there is none."""
     first = layers[0]
-    if type(first) not in (LoraLinear, LoraConv1D):  # DoRA does more than add
+    if not isinstance(first, LoraLayer) or not first.adds_product:  # DoRA does more than add
         return None
-    assert isinstance(first, LoraLayer)
     for layer in layers:
         if type(layer) is not type(first) or layer.merged or not layer.enabled:
             return None
-        base, own = first.base_layer, layer.base_layer
-        if own.weight is not base.weight or own.bias is not base.bias:
+        base, other = first.base_layer, layer.base_layer
+        if other.weight is not base.weight or other.bias is not base.bias:
             return None
-        if layer._plain_weight() is None:
+        if layer.plain_weight() is None:
             return None
-    return first._plain_weight()
-
-
-class _StackedLinear(torch.autograd.Function):
-    """`fused_linear` for rows of several slots. x has N rows, and a slot has M of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        settings: list[tuple[float, float]],
-        parts: list[tuple[int, slice]],
-        randomness: Callable[[int], AbstractContextManager[Any]],
-        *matrices: Tensor,
-    ) -> Tensor:
-        low = [matrix.to(rows.dtype) for matrix in matrices]
-        output = F.linear(rows, weight, bias)
-        downs, masks = [], []
-        for index, ((slot, part), (scaling, dropout)) in enumerate(
-            zip(parts, settings, strict=True)
-        ):
-            a, b = low[2 * index : 2 * index + 2]
-            with randomness(slot) if dropout > 0.0 else nullcontext():
-                down, mask = _down(rows[part], a, scaling, dropout)
-            output[part].addmm_(down, b.t())
-            downs.append(down)
-            masks.append(mask)
-        ctx.save_for_backward(rows, weight, *low, *downs, *masks)
-        ctx.parts, ctx.settings = parts, settings
-        ctx.types = [matrix.dtype for matrix in matrices]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives("a stacked batch of adapters", "take one adapter at a time")
-        rows, weight, *saved = ctx.saved_tensors
-        count = len(ctx.parts)
-        low, downs, masks = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        wants = ctx.needs_input_grad[6:]
-        grad_x = torch.mm(grad_rows, weight) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor | None] = []
-        for index, ((_, part), (scaling, dropout)) in enumerate(
-            zip(ctx.parts, ctx.settings, strict=True)
-        ):
-            a, b = low[2 * index : 2 * index + 2]
-            grads += _low_rank_backward(
-                grad_rows[part],
-                rows[part],
-                masks[index],
-                a,
-                b,
-                downs[index],
-                scaling=scaling,
-                dropout=dropout,
-                add_to=None if grad_x is None else grad_x[part],
-                wants=(wants[2 * index], wants[2 * index + 1]),
-                types=(ctx.types[2 * index], ctx.types[2 * index + 1]),
-            )
-        return grad_x, None, None, None, None, None, *grads
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """`_StackedLinear` with one batched product for all slots, padded to the highest rank.
-
-    There are K slots with M rows each, and R is the highest rank. The padding is zeros. The sums
-    are the same, but the last bits may differ.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        settings: list[tuple[float, float]],
-        parts: list[tuple[int, slice]],
-        randomness: Callable[[int], AbstractContextManager[Any]],
-        *matrices: Tensor,
-    ) -> Tensor:
-        count = len(parts)
-        x = rows.view(count, -1, rows.shape[-1])  # (K, M, in)
-        a = _padded(matrices[0::2], x.dtype)  # (K, R, in)
-        b = _padded([matrix.t() for matrix in matrices[1::2]], x.dtype)  # (K, R, out)
-        scales = _column(tuple(scaling for scaling, _ in settings), x.dtype, x.device)
-        keep = _keep(x, settings, parts, randomness)
-        down = torch.bmm(x if keep is None else x * keep, a.mT).mul_(scales)  # (K, M, R)
-        output = F.linear(rows, weight, bias)
-        output.view(count, -1, output.shape[-1]).baddbmm_(down, b)
-        ctx.save_for_backward(rows, weight, a, b, down, scales, keep)
-        ctx.ranks = [matrix.shape[0] for matrix in matrices[0::2]]
-        ctx.types = [matrix.dtype for matrix in matrices]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives("a stacked batch of adapters", "take one adapter at a time")
-        rows, weight, a, b, down, scales, keep = ctx.saved_tensors
-        count = len(ctx.ranks)
-        x = rows.view(count, -1, rows.shape[-1])
-        grad = grad_rows.reshape(count, -1, grad_rows.shape[-1])
-        up = torch.bmm(grad, b.mT).mul_(scales)  # (K, M, R)
-        grad_a = torch.bmm(up.mT, x if keep is None else x * keep)  # (K, R, in)
-        grad_b = torch.bmm(grad.mT, down)  # (K, out, R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad_rows, weight)
-            wide = grad_x.view(x.shape)
-            if keep is None:
-                wide.baddbmm_(up, a)
-            else:
-                wide.addcmul_(torch.bmm(up, a), keep)
-        grad_a, grad_b = grad_a.to(ctx.types[0]), grad_b.to(ctx.types[1])  # one cast for all slots
-        grads: list[Tensor] = []
-        for index, rank in enumerate(ctx.ranks):
-            grads += [grad_a[index, :rank], grad_b[index, :, :rank]]
-        typed = [
-            grad.to(dtype) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.types, ctx.needs_input_grad[6:], strict=True)
-        ]
-        return grad_x, None, None, None, None, None, *typed
-
-
-def _padded(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return matrices (r, width) as one tensor (K, R, width), padded with rows of zeros."""
-    first = matrices[0]
-    ranks = [matrix.shape[0] for matrix in matrices]
-    shape = (len(matrices), max(ranks), first.shape[1])
-    make = torch.empty if min(ranks) == max(ranks) else torch.zeros
-    padded = make(shape, dtype=dtype, device=first.device)
-    torch._foreach_copy_([padded[i, :rank] for i, rank in enumerate(ranks)], [*matrices])
-    return padded
-
-
-@functools.lru_cache(maxsize=64)
-def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor (K, 1, 1).
-
-    The result is cached because each copy to a GPU forces a wait.
-    """
-    # Evaluation may call first, and training saves the tensor for backward.
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
-
-
-def _keep(
-    x: Tensor,
-    settings: list[tuple[float, float]],
-    parts: list[tuple[int, slice]],
-    randomness: Callable[[int], AbstractContextManager[Any]],
-) -> Tensor | None:
-    """Return the dropout factors of the inputs, drawn from each slot's own generator."""
-    if not any(dropout > 0.0 for _, dropout in settings):
-        return None
-    keep = torch.ones_like(x)
-    for place, (_, dropout), (slot, _) in zip(keep, settings, parts, strict=True):
-        if dropout > 0.0:
-            with randomness(slot):
-                place.copy_(torch.native_dropout(place, dropout, True)[0])
-    return keep
+    return first.plain_weight()
 
 
 def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
@@ -326,32 +158,32 @@ def stacked_model(models: dict[int, nn.Module], stack: Stack) -> nn.Module:
     for model in models.values():
         if any(isinstance(module, LoraParameter) for module in model.modules()):
             raise UserError(
-                "adapters on parameters (target_parameters) cannot share a batch: their rows go "
-                "to experts, all together. One adapter at a time: model = adapters[NAME]."
+                "adapters with lora.target_parameters cannot share a batch, since experts mix its "
+                "rows. Use one adapter at a time: model = adapters[NAME]."
             )
     first = next(iter(models.values()))
     tensors = [*first.parameters(), *first.buffers()]
-    own = {name for model in models.values() for name in own_layers(model)}
+    unshared = {name for model in models.values() for name in unshared_layers(model)}
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     stacked = copy.deepcopy(first, memo)
-    for name in own:
+    for name in unshared:
         layers = {slot: model.get_submodule(name) for slot, model in models.items()}
         parent, _, leaf = name.rpartition(".")
         setattr(stacked.get_submodule(parent), leaf, StackedLayer(layers, stack))
     return stacked
 
 
-def own_layers(model: nn.Module) -> list[str]:
+def unshared_layers(model: nn.Module) -> list[str]:
     """Return the names of modules that a slot cannot share.
 
     These are LoRA layers, other modules with trainable parameters, and modules with running
     statistics.
     """
-    found: list[str] = []
+    names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(name.startswith(f"{other}.") for other in found):
+        if any(name.startswith(f"{other}.") for other in names):
             continue
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
         if isinstance(module, Wrapper) or trained or keeps_statistics(module):
-            found.append(name)
-    return found
+            names.append(name)
+    return names

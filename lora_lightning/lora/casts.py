@@ -38,15 +38,15 @@ class Casts:
         """Matrices that passes request, in batches."""
         self._made = False
         """Whether this pass has copied the batches."""
-        self._asked: dict[_Key, _Matrices] = {}
+        self._requests: dict[_Key, _Matrices] = {}
         """Other matrices that this pass has requested."""
 
     def begin(self) -> None:
         """Begin a pass."""
-        if self._asked:
+        if self._requests:
             # Incomplete batches may also hold too much, so all requests are collected again.
-            self._batches = [] if self._batches else _batches(self._asked)
-            self._asked = {}
+            self._batches = [] if self._batches else _batches(self._requests)
+            self._requests = {}
         self._copies, self._open, self._made = {}, True, False
 
     def end(self, *, failed: bool) -> None:
@@ -81,16 +81,16 @@ class Casts:
             with torch.inference_mode(False), torch.no_grad():
                 for batch in self._batches:
                     self._copies.update(batch.copies())
-        found = self._copies.get(key)
-        if found is not None and found[0] == version:
-            return found[1]
+        cached = self._copies.get(key)
+        if cached is not None and cached[0] == version:
+            return cached[1]
         with torch.inference_mode(False), torch.no_grad():
             copy = _joined(matrices, key[0])
         if self._open and all(isinstance(matrix, nn.Parameter) for matrix in matrices):
             setattr(copy, _KEPT, True)
             self._copies[key] = version, copy
-            if found is None:
-                self._asked[key] = matrices
+            if cached is None:
+                self._requests[key] = matrices
         return copy
 
 
@@ -127,14 +127,14 @@ class _Batch:
     """Matrices on one device that one kernel copies to one dtype.
 
     Args:
-        asked: the matrices by the keys of their copies.
+        requests: the matrices by the keys of their copies.
     """
 
-    def __init__(self, asked: dict[_Key, _Matrices]) -> None:
-        self._asked = asked
-        self._matrices = [matrix for matrices in asked.values() for matrix in matrices]
+    def __init__(self, requests: dict[_Key, _Matrices]) -> None:
+        self._requests = requests
+        self._matrices = [matrix for matrices in requests.values() for matrix in matrices]
         self._device = self._matrices[0].device
-        self._dtype = next(iter(asked))[0]
+        self._dtype = next(iter(requests))[0]
 
     def copies(self) -> dict[_Key, tuple[int, Tensor]]:
         """Return copies with the versions of their sources, or none if a matrix has moved."""
@@ -144,22 +144,22 @@ class _Batch:
         memory = torch.empty(size, dtype=self._dtype, device=self._device)
         parts = _unflatten_dense_tensors(memory, self._matrices)
         torch._foreach_copy_(parts, self._matrices)
-        made = {}
+        copies = {}
         start = place = 0
-        for key, matrices in self._asked.items():
+        for key, matrices in self._requests.items():
             copy = parts[place]
             if len(matrices) > 1:
                 rows = sum(len(matrix) for matrix in matrices)
                 copy = memory[start : start + rows * copy.shape[1]].view(rows, -1)
             setattr(copy, _KEPT, True)
-            made[key] = _version(matrices), copy
+            copies[key] = _version(matrices), copy
             start += copy.numel()
             place += len(matrices)
-        return made
+        return copies
 
 
-def _batches(asked: dict[_Key, _Matrices]) -> list[_Batch]:
+def _batches(requests: dict[_Key, _Matrices]) -> list[_Batch]:
     kinds: dict[Any, dict[_Key, _Matrices]] = {}
-    for key, matrices in asked.items():
+    for key, matrices in requests.items():
         kinds.setdefault((matrices[0].device, key[0]), {})[key] = matrices
     return [_Batch(kind) for kind in kinds.values()]

@@ -39,7 +39,7 @@ def grow(model: nn.Module, rows: int) -> None:
     """
     resize: Any = getattr(model, "resize_token_embeddings", None)
     if resize is None:
-        raise UserError(f"the vocabulary of a {type(model).__name__} cannot grow to {rows} rows.")
+        raise UserError(f"a {type(model).__name__} does not support a vocabulary of {rows} rows.")
     before = vocabulary_rows(model)
     if rows <= before:
         return
@@ -48,7 +48,7 @@ def grow(model: nn.Module, rows: int) -> None:
             resize(rows, mean_resizing=False)
     except NotImplementedError as error:
         raise UserError(
-            f"a {type(model).__name__} does not let its vocabulary grow: {error}"
+            f"a {type(model).__name__} does not support a larger vocabulary: {error}"
         ) from None
     for tensor in _matrices(model):
         if tensor.shape[0] == rows:
@@ -66,18 +66,18 @@ def make_room(
         return
     if rows > vocabulary_rows(model) + MOST_NEW:
         raise UserError(
-            f"{source} trains the row of index {rows - 1}, and the base model has "
-            f"{vocabulary_rows(model)} rows: it is not the one that the adapter is for."
+            f"{source} requires the row of index {rows - 1}, but the base model has "
+            f"{vocabulary_rows(model)} rows. Was the adapter trained on another base model?"
         )
     grow(model, rows)
 
 
 def rows_needed(config: LoraConfig, tensors: dict[str, Tensor]) -> int:
     """Return how many vocabulary rows an adapter's trained rows need, or 0 if it has none."""
-    asked = config.trainable_token_indices or {}
-    lists = asked.values() if isinstance(asked, dict) else [asked]
+    indices = config.trainable_token_indices or {}
+    lists = indices.values() if isinstance(indices, dict) else [indices]
     copies = [len(tensor) for name, tensor in tensors.items() if name.endswith(f".{MATRIX}")]
-    return max([*(1 + max(indices) for indices in lists), *copies], default=0)
+    return max([*(1 + max(ids) for ids in lists), *copies], default=0)
 
 
 def before_growth(model: nn.Module) -> dict[Tensor, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .casts import Casts, cast_frozen
-from .functional import Linear, fused_group
+from .fused_group import Linear, fused_group
 
 if TYPE_CHECKING:
-    from .layers.linear import LoraLayer
+    from .layers.lora_layer import LoraLayer
 
 _Group = tuple["weakref.ref[LoraLayer]", ...]
 
@@ -72,7 +72,7 @@ class ForwardPass:
 
         After a group is given up, it holds only its first layer.
         """
-        self._found: dict[weakref.ref[LoraLayer], _Group] = {}
+        self._detected: dict[weakref.ref[LoraLayer], _Group] = {}
         self._given_up: _Group = ()
         """First layers of the groups to give up."""
         self._rest: _Rest | None = None
@@ -112,7 +112,7 @@ class ForwardPass:
         self.casts.begin()
         self._rest, self._run, self._input = None, (), None
         in_flight = self._flight is not None and self._flight() is not None
-        if (self._found or self._given_up) and not in_flight:
+        if (self._detected or self._given_up) and not in_flight:
             self._regroup()
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -127,18 +127,18 @@ class ForwardPass:
 
     def _end_run(self) -> None:
         if len(self._run) == len(set(self._run)) > 1:
-            self._found[self._run[0]] = self._run
+            self._detected[self._run[0]] = self._run
         self._run = ()
 
     def _regroup(self) -> None:
         for first in self._given_up:
             self._groups[id(first())] = (first,)
         taken = {layer for group in self._groups.values() for layer in group}
-        for first, group in self._found.items():
+        for first, group in self._detected.items():
             if taken.isdisjoint(group):
                 self._groups[id(first())] = group
                 taken.update(group)
-        self._found, self._given_up = {}, ()
+        self._detected, self._given_up = {}, ()
 
     def flight(self) -> Flight:
         """Return the marker that graphs must hold until their backward pass."""
@@ -153,23 +153,23 @@ class ForwardPass:
         rest, self._rest = self._rest, None
         if x.is_inference():  # changes of x are then not tracked
             return None
-        given = _Input.of(x)
+        current = _Input.of(x)
         if rest is not None:
-            if rest.layers[0]() is layer and rest.input.equals(given):
+            if rest.layers[0]() is layer and rest.input.equals(current):
                 if len(rest.layers) > 1:
                     self._rest = rest._replace(layers=rest.layers[1:], outputs=rest.outputs[1:])
                 return rest.outputs[0]
             self._given_up += (rest.first,)
         group = self._groups.get(id(layer), ())
         if len(group) > 1 and group[0]() is layer:
-            outputs = self._compute([one() for one in group], x)
+            outputs = self._compute([layer() for layer in group], x)
             if outputs is not None:
-                self._rest = _Rest(group[0], given, group[1:], tuple(outputs[1:]))
+                self._rest = _Rest(group[0], current, group[1:], tuple(outputs[1:]))
                 return outputs[0]
         elif layer.only_adds() and layer.frozen(x) is not None:
-            if self._input is None or not self._input.equals(given):
+            if self._input is None or not self._input.equals(current):
                 self._end_run()
-                self._input = given
+                self._input = current
             self._run += (weakref.ref(layer),)
         return None
 

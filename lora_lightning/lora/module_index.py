@@ -10,9 +10,10 @@ from torch import nn
 
 from lora_lightning.errors import UserError, did_you_mean
 
-from .layers.linear import LoraEmbedding, lora_class_for
+from .layers.embedding import LoraEmbedding
+from .layers.factory import lora_class_for
 from .name_patterns import ALL_LINEAR, ends_with, matches, suffixes
-from .reachability import BEHIND, passed_over, read_behind
+from .reachability import BEHIND, read_behind, skip_reasons
 
 
 class ModuleIndex:
@@ -55,26 +56,26 @@ class ModuleIndex:
     @cached_property
     def layers(self) -> dict[str, list[str]]:
         """The adaptable layers that are not trained whole."""
-        whole = self.below(self.saved)
-        return {n: aliases for n, aliases in self.adaptable.items() if whole.isdisjoint(aliases)}
+        saved = self.below(self.saved)
+        return {n: aliases for n, aliases in self.adaptable.items() if saved.isdisjoint(aliases)}
 
     @cached_property
     def linear(self) -> set[str]:
         """Names of the layers that `all-linear` selects."""
-        skipped = self.below(self.heads).union(self.left_out)
+        outside = self.below(self.heads).union(self.skipped)
         return {
             name
             for name, aliases in self.layers.items()
-            if not self._is_embedding(name) and skipped.isdisjoint(aliases)
+            if not self._is_embedding(name) and outside.isdisjoint(aliases)
         }
 
     @cached_property
-    def left_out(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, str]:
         """Names of the linear layers that `all-linear` leaves out, with the reason.
 
         Task heads are not included.
         """
-        reasons = passed_over(self.model, self.heads)
+        reasons = skip_reasons(self.model, self.heads)
         heads = self.below(self.heads)
         return {
             alias: reasons[alias]
@@ -97,11 +98,11 @@ class ModuleIndex:
     @cached_property
     def suffixes(self) -> dict[str, set[str]]:
         """Names of the layers by every dotted suffix of any of their names."""
-        found: dict[str, set[str]] = {}
+        by_suffix: dict[str, set[str]] = {}
         for name, aliases in self.layers.items():
             for suffix in suffixes(aliases):
-                found.setdefault(suffix, set()).add(name)
-        return found
+                by_suffix.setdefault(suffix, set()).add(name)
+        return by_suffix
 
     def select(self, patterns: str | list[str], *, setting: str = "") -> set[str]:
         """Return the names of the layers that any of the patterns matches.
@@ -141,24 +142,24 @@ class ModuleIndex:
     def _outermost(self, patterns: Iterable[str]) -> list[str]:
         """Return the names of modules that match `patterns`, without modules inside another."""
         names = [name for name in self.aliases if name]
-        found: dict[str, None] = {}
+        chosen: dict[str, None] = {}
         for pattern in patterns:
             hits = [name for name in names if ends_with(name, pattern)]
             if not hits:
                 raise no_match("lora.modules_to_save", pattern, names)
-            found.update(dict.fromkeys(hits))
-        inside = tuple(f"{name}." for name in found)
-        for name in found:
+            chosen.update(dict.fromkeys(hits))
+        inside = tuple(f"{name}." for name in chosen)
+        for name in chosen:
             # PEFT 0.21 compares the ends of names letter by letter.
-            same_end = [other for other in names if other.endswith(name) and other not in found]
+            same_end = [other for other in names if other.endswith(name) and other not in chosen]
             confused = [other for other in same_end if not other.startswith(inside)]
             if confused:
                 raise UserError(
                     f"lora.modules_to_save: {name} cannot be stored without {confused[0]}, since "
                     "PEFT confuses names with the same end. Set "
-                    f"lora.modules_to_save=[{','.join([*found, *confused])}]."
+                    f"lora.modules_to_save=[{','.join([*chosen, *confused])}]."
                 )
-        return [name for name in found if not name.startswith(inside)]
+        return [name for name in chosen if not name.startswith(inside)]
 
     def _no_layer(self, setting: str, pattern: str, is_regex: bool) -> UserError:
         """Return the error for a pattern that matches no layer, or only unsuitable modules."""

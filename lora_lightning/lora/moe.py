@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from lora_lightning.errors import UserError
 
 from .config import LoraConfig
-from .layers.linear import LoraLayer
+from .layers.lora_layer import LoraLayer
 
 MISTAKEN_IN = frozenset(
     [
@@ -66,11 +66,11 @@ def named_like_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
     PEFT may mistake these layers for experts. It always finds them by the names of their weights.
     """
     old = ("gate_proj", "up_proj", "down_proj")
-    found = [name for name in names if name.rpartition(".")[2] in old]
-    return found if found and expert_parameters(model) else []
+    named = [name for name in names if name.rpartition(".")[2] in old]
+    return named if named and expert_parameters(model) else []
 
 
-def refuse_what_peft_mistakes(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
+def check_mistaken_experts(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
     """Raise UserError for settings that PEFT lacks on the layers that it mistakes for experts.
 
     Args:
@@ -85,7 +85,6 @@ def refuse_what_peft_mistakes(model: nn.Module, config: LoraConfig, names: Itera
     if mistaken:
         last = sorted({name.rpartition(".")[2] for name in mistaken})
         raise UserError(
-            f"lora.{setting}: of {kind} PEFT takes {', '.join(last)} for experts, on which it has "
-            "plain LoRA alone: an adapter stored so would mean something else there, or nothing. "
-            f"Leave out the setting, or these layers: lora.exclude=[{','.join(last)}]."
+            f"lora.{setting}: not supported on {', '.join(last)} of {kind}, since PEFT takes "
+            f"them for experts. Remove it, or set lora.exclude=[{','.join(last)}]."
         )

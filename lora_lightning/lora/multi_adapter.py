@@ -17,13 +17,8 @@ from .batched import Stack, stacked_model
 from .embeddings import rows_needed, vocabulary_rows
 from .model import Adapter
 from .running_statistics import is_statistic
-from .serialization.peft_folder import (
-    adapter_from,
-    from_peft_config,
-    is_together,
-    read_adapter,
-    whole_modules,
-)
+from .serialization.load import adapter_from, read_adapter, whole_modules
+from .serialization.peft_config import from_peft_config, ties_updates
 
 
 class AdapterSet:
@@ -54,22 +49,23 @@ class AdapterSet:
         rows = rows_needed(config, tensors)
         if rows and rows > vocabulary_rows(self.base):
             raise UserError(
-                f"adapter {folder} has new tokens, up to row {rows}, and the base that all share "
-                f"has {vocabulary_rows(self.base)} rows: let it grow before it is shared, "
+                f"adapter {folder} requires {rows} vocabulary rows, but the shared base has "
+                f"{vocabulary_rows(self.base)}. Grow it before sharing: "
                 f"lora_lightning.lora.grow(model, {rows})."
             )
         names = whole_modules(self.base, config.modules_to_save, tensors)
-        own = tuple(f"{name}." for name in names)
+        unshared = tuple(f"{name}." for name in names)
         shared = {
             id(tensor): tensor
             for leaf, tensor in (*self.base.named_parameters(), *self.base.named_buffers())
-            if not leaf.startswith(own) and (config.bias == "none" or not leaf.endswith("bias"))
+            if not leaf.startswith(unshared)
+            and (config.bias == "none" or not leaf.endswith("bias"))
             if not is_statistic(leaf)
         }
         model = copy.deepcopy(self.base, shared)
         model.rows_before_growth = None  # type: ignore[assignment]  # shared tensors do not change
         self.adapters[name] = adapter_from(
-            model, config, tensors, folder, together=is_together(raw)
+            model, config, tensors, folder, together=ties_updates(raw)
         )
         model.eval()  # requires_grad stays, since `stacked_model` finds a slot's layers by it
         self._stacked = None
@@ -96,8 +92,8 @@ class AdapterSet:
         if name not in self.adapters:
             known = sorted(self.adapters)
             raise UserError(
-                f"there is no adapter {name!r}.{did_you_mean(name, known)} "
-                f"Loaded: {', '.join(known) or 'none'}."
+                f"adapter {name!r} not found.{did_you_mean(name, known)} "
+                f"Loaded adapters: {', '.join(known) or 'none'}."
             )
         return self.adapters[name].model
 
@@ -114,7 +110,9 @@ class AdapterSet:
             UserError: a name is unknown, the numbers of names and rows differ, or a layer of the
                 model mixes rows.
         """
-        return self._by_rows(names, inputs, lambda model, given: model(**given, use_cache=False))
+        return self._by_rows(
+            names, inputs, lambda model, arguments: model(**arguments, use_cache=False)
+        )
 
     __call__ = forward
 
@@ -125,7 +123,9 @@ class AdapterSet:
             Token ids, (rows, length). With num_return_sequences the sequences of a row are
             adjacent.
         """
-        output: Tensor = self._by_rows(names, inputs, lambda model, given: model.generate(**given))
+        output: Tensor = self._by_rows(
+            names, inputs, lambda model, arguments: model.generate(**arguments)
+        )
         return output
 
     @torch.no_grad()
@@ -133,11 +133,15 @@ class AdapterSet:
         known: list[str | None] = [None, *self.adapters]
         for name in names:
             self[name]
-        rows = {len(given) for given in inputs.values() if isinstance(given, Tensor) if given.dim()}
+        rows = {
+            len(arguments)
+            for arguments in inputs.values()
+            if isinstance(arguments, Tensor)
+            if arguments.dim()
+        }
         if len(names) not in rows:
             raise UserError(
-                f"there are {len(names)} names of adapters for {max(rows, default=0)} rows: give a "
-                "name for each."
+                f"{len(names)} adapter names for {max(rows, default=0)} rows: must be one per row."
             )
         slots = [known.index(name) for name in names]
         order = sorted(range(len(slots)), key=slots.__getitem__)
@@ -145,13 +149,13 @@ class AdapterSet:
         if self._stacked is None:
             models = {slot: self[name] for slot, name in enumerate(known)}
             self._stacked = stacked_model(models, self._stack)
-        given = _taken(inputs, torch.tensor(order), len(order))
+        arguments = _reordered(inputs, torch.tensor(order), len(order))
         with self._stack.of([slot for slot, _ in groups], [count for _, count in groups]):
-            output = call(self._stacked, given)
-        return _taken(output, torch.tensor(order).argsort(), len(order))
+            output = call(self._stacked, arguments)
+        return _reordered(output, torch.tensor(order).argsort(), len(order))
 
 
-def _taken(values: Any, order: Tensor, rows: int) -> Any:
+def _reordered(values: Any, order: Tensor, rows: int) -> Any:
     """Return tensors with their rows in another order, and other values unchanged.
 
     A tensor may have `rows` rows or a multiple.
@@ -161,8 +165,8 @@ def _taken(values: Any, order: Tensor, rows: int) -> Any:
         index = (order[:, None] * each + torch.arange(each)).flatten()
         return values[index.to(values.device)]
     if isinstance(values, dict):
-        changed = {key: _taken(value, order, rows) for key, value in values.items()}
+        changed = {key: _reordered(value, order, rows) for key, value in values.items()}
         return type(values)(**changed) if type(values) is not dict else changed
     if isinstance(values, tuple):
-        return tuple(_taken(value, order, rows) for value in values)
+        return tuple(_reordered(value, order, rows) for value in values)
     return values

@@ -30,14 +30,14 @@ def layout_of(layer: nn.Module) -> str | None:
     if shape not in ((fan_out, fan_in), (fan_in, fan_out)):
         return None
     x = _numbers((_ROWS, fan_in), weight)
-    found = _called(layer, lambda: layer(x) - layer(torch.zeros_like(x)))
+    output = _called(layer, lambda: layer(x) - layer(torch.zeros_like(x)))
     for layout, matrix in ((OUT_IN, weight.mT), (IN_OUT, weight)):
-        if matrix.shape == (fan_in, fan_out) and _agree(found, x @ matrix.detach()):
+        if matrix.shape == (fan_in, fan_out) and _agree(output, x @ matrix.detach()):
             return layout
     return None
 
 
-def gives_rows(layer: nn.Embedding) -> bool:
+def returns_rows(layer: nn.Embedding) -> bool:
     """Return whether an embedding gives the rows of its weight.
 
     If it has an `embed_scale`, the rows are multiplied by that factor.
@@ -65,8 +65,8 @@ def same_output(layer: nn.Module, other: Callable[..., Tensor], like: Tensor, wi
     ids = torch.arange(min(_ROWS, len(like)), device=like.device)
     x = _numbers((_ROWS, width), like) if width else ids
     expected = _called(layer, lambda: other(x))
-    found = _called(layer, lambda: layer(x))
-    return expected is not None and _agree(found, expected)
+    output = _called(layer, lambda: layer(x))
+    return expected is not None and _agree(output, expected)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -95,17 +95,17 @@ def _called(layer: nn.Module, call: Callable[[], Any]) -> Tensor | None:
     training = {module: module.training for module in layer.modules()}
     layer.eval()
     try:
-        found = call()
+        output = call()
     except Exception:  # third-party code may raise anything for an unexpected input
         return None
     finally:
         for module, was in training.items():
             module.training = was
-    return found if isinstance(found, Tensor) else None
+    return output if isinstance(output, Tensor) else None
 
 
-def _agree(found: Tensor | None, expected: Tensor) -> bool:
-    if found is None or found.shape != expected.shape:
+def _agree(output: Tensor | None, expected: Tensor) -> bool:
+    if output is None or output.shape != expected.shape:
         return False
     most = 4 * torch.finfo(expected.dtype).eps ** 0.75 * expected.abs().max().clamp_min(1e-6)
-    return bool((found - expected).abs().max() <= most)
+    return bool((output - expected).abs().max() <= most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -39,7 +39,7 @@ def read_behind(modules: Mapping[str, nn.Module]) -> set[str]:
     }
 
 
-def passed_over(model: nn.Module, heads: list[str]) -> dict[str, str]:
+def skip_reasons(model: nn.Module, heads: list[str]) -> dict[str, str]:
     """Return the names of modules that `all-linear` leaves out, with the reason.
 
     Training might not reach them. They are of two kinds:
@@ -51,15 +51,15 @@ def passed_over(model: nn.Module, heads: list[str]) -> dict[str, str]:
         model: the bare model.
         heads: its task heads (`head_modules`).
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     text = _language_model(model) if heads else None  # CLIP has two towers and no head
     inside = None if text is None else set(text.modules())
     for name, module in model.named_modules(remove_duplicate=False):
         if inside is not None and module not in inside:
-            found[name] = OTHERS
+            reasons[name] = OTHERS
         if "A_log" in module._parameters:
-            found |= {f"{name}.{leaf}": KERNELS for leaf in _handed_over(module)}
-    return found
+            reasons |= {f"{name}.{leaf}": KERNELS for leaf in _handed_over(module)}
+    return reasons
 
 
 def _handed_over(mixer: nn.Module) -> list[str]:
@@ -86,7 +86,7 @@ def _language_model(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
 
 
-def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
+def check_mixers(model: nn.Module, names: list[str]) -> None:
     """Raise UserError for layers on which PEFT loads no adapter.
 
     Args:
@@ -94,12 +94,11 @@ def refuse_what_peft_refuses(model: nn.Module, names: list[str]) -> None:
         names: names of the layers to adapt.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    refused = [name for name in names if name.rpartition(".")[2] == "out_proj"]
-    if kind in MIXERS and refused:
+    out_proj = [name for name in names if name.rpartition(".")[2] == "out_proj"]
+    if kind in MIXERS and out_proj:
         raise UserError(
-            f"lora.targets: {refused[0]} of a {kind} cannot be adapted: its kernels read the "
-            "weight without calling the layer, and PEFT loads no adapter on it. Leave it out: "
-            "lora.exclude=[out_proj]."
+            f"lora.targets: {out_proj[0]} of a {kind} cannot be adapted, since its kernels read "
+            "the weight without calling the layer. Set lora.exclude=[out_proj]."
         )
 
 
@@ -169,7 +168,7 @@ def _kind(name: str) -> str:
     return ".".join("*" if place == last else part for place, part in enumerate(parts))
 
 
-def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
+def check_reached(trained: Mapping[str, Tensor]) -> list[str]:
     """Check that a backward pass has reached every reachable tensor of an adapter.
 
     Args:
@@ -185,23 +184,35 @@ def refuse_unreached(trained: Mapping[str, Tensor]) -> list[str]:
     never, some = without_gradient(trained)
     if never:
         raise UserError(
-            f"{len(never)} of {len(trained)} trained tensors get no gradient, such as {never[0]}: "
-            "the model does not call these modules, or reads their weights without calling them. "
-            f"Leave them out: {_exclusion(never, [n for n in trained if n not in never])}."
+            f"{len(never)} of {len(trained)} trainable tensors, such as {never[0]}, get no "
+            "gradient, since the model does not call their modules. Set "
+            f"{_exclusion(never, [n for n in trained if n not in never])}."
         )
     return some
+
+
+def check_frozen_base(model: nn.Module, stored: Iterable[Tensor]) -> None:
+    """Raise UserError if a parameter outside of the adapter's `stored` tensors is trainable."""
+    known = {id(tensor) for tensor in stored}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            module = name.replace(".base_layer", "").rpartition(".")[0]
+            raise UserError(
+                f"{name} of the frozen base is trainable, but no adapter stores it. Keep it frozen "
+                f"in your callbacks, or set lora.modules_to_save=[{module}]."
+            )
 
 
 def _exclusion(never: list[str], others: list[str]) -> str:
     """Return a setting that excludes the modules of the `never` tensors and no others."""
     modules = [re.split(_OF_ADAPTER, name)[0] for name in never]
-    kept = [re.split(_OF_ADAPTER, name)[0] for name in others]
+    reached = [re.split(_OF_ADAPTER, name)[0] for name in others]
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-    if not {name.rpartition(".")[2] for name in kept}.intersection(leaves):
+    if not {name.rpartition(".")[2] for name in reached}.intersection(leaves):
         return f"lora.exclude=[{','.join(leaves)}]"
     parts = zip(*(name.split(".") for name in modules), strict=False)
     shared = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
-    if shared and not any(f"{name}.".startswith(f"{'.'.join(shared)}.") for name in kept):
+    if shared and not any(f"{name}.".startswith(f"{'.'.join(shared)}.") for name in reached):
         return f"'lora.exclude=\"{'.'.join(shared)}.*\"'"
     return f"lora.exclude=[{','.join(dict.fromkeys(modules))}]"
 

@@ -32,14 +32,14 @@ def keeps_statistics(module: nn.Module) -> bool:
     return any(module._buffers.get(name) is not None for name in STATISTICS)
 
 
-def checksums(model: nn.Module, but: Iterable[Tensor]) -> dict[str, float]:
+def buffer_checksums(model: nn.Module, skip: Iterable[Tensor]) -> dict[str, float]:
     """Return checksums of a model's stored floating-point buffers (fp32 and fp64) by name.
 
     Args:
         model: the whole model.
-        but: buffers to skip.
+        skip: buffers to skip.
     """
-    known = {id(tensor) for tensor in but}
+    known = {id(tensor) for tensor in skip}
     return {
         f"{path}.{leaf}".removeprefix("."): float(buffer.detach().double().square().sum())
         for path, module in model.named_modules()
@@ -50,12 +50,12 @@ def checksums(model: nn.Module, but: Iterable[Tensor]) -> dict[str, float]:
     }
 
 
-def refuse_moved(before: dict[str, float], now: dict[str, float]) -> None:
+def check_buffers_unchanged(before: dict[str, float], now: dict[str, float]) -> None:
     """Raise UserError if a buffer of the frozen base has changed, since no adapter stores it."""
     moved = [name for name, value in before.items() if now.get(name, value) != value]
     if moved:
         module = moved[0].rpartition(".")[0]
         raise UserError(
-            f"training changes {moved[0]}, a buffer of the frozen base, which no adapter stores: "
-            f"store its module too, lora.modules_to_save=[{module}]."
+            f"training changes {moved[0]}, a buffer of the frozen base that no adapter stores. Set "
+            f"lora.modules_to_save=[{module}]."
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .layers.fused_qkv import SplitLayer
-from .layers.linear import LoraLayer
+from .layers.lora_layer import LoraLayer
 from .layers.parameter import LoraParameter
 from .moe import expert_parameters
 from .name_patterns import within_layer
@@ -56,9 +56,9 @@ class Summary:
     """(rows, dim) of the trained vocabulary rows, by module."""
     trainable: int
     total: int
-    left_out: dict[str, int] = field(default_factory=dict)
+    unadapted_experts: dict[str, int] = field(default_factory=dict)
     """Sizes of expert parameters that are not adapted, by name."""
-    passed_over: dict[str, str] = field(default_factory=dict)
+    skipped_layers: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` leaves out, with the reason."""
 
     def __str__(self) -> str:
@@ -89,21 +89,21 @@ class Summary:
             lines.append(f"{name:<26} {what:>13} {'':>30} {rows * dim:>12,}")
         share = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
-        if self.left_out:
-            share = 100 * sum(self.left_out.values()) / max(self.total, 1)
-            names = ",".join(dict.fromkeys(map(within_layer, self.left_out)))
+        if self.unadapted_experts:
+            share = 100 * sum(self.unadapted_experts.values()) / max(self.total, 1)
+            names = ",".join(dict.fromkeys(map(within_layer, self.unadapted_experts)))
             lines.append(
-                f"{len(self.left_out)} expert parameters ({share:.1f} % of all parameters) are not "
-                f"adapted: they are no layers; lora.target_parameters=[{names}] adapts them"
+                f"{len(self.unadapted_experts)} expert parameters ({share:.1f} % of all parameters)"
+                f" are not adapted: set lora.target_parameters=[{names}] to adapt them"
             )
-        for reason in dict.fromkeys(self.passed_over.values()):
-            of_it = [name for name, why in self.passed_over.items() if why == reason]
-            kinds = ", ".join(dict.fromkeys(map(within_layer, of_it)))
-            lines.append(f"{len(of_it)} linear layers are not adapted ({kinds}): {reason}")
+        for reason in dict.fromkeys(self.skipped_layers.values()):
+            layers = [name for name, why in self.skipped_layers.items() if why == reason]
+            kinds = ", ".join(dict.fromkeys(map(within_layer, layers)))
+            lines.append(f"{len(layers)} linear layers are not adapted ({kinds}): {reason}")
         return "\n".join(lines)
 
 
-def summarise(adapter: Adapter) -> Summary:
+def summarize(adapter: Adapter) -> Summary:
     """Return the summary of an adapter in place."""
     model = adapter.model
     return Summary(
@@ -118,12 +118,12 @@ def summarise(adapter: Adapter) -> Summary:
         },
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count(model.parameters()),
-        left_out={
+        unadapted_experts={
             name: parameter.numel()
             for name, parameter in expert_parameters(model).items()
             if name not in adapter.layers and not parameter.requires_grad
         },
-        passed_over=adapter.passed_over,
+        skipped_layers=adapter.skipped_layers,
     )
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from lora_lightning.errors import UserError, did_you_mean
 
 from .config import LoraConfig
-from .layers.fused_parts import Part, check_contiguous, sized
-from .layers.linear import LoraLinear, lora_class_for
+from .layers.factory import lora_class_for
+from .layers.fused_parts import Part, check_contiguous, with_sizes
+from .layers.linear import LoraLinear
 from .module_index import ModuleIndex, listing, no_match
 from .moe import expert_parameters
 from .name_patterns import ends_with, pattern_for, suffixes, within_layer
@@ -123,7 +124,7 @@ def _with_parts(model: nn.Module, config: LoraConfig, match: Match) -> Match:
     if not isinstance(rows, int):
         raise UserError(f"{where}: a {type(match.module).__name__} has no parts.")
     check_contiguous(where, match.name, getattr(model, "config", None))
-    return replace(match, parts=sized(where, parts, rows))
+    return replace(match, parts=with_sizes(where, parts, rows))
 
 
 def _in_layers(config: LoraConfig, names: list[str], *, strict: bool) -> list[str]:
@@ -174,7 +175,7 @@ def _match_parameters(
     """
     if not config.target_parameters:
         return {}
-    whole = index.below(index.saved)
+    saved = index.below(index.saved)
     known: dict[str, nn.Parameter] = {}
     matches: dict[str, Match] = {}
     for name in index.aliases:
@@ -188,7 +189,7 @@ def _match_parameters(
             _check_matrix(where, parameter)
             if name in index.behind:
                 raise UserError(f"{where}: {BEHIND}, so an adapter would have no effect.")
-            if name in adapted or name in whole:
+            if name in adapted or name in saved:
                 how = "adapted by lora.targets" if name in adapted else "trained whole"
                 raise UserError(f"{where} is part of {name}, which is already {how}.")
             is_linear = leaf == "weight" and lora_class_for(module) is LoraLinear

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.errors import UserError
+
 
 def tied_layers(model: nn.Module, name: str) -> list[str]:
     """Return names of all layers that share the weight of the layer `name`, including itself."""
@@ -33,6 +35,28 @@ def can_untie(config: Any) -> bool:
     """
     stored = {**config.to_dict(), "tie_word_embeddings": False}
     return not type(config).from_dict(stored).tie_word_embeddings
+
+
+def declare_untied(model: nn.Module, *, tied_before: int) -> None:
+    """Untie all weights of a transformers model if a merge has untied some of them.
+
+    Args:
+        model: the merged model. Its config then declares no tied weights.
+        tied_before: the number of tied pairs before the merge.
+
+    Raises:
+        UserError: the architecture cannot be stored with untied weights (T5).
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or tied_pairs(model) >= tied_before:
+        return
+    if not can_untie(config):
+        raise UserError(
+            f"{type(model).__name__} always ties its embeddings, so an adapter on one of them "
+            "cannot be merged permanently. Use the adapter unmerged."
+        )
+    config.tie_word_embeddings = False
+    untie_all(model)
 
 
 def tied_pairs(model: nn.Module) -> int:

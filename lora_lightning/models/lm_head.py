@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.distributed.parallel_dims import gathers_layers, max_over_ranks
 from lora_lightning.distributed.sharded_loading import gathered
-from lora_lightning.lora.functional import refuse_second_derivatives
+from lora_lightning.lora.functional import check_differentiated_once
 
 CHUNK = 2**25
 """Logits in memory at a time, rows x vocabulary.
@@ -167,7 +167,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives("a loss by chunks", "take that of the logits of a smaller batch")
+        check_differentiated_once("a loss by chunks", "take that of the logits of a smaller batch")
         grads = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )

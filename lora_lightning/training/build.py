@@ -21,7 +21,7 @@ from lora_lightning.distributed.strategies import (
     check_strategy,
 )
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.initialization.loftq import make_up
+from lora_lightning.lora.initialization.loftq import initialize_loftq
 from lora_lightning.lora.layers.trainable_tokens import rows_of_tokens
 from lora_lightning.lora.rng import fork_rng
 from lora_lightning.lora.summary import count
@@ -108,11 +108,11 @@ def build_adapted_model(
             elif lora_config.init == "loftq":
                 complete = replace(complete, init="kaiming")  # for layers that are not quantized
             adapter = Adapter(model, complete)
-            adapter.start_at(matrices)
+            adapter.set_initial_A(matrices)
             if lora_config.init == "loftq" and not earlier:
                 original = replace(model_config, quantization=None)
                 with torch.device("cpu"):  # there is no room for it beside the quantized model
-                    make_up(adapter, task.build_model(original, tokenizer)[0])
+                    initialize_loftq(adapter, task.build_model(original, tokenizer)[0])
             for layer in adapter.token_rows.values() if model_config.new_tokens else ():
                 layer.start_at_mean()
             if start_from is not None and not start_from.endswith(".ckpt"):

@@ -87,7 +87,7 @@ def check_trainable_values(live: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: If the weights are not finite, or all zero.
     """
-    check_trained(live, kept="The checkpoint before it is unchanged.")
+    check_trained(live, hint="The checkpoint before it is unchanged.")
 
 
 def check_written(path: Path, live: Mapping[str, Tensor]) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from lora_lightning.adapters.folder import AdapterFolder
 from lora_lightning.config.untrusted import arguments_from_file
 from lora_lightning.lora import LoraConfig, UserError
-from lora_lightning.lora.initialization.eva import Start, start_from_data
-from lora_lightning.lora.serialization.peft_folder import from_peft_config, read_adapter
+from lora_lightning.lora.initialization.eva import EvaResult, run_eva
+from lora_lightning.lora.serialization.load import read_adapter
+from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.tasks import Task, to_device
 
 from .checkpointing import read_checkpoint
@@ -31,7 +32,7 @@ def find_start(
     trainer: L.Trainer | None,
     *,
     earlier: str = "",
-) -> Start:
+) -> EvaResult:
     """Return EVA's settings and matrices for an adapter, or the settings of an earlier run.
 
     Args:
@@ -47,14 +48,14 @@ def find_start(
         UserError: If there are no training rows, or the earlier run's file is damaged.
     """
     if earlier:
-        return Start(earlier_settings(earlier, config), {})
+        return EvaResult(earlier_settings(earlier, config), {})
     if trainer is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return eva_start(task, model, config, data, device)
     data = data or getattr(trainer, "datamodule", None)
     device, shows = trainer.strategy.root_device, trainer.is_global_zero
     start = eva_start(task, model, config, data, device, shows_progress=shows)
-    broadcast: Start = trainer.strategy.broadcast(start)  # the last bits may differ by device
+    broadcast: EvaResult = trainer.strategy.broadcast(start)  # the last bits may differ by device
     return broadcast
 
 
@@ -66,7 +67,7 @@ def eva_start(
     device: torch.device,
     *,
     shows_progress: bool = True,
-) -> Start:
+) -> EvaResult:
     """Run EVA on the training rows, and leave the model on the device.
 
     Args:
@@ -98,11 +99,11 @@ def eva_start(
         for batch in data.training_batches(device.type)
     )
     with bar:
-        start = start_from_data(
+        start = run_eva(
             model, config, batches, lambda batch: task.loss(model, batch), show=update_bar
         )
     model.train()
-    return Start(start.config, {name: a.cpu() for name, a in start.matrices.items()})
+    return EvaResult(start.config, {name: a.cpu() for name, a in start.matrices.items()})
 
 
 def earlier_settings(source: str, config: LoraConfig) -> LoraConfig:

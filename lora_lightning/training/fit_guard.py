@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-from lora_lightning.lora.running_statistics import checksums, refuse_moved
+from lora_lightning.lora.running_statistics import buffer_checksums, check_buffers_unchanged
 from lora_lightning.utils.terminal import say
 
 from .adapter_module import AdapterModule
@@ -31,7 +31,7 @@ class FitGuard:
 
     def _checksums(self) -> dict[str, float]:
         module: nn.Module = self._module.model
-        return checksums(module, but=self._module.trainable_tensors().values())
+        return buffer_checksums(module, skip=self._module.trainable_tensors().values())
 
     def check_step(self) -> None:
         """Check the gradients and the base before an optimizer step.
@@ -45,7 +45,7 @@ class FitGuard:
             self._checked_epoch = epoch  # callbacks unfreeze at the start of an epoch
             adapter.check_frozen()
         if adapter is not None and self._unreached is None:
-            refuse_moved(self._buffers, self._checksums())
+            check_buffers_unchanged(self._buffers, self._checksums())
         if not hasattr(self._module.trainer.strategy, "scale_gradients"):
             self._check_gradients()  # DeepSpeed has removed them
 

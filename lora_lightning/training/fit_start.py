@@ -10,7 +10,7 @@ import torch
 
 from lora_lightning.distributed.parallel_dims import broadcast, equal_over_ranks
 from lora_lightning.lora import UserError
-from lora_lightning.lora.functional import joins_products
+from lora_lightning.lora.products import joins_products
 from lora_lightning.models.fingerprint import fingerprint
 from lora_lightning.models.forward import check_packing, run_once
 from lora_lightning.models.quantization import note_on_experts

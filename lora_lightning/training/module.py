@@ -261,7 +261,7 @@ class LoraModule(AdapterModule):
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Build the optimizer over all trainable parameters."""
-        from_zero = [] if self.adapter is None else self.adapter.from_zero()
+        from_zero = [] if self.adapter is None else self.adapter.zero_initialized()
         scaled = attached_trainer(self) is not None and self.trainer.precision == "16-mixed"
         return build_optimizer(
             self.named_parameters(), self.optim_config, from_zero=from_zero, scaled=scaled

@@ -9,7 +9,7 @@ from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import arguments_from_file
 from lora_lightning.lora import Adapter, LoraConfig, UserError
 from lora_lightning.lora.serialization.base_copies import without_copies
-from lora_lightning.lora.serialization.peft_folder import read_adapter
+from lora_lightning.lora.serialization.load import read_adapter
 from lora_lightning.utils.logs import read_json
 
 from .checkpointing import read_checkpoint

@@ -16,7 +16,7 @@ from helpers.data import make_rows, write_jsonl
 from lora_lightning import UserError
 from lora_lightning.distributed.matrix_shards import Cut, ShardedDropout, even_bounds
 from lora_lightning.distributed.strategies import BY_ELEMENT, ShardedStrategy
-from lora_lightning.lora.layers.fused_parts import Part, within
+from lora_lightning.lora.layers.fused_parts import Part, cut_parts
 
 SCRIPT = Path(__file__).parent / "workers" / "train_sharded_adapter.py"
 RANK = 4
@@ -172,10 +172,10 @@ def test_cuts_are_those_of_torch_chunk(size, count):
 
 def test_parts_within_some_rows():
     parts = (Part("a", 4, True), Part("b", 2, False), Part("c", 3, True))
-    assert [part.size for part in within(parts, 0, 9)] == [4, 2, 3]
-    assert [part.size for part in within(parts, 3, 7)] == [1, 2, 1]
-    assert [part.size for part in within(parts, 4, 6)] == [0, 2, 0]
-    assert [part.adapted for part in within(parts, 4, 6)] == [True, False, True]
+    assert [part.size for part in cut_parts(parts, 0, 9)] == [4, 2, 3]
+    assert [part.size for part in cut_parts(parts, 3, 7)] == [1, 2, 1]
+    assert [part.size for part in cut_parts(parts, 4, 6)] == [0, 2, 0]
+    assert [part.adapted for part in cut_parts(parts, 4, 6)] == [True, False, True]
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "LBFGS", "Muon"])

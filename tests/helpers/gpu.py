@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning.lora import functional
+from lora_lightning.lora import products
 
 
 class Waits(TorchDispatchMode):
@@ -128,5 +128,5 @@ def like_a_gpu(monkeypatch):
     Models that are loaded afterwards have transformers' own attention.
     """
     monkeypatch.setattr("lora_lightning.models.cpu_kernels._set_attention", lambda model: None)
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
-    monkeypatch.setattr(functional, "_try_float32", lambda device, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
+    monkeypatch.setattr(products, "_try_float32", lambda device, dtype: dtype.itemsize == 2)

@@ -564,7 +564,7 @@ MODEL = [
     Case(
         "index of no token",
         lambda p: p.train("lora.trainable_token_indices=[100000]"),
-        "none of index 100000",
+        "index 100000 is not in",
         "lora.trainable_token_indices",
     ),
     Case("precision", lambda p: p.train("trainer.precision=16-true"), "16-true", "bf16-mixed"),
@@ -1124,7 +1124,7 @@ def test_disk_that_fills_up_while_writing(place, run_cli, monkeypatch):
     def full(*arguments, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lightning.lora.serialization.peft_folder.save_file", full)
+    monkeypatch.setattr("lora_lightning.lora.serialization.save.save_file", full)
     status, _, err = run_cli(*place.train())
     case = Case("full disk", lambda p: [], "No space left on device", "Nothing was changed")
     warned, error, said = err.partition("error: ")  # of few rows, as training began

@@ -31,7 +31,7 @@ from helpers.runs import result_of, wait_for
 from lora_lightning.config.compose import compose_config
 from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
-from lora_lightning.lora.serialization import peft_folder as lora_state
+from lora_lightning.lora.serialization import save as lora_state
 from lora_lightning.training.callbacks import last_checkpoint
 from lora_lightning.training.callbacks import loggers as curves
 from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint

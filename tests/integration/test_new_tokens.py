@@ -344,8 +344,8 @@ def test_new_tokens_with_unsupported_settings_are_refused(settings, trained, run
 
     run = ("train", *settings("untied", f"output_dir={tmp_path / 'out'}"))
     refused("both say whose rows are trained", *run, "lora.trainable_token_indices=[3]")
-    refused("which lora.targets names too", *run, "lora.targets=[embed_tokens,q_proj]")
-    refused("which lora.modules_to_save names too", *run, "lora.modules_to_save=[lm_head]")
+    refused("lora.targets: not supported on", *run, "lora.targets=[embed_tokens,q_proj]")
+    refused("lora.modules_to_save: not supported on", *run, "lora.modules_to_save=[lm_head]")
     adapter = f"adapter={trained('tied') / 'adapter'}"
     refused("the tokens of adapter=", "predict", adapter, "text=a", NEW.replace("<", "[", 1))
 

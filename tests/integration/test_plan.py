@@ -99,7 +99,7 @@ def test_dry_run_memory_equals_the_real_model(request, tmp_path, case):
     saved = {rows: saved_bytes(module, with_values(batch)) for rows, batch in batches.items()}
     assert kept[6] - kept[2] == pytest.approx(saved[6] - saved[2], rel=0.02)
     tensors = [*module.model.parameters(), *module.model.buffers()]
-    tensors += module.adapter._pristine.values() if module.adapter else []
+    tensors += module.adapter.base_tensors.initial.values() if module.adapter else []
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert weights == pytest.approx(sum(storages.values()), rel=0.02)
 

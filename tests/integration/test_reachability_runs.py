@@ -119,7 +119,11 @@ def test_all_linear_reports_and_skips_unreached_layers(name, said, arguments, fo
 @pytest.mark.parametrize(
     ("name", "targets", "message"),
     [
-        ("gemma3", "[q_proj,v_proj]", r"4 of 12 trained tensors get no .* 'lora.exclude=\"model.v"),
+        (
+            "gemma3",
+            "[q_proj,v_proj]",
+            r"4 of 12 trainable tensors, .* get no gradient.* 'lora.exclude=\"model.v",
+        ),
         ("mamba", "[in_proj,dt_proj]", r"4 of 8 .*dt_proj.* lora.exclude=\[dt_proj\]"),
         ("mamba", "[in_proj,out_proj]", r"out_proj of a mamba cannot be adapted"),
     ],

@@ -51,12 +51,12 @@ class StreamedComponents:
         rows = rows.float()
         count = len(rows)
         mean = rows.mean(0)
-        centred = rows - mean
+        centered = rows - mean
         between = self.seen * count / (self.seen + count)
         shift = between**0.5 * (self._mean - mean)
-        self._total += float(centred.square().sum() + shift.square().sum())
+        self._total += float(centered.square().sum() + shift.square().sum())
         old = self._singular[:, None] * self.components
-        stack = [old, centred, shift[None]] if self.seen else [centred]
+        stack = [old, centered, shift[None]] if self.seen else [centered]
         singular, components = _leading(torch.cat(stack), self.count)
         self._mean = (self.seen * self._mean + count * mean) / (self.seen + count)
         if self.seen:
@@ -88,7 +88,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
-class Start:
+class EvaResult:
     """Result of EVA: the settings of a plain adapter, and A, (r, in), by layer."""
 
     config: LoraConfig
@@ -96,14 +96,14 @@ class Start:
 
 
 @torch.no_grad()
-def start_from_data(
+def run_eva(
     model: nn.Module,
     config: LoraConfig,
     batches: Iterable[dict[str, Tensor]],
     forward: Callable[[dict[str, Tensor]], Any],
     *,
     show: Callable[[int, int], Any] = lambda settled, layers: None,
-) -> Start:
+) -> EvaResult:
     """Return initial matrices and ranks of an adapter, computed from the inputs of its layers.
 
     The computation stops when all components that get a rank have converged, or at the last batch.
@@ -123,23 +123,25 @@ def start_from_data(
     matches = match_targets(model, config)
     linear = [match for match in matches if not isinstance(match.module, nn.Embedding)]
     if not linear:
-        raise UserError("lora.init=eva looks at the inputs of linear layers, and adapts none here.")
+        raise UserError("lora.init=eva: requires linear layers among lora.targets.")
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
-        raise UserError("lora.init=eva needs training rows to look at.")
+        raise UserError("lora.init=eva: requires training rows.")
     source = _shared_inputs(linear, partial(forward, first))
     wanted = {match.name: round(config.eva_rho * match.rank) for match in linear}
     streams = {
-        name: StreamedComponents(max(wanted[own] for own in source if source[own] == name))
+        name: StreamedComponents(max(wanted[other] for other in source if source[other] == name))
         for name in dict.fromkeys(source.values())
     }
     budget = sum(match.rank for match in linear if match.name in source)
     ranks: dict[str, int] = {}
     heads = [match for match in linear if match.name in streams]
     for batch in chain([first], iterator):
-        _look(heads, streams, batch, forward)
-        ranks = distributed({n: streams[source[n]].shares()[: wanted[n]] for n in source}, budget)
+        _update_streams(heads, streams, batch, forward)
+        ranks = distribute_ranks(
+            {n: streams[source[n]].shares()[: wanted[n]] for n in source}, budget
+        )
         done = [
             all(bool(stream.settled[: ranks[n]].all()) for n in source if source[n] == name)
             for name, stream in streams.items()
@@ -150,10 +152,10 @@ def start_from_data(
     matrices = {
         name: streams[source[name]].components[:rank] for name, rank in ranks.items() if rank
     }
-    return Start(_resolved(config, matches, ranks), matrices)
+    return EvaResult(_plain_config(config, matches, ranks), matrices)
 
 
-def distributed(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
+def distribute_ranks(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
     """Return how many of the `budget` largest shares each layer has.
 
     Equal shares go to earlier layers.
@@ -164,7 +166,7 @@ def distributed(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
     return {name: counts[name] for name in shares}
 
 
-def _watched(
+def _watch(
     matches: list[Match], see: Callable[[str, Tensor], None], run: Callable[[], Any]
 ) -> None:
     """Run a pass of the model, and call `see` with the input of each layer."""
@@ -181,8 +183,8 @@ def _watched(
 
 def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, str]:
     """Map each called layer to the first layer that gets the identical tensor."""
-    inputs: dict[str, Tensor] = {}  # kept alive, so that no id is used twice
-    _watched(matches, inputs.__setitem__, run)
+    inputs: dict[str, Tensor] = {}  # ranks_by_name alive, so that no id is used twice
+    _watch(matches, inputs.__setitem__, run)
     first: dict[int, str] = {}
     return {
         match.name: first.setdefault(id(inputs[match.name]), match.name)
@@ -191,7 +193,7 @@ def _shared_inputs(matches: list[Match], run: Callable[[], Any]) -> dict[str, st
     }
 
 
-def _look(
+def _update_streams(
     matches: list[Match],
     streams: dict[str, StreamedComponents],
     batch: dict[str, Tensor],
@@ -200,12 +202,12 @@ def _look(
     """Run one pass of the model, and update each stream with the inputs of its layer."""
 
     def see(name: str, inputs: Tensor) -> None:
-        streams[name].update(counted(inputs, batch))
+        streams[name].update(counted_rows(inputs, batch))
 
-    _watched(matches, see, partial(forward, batch))
+    _watch(matches, see, partial(forward, batch))
 
 
-def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def counted_rows(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Return the rows of a layer's inputs, (n, in), that belong to tokens that count.
 
     Inputs are (rows, positions, in), flattened as for a router, or one row as for flash attention.
@@ -223,22 +225,23 @@ def counted(inputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return flat[keep]
 
 
-def _resolved(config: LoraConfig, matches: list[Match], ranks: dict[str, int]) -> LoraConfig:
+def _plain_config(config: LoraConfig, matches: list[Match], ranks: dict[str, int]) -> LoraConfig:
     """Return the config of the same adapter as plain LoRA.
 
     It lists layers, ranks and alphas by name. Each layer keeps its scaling.
     """
-    kept = {match.name: ranks.get(match.name, match.rank) for match in matches}
-    kept = {name: rank for name, rank in kept.items() if rank}
+    ranks_by_name = {match.name: ranks.get(match.name, match.rank) for match in matches}
+    ranks_by_name = {name: rank for name, rank in ranks_by_name.items() if rank}
     return replace(
         config,
         init="kaiming",
-        targets=list(kept),
+        targets=list(ranks_by_name),
         exclude=[],
         layers=None,
         layers_pattern=None,
-        rank_pattern=kept,
+        rank_pattern=ranks_by_name,
         alpha_pattern={
-            name: config.scaling_of(name) * config.divisor(rank) for name, rank in kept.items()
+            name: config.scaling_of(name) * config.divisor(rank)
+            for name, rank in ranks_by_name.items()
         },
     )

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.linear import LoraConv1D, dequantized, lora_class_for
+from lora_lightning.lora.layers.base import dequantized
+from lora_lightning.lora.layers.factory import lora_class_for
+from lora_lightning.lora.layers.linear import LoraConv1D
 from lora_lightning.lora.model import Adapter
 
 from .svd import principal
 
 
-def is_quantised(layer: nn.Module, original: nn.Module) -> bool:
+def is_quantized(layer: nn.Module, original: nn.Module) -> bool:
     """Return whether a layer has another type than the original layer."""
     return type(layer) is not type(original)
 
@@ -25,7 +27,7 @@ def weight_of(original: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def make_up(adapter: Adapter, original: nn.Module) -> None:
+def initialize_loftq(adapter: Adapter, original: nn.Module) -> None:
     """Initialize each quantized layer with the s B A of rank r that is nearest to W - Q.
 
     This is the first step of the alternation in Li et al. 2023, arXiv:2310.08659. The next step
@@ -39,7 +41,7 @@ def make_up(adapter: Adapter, original: nn.Module) -> None:
     """
     for name, layer in adapter.layers.items():
         before = original.get_submodule(name)
-        if not is_quantised(layer.base_layer, before):
+        if not is_quantized(layer.base_layer, before):
             continue
         missing = weight_of(before).to(layer.lora_A) - layer.dense_weight().to(layer.lora_A)
         a, b = principal(missing, layer.rank, scaling=layer.scaling)
@@ -48,17 +50,17 @@ def make_up(adapter: Adapter, original: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take_over_values(original: nn.Module, quantised: nn.Module) -> None:
+def copy_quantized_values(original: nn.Module, quantized: nn.Module) -> None:
     """Copy the values of quantized weights into a model, with or without an adapter on it.
 
     Args:
         original: the model before quantization. Its weights change.
-        quantised: the quantized model without an adapter.
+        quantized: the quantized model without an adapter.
     """
-    for name, layer in quantised.named_modules():
+    for name, layer in quantized.named_modules():
         target: Any = original.get_submodule(name)
         target = getattr(target, "base_layer", target)
-        if is_quantised(layer, target) and next(layer.children(), None) is None:
+        if is_quantized(layer, target) and next(layer.children(), None) is None:
             values = dequantized(layer).to(target.weight)
             turned = lora_class_for(target) is LoraConv1D
             target.weight.copy_(values.t() if turned else values)

@@ -13,7 +13,7 @@ from lora_lightning.errors import UserError
 
 
 @torch.no_grad()
-def first_matrices(
+def initial_matrices(
     name: str, weight: Tensor, rank: int, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return the initial A, (r, in), and B, (out, r), in fp32.
@@ -29,14 +29,14 @@ def first_matrices(
     """
     if name in ("eva", "loftq"):
         raise UserError(
-            f"lora.init={name} needs more than a layer, training data or the unquantised weights: "
-            "train by LoraModule."
+            f"lora.init={name}: requires training data or the unquantized weights. Train with "
+            "LoraModule, or set lora.init=kaiming."
         )
     if rank > min(weight.shape):
         out, fan_in = weight.shape
         raise UserError(
-            f"lora.init={name} takes A and B from the weight itself: its rank cannot be {rank} on "
-            f"a weight of {out} x {fan_in}. Give a lower lora.rank, or lora.init=kaiming."
+            f"lora.rank={rank}: not supported with lora.init={name} on a weight of {out} x "
+            f"{fan_in}. Set a lower lora.rank, or lora.init=kaiming."
         )
     if name == "olora":
         return orthonormal(weight.float(), rank)

@@ -70,3 +70,21 @@ class Wrapper(nn.Module):
         while isinstance(base, Wrapper):
             base = base.base_layer
         return getattr(base, name)
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """Return a layer's weight in floating point, whatever its storage format."""
+    weight: Any = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if type(weight).__name__ == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        state: Any = layer.state  # the first pass moves the scales here
+        scales = state.SCB if weight.SCB is None else weight.SCB
+        return int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    if hasattr(layer, "dequantized"):
+        return layer.dequantized()  # type: ignore[no-any-return, operator]
+    return weight.detach()  # type: ignore[no-any-return]

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import (
-    LoraConv1D,
-    LoraEmbedding,
-    LoraLayer,
-    LoraLinear,
-    lora_class_for,
-)
+from .embedding import LoraEmbedding
+from .linear import LoraConv1D, LoraLinear
+from .lora_layer import LoraLayer
 
 
 class DoraLayer(LoraLayer):
@@ -26,6 +22,7 @@ class DoraLayer(LoraLayer):
     Dropout applies only to the input of A.
     """
 
+    adds_product = False
     lora_magnitude_vector: nn.Parameter
     _weight_squares: Tensor
 
@@ -103,12 +100,3 @@ class DoraEmbedding(DoraLayer, LoraEmbedding):
 
     An output is a column of the table.
     """
-
-
-_OF = {LoraLinear: DoraLinear, LoraConv1D: DoraConv1D, LoraEmbedding: DoraEmbedding}
-
-
-def dora_class_for(module: nn.Module) -> type[DoraLayer] | None:
-    """Return the DoRA layer class that can wrap `module`, or None."""
-    plain = lora_class_for(module)
-    return None if plain is None else _OF[plain]

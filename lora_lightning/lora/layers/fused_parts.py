@@ -48,25 +48,25 @@ def parse_parts(where: str, value: Any) -> tuple[Part, ...]:
     names = list(value) if isinstance(value, (dict, list, tuple)) else []
     if len(names) < 2 or not all(isinstance(name, str) and name.strip("- ") for name in names):
         raise UserError(
-            f"{where} must name two parts or more, [q, -k, v] where they are of one size, or "
-            f"{{q: 64, -k: 32, v: 32}}; a minus leaves a part as it is. Got {value!r}."
+            f"{where}={value!r}: must name two parts or more, [q, -k, v] of equal size or "
+            f"{{q: 64, -k: 32, v: 32}}. A minus leaves a part unadapted."
         )
     for name in names if sizes is not None else ():
         size = sizes[name] if sizes is not None else None
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"{where}: the size of {name!r} must be a whole number, got {size!r}.")
+            raise UserError(f"{where}: the size {size!r} of {name!r} must be a whole number.")
     parts = tuple(
         Part(name.removeprefix("-"), None if sizes is None else sizes[name], name[0] != "-")
         for name in names
     )
     if len({part.name for part in parts}) < len(parts):
-        raise UserError(f"{where} names a part twice: {', '.join(names)}.")
+        raise UserError(f"{where}: must name each part once, not {', '.join(names)}.")
     if not any(part.adapted for part in parts):
-        raise UserError(f"{where} leaves every part as it is: adapt one, or exclude the layer.")
+        raise UserError(f"{where}: must adapt a part. Remove a minus, or set lora.exclude.")
     return parts
 
 
-def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
+def with_sizes(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
     """Return the parts with their sizes, for a layer with `rows` outputs.
 
     Raises:
@@ -75,29 +75,29 @@ def sized(where: str, parts: Sequence[Part], rows: int) -> tuple[Part, ...]:
     each, rest = divmod(rows, len(parts))
     if parts[0].size is None and rest:
         raise UserError(
-            f"{where}: {rows} outputs are not {len(parts)} equal parts. Give their sizes: "
+            f"{where}: {rows} outputs are not {len(parts)} equal parts. Set their sizes: "
             f"{{{', '.join(f'{part.name}: SIZE' for part in parts)}}}."
         )
     full = tuple(Part(p.name, each if p.size is None else p.size, p.adapted) for p in parts)
     total = sum(part.size or 0 for part in full)
     if total != rows:
-        told = " + ".join(f"{part.size} ({part.name})" for part in full)
-        raise UserError(f"{where}: {told} is {total}, and the layer has {rows} outputs.")
+        sizes = " + ".join(f"{part.size} ({part.name})" for part in full)
+        raise UserError(f"{where}: {sizes} is {total}, but the layer has {rows} outputs.")
     return full
 
 
-def within(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
+def cut_parts(parts: Sequence[Part], start: int, stop: int) -> tuple[Part, ...]:
     """Return the sized parts cut to rows `start` to `stop`.
 
     Parts outside have no rows.
     """
-    found, row = [], 0
+    cut, row = [], 0
     for part in parts:
         end = row + (part.size or 0)
         size = max(0, min(end, stop) - max(row, start))
-        found.append(Part(part.name, size, part.adapted))
+        cut.append(Part(part.name, size, part.adapted))
         row = end
-    return tuple(found)
+    return tuple(cut)
 
 
 def check_contiguous(where: str, name: str, model_config: Any) -> None:
@@ -110,6 +110,6 @@ def check_contiguous(where: str, name: str, model_config: Any) -> None:
     if one_key and not getattr(model_config, "new_decoder_architecture", False):
         return  # falcon and gpt_bigcode then store all queries first
     raise UserError(
-        f"{where}: parts are contiguous rows of a weight, and {name} of {kind} holds those of one "
-        "head after the other. Leave it out: it is then adapted as a whole."
+        f"{where}: must be contiguous rows, but {name} of {kind} stores its rows head by head. "
+        "Remove it from lora.parts to adapt the layer as a whole."
     )

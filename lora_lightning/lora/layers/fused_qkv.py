@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lora_lightning.errors import UserError
 
 from .fused_parts import Part
-from .linear import LoraConv1D, LoraLayer, LoraLinear
+from .linear import LoraConv1D, LoraLinear
+from .lora_layer import LoraLayer
 
 
 class SplitLayer(LoraLayer):
@@ -29,6 +30,8 @@ class SplitLayer(LoraLayer):
         parts: all parts of the layer in their order, with sizes.
         settings: settings of `LoraLayer`.
     """
+
+    adds_product = False
 
     def __init__(
         self, base_layer: nn.Module, rank: int, *, parts: tuple[Part, ...], **settings: Any
@@ -49,11 +52,11 @@ class SplitLayer(LoraLayer):
         ]
         return self.lora_A, torch.block_diag(*diagonal)
 
-    def own_B(self, stored: Tensor) -> Tensor:
-        _, whole = self.matrices()
-        if stored.shape != whole.shape:
+    def lora_B_from_file(self, stored: Tensor) -> Tensor:
+        _, dense = self.matrices()
+        if stored.shape != dense.shape:
             raise UserError(
-                f"B is {tuple(stored.shape)}, and {tuple(whole.shape)} for these parts and rank."
+                f"B is {tuple(stored.shape)}, must be {tuple(dense.shape)} for these parts."
             )
         blocks, row, column = [], 0, 0
         for part in self.parts:
@@ -63,7 +66,7 @@ class SplitLayer(LoraLayer):
                 column += self.rank
             row = end
         if sum(int(block.count_nonzero()) for block in blocks) < int(stored.count_nonzero()):
-            raise UserError("B is not zero outside of these parts: it was trained as a whole.")
+            raise UserError("B must be zero outside of these parts. It was trained as a whole.")
         return torch.cat(blocks)
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from lora_lightning.lora.functional import low_rank_norm
 
-from .linear import LoraLayer
+from .lora_layer import LoraLayer
 
 
 class LoraParameter(LoraLayer):
@@ -103,7 +103,7 @@ class LoraParameter(LoraLayer):
         with torch.autocast(weight.device.type, enabled=False):  # it would change the dtype
             return torch.baddbmm(stacked, left, right, alpha=self.scaling).view_as(weight)
 
-    def _is_merge_of(self, weight: Tensor, merged: Tensor) -> bool:
+    def _merges_exactly(self, weight: Tensor, merged: Tensor) -> bool:
         return True  # the module is called with the sum itself
 
     def update(self) -> Tensor:

@@ -51,11 +51,11 @@ class TokenRows(Wrapper):
     ) -> None:
         super().__init__(base_layer)
         weight = base_layer.weight
-        asked = torch.tensor(indices, device=weight.device)
+        tokens = torch.tensor(indices, device=weight.device)
         # Sorted by index, so that bisection finds a token.
-        self.register_buffer("indices", asked, persistent=False)
-        self.register_buffer("_sorted", asked.sort().values, persistent=False)
-        self.register_buffer("_order", asked.argsort(), persistent=False)
+        self.register_buffer("indices", tokens, persistent=False)
+        self.register_buffer("_sorted", tokens.sort().values, persistent=False)
+        self.register_buffer("_order", tokens.argsort(), persistent=False)
         # In a tuple, so that nn.Module does not register it a second time.
         self._tied_to = None if tied_to is None else (tied_to,)
         self.token_adapter = tied_to.token_adapter if tied_to is not None else self._rows_of(weight)
@@ -88,19 +88,19 @@ class TokenRows(Wrapper):
         if isinstance(self.base_layer, nn.Embedding):
             return self._embedded(x, output)
         bias = None if self.base_layer.bias is None else self.base_layer.bias[self.indices]
-        own = F.linear(x, self.rows.to(x.dtype), bias)
+        outputs = F.linear(x, self.rows.to(x.dtype), bias)
         # In place: a linear layer does not need its output again, and logits are large.
-        return output.index_copy_(-1, self.indices, own.to(output.dtype))
+        return output.index_copy_(-1, self.indices, outputs.to(output.dtype))
 
     def _embedded(self, tokens: Tensor, output: Tensor) -> Tensor:
         place = torch.searchsorted(self._sorted, tokens).clamp(max=len(self._sorted) - 1)
-        is_ours = self._sorted[place] == tokens
-        own = F.embedding(self._order[place], self.rows.to(output.dtype))
+        is_trained = self._sorted[place] == tokens
+        rows = F.embedding(self._order[place], self.rows.to(output.dtype))
         # Some models scale inside the embedding (Gemma 3, BART).
         scale = getattr(self.base_layer, "embed_scale", None)
         if scale is not None:
-            own = own * (scale.to(own.dtype) if isinstance(scale, Tensor) else scale)
-        return torch.where(is_ours[..., None], own, output)
+            rows = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+        return torch.where(is_trained[..., None], rows, output)
 
     def merge(self) -> None:
         """Replace W by a copy with the trained rows, and keep W untouched.
@@ -141,18 +141,18 @@ def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
         UserError: a name matches no module or a module without rows, an index exceeds the rows, or
             tied layers have different indices.
     """
-    asked = config.trainable_token_indices
-    if asked is None:
+    by_name = config.trainable_token_indices
+    if by_name is None:
         return []
     where = "lora.trainable_token_indices"
     source = _input_embedding(model)
-    if isinstance(asked, list):
+    if isinstance(by_name, list):
         if source is None:
-            raise UserError(f"{where}: a {type(model).__name__} has no input embedding; name one.")
-        asked = {source: asked}
+            raise UserError(f"{where}: a {type(model).__name__} requires the name of a layer.")
+        by_name = {source: by_name}
     wanted: dict[str, list[int]] = {}
     modules = dict(model.named_modules())
-    for pattern, indices in asked.items():
+    for pattern, indices in by_name.items():
         names = [name for name, m in modules.items() if ends_with(name, pattern)]
         known = [n for n, m in modules.items() if isinstance(m, (nn.Embedding, nn.Linear))]
         if not names:
@@ -160,32 +160,52 @@ def match_rows(model: nn.Module, config: LoraConfig) -> list[RowsMatch]:
             raise UserError(f"{where}: {pattern!r} matches no module.{hint}")
         for name in names:
             if name not in known:
-                raise UserError(f"{where}: {name} is a {type(modules[name]).__name__}: no rows.")
+                raise UserError(f"{where}: {name}, a {type(modules[name]).__name__}, has no rows.")
             rows = modules[name].weight.shape[0]
             if max(indices) >= rows:
                 raise UserError(
-                    f"{where}: {name} has {rows} rows, and none of index {max(indices)}."
+                    f"{where}: index {max(indices)} is not in {name}, which has {rows} rows."
                 )
             if wanted.setdefault(name, indices) != indices:
-                raise UserError(f"{where}: two names are those of {name}, with other indices.")
+                raise UserError(f"{where}: two entries for {name} have different indices.")
     return _grouped(model, wanted, source)
+
+
+def check_rows(
+    model: nn.Module, rows: list[RowsMatch], adapted: set[str], saved: list[str], bias: str
+) -> None:
+    """Raise UserError for trained rows of layers that the adapter trains in another way too.
+
+    Args:
+        model: the bare model.
+        rows: the layers with trained rows.
+        adapted: all names of the layers that LoRA wraps.
+        saved: names of the modules that are trained whole.
+        bias: which biases are trained, see `LoraConfig.bias`.
+    """
+    for name in (name for match in rows for name in (match.name, *match.tied)):
+        if name in adapted or name in saved:
+            option = "targets" if name in adapted else "modules_to_save"
+            raise UserError(f"lora.{option}: not supported on {name}, whose rows are trained.")
+        if bias == "all" and getattr(model.get_submodule(name), "bias", None) is not None:
+            raise UserError(f"lora.bias=all: not supported on {name}, whose rows are trained.")
 
 
 def _grouped(model: nn.Module, wanted: dict[str, list[int]], source: str | None) -> list[RowsMatch]:
     """Return one match per matrix, named after the input embedding if it is included."""
-    found: list[RowsMatch] = []
+    matches: list[RowsMatch] = []
     for name, indices in sorted(wanted.items(), key=lambda item: item[0] != source):
-        if any(name in match.tied for match in found):
+        if any(name in match.tied for match in matches):
             continue
         others = [other for other in tied_layers(model, name) if other != name]
         unlike = [o for o in others if wanted.get(o, indices if name == source else []) != indices]
         if unlike:
             raise UserError(
-                f"lora.trainable_token_indices: {name} and {unlike[0]} have one matrix, so they "
-                f"have the same rows too: name the input embedding {source} and no other."
+                f"lora.trainable_token_indices: {name} and {unlike[0]} share one matrix and its "
+                f"rows. Set the indices of the input embedding {source} alone."
             )
-        found.append(RowsMatch(name, indices, others))
-    return found
+        matches.append(RowsMatch(name, indices, others))
+    return matches
 
 
 def rows_of_tokens(model: nn.Module, indices: list[int]) -> dict[str, list[int]]:

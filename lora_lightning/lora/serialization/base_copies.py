@@ -16,13 +16,13 @@ def without_copies(adapter: Adapter, tensors: dict[str, Tensor], source: str) ->
     Raises:
         UserError: a copy differs from the model's own weight, so it was resized or trained.
     """
-    own = adapter.named_tensors()
+    live = adapter.named_tensors()
     frozen = dict(adapter.model.named_parameters(remove_duplicate=False))
-    kept = _without_row_copies(adapter, tensors, source)
-    for name in list(kept):
-        if name not in own and name in frozen:
-            _check_copy(kept.pop(name), frozen[name], name, source)
-    return kept
+    remaining = _without_row_copies(adapter, tensors, source)
+    for name in list(remaining):
+        if name not in live and name in frozen:
+            _check_copy(remaining.pop(name), frozen[name], name, source)
+    return remaining
 
 
 def _without_row_copies(
@@ -33,15 +33,15 @@ def _without_row_copies(
     These are the whole matrix of the rows, and a second copy of tied rows. Only the matrix holds
     the new rows that are not trained, so the model takes them from it.
     """
-    kept = dict(tensors)
+    remaining = dict(tensors)
     before = getattr(adapter.model, "rows_before_growth", None)
     for match in adapter.rows:
         for name in (match.name, *match.tied):
-            if name != match.name and f"{name}.{ROWS}" in kept:
+            if name != match.name and f"{name}.{ROWS}" in remaining:
                 first = tensors.get(f"{match.name}.{ROWS}", torch.empty(0))
-                _check_copy(kept.pop(f"{name}.{ROWS}"), first, f"{name}.{ROWS}", source)
+                _check_copy(remaining.pop(f"{name}.{ROWS}"), first, f"{name}.{ROWS}", source)
             weight = adapter.token_rows[name].base_layer.weight.detach()
-            copy = kept.pop(f"{name}.{MATRIX}", weight)
+            copy = remaining.pop(f"{name}.{MATRIX}", weight)
             if copy.shape == weight.shape:
                 frozen = torch.ones(len(weight), dtype=torch.bool)
                 frozen[match.indices] = False
@@ -50,7 +50,7 @@ def _without_row_copies(
                 weight[added] = copy[added].to(weight)
                 copy, weight = copy[frozen], weight[frozen]
             _check_copy(copy, weight, f"{name}.{MATRIX}", source)
-    return kept
+    return remaining
 
 
 def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
@@ -58,15 +58,13 @@ def _check_copy(stored: Tensor, weight: Tensor, name: str, source: str) -> None:
     weight = weight.detach().cpu().float()
     if stored.dim() == 2 and stored.shape[1:] == weight.shape[1:] and len(stored) != len(weight):
         raise UserError(
-            f"{source} brings its own {name} of {len(stored)} rows, and the base model's has "
-            f"{len(weight)}: its vocabulary was resized. Load it on the base as it was resized, "
-            "with the values of its new rows."
+            f"{source}: {name} has {len(stored)} rows, but the base model's has {len(weight)}. "
+            "Load it on the base with the resized vocabulary and the values of its new rows."
         )
     if stored.shape != weight.shape or not torch.allclose(
         stored.cpu().float(), weight, atol=1e-3, rtol=1e-2
     ):
         raise UserError(
-            f"{source} brings its own {name}, which differs from the base model's: "
-            "it was trained on another base, with a resized vocabulary, or as a whole module "
-            "that adapter_config.json does not list."
+            f"{source}: {name} differs from the base model's. It was trained on another base, "
+            "with a resized vocabulary, or whole without an entry in modules_to_save."
         )

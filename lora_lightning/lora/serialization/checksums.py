@@ -30,16 +30,16 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def write_checksums(folder: Path, content: dict[str, object]) -> None:
     """Write our own file, with the checksums of all files beside it."""
-    kept = json.loads(json.dumps({key: value for key, value in content.items() if key != _OLD}))
-    sums = {_CONTENT: _digest_of(kept), _KEY: checksums(folder)}
-    text = json.dumps({**kept, **sums}, indent=2, sort_keys=True)
+    values = json.loads(json.dumps({key: value for key, value in content.items() if key != _OLD}))
+    sums = {_CONTENT: _digest_of(values), _KEY: checksums(folder)}
+    text = json.dumps({**values, **sums}, indent=2, sort_keys=True)
     (folder / SIDECAR).write_text(text + "\n", encoding="utf-8")
 
 
 def _digest_of(content: dict[str, Any]) -> str:
     """Return the SHA-256 of our file's content, independent of its formatting."""
-    own = {key: value for key, value in content.items() if key not in (_OLD, _KEY, _CONTENT)}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    values = {key: value for key, value in content.items() if key not in (_OLD, _KEY, _CONTENT)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def check_content(content: dict[str, Any], path: Path) -> None:
@@ -52,9 +52,8 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     """
     if _CONTENT in content and content[_CONTENT] != _digest_of(content):
         raise UserError(
-            f"{path} is damaged, or was changed by hand: its checksum, {_CONTENT}, is that of "
-            "another content. Copy it again from where it is whole. If the change was meant, take "
-            f"the line {_CONTENT} out of it."
+            f"{path} is damaged, or was changed by hand: its checksum does not match. Copy it "
+            f"again, or remove its line {_CONTENT} to keep the change."
         )
 
 
@@ -74,7 +73,7 @@ def check_files(folder: str | Path) -> None:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
         recorded = dict((content.get(_KEY) or {}).items())
         if not all(Path(name).name == name for name in recorded):
-            raise ValueError("a checksum is of no file beside it")
+            raise ValueError("a checksum names no file beside it")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{sidecar} is damaged: {error!r}. Copy the adapter again.") from None
     check_content(content, sidecar)
@@ -84,12 +83,10 @@ def check_files(folder: str | Path) -> None:
         path = folder / name
         if not os.path.isfile(path):  # False also if the name is too long
             raise UserError(
-                f"{path} is absent, and {SIDECAR} has its checksum. Copy the adapter again from "
-                "where it is whole."
+                f"{path} not found, but {SIDECAR} has its checksum. Copy the adapter again."
             )
         if digest(path) != expected:
             raise UserError(
-                f"{path} is damaged, or was changed by another tool: its checksum is not the one "
-                f"in {SIDECAR}. Copy it again from where it is whole. If the change was meant, "
-                f"take its line out of {SIDECAR}."
+                f"{path} is damaged, or was changed by another tool: its checksum differs from "
+                f"{SIDECAR}. Copy it again, or remove its line from {SIDECAR} to keep the change."
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora import UserError
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.lora.running_statistics import is_statistic
 
 

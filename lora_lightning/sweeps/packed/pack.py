@@ -18,8 +18,9 @@ from lora_lightning.config.saved import read_config
 from lora_lightning.config.schema import LOG
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
-from lora_lightning.lora.batched import own_layers
+from lora_lightning.lora.batched import unshared_layers
 from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
 from lora_lightning.utils.terminal import say
@@ -219,7 +220,7 @@ def _stackable(leaves: list[Any], kwargs: dict[str, Any]) -> bool:
 
 def _adds_nothing(backbone: nn.Module) -> bool:
     """Return whether all trainable parts of a backbone are LoRA layers with a zero update."""
-    layers = [backbone.get_submodule(name) for name in own_layers(backbone)]
+    layers = [backbone.get_submodule(name) for name in unshared_layers(backbone)]
     return all(isinstance(layer, LoraLayer) and not layer.lora_B.any() for layer in layers)
 
 

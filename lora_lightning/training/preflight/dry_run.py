@@ -97,7 +97,7 @@ class DryRun:
 
         The optimizer state that the first step creates stays allocated.
         """
-        from_zero = [] if self.adapter is None else self.adapter.from_zero()
+        from_zero = [] if self.adapter is None else self.adapter.zero_initialized()
         optimizer = build_optimizer(self.model.named_parameters(), self.optim, from_zero=from_zero)
         self._add_gradients()
         self.tracker.part = "optimizer"

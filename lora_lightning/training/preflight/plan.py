@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lora_lightning.config.compose import settings_of
 from lora_lightning.distributed.precision import with_precision
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.serialization.peft_folder import weights_bytes
+from lora_lightning.lora.serialization.save import weights_bytes
 from lora_lightning.lora.target_modules import match_targets
 from lora_lightning.lora.target_presets import target_sets
 from lora_lightning.models.fake import fake_models

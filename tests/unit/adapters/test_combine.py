@@ -67,9 +67,9 @@ def test_combine_svd_is_the_nearest_update_of_its_rank(rank):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "tie"}, "method must be one of .*Did you mean 'ties'"),
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"density": 0.0}, r"density must be in \(0, 1\]"),
+        ({"method": "tie"}, "method=tie: must be one of .*Did you mean 'ties'"),
+        ({"rank": 0}, "rank=0: must be at least 1"),
+        ({"density": 0.0}, r"density=0.0: must be in \(0, 1\]"),
     ],
 )
 def test_combine_with_a_wrong_value_is_refused(settings, message):

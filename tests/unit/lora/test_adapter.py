@@ -22,7 +22,7 @@ def trainable_names(model) -> set[str]:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_disabled_is_the_base_exactly(bias, merged):
+def test_adapter_disabled_equals_the_base(bias, merged):
     this = case("bert")
     base = this.logits(this.base)
     adapter = adapter_on(this.copy(), bias=bias, modules_to_save=["classifier"])
@@ -49,7 +49,7 @@ def test_disabled_is_the_base_exactly(bias, merged):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_switching_off_and_on(merged):
+def test_adapter_set_enabled_switches_updates(merged):
     this = case("llama")
     adapter = adapter_on(this.copy())
     randomise(adapter.named_tensors())
@@ -64,7 +64,7 @@ def test_switching_off_and_on(merged):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "bart", "t5", "qwen2"])
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_trains_what_peft_trains(name, bias):
+def test_adapter_trainable_parameters_equal_peft(name, bias):
     this = case(name)
     targets = {
         "bert": ["query", "output.dense"],
@@ -94,7 +94,7 @@ def test_trains_what_peft_trains(name, bias):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt"])
-def test_trained_biases_travel_both_ways(name, bias, tmp_path):
+def test_adapter_biases_round_trip_through_peft(name, bias, tmp_path):
     this = case(name)
     adapter = adapter_on(this.copy(), bias=bias)
     randomise(adapter.named_tensors())
@@ -107,9 +107,9 @@ def test_trained_biases_travel_both_ways(name, bias, tmp_path):
     torch.testing.assert_close(this.logits(loaded.model), expected, rtol=0, atol=1e-5)
 
 
-def test_biases_of_a_16_bit_base_are_refused():
+def test_adapter_bias_of_a_16_bit_base_raises():
     model = case("bert").copy().bfloat16()
-    with pytest.raises(UserError, match=r"needs model\.dtype=float32"):
+    with pytest.raises(UserError, match=r"Set model\.dtype=float32"):
         adapter_on(model, bias="all")
     assert trainable_names(model) == {name for name, _ in model.named_parameters()}
 
@@ -124,7 +124,7 @@ class Stubborn(nn.Linear):
         self.register_buffer("weight", weight)
 
 
-def test_merging_is_all_or_nothing():
+def test_adapter_merge_error_merges_no_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Stubborn(4, 4), nn.Linear(4, 4))
     adapter = adapter_on(model)
@@ -142,7 +142,7 @@ def test_merging_is_all_or_nothing():
         assert torch.equal(model(x), before)
 
 
-def test_summary_counts_by_hand():
+def test_summary_counts_equal_counts_by_hand():
     model = case("llama-classifier").copy()
     adapter = adapter_on(
         model,
@@ -190,7 +190,7 @@ def test_summary_counts_by_hand():
         ("qwen3-classifier", ["score"]),
     ],
 )
-def test_whole_modules_in_a_bf16_model_are_fp32(name, heads, tmp_path):
+def test_adapter_saved_modules_of_a_bf16_model_are_fp32(name, heads, tmp_path):
     this = case(name)
     model = this.copy().bfloat16()
     base = model(**this.inputs).logits.detach()
@@ -225,7 +225,7 @@ def test_whole_modules_in_a_bf16_model_are_fp32(name, heads, tmp_path):
     torch.testing.assert_close(this.logits(merged), expected, rtol=0.1, atol=0.15)
 
 
-def test_a_whole_head_tied_to_the_embeddings_is_trained_alone(tmp_path):
+def test_adapter_saved_head_tied_to_embeddings_is_untied(tmp_path):
     this = case("gpt2")
     model = this.copy()
     tied = model.transformer.wte.weight
@@ -256,29 +256,29 @@ def test_a_whole_head_tied_to_the_embeddings_is_trained_alone(tmp_path):
     torch.testing.assert_close(this.logits(stored), adapted, rtol=0, atol=5e-5)
 
 
-def test_a_quantised_whole_module_is_refused_before_anything_changes():
+def test_adapter_quantized_saved_module_raises_without_changes():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match=r"lora\.modules_to_save: 1\.weight is quantised"):
+    with pytest.raises(UserError, match=r"lora\.modules_to_save: 1\.weight is quantized"):
         adapter_on(model, targets=["0"], modules_to_save=["1"])
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
 
 
-def test_a_second_adapter_is_refused():
+def test_adapter_on_an_adapted_model_raises():
     this = case("bert")
     model = this.copy()
     adapter = adapter_on(model)
     randomise(adapter.named_tensors())
     adapted = this.logits(model)
-    with pytest.raises(UserError, match="already carries a LoRA adapter"):
+    with pytest.raises(UserError, match="already has a LoRA adapter"):
         adapter_on(model)
     assert torch.equal(this.logits(model), adapted)
     adapter.remove()
     assert adapter_on(model).layers
 
 
-def test_removing_gives_back_what_was_frozen():
+def test_adapter_remove_restores_requires_grad():
     model = case("bert").copy()
     model.bert.embeddings.requires_grad_(False)
     before = trainable_names(model)
@@ -286,7 +286,7 @@ def test_removing_gives_back_what_was_frozen():
     assert trainable_names(model) == before
 
 
-def test_training_mode_is_kept():
+def test_adapter_keeps_the_training_mode():
     model = case("bert").copy()
     for mode in (True, False):
         model.train(mode)
@@ -295,14 +295,14 @@ def test_training_mode_is_kept():
         adapter.remove()
 
 
-def test_load_tensors_is_strict_and_changes_nothing_on_error():
+def test_load_tensors_mismatch_raises_without_changes():
     adapter = adapter_on(case("bert").copy(), modules_to_save=["classifier"])
     randomise(adapter.named_tensors())
     good = {name: value.detach().clone() for name, value in adapter.named_tensors().items()}
     first = next(iter(good))
     bad = [
         ({k: v for k, v in good.items() if k != first}, f"lacks 1 tensors .{first}"),
-        ({**good, "extra.lora_A.weight": torch.zeros(1)}, "has unexpected 1 tensors .extra"),
+        ({**good, "extra.lora_A.weight": torch.zeros(1)}, "has 1 unexpected tensors .extra"),
         ({**good, first: torch.zeros(2, 2)}, rf"{first} is \(2, 2\) instead of \(3, 32\)"),
         ({**good, first: torch.full_like(good[first], torch.nan)}, f"not finite in {first}"),
     ]

@@ -30,7 +30,7 @@ def assert_logits_close(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_ours_loads_in_peft(name, tmp_path):
+def test_saved_adapter_in_peft_gives_the_same_logits(name, tmp_path):
     this = case(name)
     adapter = this.adapter()
     randomise(adapter.named_tensors())
@@ -43,7 +43,7 @@ def test_ours_loads_in_peft(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_peft_loads_in_ours(name, tmp_path):
+def test_peft_adapter_loaded_gives_the_same_logits(name, tmp_path):
     this = case(name)
     config = peft.LoraConfig(
         r=3,
@@ -63,7 +63,7 @@ def test_peft_loads_in_ours(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_life_of_an_adapter(name):
+def test_adapter_attach_train_merge_remove(name):
     """B = 0 is the base; every layer takes part; merging is exact to take back; so is removing."""
     this = case(name)
     model = this.copy()
@@ -114,7 +114,7 @@ def reload(this, model, folder):
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama", "qwen2", "gemma3", "t5", "mt5", "bart", "bert", "roberta"]
 )
-def test_merged_model_stored_and_read(name, tmp_path):
+def test_merged_model_saved_and_loaded_gives_the_same_logits(name, tmp_path):
     this = case(name)
     adapter = this.adapter()
     randomise(adapter.named_tensors())
@@ -138,7 +138,7 @@ def test_merged_model_stored_and_read(name, tmp_path):
         ("bart", "lm_head", "model.shared"),
     ],
 )
-def test_tied_weights_adapted_on_one_side(name, target, tied, tmp_path):
+def test_merge_and_unload_with_one_tied_side_adapted_unties(name, target, tied, tmp_path):
     this = case(name)
     model = this.copy()
     other = model.get_submodule(tied).weight
@@ -163,7 +163,7 @@ def test_tied_weights_adapted_on_one_side(name, target, tied, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_merging_for_good_is_refused_where_ties_cannot_be_cut(target):
+def test_merge_and_unload_of_always_tied_weights_raises(target):
     this = case("t5")
     model = this.copy()
     adapter = this.adapter(model, targets=[target])
@@ -189,14 +189,14 @@ def both_directions(this, targets, folder):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "bloom", "bert"])
-def test_embeddings_both_directions(name, tmp_path):
+def test_embedding_adapters_round_trip_through_peft(name, tmp_path):
     this = case(name)
     targets = {"gpt2": "wte", "bert": "word_embeddings", "bloom": "word_embeddings"}
     both_directions(this, [targets.get(name, "embed_tokens")], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama"])
-def test_both_ends_of_a_language_model(name, tmp_path):
+def test_embedding_and_head_adapters_round_trip_through_peft(name, tmp_path):
     """Embeddings and output layer each with an update of its own, tied (Qwen, GPT-2) or not."""
     this = case(name)
     targets = ["wte" if name == "gpt2" else "embed_tokens", "lm_head"]
@@ -212,7 +212,7 @@ def test_both_ends_of_a_language_model(name, tmp_path):
     assert (off > 1e-2) == (name != "llama")  # PEFT adds both updates to the one tied matrix
 
 
-def test_copies_of_an_adapted_model_are_independent():
+def test_adapted_model_deepcopy_is_independent():
     this = case("llama")
     adapter = this.adapter()
     randomise(adapter.named_tensors())

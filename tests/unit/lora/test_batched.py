@@ -13,7 +13,7 @@ from lora_lightning.lora import (
     Adapter,
     LoraConfig,
     UserError,
-    functional,
+    products,
 )
 from lora_lightning.lora.batched import Stack, StackedLayer, stacked_model
 
@@ -50,11 +50,11 @@ def slots() -> dict[int, nn.Module]:
 @pytest.fixture(params=[False, True], ids=["one by one", "grouped"])
 def grouped(request, monkeypatch):
     """Whether the low-rank products of all slots are one, as on a GPU."""
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",) if request.param else ())
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",) if request.param else ())
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1], [3, 0], [0, 1]])
-def test_rows_and_gradients_are_those_of_each_alone(chosen, grouped):
+def test_stacked_model_equals_each_slot_alone(chosen, grouped):
     models = slots()
     stack = Stack()
     stacked = stacked_model(models, stack)
@@ -87,7 +87,7 @@ def test_rows_and_gradients_are_those_of_each_alone(chosen, grouped):
     assert compared >= 2 * len(chosen)
 
 
-def test_dropout_draws_from_each_slots_own_generator(grouped):
+def test_stacked_model_dropout_uses_each_slots_generator(grouped):
     """With the same draws as alone, outputs and gradients are the same."""
     torch.manual_seed(0)
     base = nn.Linear(5, 7).double().requires_grad_(False)
@@ -145,7 +145,7 @@ def test_stacked_layer_after_inference_mode_trains(grouped):
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
 
 
-def test_one_base_product_for_all(monkeypatch):
+def test_stacked_model_computes_one_base_product(monkeypatch):
     """Where all adapt a layer with plain frozen weights, it is computed once."""
     models = slots()
     stack = Stack()
@@ -161,7 +161,7 @@ def test_one_base_product_for_all(monkeypatch):
     assert calls == [(6, 5)]
 
 
-def test_a_frozen_tensor_exists_once():
+def test_stacked_model_shares_frozen_tensors():
     models = slots()
     stacked = stacked_model(models, Stack())
     frozen = {id(p) for p in models[0].parameters() if not p.requires_grad}
@@ -170,7 +170,7 @@ def test_a_frozen_tensor_exists_once():
     }
 
 
-def test_mixed_rows_are_refused():
+def test_stacked_model_that_mixes_rows_raises():
     stack = Stack()
     stacked = stacked_model(slots(), stack)
     with stack.of([0, 1]), pytest.raises(UserError, match="mixes rows"):

@@ -19,13 +19,13 @@ from lora_lightning.lora import (
 )
 from lora_lightning.lora.initialization.eva import (
     StreamedComponents,
-    counted,
-    distributed,
-    start_from_data,
+    counted_rows,
+    distribute_ranks,
+    run_eva,
 )
 
 
-def test_components_of_a_stream_are_those_of_all_rows():
+def test_streamed_components_equal_those_of_all_rows():
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([9.0, 5.0, 3.0, *([0.2] * 13)])
     turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
@@ -43,28 +43,28 @@ def test_components_of_a_stream_are_those_of_all_rows():
     assert stream.settled[:3].all()
 
 
-def test_ranks_go_to_the_largest_shares():
+def test_distribute_ranks_prefers_the_largest_shares():
     shares = {
         "a": torch.tensor([0.5, 0.3, 0.1]),
         "b": torch.tensor([0.2, 0.05, 0.01]),
         "c": torch.tensor([0.04, 0.02, 0.01]),
     }
-    assert distributed(shares, 4) == {"a": 3, "b": 1, "c": 0}
-    assert distributed({"a": torch.ones(2), "b": torch.ones(2)}, 3) == {"a": 2, "b": 1}
+    assert distribute_ranks(shares, 4) == {"a": 3, "b": 1, "c": 0}
+    assert distribute_ranks({"a": torch.ones(2), "b": torch.ones(2)}, 3) == {"a": 2, "b": 1}
 
 
-def test_what_counts():
+def test_counted_rows_skips_masked_tokens():
     inputs = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     labels = torch.tensor([[-100, 5, -100], [-100, -100, 7]])
-    assert counted(inputs, {"attention_mask": mask}).tolist() == inputs[mask.bool()].tolist()
-    both = counted(inputs, {"attention_mask": mask, "labels": labels})
+    assert counted_rows(inputs, {"attention_mask": mask}).tolist() == inputs[mask.bool()].tolist()
+    both = counted_rows(inputs, {"attention_mask": mask, "labels": labels})
     assert both.tolist() == [[2.0, 3.0], [10.0, 11.0]]
-    flattened = counted(inputs.flatten(0, 1), {"attention_mask": mask, "labels": labels})
+    flattened = counted_rows(inputs.flatten(0, 1), {"attention_mask": mask, "labels": labels})
     assert torch.equal(flattened, both)
-    assert len(counted(inputs[:, 0], {"attention_mask": mask})) == 2  # what a pooler sees
+    assert len(counted_rows(inputs[:, 0], {"attention_mask": mask})) == 2  # what a pooler sees
     of_rows = {"attention_mask": mask, "labels": torch.tensor([1, 0])}  # a classifier's
-    assert len(counted(inputs, of_rows)) == 5
+    assert len(counted_rows(inputs, of_rows)) == 5
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def forward(model):
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_peft_finds_the_same(rho, base, batches):
+def test_run_eva_equals_peft(rho, base, batches):
     settings = {"target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"], "r": 4}
     theirs = peft.get_peft_model(
         copy.deepcopy(base),
@@ -105,7 +105,7 @@ def test_peft_finds_the_same(rho, base, batches):
         if name.endswith("lora_A.default.weight")
     }
     config = LoraConfig(rank=4, init="eva", eva_rho=rho, targets=settings["target_modules"])
-    found = start_from_data(base, config, batches, forward(base))
+    found = run_eva(base, config, batches, forward(base))
     our_ranks = {name: len(a) for name, a in found.matrices.items()}
     their_ranks = {name: len(a) for name, a in their_A.items()}
     assert sum(our_ranks.values()) == sum(their_ranks.values()) == 4 * 8
@@ -124,13 +124,13 @@ def test_peft_finds_the_same(rho, base, batches):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_adapter_is_plain_lora(rslora, base, batches, tmp_path):
+def test_run_eva_config_gives_plain_lora(rslora, base, batches, tmp_path):
     config = LoraConfig(rank=4, alpha=6, init="eva", use_rslora=rslora)
-    found = start_from_data(base, config, batches[:5], forward(base))
+    found = run_eva(base, config, batches[:5], forward(base))
     assert found.config.init == "kaiming"
     model = copy.deepcopy(base)
     adapter = Adapter(model, found.config)
-    adapter.start_at(found.matrices)
+    adapter.set_initial_A(found.matrices)
     ids = batches[0]["input_ids"]
     with torch.no_grad():
         expected = base(input_ids=ids).logits
@@ -148,9 +148,9 @@ def test_the_adapter_is_plain_lora(rslora, base, batches, tmp_path):
         torch.testing.assert_close(ours(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_inputs_give_equal_bytes(base, batches):
+def test_run_eva_is_deterministic(base, batches):
     config = LoraConfig(rank=4, init="eva")
-    first, second = (start_from_data(base, config, batches[:4], forward(base)) for _ in range(2))
+    first, second = (run_eva(base, config, batches[:4], forward(base)) for _ in range(2))
     assert first.config == second.config
     for name, a in first.matrices.items():
         assert torch.equal(a, second.matrices[name])
@@ -159,17 +159,17 @@ def test_equal_inputs_give_equal_bytes(base, batches):
     assert torch.equal(shared[0][:rank], shared[1][:rank])  # one decomposition for both
 
 
-def test_embeddings_start_as_ever(base, batches):
+def test_run_eva_keeps_embeddings_unchanged(base, batches):
     config = LoraConfig(rank=4, init="eva", targets=["embed_tokens", "q_proj"])
-    found = start_from_data(base, config, batches[:3], forward(base))
+    found = run_eva(base, config, batches[:3], forward(base))
     assert "model.embed_tokens" in found.config.targets
     assert "model.embed_tokens" not in found.matrices
-    with pytest.raises(UserError, match="linear layers, and adapts none"):
-        start_from_data(base, LoraConfig(init="eva", targets=["embed_tokens"]), [], forward(base))
+    with pytest.raises(UserError, match="requires linear layers"):
+        run_eva(base, LoraConfig(init="eva", targets=["embed_tokens"]), [], forward(base))
 
 
-def test_without_data(base):
-    with pytest.raises(UserError, match="needs more than a layer"):
+def test_run_eva_without_data_raises(base):
+    with pytest.raises(UserError, match="requires training data or the unquantized weights"):
         Adapter(copy.deepcopy(base), LoraConfig(init="eva"))
-    with pytest.raises(UserError, match="needs training rows"):
-        start_from_data(base, LoraConfig(init="eva"), [], forward(base))
+    with pytest.raises(UserError, match="requires training rows"):
+        run_eva(base, LoraConfig(init="eva"), [], forward(base))

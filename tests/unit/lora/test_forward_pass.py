@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from helpers.gpu import Kernels, like_a_gpu
-from lora_lightning.lora import Adapter, LoraConfig, functional
+from lora_lightning.lora import Adapter, LoraConfig, fused_group, products
 from lora_lightning.lora.casts import Casts
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 
 
 class Block(nn.Module):
@@ -119,13 +119,13 @@ def gpu(monkeypatch):
 def groups(monkeypatch):
     """Counts the groups that are computed together, by their sizes."""
     sizes = []
-    real = functional._FusedGroup.apply
+    real = fused_group._FusedGroup.apply
 
     def apply(rows, frozen, *matrices):
         sizes.append(len(frozen[0]))
         return real(rows, frozen, *matrices)
 
-    monkeypatch.setattr(functional._FusedGroup, "apply", apply)
+    monkeypatch.setattr(fused_group._FusedGroup, "apply", apply)
     return sizes
 
 
@@ -216,7 +216,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["each", "grouped"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_copies_after_a_change_are_of_the_new_values(change, grouped, request):
+def test_casts_after_a_change_have_the_new_values(change, grouped, request):
     """Between passes, with and without torch's notice of it."""
     if grouped:  # sums are in another order then
         request.getfixturevalue("gpu")
@@ -233,7 +233,7 @@ def test_copies_after_a_change_are_of_the_new_values(change, grouped, request):
     assert not torch.allclose(found[0], before[0], rtol=0.1)
 
 
-def test_copies_are_made_by_one_kernel_in_each_pass_and_never_outside():
+def test_casts_use_one_kernel_per_pass_and_none_outside():
     model, adapter = adapted(torch.bfloat16, adapter=torch.float32)
     x, names = rows(torch.bfloat16), set(model.state_dict())
     casts = adapter.layers["blocks.0.query"].forward_pass.casts
@@ -251,7 +251,7 @@ def test_copies_are_made_by_one_kernel_in_each_pass_and_never_outside():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_copies_serve_the_recomputation_of_checkpointing(reentrant):
+def test_casts_serve_gradient_checkpointing(reentrant):
     def checkpointed():
         return Model(checkpointing=reentrant)
 
@@ -268,7 +268,7 @@ def test_copies_serve_the_recomputation_of_checkpointing(reentrant):
     assert kernels.count["_to_copy.default"] == 2 * 8 + 1
 
 
-def test_copies_in_the_middle_of_a_pass_see_a_change():
+def test_casts_within_a_pass_see_a_change():
     model, _ = adapted(torch.bfloat16, adapter=torch.float32)
     x = rows(torch.bfloat16)
     for _ in range(2):
@@ -292,7 +292,7 @@ def inference_first(self, x):
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_copies_made_in_inference_mode_can_be_trained_with(joins, request, monkeypatch):
+def test_casts_after_inference_mode_can_train(joins, request, monkeypatch):
     """Before the pass and within it, one by one and all at once."""
     if joins:
         request.getfixturevalue("gpu")
@@ -310,7 +310,7 @@ def test_copies_made_in_inference_mode_can_be_trained_with(joins, request, monke
                     model(x.clone())
 
 
-def test_copies_of_matrices_that_are_made_in_each_pass_are_not_kept():
+def test_casts_of_temporary_matrices_are_not_kept():
     model, adapter = adapted(torch.bfloat16, adapter=torch.float32, init="pissa")
     x = rows(torch.bfloat16)
     for layer in adapter.layers.values():
@@ -319,10 +319,10 @@ def test_copies_of_matrices_that_are_made_in_each_pass_are_not_kept():
         in_place(model, adapter)
         assert_close(step(model, x), alone(model, x), 0.0)
     model(x)
-    assert adapter.layers["blocks.0.query"].forward_pass.casts._asked == {}
+    assert adapter.layers["blocks.0.query"].forward_pass.casts._requests == {}
 
 
-def test_copies_follow_their_matrix_to_another_device():
+def test_casts_follow_their_matrix_to_another_device():
     casts = Casts()
     matrix = nn.Parameter(torch.randn(2, 3))
     for _ in range(2):
@@ -334,7 +334,7 @@ def test_copies_follow_their_matrix_to_another_device():
     assert torch.equal(casts.cast(matrix, torch.bfloat16), matrix.bfloat16())
 
 
-def test_copies_hold_for_two_graphs_at_once_and_for_a_graph_that_is_kept():
+def test_casts_serve_two_graphs_and_a_retained_graph():
     """A pass never writes into the copies of another."""
     model, adapter = adapted(torch.bfloat16, adapter=torch.float32)
     first, second = (rows(torch.bfloat16, seed) for seed in (1, 2))
@@ -349,7 +349,7 @@ def test_copies_hold_for_two_graphs_at_once_and_for_a_graph_that_is_kept():
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, "pickle"], ids=["deepcopy", "pickle"])
-def test_a_copy_of_the_model_has_passes_of_its_own(how, gpu, groups):
+def test_forward_pass_of_a_copied_model_is_separate(how, gpu, groups):
     model, adapter = adapted(adapter=torch.float32)
     x = rows()
     for _ in range(3):
@@ -447,7 +447,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_groups_give_the_outputs_and_gradients_of_each_layer_alone(case, gpu, groups):
+def test_group_equals_each_layer_alone(case, gpu, groups):
     make, settings, sizes = CASES[case]
     dtype = torch.float32 if case == "dora" else torch.float64
     model, _ = adapted(dtype, lambda: OfIds(make()), **settings)
@@ -463,7 +463,7 @@ def test_groups_give_the_outputs_and_gradients_of_each_layer_alone(case, gpu, gr
     assert groups == sizes * 4  # of two layers, from the second pass on
 
 
-def test_training_with_groups_comes_to_the_same_values(gpu, groups):
+def test_group_training_gives_the_same_weights(gpu, groups):
     """Gradients that share memory are accumulated, zeroed and stepped by like any others."""
 
     def train(model):
@@ -481,7 +481,7 @@ def test_training_with_groups_comes_to_the_same_values(gpu, groups):
     assert_close(found, expected, 1e-10)
 
 
-def test_gradients_of_a_group_in_bf16_are_as_near_to_the_truth_as_alone(gpu, groups):
+def test_group_gradients_in_bf16_are_as_accurate_as_alone(gpu, groups):
     """The truth: float64 of the same rounded values."""
     model, _ = adapted(torch.bfloat16, adapter=torch.float32)
     block = model.blocks[1]
@@ -510,7 +510,7 @@ def test_gradients_of_a_group_in_bf16_are_as_near_to_the_truth_as_alone(gpu, gro
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_groups_do_not_change_what_checkpointing_has_to_repeat(reentrant, gpu, groups):
+def test_group_is_stable_under_gradient_checkpointing(reentrant, gpu, groups):
     """Two passes before the first backward pass, and a group that is given up between them."""
     model, _ = adapted(make=lambda: Model(checkpointing=reentrant))
     small, other, large = (rows(seed=seed).requires_grad_() for seed in (1, 2, 3))
@@ -544,13 +544,13 @@ def fail(*_):
 
 
 @pytest.mark.parametrize("ends", ["well", "in an error", "early"])
-def test_nothing_of_a_group_outlives_its_pass(ends, gpu, groups):
+def test_group_releases_its_outputs_after_the_pass(ends, gpu, groups):
     model, adapter = adapted()
     x, truth = rows(), step(adapted()[0], rows())
     for _ in range(3):
         step(model, x)
     outputs = []
-    real = functional.fused_group
+    real = fused_group.fused_group
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "lora_lightning.lora.forward_pass.fused_group",
@@ -578,7 +578,7 @@ def test_nothing_of_a_group_outlives_its_pass(ends, gpu, groups):
     assert groups == ([] if ends == "early" else [3, 3])
 
 
-def test_groups_keep_no_layer_alive(gpu):
+def test_group_keeps_no_layer_alive(gpu):
     model, adapter = adapted()
     step(model, rows())
     step(model, rows())
@@ -626,9 +626,7 @@ def ask_under_autocast(self, x):
     [ask_in_place, ask_in_another_order, ask_without_gradients, ask_twice, ask_under_autocast],
     ids=lambda ask: ask.__name__,
 )
-def test_layers_of_a_group_that_are_asked_for_something_else_compute_that(
-    ask, gpu, groups, monkeypatch
-):
+def test_group_layer_with_another_input_computes_it(ask, gpu, groups, monkeypatch):
     model, _ = adapted()
     for _ in range(3):
         step(model, rows())
@@ -641,7 +639,7 @@ def test_layers_of_a_group_that_are_asked_for_something_else_compute_that(
 
 
 @pytest.mark.parametrize("state", ["switched off", "merged", "another scaling", "evaluation"])
-def test_groups_follow_the_state_of_their_layers(state, gpu, groups):
+def test_group_follows_the_state_of_its_layers(state, gpu, groups):
     model, adapter = adapted(dropout=0.5 if state == "evaluation" else 0.0)
     key = adapter.layers["blocks.0.key"]
     if state == "evaluation":
@@ -667,7 +665,7 @@ def test_groups_follow_the_state_of_their_layers(state, gpu, groups):
     assert groups == [3]  # of the other block
 
 
-def test_threads_that_share_a_model_get_what_is_theirs(gpu, groups):
+def test_forward_pass_in_two_threads_is_correct(gpu, groups):
     """They meet between the first layer of a group and the others."""
     model, adapter = adapted()
     for _ in range(3):
@@ -711,7 +709,7 @@ def launches(model):
     return kernels.count
 
 
-def test_a_training_step_launches_fewer_kernels_than_pefts(gpu):
+def test_training_step_launches_fewer_kernels_than_peft(gpu):
     import peft
 
     def base():
@@ -739,8 +737,8 @@ def test_a_training_step_launches_fewer_kernels_than_pefts(gpu):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.1}, {"use_dora": True}], ids=str)
-def test_a_compiled_model_is_one_graph(settings, training, monkeypatch):
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
+def test_compiled_model_is_one_graph(settings, training, monkeypatch):
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     model, _ = adapted(torch.float32, llama, targets=ALL, **settings)
     model.train(training)
     layer = model.model.layers[0]

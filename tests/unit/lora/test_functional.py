@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from transformers.pytorch_utils import Conv1D
 
 from helpers.gpu import Kernels, like_a_gpu
-from lora_lightning.lora import Adapter, LoraConfig, functional
+from lora_lightning.lora import Adapter, LoraConfig, functional, fused_group
 from lora_lightning.lora.functional import add_low_rank, fused_linear
 from lora_lightning.lora.layers.linear import LoraConv1D, LoraLinear
 
@@ -44,7 +44,7 @@ def grads(function, tensors, **kwargs):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("grad_x", [True, False])
 @pytest.mark.parametrize("rows", [(3, 5), (4,), (1, 1), (0, 5)])
-def test_gradcheck(bias, grad_x, rows):
+def test_fused_linear_passes_gradcheck(bias, grad_x, rows):
     x, weight, offset, a, b = inputs(bias=bias, grad_x=grad_x, rows=rows)
 
     def step(x, a, b):
@@ -56,7 +56,7 @@ def test_gradcheck(bias, grad_x, rows):
 @pytest.mark.parametrize(
     "check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["once", "twice"]
 )
-def test_derivatives_with_dropout(check):
+def test_fused_linear_with_dropout_has_exact_derivatives(check):
     x, weight, offset, a, b = inputs()
 
     def step(x, a, b):
@@ -67,7 +67,7 @@ def test_derivatives_with_dropout(check):
 
 
 @pytest.mark.parametrize("grad_x", [True, False])
-def test_equals_the_plain_step_in_float64(grad_x):
+def test_fused_linear_equals_plain_operations_in_float64(grad_x):
     tensors = inputs(grad_x=grad_x)
     for found, expected in zip(
         grads(fused_linear, tensors, scaling=0.5), grads(plain, tensors, scaling=0.5), strict=True
@@ -76,7 +76,7 @@ def test_equals_the_plain_step_in_float64(grad_x):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_16_bit_base_is_no_further_from_the_truth_than_the_plain_step(dtype):
+def test_fused_linear_in_16_bits_is_as_accurate_as_plain_operations(dtype):
     """fp32 adapters; the truth is float64 on the same rounded values."""
     tensors = inputs(dtype, torch.float32, rows=(64,))
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
@@ -90,7 +90,7 @@ def test_a_16_bit_base_is_no_further_from_the_truth_than_the_plain_step(dtype):
 
 
 @pytest.mark.parametrize("scaling", [2.0, 1.7])
-def test_fused_step_on_a_gpu_launches_its_products_alone(scaling, monkeypatch):
+def test_fused_linear_on_a_gpu_launches_only_products(scaling, monkeypatch):
     """bf16 base, fp32 adapter: no pass for the scaling, types of gradients or their layout."""
     like_a_gpu(monkeypatch)
     tensors = inputs(torch.bfloat16, torch.float32, rows=(64,), bias=False)
@@ -116,7 +116,7 @@ def test_fused_step_on_a_gpu_launches_its_products_alone(scaling, monkeypatch):
         assert (tensor.grad.double() - true).norm() <= 0.01 * true.norm()
 
 
-def test_x_is_kept_once_and_nothing_as_wide_as_the_output():
+def test_fused_linear_saves_the_input_once():
     layer = LoraLinear(nn.Linear(64, 256).requires_grad_(False), 4, scaling=1.0)
     x = made(8, 64, dtype=torch.float32)
     kept = {}
@@ -153,7 +153,7 @@ def layers():
 
 @pytest.mark.parametrize("index", [0, 1], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_layers_take_the_fused_step(index, autocast, monkeypatch):
+def test_plain_layer_uses_the_fused_step(index, autocast, monkeypatch):
     layer = layers()[index]
     calls = count_calls(monkeypatch)
     x = made(4, 7, dtype=torch.float32).requires_grad_()
@@ -182,7 +182,7 @@ def subclass(layer):
 
 
 @pytest.mark.parametrize("change", [hook, train_bias, subclass])
-def test_layers_that_do_more_are_called(change, monkeypatch):
+def test_layer_that_does_more_is_called(change, monkeypatch):
     layer = layers()[0]
     change(layer)
     calls = count_calls(monkeypatch)
@@ -192,7 +192,7 @@ def test_layers_that_do_more_are_called(change, monkeypatch):
     assert calls == []
 
 
-def test_checkpointing_recomputes_it_alike():
+def test_fused_linear_under_checkpointing_is_equal():
     from torch.utils.checkpoint import checkpoint
 
     first, _ = layers()
@@ -211,10 +211,10 @@ def grouped(x, weight, bias, a, b, *, scaling):
     """Two layers with one input, as one step."""
     low = a.to(x.dtype)
     layers = [
-        functional.Linear(weight, bias, a, b, b.to(x.dtype).detach(), scaling),
-        functional.Linear(2 * weight, None, a, b, b.to(x.dtype).detach(), scaling),
+        fused_group.Linear(weight, bias, a, b, b.to(x.dtype).detach(), scaling),
+        fused_group.Linear(2 * weight, None, a, b, b.to(x.dtype).detach(), scaling),
     ]
-    first, second = functional.fused_group(x, layers, torch.cat([low, low]).detach())
+    first, second = fused_group.fused_group(x, layers, torch.cat([low, low]).detach())
     return first.sin() + second
 
 
@@ -227,7 +227,7 @@ def grouped_plainly(x, weight, bias, a, b, *, scaling):
     ("step", "truth"), [(fused_linear, plain), (grouped, grouped_plainly)], ids=["one", "group"]
 )
 @pytest.mark.parametrize("bent", [False, True])
-def test_second_derivatives_are_those_of_plain_operations(step, truth, bent):
+def test_second_derivatives_equal_plain_operations(step, truth, bent):
     """Of a loss that is linear in the output too, whose gradient needs none itself."""
 
     def second(function):
@@ -243,7 +243,7 @@ def test_second_derivatives_are_those_of_plain_operations(step, truth, bent):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_second_derivatives_without_kept_inputs_are_refused():
+def test_second_derivatives_without_saved_inputs_raise():
     x, weight, offset, a, b = inputs()
     output = fused_linear(x, weight, offset, a.requires_grad_(False), b, scaling=1.0)
     with pytest.raises(RuntimeError, match=r"second derivatives need .*set_fused\(False\)"):
@@ -270,7 +270,7 @@ def adapted_inner_step(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("freeze_A", [False, True])
-def test_gradients_through_a_step_of_gradient_descent(freeze_A):
+def test_gradients_through_a_descent_step_are_exact(freeze_A):
     x = made(5, 4)
     found = []
     for fused in (not freeze_A, False):
@@ -282,7 +282,7 @@ def test_gradients_through_a_step_of_gradient_descent(freeze_A):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_of_each_sample_by_torch_func():
+def test_per_sample_gradients_with_torch_func_are_exact():
     """vmap over grad equals a backward pass for each row."""
     adapter, x = network(), made(5, 4)
     adapter.set_fused(False)
@@ -308,7 +308,7 @@ def test_full_backward_hooks_on_the_base_layer_run():
     assert torch.equal(seen[0], torch.ones(5, 2, dtype=torch.float64))
 
 
-def test_every_forward_calls_the_base_with_the_switch():
+def test_set_fused_false_calls_every_base_layer():
     adapter, x = network(), made(5, 4)
     expected, called = adapter.model(x), []
     forward = nn.Linear.forward

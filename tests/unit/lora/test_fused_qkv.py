@@ -130,7 +130,7 @@ def train(adapter: Adapter, inputs: dict[str, Tensor], steps: int) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", FUSED)
-def test_parts_are_layers_of_their_own(name, rslora, tmp_path):
+def test_split_layer_equals_separate_layers(name, rslora, tmp_path):
     """Logits, gradients, parameters, AdamW with decay; then the file in PEFT and here."""
     this = case(name)
     model = this.copy().double()
@@ -162,7 +162,7 @@ def test_parts_are_layers_of_their_own(name, rslora, tmp_path):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_the_file_holds_blocks_and_zeros(name, tmp_path):
+def test_split_layer_file_has_blocks_and_zeros(name, tmp_path):
     adapter = fused(name)
     randomise(adapter.named_tensors())
     save_adapter(adapter, tmp_path)
@@ -196,22 +196,22 @@ def test_the_file_holds_blocks_and_zeros(name, tmp_path):
     assert_tensors_close(again.named_tensors(), adapter.named_tensors(), rtol=1e-5)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_split_layer_with_a_dense_file_raises(tmp_path):
     this = case("gpt2")
     plain = Adapter(this.copy(), LoraConfig(rank=4, targets=["c_attn"]))
     randomise(plain.named_tensors())
     save_adapter(plain, tmp_path)
     adapter = fused("gpt2")
     before = {name: tensor.clone() for name, tensor in adapter.named_tensors().items()}
-    with pytest.raises(UserError, match="not zero outside of these parts"):
+    with pytest.raises(UserError, match="must be zero outside of these parts"):
         adapter.load_tensors(read_adapter(tmp_path)[1])
     tensors = read_adapter(tmp_path)[1]
-    with pytest.raises(UserError, match=r"B is \(96, 3\), and \(96, 4\) for these parts"):
+    with pytest.raises(UserError, match=r"B is \(96, 3\), must be \(96, 4\) for these parts"):
         adapter.load_tensors({n: t[:, :3] if "lora_B" in n else t for n, t in tensors.items()})
     assert all(torch.equal(before[name], t) for name, t in adapter.named_tensors().items())
 
 
-def test_sums_and_rows_of_such_adapters(tmp_path):
+def test_split_adapters_combine_and_serve_by_row(tmp_path):
     this = case("gpt2")
     adapter = fused("gpt2")
     randomise(adapter.named_tensors())
@@ -230,7 +230,7 @@ def test_sums_and_rows_of_such_adapters(tmp_path):
     torch.testing.assert_close(logits[1], this.logits(this.base)[1], rtol=0, atol=1e-5)
 
 
-def test_the_summary_names_the_parts():
+def test_summary_names_the_parts():
     told = str(fused("phi3").summary())
     assert "self_attn.qkv_proj [k v]" in told
     assert "mlp.gate_up_proj [gate up]" in told
@@ -241,30 +241,30 @@ REFUSED = {
     "sum": ("phi3", {"qkv_proj": {"q": 32, "k": 16, "v": 15}}, "32 .q. .* is 63, .* has 64"),
     "shares": ("phi3", {"qkv_proj": ["q", "k", "v"]}, "64 outputs are not 3 equal parts"),
     "no layer": ("gpt2", {"c_atn": ["q", "k", "v"]}, "Did you mean 'c_attn'"),
-    "none": ("gpt2", {"c_attn": ["-q", "-k", "-v"]}, "leaves every part"),
+    "none": ("gpt2", {"c_attn": ["-q", "-k", "-v"]}, "must adapt a part"),
     "one": ("gpt2", {"c_attn": ["q"]}, "two parts or more"),
     "no list": ("gpt2", {"c_attn": 3}, "two parts or more"),
-    "twice": ("gpt2", {"c_attn": ["q", "-q", "v"]}, "names a part twice"),
-    "size": ("gpt2", {"c_attn": {"q": 0, "k": 96}}, "size of 'q' must be a whole number"),
-    "bloom": ("bloom", {"query_key_value": ["q", "k", "v"]}, "contiguous rows .* of bloom"),
+    "twice": ("gpt2", {"c_attn": ["q", "-q", "v"]}, "must name each part once"),
+    "size": ("gpt2", {"c_attn": {"q": 0, "k": 96}}, "size 0 of 'q' must be a whole number"),
+    "bloom": ("bloom", {"query_key_value": ["q", "k", "v"]}, "contiguous rows, but .* of bloom"),
     "latent": ("deepseek-v3", {"kv_b_proj": ["k", "v"]}, "kv_b_proj of deepseek_v3"),
     "gpt-neox": ("gpt-neox", {"query_key_value": ["q", "k", "v"]}, "contiguous rows"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused(what):
+def test_parts_that_are_invalid_raise(what):
     name, parts, message = REFUSED[what]
     with pytest.raises(UserError, match=message):
         Adapter(case(name).copy(), LoraConfig(parts=parts))
 
 
-def test_embeddings_have_no_parts():
+def test_parts_of_an_embedding_raise():
     with pytest.raises(UserError, match="Embedding has no parts"):
         Adapter(case("gpt2").copy(), LoraConfig(targets=["wte"], parts={"wte": ["a", "b"]}))
 
 
-def test_falcon_with_one_key_for_all_heads_is_not_interleaved():
+def test_parts_of_multi_query_falcon_are_contiguous():
     """Its queries come first, then the one key and the one value."""
     this = case("falcon")
     assert this.base.config.multi_query

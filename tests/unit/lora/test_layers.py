@@ -54,7 +54,7 @@ def reference(layer, x):
 
 
 @pytest.mark.parametrize(("kind", "bias"), [("Linear", True), ("Linear", False), ("Conv1D", True)])
-def test_dense_forward(kind, bias):
+def test_linear_forward_equals_the_equation(kind, bias):
     layer = filled(dense_layer(kind, bias))
     x = torch.randn(2, 4, 7)
     torch.testing.assert_close(layer(x).double(), reference(layer, x), rtol=1e-5, atol=1e-6)
@@ -74,7 +74,7 @@ def test_dense_forward(kind, bias):
     ],
     ids=["plain", "bart", "gemma3"],
 )
-def test_embedding_forward(base, scale):
+def test_embedding_forward_equals_the_equation(base, scale):
     layer = filled(LoraEmbedding(base, 3, scaling=1.7))
     ids = torch.tensor([[1, 5, 10], [2, 0, 1]])
     weight, a, b = doubles(base.weight, layer.lora_A, layer.lora_B)
@@ -88,7 +88,7 @@ def test_embedding_forward(base, scale):
     ("use_rslora", "alpha", "scaling"),
     [(False, 12, 3.0), (True, 12, 6.0), (False, None, 2.0), (True, None, 4.0)],
 )
-def test_scaling(use_rslora, alpha, scaling):
+def test_layer_scaling_follows_alpha_and_rank(use_rslora, alpha, scaling):
     config = LoraConfig(rank=4, alpha=alpha, use_rslora=use_rslora, targets=["0"])
     adapter = Adapter(nn.Sequential(nn.Linear(7, 5)), config)
     layer = filled(adapter.layers["0"])
@@ -97,7 +97,7 @@ def test_scaling(use_rslora, alpha, scaling):
     torch.testing.assert_close(layer(x).double(), reference(layer, x), rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_falls_on_the_update_alone_and_only_in_training():
+def test_dropout_applies_to_the_update_in_training_only():
     layer = filled(LoraLinear(nn.Linear(7, 5), 3, scaling=1.7, dropout=0.5))
     x = torch.randn(2, 4, 7)
     layer.eval()
@@ -131,7 +131,7 @@ class Bank(nn.Module):
     ],
     ids=["kaiming", "gaussian", "dora", "Conv1D", "embedding", "parameter"],
 )
-def test_matrices_on_a_gpu_start_as_those_on_a_cpu(base, settings):
+def test_initial_matrices_on_a_gpu_equal_those_on_a_cpu(base, settings):
     def first_values(model):
         torch.manual_seed(4)
         (layer,) = Adapter(model, LoraConfig(rank=2, **settings)).layers.values()
@@ -148,7 +148,7 @@ def test_matrices_on_a_gpu_start_as_those_on_a_cpu(base, settings):
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_first_values_are_those_that_torch_draws_in_place(init):
+def test_initial_values_equal_torch_draws(init):
     torch.manual_seed(0)
     layer = LoraLinear(nn.Linear(7, 5), 3, scaling=1.0, init=init)
     torch.manual_seed(0)
@@ -159,14 +159,14 @@ def test_first_values_are_those_that_torch_draws_in_place(init):
     assert not layer.lora_B.any()
 
 
-def test_a_layer_takes_the_mode_of_its_base():
+def test_layer_takes_the_mode_of_its_base():
     assert not LoraLinear(nn.Linear(2, 2).eval(), 1, scaling=1.0, dropout=0.5).training
     assert LoraLinear(nn.Linear(2, 2), 1, scaling=1.0, dropout=0.5).training
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Embedding"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_base_with_fp32_adapter(kind, dtype):
+def test_fp32_adapter_on_a_16_bit_base_gives_its_dtype(kind, dtype):
     torch.manual_seed(0)
     if kind == "Linear":
         layer = filled(LoraLinear(nn.Linear(64, 32).to(dtype), 4, scaling=0.5))
@@ -210,7 +210,7 @@ class Int8Linear(nn.Module):
         return x @ (self.weight.to(x.dtype) * self.scale).t()
 
 
-def test_quantised_linear_trains_and_refuses_to_merge():
+def test_quantized_linear_trains_and_does_not_merge():
     torch.manual_seed(0)
     model = nn.Sequential(Int8Linear(nn.Linear(8, 6)), nn.Linear(6, 4))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -228,14 +228,14 @@ def test_quantised_linear_trains_and_refuses_to_merge():
     assert losses[-1] < 0.8 * losses[0]
     assert all(layer.lora_B.any() for layer in adapter.layers.values())
 
-    with pytest.raises(UserError, match=r"^0: cannot merge into Int8Linear: .* is quantised"):
+    with pytest.raises(UserError, match=r"^0: cannot merge into Int8Linear: .* is quantized"):
         adapter.merge()
     adapter.remove()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
-def test_gradients(kind):
+def test_layer_passes_gradcheck(kind):
     if kind == "Embedding":
         layer = LoraEmbedding(nn.Embedding(4, 3), 2, scaling=0.7)
         x = torch.tensor([[0, 3, 3]])
@@ -251,7 +251,7 @@ def test_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_update_norm_is_the_dense_one(kind):
+def test_update_norm_equals_the_dense_norm(kind):
     layer = filled(dense_layer(kind))
     a, b = doubles(layer.lora_A, layer.lora_B)
     dense = torch.linalg.norm(1.7 * (b @ a)).item()
@@ -261,7 +261,7 @@ def test_update_norm_is_the_dense_one(kind):
     assert low_rank_norm(layer.lora_A, torch.zeros_like(layer.lora_B), 2.0).item() == 0.0
 
 
-def test_initialisation():
+def test_layer_initial_values_follow_init():
     torch.manual_seed(0)
     linear = nn.Linear(400, 300)
     layer = LoraLinear(linear, 16, scaling=1.0)
@@ -282,7 +282,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_merging_what_is_not_finite_is_refused(value):
+def test_merge_of_values_not_finite_raises(value):
     layer = filled(dense_layer("Linear"))
     weight = layer.base_layer.weight
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_merging_what_is_not_finite_is_refused(value):
     assert not layer.merged
 
 
-def test_merging_a_hundred_times_is_exact():
+def test_merge_a_hundred_times_is_exact():
     layer = filled(dense_layer("Linear"))
     before = layer.base_layer.weight.detach().clone()
     for _ in range(100):
@@ -304,7 +304,7 @@ def test_merging_a_hundred_times_is_exact():
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_merged_layer_converted_and_unmerged_is_of_the_new_type():
+def test_merged_layer_converted_unmerges_in_the_new_dtype():
     layer = filled(dense_layer("Linear"))
     pristine = layer.base_layer.weight
     expected = pristine.detach().to(torch.bfloat16)
@@ -318,7 +318,7 @@ def test_merged_layer_converted_and_unmerged_is_of_the_new_type():
     assert {tensor.device.type for tensor in layer.parameters()} == {"meta"}
 
 
-def test_what_model_code_reads_is_the_base_layer():
+def test_wrapper_attributes_are_the_base_layers():
     layer = dense_layer("Linear")
     assert layer.in_features == 7
     assert layer.weight is layer.base_layer.weight
@@ -356,7 +356,7 @@ class Mixture(nn.Module):
     ],
     ids=str,
 )
-def test_an_adapter_is_fp32_whatever_the_default_is(settings):
+def test_adapter_is_fp32_under_any_default_dtype(settings):
     settings = {"targets": ["embed", "linear", "conv"], "modules_to_save": ["head"], **settings}
     made = []
     for default in (torch.bfloat16, torch.float32):

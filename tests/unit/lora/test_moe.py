@@ -64,7 +64,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS)
-def test_peft_computes_the_same(name, variant, tmp_path):
+def test_expert_adapters_round_trip_through_peft(name, variant, tmp_path):
     """Logits and gradients of our file in PEFT, and of what PEFT then writes, here."""
     this = case(name)
     settings = VARIANTS[variant]
@@ -90,7 +90,7 @@ def test_peft_computes_the_same(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", [], ["w1", "w2", "w3"]])
-def test_peft_names_mixtrals_experts_itself(targets, tmp_path):
+def test_peft_mixtral_targets_load_as_experts(targets, tmp_path):
     """PEFT rewrites old names, and all-linear, to parameters with ranks of their own."""
     this = case("mixtral")
     torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_peft_names_mixtrals_experts_itself(targets, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_file_by_its_definition_in_float64(name, tmp_path):
+def test_expert_file_equals_its_definition_in_float64(name, tmp_path):
     """W_e + s B_e A_e, by hand from the file, is the adapted model and the merged one."""
     this = case(name)
     base = this.copy().double()
@@ -148,7 +148,7 @@ def test_the_file_by_its_definition_in_float64(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_life_of_an_adapter(name):
+def test_expert_adapter_attach_train_merge_remove(name):
     this = case(name)
     model = this.copy()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -177,7 +177,7 @@ def test_life_of_an_adapter(name):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_every_way_to_compute_experts(implementation):
+def test_expert_adapter_with_each_implementation_is_equal(implementation):
     this = case("mixtral")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     adapter.model.set_experts_implementation(implementation)
@@ -188,7 +188,7 @@ def test_every_way_to_compute_experts(implementation):
         assert_close_in_scale(grad, expected[key])
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_expert_adapter_under_checkpointing_is_equal():
     this = case("qwen2-moe")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     expected = gradients(adapter.model, this.inputs)
@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(actual[key], grad) for key, grad in expected.items())
 
 
-def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
+def test_expert_adapter_in_bfloat16_equals_peft(tmp_path):
     this = case("mixtral")
     base = this.copy().bfloat16()
     adapter = random_adapter_on(deepcopy(base), targets=[], target_parameters=BOTH)
@@ -209,23 +209,23 @@ def test_experts_in_bfloat16_are_those_of_peft(tmp_path):
     assert torch.equal(this.logits(adapter.model), this.logits(theirs))
 
 
-def test_what_is_left_out_is_told():
+def test_summary_names_unadapted_experts():
     this = case("mixtral")
     summary = random_adapter_on(this.copy()).summary()
     total = sum(p.numel() for p in this.base.parameters() if p.dim() == 3)
-    assert sum(summary.left_out.values()) == total
+    assert sum(summary.unadapted_experts.values()) == total
     share = 100 * total / summary.total
     told = str(summary).splitlines()[-1]
     assert told.startswith(f"4 expert parameters ({share:.1f} % of all parameters) are not adapted")
     names = "mlp.experts.gate_up_proj,mlp.experts.down_proj"
     assert f"lora.target_parameters=[{names}]" in told
     part = random_adapter_on(this.copy(), target_parameters=BOTH[1:]).summary()
-    assert list(part.left_out) == [f"model.layers.{i}.{BOTH[0]}" for i in (0, 1)]
+    assert list(part.unadapted_experts) == [f"model.layers.{i}.{BOTH[0]}" for i in (0, 1)]
     whole = random_adapter_on(this.copy(), target_parameters=BOTH).summary()
-    assert not whole.left_out
+    assert not whole.unadapted_experts
     assert "not adapted" not in str(whole)
     assert "2 x 32 -> 96" in str(whole)
-    assert not random_adapter_on(case("bert").copy()).summary().left_out
+    assert not random_adapter_on(case("bert").copy()).summary().unadapted_experts
 
 
 REFUSED = {
@@ -253,7 +253,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused(what):
+def test_target_parameters_that_are_invalid_raise(what):
     settings, message = REFUSED[what]
     model = case("mixtral").copy()
     with pytest.raises(UserError, match=message):
@@ -262,7 +262,7 @@ def test_what_is_refused(what):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
-def test_a_quantised_parameter_is_refused(kind):
+def test_target_parameters_quantized_raise(kind):
     model = case("mixtral").copy()
     for layer in model.model.layers:
         weight = layer.mlp.experts.down_proj
@@ -272,19 +272,19 @@ def test_a_quantised_parameter_is_refused(kind):
 
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0@UNKNOWN", "0.19.1", "0.21.2.dev0", None])
-def test_files_of_an_older_layout_are_refused(version, tmp_path):
+def test_expert_files_of_old_peft_raise(version, tmp_path):
     this = case("mixtral")
     save_adapter(random_adapter_on(this.copy(), target_parameters=BOTH), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_version": version}))
     if version in ("0.18.1", "0.19.0@UNKNOWN"):
-        with pytest.raises(UserError, match=f"PEFT {version}, which laid"):
+        with pytest.raises(UserError, match=f"PEFT {version} have another layout"):
             load_adapter(this.copy(), tmp_path)
     else:
         load_adapter(this.copy(), tmp_path)
 
 
-def test_files_of_experts_are_not_taken_apart(tmp_path):
+def test_expert_files_combined_or_converted_raise(tmp_path):
     save_adapter(random_adapter_on(case("mixtral").copy(), target_parameters=BOTH), tmp_path / "a")
     for use in (
         lambda: combine_adapters([tmp_path / "a"], tmp_path / "b"),
@@ -293,10 +293,10 @@ def test_files_of_experts_are_not_taken_apart(tmp_path):
         with pytest.raises(UserError, match="adapted experts .*Merge it"):
             use()
     assert not (tmp_path / "b").exists()
-    assert "experts" in " ".join(engine_problems(tmp_path / "a", "vllm"))
+    assert "expert parameters" in " ".join(engine_problems(tmp_path / "a", "vllm"))
 
 
-def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
+def test_adapter_set_with_experts_serves_one_at_a_time(tmp_path):
     this = case("mixtral")
     adapter = random_adapter_on(this.copy(), target_parameters=BOTH)
     save_adapter(adapter, tmp_path)
@@ -308,7 +308,7 @@ def test_a_set_of_adapters_takes_one_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("kind", DENSE_TOO)
-def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
+def test_layers_named_like_experts_round_trip_through_peft(kind, tmp_path):
     """PEFT reads gate_proj, up_proj and down_proj as experts, wherever they are."""
     base = case(kind).base
     settings = {"dropout": 0.1, "rank_pattern": {"down_proj": 4}}
@@ -332,10 +332,12 @@ def test_peft_does_not_take_linear_layers_for_experts(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", DENSE_TOO)
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
-def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
+def test_settings_on_layers_named_like_experts_raise(kind, setting, tmp_path):
     """In PEFT such a file gave other logits (bias), or none (DoRA)."""
     this = case(kind)
-    with pytest.raises(UserError, match=r"PEFT takes down_proj, gate_proj, up_proj for experts"):
+    with pytest.raises(
+        UserError, match=r"not supported on down_proj, gate_proj, up_proj of .* PEFT takes"
+    ):
         Adapter(this.copy(), LoraConfig(**setting))
     others = {"exclude": ["gate_proj", "up_proj", "down_proj"], **setting}
     adapter = random_adapter_on(this.copy(), **others)
@@ -344,7 +346,7 @@ def test_what_peft_would_mistake_is_refused(kind, setting, tmp_path):
     assert_close_in_scale(this.logits(theirs), this.logits(adapter.model))
 
 
-def test_the_models_of_which_peft_mistakes_layers():
+def test_mistaken_models_are_those_of_peft():
     conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
     patterns = conversion._MODEL_TO_CONVERSION_PATTERN
     assert {name for name, kind in patterns.items() if kind == "qwen2_moe"} == MISTAKEN_IN

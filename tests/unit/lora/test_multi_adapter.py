@@ -45,7 +45,7 @@ MIXING = ("deberta", "deberta-v2")  # positions, which no row owns, go through a
 
 
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n not in MIXING])
-def test_each_row_has_its_own_adapter(name, tmp_path):
+def test_adapter_set_forward_uses_each_rows_adapter(name, tmp_path):
     """Rows in any order and number, some without one: each as by its adapter alone."""
     this = case(name)
     adapters = AdapterSet(this.copy())
@@ -65,24 +65,24 @@ def test_each_row_has_its_own_adapter(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_a_model_that_mixes_rows_is_told(name, tmp_path):
+def test_adapter_set_of_a_model_that_mixes_rows_raises(name, tmp_path):
     this = case(name)
     adapters = AdapterSet(this.copy())
     adapters.add("small", stored(this, tmp_path / "small", **SETTINGS["small"]))
-    with pytest.raises(UserError, match="so it mixes rows.* one adapter at a time"):
+    with pytest.raises(UserError, match="mixes rows: .* one adapter at a time"):
         adapters(["small", None], **longer(this, 2))
     adapters(["small", "small", "small"], **longer(this, 3))
 
 
-def test_a_name_for_each_row(tmp_path):
+def test_adapter_set_with_too_few_names_raises(tmp_path):
     this = case("llama")
     adapters = AdapterSet(this.copy())
     adapters.add("small", stored(this, tmp_path / "small", **SETTINGS["small"]))
-    with pytest.raises(UserError, match="2 names of adapters for 3 rows: give a name for each"):
+    with pytest.raises(UserError, match="2 adapter names for 3 rows: must be one per row"):
         adapters(["small", None], **longer(this, 3))
 
 
-def test_one_pass_of_the_base(tmp_path):
+def test_adapter_set_forward_computes_one_base_pass(tmp_path):
     """A frozen layer is computed once for all rows, whoever's they are."""
     this = case("llama")
     adapters = AdapterSet(this.copy())
@@ -95,7 +95,7 @@ def test_one_pass_of_the_base(tmp_path):
     assert seen == [4]
 
 
-def test_weights_are_shared_and_others_stay_as_they_are(tmp_path):
+def test_adapter_set_shares_weights_and_isolates_adapters(tmp_path):
     this = case("bert")
     adapters = AdapterSet(this.copy())
     before = {key: value.clone() for key, value in adapters.base.state_dict().items()}
@@ -112,7 +112,7 @@ def test_weights_are_shared_and_others_stay_as_they_are(tmp_path):
     assert torch.equal(this.logits(adapters["small"]), kept)
     after = adapters.base.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(UserError, match=r"no adapter 'smal'. Did you mean 'small'"):
+    with pytest.raises(UserError, match=r"adapter 'smal' not found. Did you mean 'small'"):
         adapters(["smal"], **longer(this, 1))
     with pytest.raises(UserError, match="does not exist"):
         adapters.add("small", tmp_path / "none")
@@ -121,7 +121,7 @@ def test_weights_are_shared_and_others_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in ("llama", "gpt2") if ARCHITECTURES[n][0] == CAUSAL])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_texts_are_those_of_each_adapter_alone(name, options, tmp_path):
+def test_adapter_set_generate_equals_each_adapter_alone(name, options, tmp_path):
     this = case(name)
     adapters = AdapterSet(this.copy())
     for key in ("small", "large"):

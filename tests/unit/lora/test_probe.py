@@ -8,7 +8,8 @@ from torch import nn
 
 from helpers.models import randomise
 from lora_lightning.lora import Adapter, LoraConfig, UserError
-from lora_lightning.lora.layers.linear import LoraEmbedding, LoraLinear
+from lora_lightning.lora.layers.embedding import LoraEmbedding
+from lora_lightning.lora.layers.linear import LoraLinear
 
 
 class Other(nn.Module):
@@ -34,7 +35,7 @@ CONFIGS = [{}, {"use_dora": True}, {"init": "pissa"}, {"init": "olora"}]
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("fan_out", [4, 7])
 @pytest.mark.parametrize("settings", CONFIGS, ids=str)
-def test_a_weight_is_merged_as_it_lies(turned, fan_out, settings):
+def test_merge_follows_the_weights_layout(turned, fan_out, settings):
     """By the definition in float64, from the weight as (out, in)."""
     torch.manual_seed(0)
     base = Other(4, fan_out, turned=turned)
@@ -59,7 +60,7 @@ def test_a_weight_is_merged_as_it_lies(turned, fan_out, settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_layout_is_found_in_every_type(dtype):
+def test_layout_of_works_in_every_dtype(dtype):
     for turned in (False, True):
         layer = LoraLinear(Other(64, 64, turned=turned).to(dtype), 2, scaling=1.0)
         assert layer.layout == ("(in, out)" if turned else "(out, in)")
@@ -76,15 +77,15 @@ def refuses_to_merge(model: nn.Module, said: str) -> Adapter:
     return adapter
 
 
-def test_a_layer_that_scales_its_product_is_not_merged():
+def test_merge_of_a_layer_that_scales_raises():
     model = nn.Sequential(Other(4, 4, turned=False, factor=2.0))
     for settings in CONFIGS[1:]:
-        with pytest.raises(UserError, match="a Other does not give its weight times its input"):
+        with pytest.raises(UserError, match="a Other does not compute weight times input"):
             Adapter(model, LoraConfig(rank=2, **settings))
-    refuses_to_merge(model, "0: a Other does not give its weight times")
+    refuses_to_merge(model, "0: a Other does not compute weight times input")
 
 
-def test_a_hook_that_changes_the_output_is_seen():
+def test_merge_of_a_layer_with_a_hook_raises():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].register_forward_hook(lambda _, __, output: 2 * output)
     adapter = refuses_to_merge(model, "cannot merge into Linear.*Use the adapter unmerged")
@@ -98,12 +99,14 @@ class Positions(nn.Embedding):
         return super().forward(ids + 2)
 
 
-def test_an_embedding_that_gives_other_rows_is_refused():
-    with pytest.raises(UserError, match="Positions does not give the rows .*lora.exclude"):
+def test_embedding_with_other_rows_raises():
+    with pytest.raises(
+        UserError, match="Positions does not return the requested rows .*lora.exclude"
+    ):
         LoraEmbedding(Positions(9, 4), 2, scaling=1.0)
 
 
-def test_an_embedding_that_scales_its_rows_is_not_merged():
+def test_merge_of_an_embedding_that_scales_raises():
     model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5))
     adapter = Adapter(model, LoraConfig(rank=2, targets=["0"]))
     randomise(adapter.named_tensors())
@@ -111,7 +114,7 @@ def test_an_embedding_that_scales_its_rows_is_not_merged():
         adapter.merge()
 
 
-def test_probing_draws_nothing_from_torchs_generator():
+def test_probe_leaves_the_generator_unchanged():
     torch.manual_seed(0)
     state = torch.get_rng_state()
     base = Other(4, 4, turned=True)

@@ -13,7 +13,7 @@ from lora_lightning.lora.rng import fork_rng
 @pytest.mark.parametrize(
     ("device", "forked"), [("cpu", []), ("meta", []), ("cuda:1", [torch.device("cuda", 1)])]
 )
-def test_fork_is_of_the_generator_of_one_gpu_alone(device, forked, monkeypatch):
+def test_fork_rng_forks_one_gpu_only(device, forked, monkeypatch):
     """torch forks those of all GPUs unless it is told which, and makes a context on each."""
     asked = []
     real = torch.random.fork_rng

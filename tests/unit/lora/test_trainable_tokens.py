@@ -72,7 +72,7 @@ def with_rows(model, **settings):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_our_files_in_peft(name, tmp_path):
+def test_saved_rows_in_peft_give_the_same_logits(name, tmp_path):
     this = case(name)
     adapter = with_rows(grown(this))
     save_adapter(adapter, tmp_path)
@@ -86,7 +86,7 @@ def test_our_files_in_peft(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_what_is_stored_are_the_new_rows_alone(name, tmp_path):
+def test_saved_rows_are_the_new_rows_only(name, tmp_path):
     adapter = with_rows(grown(case(name)))
     save_adapter(adapter, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -104,7 +104,7 @@ def test_what_is_stored_are_the_new_rows_alone(name, tmp_path):
 
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize("name", FIRST)
-def test_files_of_peft(name, by_name, tmp_path):
+def test_peft_rows_loaded_give_the_same_logits(name, by_name, tmp_path):
     this = case(name)
     base = this.copy()
     base.resize_token_embeddings(ROWS)
@@ -132,7 +132,7 @@ def test_files_of_peft(name, by_name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-def test_files_of_peft_that_hold_the_whole_grown_matrix(name, tmp_path):
+def test_peft_rows_with_the_whole_matrix_load(name, tmp_path):
     """PEFT writes it where it finds the base in a folder; here some new rows are not trained."""
     this = case(name)
     this.base.save_pretrained(tmp_path / "base")
@@ -151,18 +151,20 @@ def test_files_of_peft_that_hold_the_whole_grown_matrix(name, tmp_path):
     )
     other = this.copy()
     other.get_input_embeddings().weight.data[5] += 0.1
-    with pytest.raises(UserError, match=r"brings its own .*embed_tokens.*another base"):
+    with pytest.raises(
+        UserError, match=r"embed_tokens.* differs from the base model's.*another base"
+    ):
         load_adapter(other, tmp_path / "adapter")
 
 
-def test_one_update_for_tied_layers_is_refused(tmp_path):
+def test_peft_tied_update_raises(tmp_path):
     this = case("qwen2")
     config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
     peft.get_peft_model(this.copy(), config).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "ensure_weight_tying": True}))
-    with pytest.raises(UserError, match="ensure_weight_tying.*one update for both"):
+    with pytest.raises(UserError, match="ensure_weight_tying=True is not supported"):
         load_adapter(this.copy(), tmp_path)
 
 
@@ -182,7 +184,7 @@ def plain_losses(model, inputs):
 
 @pytest.mark.parametrize("chunk", [2**25, 3 * ROWS])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3"])
-def test_training_equals_that_of_whole_matrices_with_masked_gradients(name, chunk, monkeypatch):
+def test_training_rows_equals_masked_training_of_the_matrix(name, chunk, monkeypatch):
     """In float64, by Adam: everything frozen but the rows of the new tokens."""
     monkeypatch.setattr("lora_lightning.models.lm_head.CHUNK", chunk)
     this = case(name)
@@ -215,7 +217,7 @@ def test_training_equals_that_of_whole_matrices_with_masked_gradients(name, chun
         assert not torch.isclose(end.weight[NEW], was[NEW]).all(dim=1).any()
 
 
-def test_no_copy_of_the_matrix_is_made():
+def test_token_rows_copy_no_matrix():
     """Neither for autograd, nor as a gradient, nor while it computes: PEFT's takes several."""
     this = case("llama")
     model = grown(this, 20_000).bfloat16()
@@ -243,7 +245,7 @@ def test_no_copy_of_the_matrix_is_made():
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_merged_and_taken_away(name, tmp_path):
+def test_token_rows_merge_and_remove(name, tmp_path):
     this = case(name)
     base = logits_of(this, grown(this))
     adapter = with_rows(grown(this))
@@ -269,7 +271,7 @@ def test_merged_and_taken_away(name, tmp_path):
     assert not any("token_adapter" in key for key in model.state_dict())
 
 
-def test_rows_that_have_diverged_are_not_merged():
+def test_merge_of_diverged_rows_raises():
     adapter = with_rows(grown(case("llama")))
     adapter.token_rows["lm_head"].rows.data[0, 0] = math.nan
     with pytest.raises(UserError, match="lm_head: a trained row is not finite"):
@@ -277,7 +279,7 @@ def test_rows_that_have_diverged_are_not_merged():
     assert not any(layer.merged for layer in adapter.token_rows.values())
 
 
-def test_several_adapters_on_one_grown_base(tmp_path):
+def test_adapter_set_on_a_grown_base_serves_each_adapter(tmp_path):
     this = case("qwen2")
     expected = {}
     for number in range(2):
@@ -285,7 +287,7 @@ def test_several_adapters_on_one_grown_base(tmp_path):
         randomise(adapter.named_tensors(), seed=number)
         save_adapter(adapter, tmp_path / str(number))
         expected[str(number)] = logits_of(this, adapter.model)
-    with pytest.raises(UserError, match="has new tokens, up to row 64, and the base .* 61 rows"):
+    with pytest.raises(UserError, match="requires 64 vocabulary rows, but the shared base has 61"):
         AdapterSet(this.copy()).add("0", tmp_path / "0")
     base = grown(this)
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -302,7 +304,7 @@ def test_several_adapters_on_one_grown_base(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj", "bart", "t5"])
-def test_a_vocabulary_grows_by_its_mean_and_never_shrinks(name):
+def test_grow_adds_mean_rows_and_never_shrinks(name):
     this = case(name)
     random = torch.get_rng_state()
     model, again = grown(this), grown(this)
@@ -322,7 +324,7 @@ def test_a_vocabulary_grows_by_its_mean_and_never_shrinks(name):
     torch.testing.assert_close(this.logits(model)[..., :VOCABULARY], before, rtol=0, atol=1e-6)
 
 
-def test_rows_of_known_tokens_are_trained_from_where_they_are():
+def test_rows_of_known_tokens_start_at_their_values():
     this = case("qwen2")
     model = this.copy()
     adapter = Adapter(model, LoraConfig(rank=2, trainable_token_indices=[7, 3]))
@@ -336,48 +338,56 @@ def test_rows_of_known_tokens_are_trained_from_where_they_are():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("llama", {"trainable_token_indices": [99]}, "has 61 rows, and none of index 99"),
+        (
+            "llama",
+            {"trainable_token_indices": [99]},
+            "index 99 is not in model.embed_tokens, which has 61 rows",
+        ),
         ("llama", {"trainable_token_indices": {"embed_tokes": [1]}}, "Did you mean 'embed_tokens'"),
-        ("llama", {"trainable_token_indices": {"norm": [1]}}, "LlamaRMSNorm: no rows"),
+        ("llama", {"trainable_token_indices": {"norm": [1]}}, "LlamaRMSNorm, has no rows"),
         ("llama", {"trainable_token_indices": [1, 1]}, "each once"),
         (
             "llama",
             {"trainable_token_indices": {"embed_tokens": [1], "model.embed_tokens": [2]}},
-            "two names are those of model.embed_tokens",
+            "two entries for model.embed_tokens have different indices",
         ),
         ("llama", {"trainable_token_indices": []}, "must be a list of token ids"),
         ("llama", {"trainable_token_indices": {"lm_head": [-1]}}, "must be a list of token ids"),
-        ("qwen2", {"trainable_token_indices": {"lm_head": [1]}}, "name the input embedding"),
+        (
+            "qwen2",
+            {"trainable_token_indices": {"lm_head": [1]}},
+            "Set the indices of the input embedding",
+        ),
         (
             "qwen2",
             {"trainable_token_indices": {"lm_head": [1], "embed_tokens": [2]}},
-            "have one matrix, so they have the same rows too",
+            "share one matrix and its rows",
         ),
         (
             "llama",
             {"trainable_token_indices": [1], "targets": ["embed_tokens"]},
-            "which lora.targets names too",
+            "lora.targets: not supported on model.embed_tokens, whose rows",
         ),
         (
             "qwen2",
             {"trainable_token_indices": [1], "modules_to_save": ["lm_head"]},
-            "lm_head, which lora.modules_to_save names too",
+            "lora.modules_to_save: not supported on lm_head, whose rows",
         ),
         (
             "gptj",
             {"trainable_token_indices": {"lm_head": [1]}, "bias": "all"},
-            "lm_head has trained rows, not a trained bias",
+            "lora.bias=all: not supported on lm_head, whose rows",
         ),
     ],
 )
-def test_what_is_refused(name, settings, message):
+def test_token_indices_that_are_invalid_raise(name, settings, message):
     model = case(name).copy()
     with pytest.raises(UserError, match=message):
         Adapter(model, LoraConfig(rank=2, **settings))
     assert all(type(m).__module__.split(".")[0] != "lora_lightning" for m in model.modules())
 
 
-def test_the_same_base_is_told_from_another_whatever_it_has_grown_by():
+def test_fingerprint_of_a_grown_base_is_unchanged():
     from lora_lightning.lora.embeddings import before_growth
 
     this = case("llama")

@@ -223,7 +223,7 @@ def test_offloading_with_streams_copies_beside_the_computation(streams):
     assert streams.log == log
 
 
-def test_offloading_in_a_pass_that_fails_holds_nothing(streams, kept):
+def test_offloading_in_a_failed_pass_keeps_nothing(streams, kept):
     layers = nn.Sequential(nn.Sigmoid(), nn.Sigmoid(), nn.Unflatten(1, (7, 9)))
     with pytest.raises(RuntimeError), offload.offloaded_activations(layers):
         layers(torch.randn(40, 50, requires_grad=True))
@@ -248,7 +248,7 @@ def test_compiled_layers_give_the_same_gradients_at_all_lengths(tiny_llama):
     assert texts[0] == texts[1]
 
 
-def test_uncompiled_models_are_left_alone(tiny_llama):
+def test_uncompiled_of_a_plain_model_does_nothing(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     Adapter(model, LoraConfig(rank=2))
     assert type(uncompiled(model)).__name__ == "nullcontext"
@@ -259,7 +259,7 @@ def test_compile_layers_without_repeated_layers_is_refused():
         compile_layers(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_only_layers_can_be_compiled():
+def test_compile_with_another_value_raises():
     with pytest.raises(UserError, match="model.compile must be layer or null, got 'all'"):
         ModelConfig(compile="all")
 
@@ -269,7 +269,7 @@ def _shards(data: int, tensor: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("heads", "pairs"), [(3, 3), (4, 1)])
-def test_heads_that_cannot_be_cut_are_told(heads, pairs):
+def test_sharded_loading_of_uncuttable_heads_raises(heads, pairs):
     """transformers would cut the matrices all the same, and fail in the first step."""
     config = LlamaConfig(
         hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=pairs, vocab_size=64
@@ -279,7 +279,7 @@ def test_heads_that_cannot_be_cut_are_told(heads, pairs):
     assert loading_options(AutoModelForCausalLM, config, _shards(1, 1)) == {}
 
 
-def test_an_encoders_layers_are_gathered_each_for_itself():
+def test_encoder_layers_are_gathered_separately():
     """transformers has no plan of its own for BERT: it would gather the whole model at once."""
     config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=3)
     shards = _shards(2, 1)
@@ -309,9 +309,7 @@ def sizes_of(folder) -> dict[str, int]:
     ],
     ids=["head", "head and pooler", "head of two layers"],
 )
-def test_new_modules_of_a_base_on_a_gpu_start_as_on_a_cpu(
-    build, new, tiny_bert, tmp_path, monkeypatch
-):
+def test_new_modules_on_a_gpu_start_as_on_a_cpu(build, new, tiny_bert, tmp_path, monkeypatch):
     def load():
         torch.manual_seed(6)
         model, trained = load_classifier(config, load_tokenizer(config), ["no", "yes"])

@@ -26,8 +26,8 @@ from lora_lightning.lora import (
     UserError,
     save_adapter,
 )
-from lora_lightning.lora.initialization.loftq import make_up, weight_of
-from lora_lightning.lora.layers.linear import dequantized
+from lora_lightning.lora.initialization.loftq import initialize_loftq, weight_of
+from lora_lightning.lora.layers.base import dequantized
 from lora_lightning.models.loading import load_classifier
 from lora_lightning.models.quantization import note_on_experts
 from lora_lightning.tasks.language_modeling import LanguageModelTask
@@ -123,7 +123,7 @@ def test_quantized_weights_take_the_bytes_of_their_format(kind, least, most, tin
     whole = sum(p.numel() for p in load_llama(tiny_llama).parameters())
     adapter = Adapter(model, LoraConfig(rank=1))
     assert adapter.summary().total - adapter.summary().trainable == whole
-    with pytest.raises(UserError, match="its weight is quantised"):
+    with pytest.raises(UserError, match="its weight is quantized"):
         adapter.merge()
 
 
@@ -169,7 +169,7 @@ def test_loftq_starts_nearer_to_the_original_weights(kind, model, request):
     folder = request.getfixturevalue(model)
     original, quantised = load_llama(folder), load_llama(folder, kind)
     adapter = Adapter(quantised, LoraConfig(rank=3, alpha=5))
-    make_up(adapter, original)
+    initialize_loftq(adapter, original)
     for name, layer in adapter.layers.items():
         weight = weight_of(original.get_submodule(name)).double()
         missing = weight - layer.dense_weight().double()

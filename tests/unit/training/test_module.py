@@ -32,10 +32,10 @@ from lora_lightning.lora import (
     LoraConfig,
     UserError,
     forward_pass,
-    functional,
+    products,
     save_adapter,
 )
-from lora_lightning.lora.layers.linear import LoraLayer
+from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.models.forward import classification_logits
 from lora_lightning.tasks import IGNORE, SentimentTask, build_task
 from lora_lightning.training.callbacks import throughput as measured
@@ -533,7 +533,7 @@ def test_training_step_copies_nothing_between_host_and_device(tiny_llama, kind, 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_first_step_groups_layers_as_later_steps_do(tiny_llama, tiny_t5, kind, monkeypatch):
     """A resumed run would otherwise begin with other last bits than one without a break."""
-    monkeypatch.setattr(functional, "GROUPED_ON", ("cpu",))
+    monkeypatch.setattr(products, "GROUPED_ON", ("cpu",))
     calls = []
     together = forward_pass.fused_group
 
