@@ -10,10 +10,8 @@ from lora_lightning.config.untrusted import check_task_state, settings_from_file
 from lora_lightning.lora import UserError
 from lora_lightning.lora.serialization.checksums import SIDECAR, check_content, check_files
 from lora_lightning.lora.serialization.peft_config import CONFIG_NAME
-from lora_lightning.lora.serialization.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from lora_lightning.lora.serialization.save import WEIGHTS_NAME
 from lora_lightning.utils.folder_swap import MARK
-from lora_lightning.utils.output_folders import MARK
 from lora_lightning.utils.terminal import command
 
 CARD = "README.md"

@@ -19,7 +19,6 @@ from lora_lightning.config.schema import LOG
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
 from lora_lightning.lora.batched import unshared_layers
-from lora_lightning.lora.layers.linear import LoraLayer
 from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train

@@ -12,7 +12,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from lora_lightning.lora.serialization.peft_folder import adapter_from, from_peft_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,7 +31,6 @@ from lora_lightning.lora.serialization.load import adapter_from
 from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.utils import folder_swap
 from lora_lightning.utils.folder_swap import MARK
-from lora_lightning.utils.output_folders import MARK
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
