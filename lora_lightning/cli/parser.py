@@ -10,7 +10,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -95,7 +95,7 @@ def parse(verb: str, function: Callable[..., Any], words: list[str]) -> dict[str
                 f"{verb} requires {argument.value}, and no other argument: "
                 f"lora-lightning {verb} {argument.typed}"
             )
-        return {argument.name: _convert(argument, words[0])}
+        return {argument.name: _convert(replace(argument, name=verb), words[0])}
     typed: dict[str, str] = {}
     overrides = []
     for word in words:

@@ -58,6 +58,11 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             check_range(f"task.generation.{name}", getattr(self, name), "[1, inf)", words=())
+        if self.temperature == 0:
+            raise UserError(
+                "task.generation.temperature=0: must be above 0. For the most probable tokens, set "
+                "task.generation.do_sample=false."
+            )
         check_range("task.generation.temperature", self.temperature, "(0, inf)", words=())
         check_range("task.generation.top_p", self.top_p, "(0, 1]", words=())
 

@@ -319,7 +319,7 @@ def test_a_damaged_config_is_told(left, stopped, tmp_path, run_cli):
     config.write_text("".join(lines[: int(left * len(lines))]))
     status, _, err = run_cli("train", f"resume={run}", OWN)
     assert status == 2
-    assert err.startswith(f"error: {config} is not the config of a run, or it is damaged (it has")
+    assert err.startswith(f"error: {config} is not the config of a run, or is damaged: ")
 
 
 # A sweep -------------------------------------------------------------------------------------

@@ -424,7 +424,12 @@ DATA = [
         "data.val: must be given",
         "data.val=FILE",
     ),
-    Case("no training data", lambda p: p.train("data.train=null", "data=files"), "no data", "FILE"),
+    Case(
+        "no training data",
+        lambda p: p.train("data.train=null", "data=files"),
+        "data: must be given",
+        "FILE",
+    ),
     Case(
         "only test data",
         lambda p: p.train("data.train=null", f"data.test={p.rows}"),
@@ -558,7 +563,7 @@ MODEL = [
     Case(
         "new token that is known",
         lambda p: p.train("model.new_tokens=[aa,good]"),
-        "the tokenizer has 'good' already",
+        "the tokenizer already has 'good'",
         "lora.trainable_token_indices=[",
     ),
     Case(
@@ -587,7 +592,7 @@ TRAINING = [
     Case(
         "data to be named",
         lambda p: ["train", "data=files", "trainer.precision=32-true"],
-        "no data",
+        "data: must be given",
         "data.train=FILE",
     ),
     Case(

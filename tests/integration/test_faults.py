@@ -32,7 +32,7 @@ from lora_lightning.config.compose import compose_config
 from lora_lightning.errors import lack_of_memory
 from lora_lightning.lora import UserError
 from lora_lightning.lora.serialization import save as lora_state
-from lora_lightning.training.callbacks import last_checkpoint
+from lora_lightning.training.callbacks import best_checkpoint, last_checkpoint
 from lora_lightning.training.callbacks import loggers as curves
 from lora_lightning.training.callbacks.best_checkpoint import BestCheckpoint
 from lora_lightning.training.checkpointing import read_checkpoint
@@ -179,7 +179,8 @@ def test_what_reads_otherwise_than_it_was_written_is_noticed(file, settings, tmp
     if file == "adapter":
         monkeypatch.setattr(lora_state, "save_file", turned(lora_state.save_file))
     else:
-        monkeypatch.setattr(last_checkpoint, "save_to", turned(last_checkpoint.save_to))
+        for writer in (best_checkpoint, last_checkpoint):
+            monkeypatch.setattr(writer, "save_to", turned(writer.save_to))
     with pytest.raises(UserError, match="disk or file system is at fault"):
         train(compose_config([*settings, "trainer.max_epochs=2", f"output_dir={run}"]))
     assert tampered

@@ -308,7 +308,7 @@ def test_an_error_is_the_files_before_the_first_step_alone(
     found, _, err = run_cli("train", f"resume={run}", *typed)
     assert found == status, err
     if status == 2:
-        assert f"error: the run cannot be built from {config}: KeyError: 'on'. If" in err
+        assert f"error: the run cannot be built from {config}: KeyError: 'on'. Correct" in err
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         with pytest.raises(UserError) as told:
             run_cli("train", f"resume={run}")

@@ -114,7 +114,7 @@ REFUSED = [
         "prompt without source", "summarization", GOOD, ["task.prompt=Summary"], "{source}", "once"
     ),
     Case(
-        "unknown metric", "summarization", GOOD, ["task.text_metrics=[rogue]"], "'rogue'", "'rouge'"
+        "unknown metric", "summarization", GOOD, ["task.text_metrics=[rogue]"], "=rogue:", "'rouge'"
     ),
     Case(
         "unknown monitor",
@@ -146,7 +146,7 @@ REFUSED = [
         GOOD,
         ["task.generation.top_p=1.5"],
         "task.generation.top_p",
-        "(0, 1]",
+        "at most 1",
     ),
     Case(
         "beams",
@@ -162,8 +162,8 @@ REFUSED = [
         "lm",
         [{"text": "a"}] * 9,
         ["task.generate_rows=4"],
-        "generate_rows",
-        "leave it out",
+        "generate_rows=4: not supported",
+        "task=lm",
     ),
     Case(
         "no conversations",

@@ -180,7 +180,7 @@ def test_equals_go_by_their_loss(tmp_path):
 @pytest.mark.parametrize("launcher", ["process", "packed"])
 def test_launcher_gets_the_typed_rule_over_that_of_a_preset(launcher, typed, rule):
     config = compose_hydra([f"hydra/launcher={launcher}", *typed])
-    halving = Halving.of(instantiate(config.hydra.launcher).halving, "max")
+    halving = Halving.from_settings(instantiate(config.hydra.launcher).halving, "max")
     assert halving == (rule and Halving(rule[0], rule[1], 1, rule[2]))
 
 

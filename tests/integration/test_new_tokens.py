@@ -320,9 +320,9 @@ def test_check_shows_new_tokens(settings, run_cli, tmp_path):
     ("value", "message"),
     [
         ('["<think>","good"]', "the tokenizer already has 'good'.*trainable_token_indices=\\["),
-        ('["<think>","<think>"]', "model.new_tokens names '<think>' more than once"),
-        ('["<think>",""]', "must be a list of texts, none of them empty"),
-        ('["<think>"," "]', "must be a list of texts, none of them empty"),
+        ('["<think>","<think>"]', "must name each token once, not '<think>' twice"),
+        ('["<think>",""]', "must be a list of texts that are not empty"),
+        ('["<think>"," "]', "must be a list of texts that are not empty"),
     ],
 )
 def test_new_tokens_with_a_wrong_list_are_refused(value, message, settings, run_cli, tmp_path):
@@ -343,7 +343,7 @@ def test_new_tokens_with_unsupported_settings_are_refused(settings, trained, run
         assert message in err
 
     run = ("train", *settings("untied", f"output_dir={tmp_path / 'out'}"))
-    refused("both say whose rows are trained", *run, "lora.trainable_token_indices=[3]")
+    refused("both set which rows are trained", *run, "lora.trainable_token_indices=[3]")
     refused("lora.targets: not supported on", *run, "lora.targets=[embed_tokens,q_proj]")
     refused("lora.modules_to_save: not supported on", *run, "lora.modules_to_save=[lm_head]")
     adapter = f"adapter={trained('tied') / 'adapter'}"

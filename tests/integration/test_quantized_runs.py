@@ -33,7 +33,7 @@ def test_quantized_run_predicts_and_merges(fast, tiny_bert, rows_jsonl, tmp_path
         "merge", f"adapter={run / 'adapter'}", f"output={tmp_path / 'merged'}"
     )
     assert status == 0, err
-    assert "trained on a base in nf4; merged into the base as it was before" in out
+    assert "trained on a base in nf4; merged into the base before quantization" in out
     plain = load_trained(run / "adapter", model={"quantization": None})
     told = float(re.search(r"gap to the adapter on the base in nf4: (\S+)", out).group(1))
     batch = PaddingCollator(0)(
@@ -54,8 +54,8 @@ def test_quantized_run_predicts_and_merges(fast, tiny_bert, rows_jsonl, tmp_path
     ("settings", "message"),
     [
         (["model.quantization=nf5"], "Did you mean 'nf4'"),
-        (["model.quantization=nf4", "lora=full"], "freezes the base, and lora=full trains it"),
-        (["model.quantization=int8", "model.compile=layer"], "do not go together"),
+        (["model.quantization=nf4", "lora=full"], "not supported with lora=full"),
+        (["model.quantization=int8", "model.compile=layer"], "supported with model.quantization"),
     ],
 )
 def test_unsupported_quantization_raises(
@@ -91,7 +91,7 @@ def test_loftq_run_equals_peft_and_merges(tiny_llama, rows_jsonl, run_cli, fast,
     adapter = f"adapter={run / 'adapter'}"
     status, out, err = run_cli("merge", adapter, f"output={tmp_path / 'merged'}")
     assert status == 0, err
-    assert "merged into what is left of it" in out
+    assert "merged into what LoftQ left of it" in out
     merged = load_llama(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(trained), rtol=1e-3, atol=1e-3)
     wrong = peft.PeftModel.from_pretrained(load_llama(tiny_llama), run / "adapter").eval()

@@ -45,6 +45,9 @@ SETTINGS = [
 ]
 
 
+PATHS = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+"""Where a process of its own finds this file and the helpers."""
+
 # All but what depends on the clock.
 LOGGED = re.compile(r"lr-|update_norm/|(train|val|test)/(loss|accuracy|f1|auroc|retained.*)$")
 
@@ -415,7 +418,7 @@ def test_resume_of_a_killed_command_equals_the_uninterrupted_run(
     command = [sys.executable, "-m", "lora_lightning", *killable(run_dir)]
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": PATHS},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -111,7 +111,7 @@ def test_export_command_checks_writes_or_names_the_mistake(base, tmp_path, run_c
     status, out, err = run_cli("export", where, "check=vllm,lorax")
     assert status == 2
     assert "vllm: ranks and alphas of single modules are ignored" in out
-    assert "is not for vllm, lorax" in " ".join(err.split())
+    assert "is not supported by vllm, lorax" in " ".join(err.split())
     output = tmp_path / "new"
     arguments = ("export", where, f"output={output}", "format=canonical", "check=vllm,lorax")
     status, out, err = run_cli(*arguments)

@@ -503,7 +503,7 @@ def test_workers_by_device_and_cores(
 
 @pytest.mark.parametrize("count", [-1, 2**40, True, "many"])
 def test_a_wrong_number_of_workers_is_told(count):
-    with pytest.raises(UserError, match="data.num_workers must be 0 to 256, or auto"):
+    with pytest.raises(UserError, match="must be .*from 0 to 256, or auto"):
         DataConfig(num_workers=count)
 
 
@@ -593,7 +593,7 @@ def test_max_tokens_bounds_what_the_loaders_give(build, rows_jsonl):
 
 @pytest.mark.parametrize("wrong", [0, -5, "many", True, 2.5])
 def test_wrong_max_tokens_are_refused(build, rows_jsonl, wrong):
-    with pytest.raises(UserError, match="data.max_tokens must be a positive number, null or auto"):
+    with pytest.raises(UserError, match="data.max_tokens=.*must be .*at least 1, or auto"):
         build(rows_jsonl, max_tokens=wrong)
 
 

@@ -123,7 +123,7 @@ def test_unknown_split_is_told(tmp_path):
         UserError, match="split 'validaton' not found in .*Did you mean 'validation'"
     ):
         load_splits(settings_of(compose_config(settings)).data)
-    with pytest.raises(UserError, match="maps train, val and test"):
+    with pytest.raises(UserError, match="must be train, val or test"):
         settings_of(compose_config([*settings[:2], "+data.splits={dev: validation}"]))
 
 

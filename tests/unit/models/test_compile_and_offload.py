@@ -260,7 +260,7 @@ def test_compile_layers_without_repeated_layers_is_refused():
 
 
 def test_compile_with_another_value_raises():
-    with pytest.raises(UserError, match="model.compile must be layer or null, got 'all'"):
+    with pytest.raises(UserError, match="model.compile=all: must be layer or null"):
         ModelConfig(compile="all")
 
 
