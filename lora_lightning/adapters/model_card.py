@@ -13,6 +13,7 @@ from lora_lightning.config.saved import read_overrides
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.errors import UserError
 from lora_lightning.utils.atomic_write import atomic_write
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import fenced, one_line, printable
 from lora_lightning.utils.versions import versions
 
@@ -235,7 +236,7 @@ def _results(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _command(run_dir: Path) -> str:
     """Return the command of a run, or "" if it is not known."""
-    path = run_dir / ".hydra" / "overrides.yaml"
+    path = RunFolder(run_dir).overrides
     try:
         overrides = read_overrides(path)  # unresolved, so without values of the environment
     except UserError:

@@ -20,11 +20,11 @@ from lora_lightning.lora.serialization.peft_config import from_peft_config
 from lora_lightning.lora.serialization.save import write_files
 from lora_lightning.lora.serialization.validation import check_values
 from lora_lightning.utils.output_folders import replaced_folder
+from lora_lightning.utils.run_folder import check_not_in_run
 from lora_lightning.utils.terminal import command as command_line
 
 from .folder import AdapterFolder
 from .model_card import write_derived_card
-from .run_entries import check_not_in_run
 
 PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 

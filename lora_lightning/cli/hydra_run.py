@@ -26,6 +26,7 @@ from lora_lightning.config.schema import RESUME_AUTO
 from lora_lightning.errors import FULL_ERROR, UserError
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import create_folder
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import say
 
 
@@ -92,12 +93,12 @@ def run_hydra(arguments: list[str], *, resume: bool = False) -> None:
 
 def _run_job(config: Any) -> dict[str, Any]:
     """Run a job of a sweep for a launcher that is not ours, and resume it if it had begun."""
+    from lora_lightning.training.folder_checks import check_same_run
     from lora_lightning.training.run import train
-    from lora_lightning.training.run_folder import check_same_run, completed_result
 
     run_dir = Path(config.output_dir)
     check_same_run(run_dir, config)
-    return completed_result(run_dir) or train(config, resume=True)
+    return RunFolder(run_dir).completed_result() or train(config, resume=True)
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _atomic_configs(base: Path) -> Iterator[None]:
 
 def _check_is_a_runs(saved: Path) -> None:
     """Raise UserError for a saved config that does not belong to a run."""
-    from lora_lightning.training.run_folder import holds_run
+    from lora_lightning.training.folder_checks import holds_run
 
     if not holds_run(saved.parent.parent):
         raise UserError(

@@ -20,6 +20,7 @@ from lora_lightning.config.schema import SWEEP
 from lora_lightning.errors import UserError
 from lora_lightning.sweeps.job_process import OWN_CONFIG
 from lora_lightning.utils.output_folders import expanded
+from lora_lightning.utils.run_folder import RunFolder
 
 RESUMES_WITH = (
     r"trainer=|trainer\.(accelerator|devices|num_nodes|strategy)\b|data\.num_workers="
@@ -102,7 +103,7 @@ def _saved_config(run_dir: Path, folder: str) -> Path:
             f"resume={folder}: must be the folder of a run, not of a sweep. Type the sweep's "
             f"command again, with hydra.sweep.dir={folder}."
         )
-    saved = run_dir / ".hydra" / "config.yaml"
+    saved = RunFolder(run_dir).config
     if not saved.is_file():
         raise UserError(
             f"resume={folder}: must be the folder of a run, with a .hydra/config.yaml. Use the "
@@ -114,7 +115,7 @@ def _saved_config(run_dir: Path, folder: str) -> Path:
 def _saved_search(run_dir: Path) -> list[str]:
     """Return the override for the run's preset folders, without missing folders and packages."""
     try:
-        entries = OmegaConf.select(read_yaml(run_dir / ".hydra" / "hydra.yaml"), "hydra.searchpath")
+        entries = OmegaConf.select(read_yaml(RunFolder(run_dir).hydra_config), "hydra.searchpath")
     except UserError:
         entries = None
     folders = [entry for entry in entries or [] if str(entry).startswith("file://")]
@@ -124,9 +125,7 @@ def _saved_search(run_dir: Path) -> list[str]:
 
 def is_complete(run_dir: Path) -> bool:
     """Return whether the folder's run is complete, and print that if so."""
-    from lora_lightning.training.run_folder import completed_result
-
-    complete = completed_result(run_dir) is not None
+    complete = RunFolder(run_dir).completed_result() is not None
     if complete:
         print(f"{run_dir} is complete: nothing to resume.")
     return complete

@@ -21,6 +21,7 @@ from lora_lightning.config.paths import check_data_files
 from lora_lightning.config.schema import RESUME_AUTO, LauncherConfig
 from lora_lightning.distributed import environment as cluster
 from lora_lightning.errors import UserError, did_you_mean
+from lora_lightning.utils.run_folder import RunFolder
 
 from .hydra_run import run_hydra
 from .resume import is_complete, resume_run
@@ -128,15 +129,14 @@ def _start_run(overrides: list[str]) -> None:
             run_hydra([*overrides, "hydra.output_subdir=null"], resume=True)
         return
     resumes |= from_outside and cluster.started_again()
-    from lora_lightning.adapters.run_entries import rollback_on_mistake
-    from lora_lightning.training.run_folder import check_same_run, check_unused_folder, holds_run
+    from lora_lightning.training.folder_checks import check_same_run, check_unused_folder, holds_run
 
     exists = resumes and holds_run(run_dir)
     if exists:
         check_same_run(run_dir, config)
         if is_complete(run_dir):
             return
-    with rollback_on_mistake(run_dir):
+    with RunFolder(run_dir).rollback_on_mistake():
         if not exists:
             check_unused_folder(run_dir)
         run_hydra(overrides, resume=resumes)
@@ -204,7 +204,7 @@ def _start_sweep(overrides: list[str]) -> None:
     if os.path.lexists(sweep_dir) and not sweep_dir.is_dir():
         raise UserError(f"hydra.sweep.dir={sweep_dir}: must be a folder.")
     if sweep_dir.is_dir() and any(sweep_dir.iterdir()):
-        from lora_lightning.training.run_folder import check_sweep_folder
+        from lora_lightning.training.folder_checks import check_sweep_folder
 
         check_sweep_folder(sweep_dir)
     run_hydra(["-m", *overrides])  # Hydra's parser wants flags before overrides

@@ -11,13 +11,9 @@ from typing import Any
 from lora_lightning.errors import UserError
 from lora_lightning.utils.checks import check_choice, check_range
 
-PAUSE = "pause.json"
-"""File in the folder of a sweep's job, with the share of its steps before a pause (halving)."""
 SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
 """Files in a sweep's folder. The first holds what was swept and how it ended. Hydra writes the
 second."""
-LOG = "log.txt"
-"""File in a job's folder with the output of its process."""
 MOST_PROCESSES = 256
 """Maximum number of processes of one kind on one machine. It keeps a mistyped or forged number from
 filling the machine with processes."""

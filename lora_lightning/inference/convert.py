@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_lightning.adapters.folder import CARD, AdapterFolder
 from lora_lightning.adapters.formats import PARTS, read_layout
 from lora_lightning.adapters.model_card import write_import_card
-from lora_lightning.adapters.run_entries import check_not_in_run
 from lora_lightning.adapters.save import base_fingerprint, save_trained
 from lora_lightning.config.compose import (
     compose_config,
@@ -43,6 +42,7 @@ from lora_lightning.training.checkpointing import read_checkpoint
 from lora_lightning.training.module import LoraModule
 from lora_lightning.utils.output_folders import check_replaceable
 from lora_lightning.utils.quiet import quiet_libraries
+from lora_lightning.utils.run_folder import RunFolder, check_not_in_run
 
 TASKS = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "summarization"}
 """Tasks by PEFT task type, if the type has only one task."""
@@ -150,7 +150,7 @@ def _from_checkpoint(path: Path, overrides: list[str]) -> tuple[LoraModule, Dict
 
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
     """Return the data settings of a checkpoint's run, or the defaults if its config is absent."""
-    path = checkpoint.parent.parent / ".hydra" / "config.yaml"
+    path = RunFolder(checkpoint.parent.parent).config
     if not path.is_file():
         return asdict(DataConfig())
     config = OmegaConf.to_container(read_config(path), resolve=False)

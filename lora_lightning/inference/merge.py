@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.folder import AdapterFolder
-from lora_lightning.adapters.run_entries import check_not_in_run
 from lora_lightning.adapters.save import save_tokenizer
 from lora_lightning.config.schema import ModelConfig
 from lora_lightning.config.untrusted import check_links
@@ -19,6 +18,7 @@ from lora_lightning.lora import UserError, load_adapter
 from lora_lightning.lora.initialization.loftq import copy_quantized_values
 from lora_lightning.training.module import LoraModule
 from lora_lightning.utils.output_folders import check_replaceable, replaced_folder
+from lora_lightning.utils.run_folder import check_not_in_run
 
 from .loading import load_trained
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.adapters.run_entries import check_not_in_run
 from lora_lightning.lora import UserError
+from lora_lightning.utils.run_folder import check_not_in_run
 
 _MAX_NAMES = 5
 """Maximum number of names in a message."""

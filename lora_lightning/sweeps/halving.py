@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lightning.config.schema import PAUSE
 from lora_lightning.errors import UserError, did_you_mean
 from lora_lightning.utils.atomic_write import write_json
+from lora_lightning.utils.run_folder import RunFolder
 
 from .job import Job
 
@@ -147,7 +147,7 @@ class Halving:
     def prepare(self, job: Job) -> None:
         """Write to a job's folder where the job pauses."""
         at = self.pause_at(job)
-        path = job.folder / PAUSE
+        path = RunFolder(job.folder).pause
         if at is None:
             path.unlink(missing_ok=True)
         else:
@@ -173,5 +173,5 @@ class Halving:
                 f"{last['value']:.4f}: place {order.index(job) + 1} of {len(order)}; "
                 f"{continued} continued"
             )
-            write_json(job.folder / "result.json", result)
-            (job.folder / PAUSE).unlink(missing_ok=True)
+            write_json(RunFolder(job.folder).result, result)
+            RunFolder(job.folder).pause.unlink(missing_ok=True)

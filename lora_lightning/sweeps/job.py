@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_lightning.config.schema import LOG
 from lora_lightning.utils.logs import read_result
+from lora_lightning.utils.run_folder import RunFolder
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Job:
 
     def result(self) -> dict[str, Any]:
         """Return its result.json."""
-        return read_result(self.folder / "result.json")
+        return read_result(RunFolder(self.folder).result)
 
     def current_result(self) -> dict[str, Any]:
         """Return its result.json if its current process wrote it, else an empty dict."""
@@ -46,7 +46,7 @@ class Job:
     def result_time(self) -> int:
         """Return when its result.json was written, in ns; 0 if it does not exist."""
         try:
-            return (self.folder / "result.json").stat().st_mtime_ns
+            return RunFolder(self.folder).result.stat().st_mtime_ns
         except OSError:
             return 0
 
@@ -72,7 +72,7 @@ class Job:
 
     def _last_line(self) -> str:
         """Return the last line of its log that is not empty, or ""."""
-        log = self.folder / LOG
+        log = RunFolder(self.folder).log
         text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
         lines = text.replace("\0", "").split("\n")  # a power cut leaves zero bytes
         return next((line for line in reversed(lines) if line.strip()), "")

@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_lightning.config.schema import LOG
 from lora_lightning.errors import FULL_ERROR
+from lora_lightning.utils.run_folder import RunFolder
 
 from .job import Job
 
@@ -91,7 +91,7 @@ class Work:
         """Start the process; its output goes to the first job's log."""
         for job in self.jobs:
             job.earlier = job.result_time()
-        with (self.jobs[0].folder / LOG).open("ab") as log:
+        with RunFolder(self.jobs[0].folder).log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
                 env=environment_of_job(os.environ, devices, threads=threads),

@@ -20,12 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_lightning.config.compose import direction
 from lora_lightning.config.presets import CONFIG_NAME
-from lora_lightning.config.schema import LOG, PAUSE, SWEEP
+from lora_lightning.config.schema import SWEEP
 from lora_lightning.errors import UserError
 from lora_lightning.training.callbacks.graceful_stop import raise_on_signals
 from lora_lightning.utils.atomic_write import remove_debris
 from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import create_folder
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import say
 
 from .folder import record_sweep, resume_command
@@ -162,7 +163,7 @@ class ProcessLauncher(Launcher):
         if halving is None:
             chosen = [job for job in jobs if job.state == "waiting"]
             for job in chosen:
-                (job.folder / PAUSE).unlink(missing_ok=True)  # left by a sweep with halving
+                RunFolder(job.folder).pause.unlink(missing_ok=True)  # left by a sweep with halving
         else:
             chosen = halving.choose(jobs, idle=idle)
             for job in chosen:
@@ -214,7 +215,7 @@ def error_of_jobs(jobs: list[Job]) -> Exception | None:
     for error, (first, *others) in group_by(failed, Job.error).items():
         more = f" and {len(others)} more" if others else ""
         lines.append(
-            f"  job {first.number} ({first.name}){more}: {error} Log: {first.folder / LOG}"
+            f"  job {first.number} ({first.name}){more}: {error} Log: {RunFolder(first.folder).log}"
         )
     if unfinished:
         lines.append(f"  {len(unfinished)} others did not finish, because of launcher.fail_fast.")

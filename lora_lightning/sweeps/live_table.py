@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lightning.utils.logs import curve, read_metrics
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import printable
 
 from .job import Job
@@ -101,7 +102,7 @@ class JobTable:
         if job.state in ("paused", "stopped") and job.rungs():
             rung = job.rungs()[-1]
             return str(rung["step"]), f"{rung['monitor']} {rung['value']:.4f}"
-        rows, _ = read_metrics(job.folder / "csv" / "metrics.csv")
+        rows, _ = read_metrics(RunFolder(job.folder).metrics)
         for name in (self.monitor, "val/loss", "train/loss"):
             if points := curve(rows, name):
                 return rows[-1]["step"], f"{name} {points[-1][1]:.4f}"

@@ -16,6 +16,7 @@ from lora_lightning.config.saved import read_config, read_overrides
 from lora_lightning.errors import UserError
 from lora_lightning.utils.atomic_write import atomic_write
 from lora_lightning.utils.output_folders import create_folder
+from lora_lightning.utils.run_folder import RunFolder
 
 from .curve_names import name_curves
 from .job import Job
@@ -48,7 +49,7 @@ def plan_job(context: HydraContext, sweep: DictConfig, number: int, overrides: l
     name_curves(config, folder, _varied(sweep, overrides))
     anchor(config, Path.cwd())
     if os.path.lexists(folder):
-        from lora_lightning.training.run_folder import job_conflicts
+        from lora_lightning.training.folder_checks import job_conflicts
 
         if lost := job_conflicts(folder):
             raise UserError(
@@ -91,10 +92,10 @@ def _recorded_hash(job: Job) -> str | None:
         UserError: neither file gives the hash, and the job has trained.
     """
     try:
-        return config_hash(read_config(job.folder / ".hydra" / "config.yaml"))
+        return config_hash(read_config(RunFolder(job.folder).config))
     except UserError as error:
         recorded = job.result().get("config_hash")
-        if recorded is None and any((job.folder / "checkpoints").glob("*")):
+        if recorded is None and any(RunFolder(job.folder).checkpoints.glob("*")):
             raise UserError(
                 f"{error} result.json does not have the hash of its settings either. Delete "
                 f"{job.folder} to train this job from the start."
@@ -105,8 +106,8 @@ def _recorded_hash(job: Job) -> str | None:
 def is_saved(job: Job) -> bool:
     """Return whether the files that `save_job` writes can be read, as a report needs."""
     try:
-        read_config(job.folder / ".hydra" / "config.yaml")
-        read_overrides(job.folder / ".hydra" / "overrides.yaml")
+        read_config(RunFolder(job.folder).config)
+        read_overrides(RunFolder(job.folder).overrides)
     except UserError:
         return False
     return True
@@ -118,7 +119,7 @@ def save_job(job: Job) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    folder = job.folder / ".hydra"
+    folder = RunFolder(job.folder).hydra
     try:
         create_folder(folder)
         for name, content in (

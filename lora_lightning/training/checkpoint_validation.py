@@ -17,8 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lora_lightning.errors import UserError
-
-from .checkpointing import PREVIOUS
+from lora_lightning.utils.run_folder import PREVIOUS
 
 
 def check_resumable(content: dict[str, Any], path: Path) -> None:

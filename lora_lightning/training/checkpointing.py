@@ -14,9 +14,6 @@ from torch import Tensor
 from lora_lightning.errors import UserError
 from lora_lightning.lora.serialization.validation import check_trained
 
-LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
-"""Names of the checkpoint that a run resumes from, and of the previous one."""
-
 
 class Damaged(UserError):
     """A checkpoint that cannot be read."""

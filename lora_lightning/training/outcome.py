@@ -18,11 +18,11 @@ from lora_lightning.config.saved import settings_to_retype
 from lora_lightning.distributed.environment import has_lost_another, leave
 from lora_lightning.errors import ProcessLost, UserError
 from lora_lightning.utils.atomic_write import fault_of_disk
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import command, say
 
 from .callbacks.graceful_stop import Stopped, StopSignals
 from .callbacks.halving_pause import Paused
-from .run_folder import last_checkpoint
 
 _WORKER_KILLED = re.compile(r"DataLoader worker \(pid.* (killed by signal|exited unexpectedly)")
 
@@ -37,7 +37,8 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
-        begins = "" if last_checkpoint(run_dir) else " (from the start: no checkpoint was due yet)"
+        last = RunFolder(run_dir).last_checkpoint()
+        begins = "" if last else " (from the start: no checkpoint was due yet)"
         again: dict[str, str] = {}
         with suppress(UserError):  # this process cannot resolve an interpolation
             again = settings_to_retype(config)
@@ -90,7 +91,7 @@ def recorded_outcome(
             raise
         if (explained := _explained(error, run_dir)) is not None:
             raise explained from error
-        if signals.has_trained and last_checkpoint(run_dir) is not None:
+        if signals.has_trained and RunFolder(run_dir).last_checkpoint() is not None:
             say(f"failed. To resume: {command('train', resume=run_dir)}", file=sys.stderr)
         raise
 
@@ -98,7 +99,7 @@ def recorded_outcome(
 def _explained(error: BaseException, run_dir: Path) -> UserError | None:
     """Return the error for the user where the environment failed, or None for other errors."""
     resume = command("train", resume=run_dir)
-    can_resume = last_checkpoint(run_dir) is not None
+    can_resume = RunFolder(run_dir).last_checkpoint() is not None
     again = f"resume: {resume}" if can_resume else "start again"
     if (fault := fault_of_disk(error)) is not None:
         return UserError(

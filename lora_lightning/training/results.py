@@ -10,12 +10,12 @@ import lightning as L
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from omegaconf import DictConfig, OmegaConf
 
-from lora_lightning.adapters.run_entries import ADAPTER
 from lora_lightning.config.groups import Settings
 from lora_lightning.data.datamodule import LoraDataModule
 from lora_lightning.data.row_counts import row_warnings
 from lora_lightning.tasks import Task
 from lora_lightning.utils.memory import peak_memory_mib
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import command, say
 
 from .callbacks.loggers import EventsLogger
@@ -194,6 +194,7 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
     """Print a summary of the results and the next possible commands."""
     rows = len(data.encoded["test"]) if data.has("test") else 0
     before = result["before"]
+    adapter = RunFolder(run_dir).adapter
     lines = []
     for name in sorted(name for name in result if name.startswith("test/")):
         short = name.removeprefix("test/")
@@ -213,8 +214,8 @@ def print_result(result: dict[str, Any], run_dir: Path, data: LoraDataModule) ->
         f"Trained {result['trainable_parameters']:,} of {result['total_parameters']:,} parameters "
         f"({share:.2f} %) in {result['seconds']:.{0 if result['seconds'] >= 10 else 1}f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s.",
-        f"Adapter: {run_dir / ADAPTER} ({result['adapter_bytes'] / 1e6:.2f} MB with the tokenizer)",
-        f'Try it:  {command("predict", adapter=run_dir / ADAPTER)} text="..."',
+        f"Adapter: {adapter} ({result['adapter_bytes'] / 1e6:.2f} MB with the tokenizer)",
+        f'Try it:  {command("predict", adapter=adapter)} text="..."',
         f"Curves:  tensorboard --logdir {shlex.quote(str(run_dir))}",
     ]
     lines[-3:-3] = [f"WARNING {line}" for line in result["warnings"]]

@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 
 from lora_lightning.adapters.folder import CARD, AdapterFolder
 from lora_lightning.adapters.model_card import write_card
-from lora_lightning.adapters.run_entries import ADAPTER, BAD_STEP, RESULT, check_writable
 from lora_lightning.adapters.save import base_fingerprint, save_trained
 from lora_lightning.config.compose import (
     config_hash,
@@ -23,7 +22,6 @@ from lora_lightning.config.compose import (
     settings_of,
     with_direction,
 )
-from lora_lightning.config.schema import PAUSE
 from lora_lightning.distributed.hardware_speed import is_on_cpu
 from lora_lightning.distributed.precision import automatic_precision_message, with_precision
 from lora_lightning.distributed.tf32 import tf32_matmuls
@@ -34,6 +32,7 @@ from lora_lightning.utils.cpu_load import load_warning
 from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import check_replaceable
 from lora_lightning.utils.quiet import quiet_libraries
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import say
 from lora_lightning.utils.versions import versions
 
@@ -47,6 +46,7 @@ from .callbacks.throughput import RunClock
 from .checkpoint_validation import check_checkpoint_folders, check_resumable
 from .checkpointing import read_checkpoint
 from .components import build_components
+from .folder_checks import check_unused_folder, continue_csv, readable_checkpoint
 from .outcome import recorded_outcome
 from .preflight.memory import memory_advice
 from .restore import blame_config_before_first_step, check_on_restore
@@ -57,20 +57,7 @@ from .results import (
     report_early_stop,
     row_facts,
 )
-from .run_folder import (
-    check_unused_folder,
-    continue_csv,
-    readable_checkpoint,
-    recorded_result,
-)
 from .trainer import build_trainer, check_accumulation
-
-WRITTEN = (
-    *(RESULT, BAD_STEP, PAUSE, "samples.jsonl", "csv/metrics.csv"),
-    "checkpoints/*.ckpt",
-    *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
-)
-"""Files of a run's folder that the holder of its lock writes beside their final path."""
 
 
 def train(
@@ -110,11 +97,11 @@ class Run:
 
     def __init__(self, config: DictConfig, signals: StopSignals, *, resume: bool) -> None:
         quiet_libraries()
-        self.dir = Path(config.output_dir)
+        self.folder = RunFolder(Path(config.output_dir))
         self.signals = signals
         self.resume = resume
-        self.checkpoint = readable_checkpoint(self.dir) if resume else None
-        earlier = recorded_result(self.dir) if self.checkpoint else {}
+        self.checkpoint = readable_checkpoint(self.folder.path) if resume else None
+        earlier = self.folder.read_result() if self.checkpoint else {}
         self.requested = config
         self.config = with_precision(with_direction(config), earlier.get("precision"))
         self.settings = settings_of(self.config)
@@ -143,7 +130,8 @@ class Run:
             if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 self._open_folder(stack, accelerator)
             heartbeat = stack.enter_context(self._heartbeat())
-            stack.enter_context(recorded_outcome(self.result, self.dir, self.config, self.signals))
+            outcome = recorded_outcome(self.result, self.folder.path, self.config, self.signals)
+            stack.enter_context(outcome)
             stack.enter_context(self.signals)
             stack.enter_context(memory_advice(self.config))
             stack.enter_context(tf32_matmuls(trainer_config.precision, accelerator))
@@ -156,13 +144,13 @@ class Run:
 
     def _open_folder(self, stack: ExitStack, accelerator: str) -> None:
         """Lock the run's folder until the stack ends, which writes result.json at last."""
-        check_writable(self.dir)
-        stack.enter_context(locked(self.dir, setting="output_dir"))
-        remove_debris(*(self.dir / name for name in WRITTEN))
+        self.folder.create()
+        stack.enter_context(locked(self.folder.path, setting="output_dir"))
+        remove_debris(*self.folder.replaced_files)
         if not self.resume:
-            check_unused_folder(self.dir)
-        check_replaceable(self.dir / ADAPTER, by="train")  # fail before training, not after it
-        write_json(self.dir / RESULT, self.result)
+            check_unused_folder(self.folder.path)
+        check_replaceable(self.folder.adapter, by="train")  # fail before training, not after it
+        write_json(self.folder.result, self.result)
         if message := automatic_precision_message(self.requested, self.config):
             print(message, file=sys.stderr)
         if is_on_cpu(accelerator) and (message := load_warning(torch.get_num_threads())):
@@ -171,9 +159,9 @@ class Run:
 
     def _record(self, error: BaseException | None) -> None:
         """Write how the run ended. If this fails after an error, only that error is reported."""
-        if self.dir.is_dir():
+        if self.folder.path.is_dir():
             with suppress(UserError) if error is not None else nullcontext():
-                write_json(self.dir / RESULT, self.result)
+                write_json(self.folder.result, self.result)
 
     def _heartbeat(self) -> Heartbeat:
         bar = self.config.trainer.get("enable_progress_bar", True)
@@ -193,7 +181,7 @@ class Run:
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         clock = next((c for c in callbacks if isinstance(c, RunClock)), None)
         self.clock = clock or RunClock()
-        pause = HalvingPause.requested(self.dir, str(config.task.monitor))
+        pause = HalvingPause.requested(self.folder.path, str(config.task.monitor))
         if pause is not None and not any(isinstance(c, LastCheckpoint) for c in callbacks):
             raise UserError("launcher.halving requires checkpoints: keep callbacks.last.")
         own = [self.clock if clock is None else None, self.signals, pause]
@@ -206,7 +194,7 @@ class Run:
             self.result["before"] = self._metrics_of(self.trainer.test)
             self.signals.raise_if_requested(self.trainer)
             if self.trainer.is_global_zero:
-                write_json(self.dir / RESULT, self.result)  # a resumed run reads it from there
+                write_json(self.folder.result, self.result)  # a resumed run reads it from there
 
     def _fit(self) -> None:
         """Train from the start or from the checkpoint, and take the best weights."""
@@ -232,7 +220,7 @@ class Run:
         """Check that the run can resume from a checkpoint, and cut its log to that step."""
         content = read_checkpoint(checkpoint)
         check_resumable(content, checkpoint)
-        check_checkpoint_folders(self.trainer.callbacks, self.dir)  # type: ignore[attr-defined]
+        check_checkpoint_folders(self.trainer.callbacks, self.folder.path)  # type: ignore[attr-defined]
         step = content["global_step"]
 
         def resumed() -> None:
@@ -248,7 +236,7 @@ class Run:
         with self.module.whole_adapter():
             if self.trainer.is_global_zero:
                 settings = saved_settings(self.config)
-                save_trained(self.module, self.dir / ADAPTER, settings, base=base, later=[CARD])
+                save_trained(self.module, self.folder.adapter, settings, base=base, later=[CARD])
 
     def _evaluate(self) -> dict[str, float]:
         """Return the metrics of the trained adapter on the validation and the test rows."""
@@ -272,7 +260,7 @@ class Run:
         self.result |= row_facts(self.task, self.data)
         if self.trainer.is_global_zero:
             log_hparams(self.trainer, self.settings, self.config, self.result)
-            adapter = self.dir / ADAPTER
-            write_card(adapter, self.dir, self.settings, self.module, self.data, self.result)
+            adapter, folder = self.folder.adapter, self.folder.path
+            write_card(adapter, folder, self.settings, self.module, self.data, self.result)
             self.result["adapter_bytes"] = AdapterFolder(adapter).size()
-            print_result(self.result, self.dir, self.data)
+            print_result(self.result, folder, self.data)

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.run_entries import BAD_STEP
 from lora_lightning.distributed.strategies import scale_gradients, sum_over_ranks
 from lora_lightning.lora import UserError
 from lora_lightning.models.offload import offloaded_activations
@@ -20,6 +19,7 @@ from lora_lightning.models.private_api import masks_without_waiting
 from lora_lightning.tasks import Task
 from lora_lightning.tasks.base import LossOutput
 from lora_lightning.utils.atomic_write import atomic_write
+from lora_lightning.utils.run_folder import RunFolder
 
 
 def task_loss(
@@ -120,7 +120,7 @@ def _save_rows(trainer: L.Trainer, step: _Step, loss: str) -> str:
     if not isinstance(getattr(data, "encoded", None), dict):
         return ""
     batches = range(step.batch - step.batch % trainer.accumulate_grad_batches, step.batch + 1)
-    path = Path(trainer.default_root_dir) / BAD_STEP
+    path = RunFolder(Path(trainer.default_root_dir)).bad_step
     if trainer.is_global_zero:
         content = {
             "step": step.number,

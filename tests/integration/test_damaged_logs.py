@@ -26,8 +26,8 @@ from lora_lightning.sweeps.queue import JobQueue
 from lora_lightning.sweeps.report import read_sweep
 from lora_lightning.training.callbacks.loggers import CurvesLogger
 from lora_lightning.training.callbacks.progress import SamplePredictions
+from lora_lightning.training.folder_checks import continue_csv
 from lora_lightning.training.run import train
-from lora_lightning.training.run_folder import continue_csv
 from lora_lightning.utils.logs import (
     curve,
     read_json,

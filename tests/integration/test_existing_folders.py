@@ -20,7 +20,7 @@ from lora_lightning import (
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import AdapterSet
 from lora_lightning.training.data_init import earlier_settings
-from lora_lightning.training.run_folder import check_sweep_folder, check_unused_folder
+from lora_lightning.training.folder_checks import check_sweep_folder, check_unused_folder
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ from helpers.fuzz import FUZZ
 from lora_lightning.adapters.combine import combine_adapters
 from lora_lightning.adapters.export import write_canonical
 from lora_lightning.adapters.folder import AdapterFolder
-from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.adapters.stored_adapter import StoredAdapter, copy_adapter
 from lora_lightning.config.compose import compose_config, settings_of
 from lora_lightning.config.saved import check_typed_again, read_config, settings_to_retype
@@ -69,6 +68,7 @@ from lora_lightning.training.outcome import Interrupted
 from lora_lightning.training.run import train
 from lora_lightning.training.warm_start import values_of
 from lora_lightning.utils.locks import is_abandoned
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import printable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -855,17 +855,20 @@ def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
     for victim, name in zip(victims, (".lock", ".writable"), strict=True):
         victim.write_text("PRECIOUS")
         (folder / name).symlink_to(victim)
-    with pytest.raises(UserError, match=r"cannot be written.*\.lock"), rollback_on_mistake(folder):
+    with (
+        pytest.raises(UserError, match=r"cannot be written.*\.lock"),
+        RunFolder(folder).rollback_on_mistake(),
+    ):
         pass
     assert not is_abandoned(folder)
     (folder / ".lock").unlink()
     os.mkfifo(folder / ".lock")  # which would never open
-    with pytest.raises(UserError, match="it is no file"), rollback_on_mistake(folder):
+    with pytest.raises(UserError, match="it is no file"), run.rollback_on_mistake():
         pass
     assert not is_abandoned(folder)
     (folder / ".lock").unlink()
     (folder / ".lock").write_text("kept")
-    with rollback_on_mistake(folder):
+    with run.rollback_on_mistake():
         assert (folder / ".lock").read_text() == "kept"
     assert is_abandoned(folder)
     assert [victim.read_text() for victim in victims] == ["PRECIOUS"] * 2

@@ -11,9 +11,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from lora_lightning.config.schema import LOG
 from lora_lightning.lora import UserError
 from lora_lightning.sweeps.job_process import end_with_parent
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import printable
 
 from .capacity import slots_at_a_time
@@ -39,7 +39,7 @@ def main(folders: list[Path], gib: float | None = None) -> int:
         mistake = isinstance(error, UserError)
         text = printable(f"error: {error}\n" if mistake else traceback.format_exc())
         for folder in folders:
-            with (folder / LOG).open("a", encoding="utf-8") as log:
+            with RunFolder(folder).log.open("a", encoding="utf-8") as log:
                 log.write(text)
         return 2 if mistake else 1
     if not errors:

@@ -14,6 +14,7 @@ from lora_lightning.training.components import build_components
 from lora_lightning.training.preflight.memory import Memory
 from lora_lightning.utils.memory import peak_memory_mib
 from lora_lightning.utils.quiet import quiet_libraries
+from lora_lightning.utils.run_folder import RunFolder
 
 from .pack import device_of
 
@@ -28,7 +29,7 @@ def slots_at_a_time(folders: list[Path], gib: float | None) -> int:
         folders: Folders of the runs.
         gib: Memory that they may take; None: 90 % of a GPU, no limit on a CPU.
     """
-    configs = [read_config(folder / ".hydra" / "config.yaml") for folder in folders]
+    configs = [read_config(RunFolder(folder).config) for folder in folders]
     device = device_of(configs[0])
     if gib is None and device.type == "cuda":
         gib = 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lora_lightning.config.saved import read_config
-from lora_lightning.config.schema import LOG
 from lora_lightning.distributed.strategies import OneDeviceStrategy
 from lora_lightning.lora import UserError
 from lora_lightning.lora.batched import unshared_layers
 from lora_lightning.lora.layers.lora_layer import LoraLayer
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.run import train
+from lora_lightning.utils.run_folder import RunFolder
 from lora_lightning.utils.terminal import say
 
 from .frozen import share_frozen
@@ -66,9 +66,10 @@ class Pack:
     def __init__(self, folders: list[Path]) -> None:
         self.slots: list[Slot] = []
         for number, folder in enumerate(folders):
-            config = read_config(folder / ".hydra" / "config.yaml")
+            config = read_config(RunFolder(folder).config)
             config.output_dir = str(folder)
-            out = (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            log = RunFolder(folder).log
+            out = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
             if len(folders) > 1:
                 others = ", ".join(other.name for other in folders if other != folder)
                 print(f"This run trains in one process with the runs {others}.", file=out)

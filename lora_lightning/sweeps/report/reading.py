@@ -17,6 +17,7 @@ from lora_lightning.lora.config import LoraConfig
 from lora_lightning.sweeps.folder import resume_command
 from lora_lightning.utils.locks import is_abandoned
 from lora_lightning.utils.logs import curve, read_metrics, read_result, tell_damaged
+from lora_lightning.utils.run_folder import RunFolder
 
 from .results import Run, Sweep
 
@@ -44,7 +45,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 def _hint(folder: Path) -> str:
     """Return a hint on where to find a sweep."""
-    if (folder / ".hydra" / "config.yaml").is_file():
+    if RunFolder(folder).config.is_file():
         return f"It is a run; give the folder of its sweep: {folder.absolute().parent}."
     sweeps = [path.parent for path in folder.glob(f"*/**/{SWEEP}")]
     if sweeps:
@@ -54,11 +55,12 @@ def _hint(folder: Path) -> str:
 
 
 def _read_run(folder: Path) -> Run:
-    saved = folder / ".hydra" / "config.yaml"
+    run = RunFolder(folder)
+    saved = run.config
     config = _without_resolvers(read_config(saved))
     lora = _lora_config(config, saved)
-    overrides = read_overrides(folder / ".hydra" / "overrides.yaml")
-    path = folder / "result.json"
+    overrides = read_overrides(run.overrides)
+    path = run.result
     exists = path.is_file()
     result = read_result(path)
     if exists and not result:
@@ -66,7 +68,7 @@ def _read_run(folder: Path) -> Run:
             f"{path}: is damaged. Run the sweep's command again to resume this job, or delete the "
             "file to report the job as waiting."
         )
-    metrics = folder / "csv" / "metrics.csv"
+    metrics = run.metrics
     rows, damaged = read_metrics(metrics)
     if result.get("status") != "running":  # the last line of a running job may be incomplete
         tell_damaged(metrics, damaged)
@@ -79,7 +81,7 @@ def _read_run(folder: Path) -> Run:
 def _presets(folder: Path) -> list[str]:
     """Return the arguments of a run's command that locate the user's own presets."""
     try:
-        saved = read_yaml(folder / ".hydra" / "hydra.yaml")
+        saved = read_yaml(RunFolder(folder).hydra_config)
         parts: Any = OmegaConf.to_container(saved, resolve=False)["hydra"]  # type: ignore[index, call-overload]
         typed = [str(item) for item in parts["overrides"]["hydra"]]
         name = parts["job"]["config_name"] or CONFIG_NAME

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from lora_lightning.lora import UserError
 from lora_lightning.training.checkpointing import (
-    LAST,
-    PREVIOUS,
     check_trainable_values,
     check_written,
 )
 from lora_lightning.utils.atomic_write import written_beside
 from lora_lightning.utils.output_folders import create_folder
+from lora_lightning.utils.run_folder import LAST, PREVIOUS
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lora_lightning.config.schema import PAUSE
 from lora_lightning.lora import UserError
 from lora_lightning.utils.logs import read_json
+from lora_lightning.utils.run_folder import RunFolder
 
 
 class Paused(Exception):
@@ -50,7 +50,7 @@ class HalvingPause(Callback):
         Raises:
             UserError: If the file is damaged.
         """
-        path = run_dir / PAUSE
+        path = RunFolder(run_dir).pause
         if not path.is_file():
             return None
         content = read_json(path)

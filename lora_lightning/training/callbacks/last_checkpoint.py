@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_map
 
 from lora_lightning.lora import UserError
 from lora_lightning.training.checkpointing import (
-    LAST,
-    PREVIOUS,
     check_trainable_values,
     check_written,
 )
@@ -33,6 +31,7 @@ from lora_lightning.training.lightning_internals import (
 )
 from lora_lightning.utils.atomic_write import written_beside
 from lora_lightning.utils.output_folders import create_folder, sync
+from lora_lightning.utils.run_folder import LAST, PREVIOUS
 from lora_lightning.utils.terminal import say
 
 from .best_checkpoint import save_to

@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.config.compatibility import check_combinations
 from lora_lightning.config.compose import settings_of, with_direction
 from lora_lightning.config.groups import Settings
@@ -28,15 +27,16 @@ from lora_lightning.models.model_config import load_model_config
 from lora_lightning.models.tokenizer import token_ids
 from lora_lightning.tasks import build_task, to_device
 from lora_lightning.training.components import build_components
+from lora_lightning.training.folder_checks import check_unused_folder
 from lora_lightning.training.module import LoraModule
 from lora_lightning.training.optim import build_scheduler, check_schedule_metric
-from lora_lightning.training.run_folder import check_unused_folder
 from lora_lightning.training.trainer import (
     build_trainer,
     check_accumulation,
     check_validation_interval,
 )
 from lora_lightning.utils.quiet import quiet_libraries
+from lora_lightning.utils.run_folder import RunFolder
 
 from .memory import PROBE_ROWS, Memory
 
@@ -56,7 +56,7 @@ def check(config: DictConfig) -> str:
     settings = settings_of(config)
     output = Path(config.output_dir)
     check_unused_folder(output)
-    with rollback_on_mistake(output, always=True):
+    with RunFolder(output).rollback_on_mistake(always=True):
         task = build_task(settings.task)
         module, data = build_components(settings, task, seed=config.seed, start_from=config.adapter)
         trainer = build_trainer(config)

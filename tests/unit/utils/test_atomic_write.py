@@ -16,7 +16,6 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
-from lora_lightning.adapters.run_entries import check_writable
 from lora_lightning.cli.hydra_run import _atomic_configs
 from lora_lightning.config.compose import compose_config
 from lora_lightning.lora import UserError
@@ -37,6 +36,7 @@ from lora_lightning.utils.atomic_write import (
 )
 from lora_lightning.utils.locks import locked
 from lora_lightning.utils.output_folders import create_folder, replaced_folder
+from lora_lightning.utils.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def _locked(folder: Path) -> None:
 
 MAKERS = {
     "any": create_folder,
-    "run": check_writable,
+    "run": lambda folder: RunFolder(folder).create(),
     "lock": _locked,
     ".hydra of a run": _config_of_a_run,
     ".hydra of a job": _config_of_a_job,

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.adapters import run_entries
-from lora_lightning.adapters.run_entries import rollback_on_mistake
 from lora_lightning.lora import UserError
 from lora_lightning.utils import locks as lock
+from lora_lightning.utils import run_folder
 from lora_lightning.utils.locks import (
     LOCK,
     OWNER,
@@ -28,6 +27,7 @@ from lora_lightning.utils.locks import (
     locked,
     locked_output,
 )
+from lora_lightning.utils.run_folder import RunFolder
 
 WITHOUT = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
 FORK = multiprocessing.get_context("fork")
@@ -56,10 +56,10 @@ def hold(pipe, folder: Path) -> None:
         wait(seconds)
 
     wait, lock.time.sleep = time.sleep, sleep
-    run_entries.locked = partial(locked, patience=1.0)
+    run_folder.locked = partial(locked, patience=1.0)
     pipe.recv()
     try:
-        with rollback_on_mistake(folder):
+        with RunFolder(folder).rollback_on_mistake():
             pipe.send("holds")
             if pipe.recv() == "mistake":
                 raise UserError("a mistake")
@@ -165,8 +165,8 @@ def test_rollback_on_mistake_keeps_what_another_process_began(tmp_path, monkeypa
         finally:
             (folder / ".hydra").mkdir()  # the other's
 
-    monkeypatch.setattr(run_entries, "locked", held)
-    with pytest.raises(UserError, match="a mistake"), rollback_on_mistake(folder):
+    monkeypatch.setattr(run_folder, "locked", held)
+    with pytest.raises(UserError, match="a mistake"), RunFolder(folder).rollback_on_mistake():
         raise UserError("a mistake")
     assert (folder / ".hydra").is_dir()
 

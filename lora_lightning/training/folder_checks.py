@@ -1,4 +1,4 @@
-"""State of a run's folder, and whether and from where the run can resume."""
+"""Checks of a folder before a run or a sweep: may it begin there, or resume, and from where?"""
 
 from __future__ import annotations
 
@@ -7,38 +7,28 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from lora_lightning.adapters.run_entries import HYDRA, OWN_ENTRIES, RESULT
 from lora_lightning.config.compose import config_hash
 from lora_lightning.config.saved import read_config
-from lora_lightning.config.schema import LOG, MULTIRUN, SWEEP
+from lora_lightning.config.schema import MULTIRUN, SWEEP
 from lora_lightning.lora import UserError
 from lora_lightning.utils.atomic_write import is_debris
 from lora_lightning.utils.logs import read_json, read_metrics, tell_damaged
+from lora_lightning.utils.run_folder import LAST, PREVIOUS, RunFolder
 from lora_lightning.utils.terminal import command, say
 
 from .checkpointing import (
-    LAST,
-    PREVIOUS,
     Damaged,
     read_checkpoint,
 )
 
-CHECKPOINTS = "checkpoints"
 _SHOWN = 8
 _HYDRAS = b"hydra:\n"
 """First bytes of the file that Hydra writes for a sweep."""
-
-
-def last_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint that a run resumes from, or None if it was stopped before the first."""
-    paths = [run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS)]
-    return next((path for path in paths if path.is_file()), None)
 
 
 def readable_checkpoint(run_dir: Path) -> Path | None:
@@ -47,9 +37,10 @@ def readable_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         UserError: If all existing checkpoints are damaged. The error reports the last one.
     """
-    last, previous = (run_dir / CHECKPOINTS / name for name in (LAST, PREVIOUS))
+    run = RunFolder(run_dir)
+    last, previous = (run.checkpoints / name for name in (LAST, PREVIOUS))
     if not (last.is_file() and previous.is_file()):
-        return last_checkpoint(run_dir)
+        return run.last_checkpoint()
     try:
         read_checkpoint(last)
     except Damaged as error:
@@ -63,20 +54,9 @@ def readable_checkpoint(run_dir: Path) -> Path | None:
     return last
 
 
-def recorded_result(run_dir: Path) -> dict[str, Any]:
-    """Return the result so far of the run in the folder."""
-    return read_json(run_dir / RESULT)
-
-
-def completed_result(run_dir: Path) -> dict[str, Any] | None:
-    """Return the result of a completed run, or None if it is not completed."""
-    result = recorded_result(run_dir)
-    return result if result.get("status") == "completed" else None
-
-
 def check_same_run(run_dir: Path, config: DictConfig) -> None:
     """Raise UserError if the folder holds a run with other settings."""
-    recorded = recorded_result(run_dir).get("config_hash", config_hash(config))
+    recorded = RunFolder(run_dir).read_result().get("config_hash", config_hash(config))
     if recorded != config_hash(config):
         raise UserError(
             f"{run_dir} holds a run with other settings. Give another output_dir, or resume that "
@@ -87,18 +67,14 @@ def check_same_run(run_dir: Path, config: DictConfig) -> None:
 def holds_run(run_dir: Path) -> bool:
     """Return whether a run wrote the files in a folder, not something else with the same names."""
     with suppress(UserError):
-        read_config(run_dir / HYDRA / "config.yaml")
+        read_config(RunFolder(run_dir).config)
         return True
-    return _has_begun(run_dir)
-
-
-def _has_begun(run_dir: Path) -> bool:
-    return "config_hash" in recorded_result(run_dir) or last_checkpoint(run_dir) is not None
+    return RunFolder(run_dir).has_begun()
 
 
 def check_unused_folder(run_dir: Path) -> None:
     """Raise UserError if the folder already holds a run, or files that a run would replace."""
-    if _has_begun(run_dir):
+    if RunFolder(run_dir).has_begun():
         raise UserError(
             f"{run_dir} already holds a run. To resume it: {command('train', resume=run_dir)}. "
             "For a new run, give another output_dir."
@@ -112,9 +88,9 @@ def check_unused_folder(run_dir: Path) -> None:
 
 def _lost(run_dir: Path) -> list[str]:
     """Return the names in a folder that a new run would overwrite, if no run has begun there."""
-    names = [name for name in OWN_ENTRIES if _is_filled(run_dir / name)]
+    names = [name for name in RunFolder.OWN if _is_filled(run_dir / name)]
     # A process that is killed before its run begins leaves the config.
-    return [name for name in names if name != HYDRA or not holds_run(run_dir)]
+    return [name for name in names if name != ".hydra" or not holds_run(run_dir)]
 
 
 def check_sweep_folder(sweep_dir: Path) -> None:
@@ -154,13 +130,13 @@ def job_conflicts(run_dir: Path) -> list[str]:
     """
     if run_dir.is_symlink() or (os.path.lexists(run_dir) and not run_dir.is_dir()):
         return [""]
-    log = run_dir / LOG
-    lost = [LOG] if log.is_symlink() else []
-    if _has_begun(run_dir) or not run_dir.is_dir() or is_sweep(run_dir.parent):
+    log = RunFolder(run_dir).log
+    lost = [log.name] if log.is_symlink() else []
+    if RunFolder(run_dir).has_begun() or not run_dir.is_dir() or is_sweep(run_dir.parent):
         return lost
     lost += _lost(run_dir)
     if _is_filled(log) and not lost and not holds_run(run_dir):
-        lost.append(LOG)
+        lost.append(log.name)
     return lost
 
 
