@@ -39,12 +39,16 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, run_dir: Path, signum: int, config: DictConfig) -> None:
         last = RunFolder(run_dir).last_checkpoint()
         begins = "" if last else " (from the start: no checkpoint was due yet)"
-        again: dict[str, str] = {}
-        with suppress(UserError):  # this process cannot resolve an interpolation
-            again = settings_to_retype(config)
-        words = [command("train", resume=run_dir), *map(shlex.quote, again)]
-        super().__init__(f"interrupted. To resume{begins}: {' '.join(words)}")
+        super().__init__(f"interrupted. To resume{begins}: {resume_command(run_dir, config)}")
         self.signum = signum
+
+
+def resume_command(run_dir: Path, config: DictConfig) -> str:
+    """Return the command that resumes a run, with the settings that have to be typed again."""
+    again: dict[str, str] = {}
+    with suppress(UserError):  # this process cannot resolve an interpolation
+        again = settings_to_retype(config)
+    return " ".join([command("train", resume=run_dir), *map(shlex.quote, again)])
 
 
 @contextmanager
@@ -89,16 +93,15 @@ def recorded_outcome(
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         if isinstance(error, UserError):
             raise
-        if (explained := _explained(error, run_dir)) is not None:
+        if (explained := _explained(error, run_dir, resume_command(run_dir, config))) is not None:
             raise explained from error
         if signals.has_trained and RunFolder(run_dir).last_checkpoint() is not None:
-            say(f"failed. To resume: {command('train', resume=run_dir)}", file=sys.stderr)
+            say(f"failed. To resume: {resume_command(run_dir, config)}", file=sys.stderr)
         raise
 
 
-def _explained(error: BaseException, run_dir: Path) -> UserError | None:
+def _explained(error: BaseException, run_dir: Path, resume: str) -> UserError | None:
     """Return the error for the user where the environment failed, or None for other errors."""
-    resume = command("train", resume=run_dir)
     can_resume = RunFolder(run_dir).last_checkpoint() is not None
     again = f"resume: {resume}" if can_resume else "start again"
     if (fault := fault_of_disk(error)) is not None:

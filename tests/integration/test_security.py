@@ -855,10 +855,8 @@ def test_lock_and_probe_change_no_file_that_a_link_names(tmp_path):
     for victim, name in zip(victims, (".lock", ".writable"), strict=True):
         victim.write_text("PRECIOUS")
         (folder / name).symlink_to(victim)
-    with (
-        pytest.raises(UserError, match=r"cannot be written.*\.lock"),
-        RunFolder(folder).rollback_on_mistake(),
-    ):
+    run = RunFolder(folder)
+    with pytest.raises(UserError, match=r"cannot be written.*\.lock"), run.rollback_on_mistake():
         pass
     assert not is_abandoned(folder)
     (folder / ".lock").unlink()
