@@ -266,7 +266,7 @@ def test_target_sets_of_each_architecture_are_its_own_names(tiny_bert, tiny_llam
 
 @pytest.mark.parametrize(("optimizer", "status"), [("AdamW", 0), ("ASGD", 2)])
 def test_plan_in_a_process_ends_with_its_own_status(optimizer, status, tiny_llama, tmp_path):
-    """A full garbage collection under fake tensors corrupts memory, which ends a process."""
+    """Copies of fake tensors, as metrics make them, damage memory and end a process."""
     command = [sys.executable, "-m", "lora_lightning", "plan", *BASE, "task=lm"]
     settings = [f"model.name_or_path={tiny_llama}", f"optim.name={optimizer}"]
     done = subprocess.run(

@@ -83,8 +83,7 @@ class DryRun:
         )
         self.model, self.adapter = built.model, built.adapter
         trust_head(self.model)
-        # torch 2.13: a full collection under fake tensors corrupts memory, and the process aborts.
-        gc.collect(0)
+        gc.collect()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(
