@@ -122,7 +122,7 @@ def test_export_command_checks_writes_or_names_the_mistake(base, tmp_path, run_c
     status, out, err = run_cli("export", where, no, "check=vllm")
     assert (status, (tmp_path / "no").exists()) == (2, False)
     assert "vllm: ranks and alphas of single modules" in out
-    assert "is not for vllm, for the reasons above. Nothing was written." in " ".join(err.split())
+    assert "is not supported by vllm, see above. Nothing was written." in " ".join(err.split())
     status, out, _ = run_cli("export", where, f"output={tmp_path / 'plain'}")
     assert status == 0
     names = {path.name for path in (tmp_path / "plain").iterdir()}
