@@ -89,13 +89,15 @@ def recorded_outcome(
         if signals.received and not isinstance(error, UserError):  # its workers get the signal too
             result["status"] = "interrupted"
             raise Interrupted(run_dir, signals.received, config) from None
+        reported: BaseException = error
+        if not isinstance(error, UserError):
+            reported = _explained(error, run_dir, resume_command(run_dir, config)) or error
         result["status"] = "failed"
-        result["error"] = f"{type(error).__name__}: {error}"[:2000]
-        if isinstance(error, UserError):
-            raise
-        if (explained := _explained(error, run_dir, resume_command(run_dir, config))) is not None:
-            raise explained from error
-        if signals.has_trained and RunFolder(run_dir).last_checkpoint() is not None:
+        result["error"] = f"{type(reported).__name__}: {reported}"[:2000]
+        if reported is not error:
+            raise reported from error
+        can_resume = signals.has_trained and RunFolder(run_dir).last_checkpoint() is not None
+        if can_resume and not isinstance(error, UserError):
             say(f"failed. To resume: {resume_command(run_dir, config)}", file=sys.stderr)
         raise
 

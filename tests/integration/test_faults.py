@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(stopped, tmp_path):
 
     done = resumed(run, preexec_fn=limited)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert re.search("checkpoint before it is whole|before is lost: see to the disk", done.stderr)
+    assert re.search("checkpoint before it is intact|before is lost: check the disk", done.stderr)
     assert "Traceback" not in done.stderr
     assert (run / LAST).read_bytes() == before
     assert not list((run / "checkpoints").glob(".last*"))
@@ -553,7 +553,7 @@ def test_the_same_command_goes_on_or_begins(settings, stopped, tmp_path):
 
     other = run([*command, "lora.rank=3"])
     assert other.returncode == 2
-    assert "holds a run of other settings" in other.stderr
+    assert "holds a run with other settings" in other.stderr
     done = run(command)
     assert done.returncode == 0, done.stderr
     shutil.copytree(stopped, tmp_path / "plain")

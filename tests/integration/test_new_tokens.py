@@ -220,7 +220,7 @@ def test_new_tokens_run_warm_starts_from_the_same_tokens(settings, trained, tmp_
             "tied", f"adapter={source}", f"output_dir={tmp_path / f'no-{source.name}'}"
         )
         other[other.index(NEW)] = """model.new_tokens=["</think>","<think>"]"""
-        with pytest.raises(UserError, match="give the same tokens in the same order"):
+        with pytest.raises(UserError, match="Give the same tokens in the same order"):
             train(compose_config(other))
 
 
