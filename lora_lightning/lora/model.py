@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,10 +151,13 @@ class Adapter:
             for layer in self.layers.values()
         ]
 
-    def check_gradients(self) -> list[str]:
+    def check_gradients(self, received: Collection[str] | None = None) -> list[str]:
         """Check that a backward pass has reached the trainable tensors.
 
         Call it after the first backward pass.
+
+        Args:
+            received: names of the tensors that have received a gradient; None: those that hold one.
 
         Returns:
             Names of tensors that this pass missed but another may reach, such as some experts.
@@ -163,7 +166,8 @@ class Adapter:
             UserError: the pass missed tensors that no other pass can reach. The model does not
                 call their layers, or reads the weights without calling them.
         """
-        return check_reached({n: t for n, t in self.named_tensors().items() if t.requires_grad})
+        tensors = {n: t for n, t in self.named_tensors().items() if t.requires_grad}
+        return check_reached(tensors, received)
 
     def check_frozen(self) -> None:
         """Check that every trainable parameter is stored with the adapter.

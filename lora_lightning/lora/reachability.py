@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -142,7 +142,9 @@ class _Packing:
         self.encoder.use_nested_tensor = True
 
 
-def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+def without_gradient(
+    trained: Mapping[str, Tensor], received: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Return names of trainable tensors that no backward pass since the last step has reached.
 
     Tensors are of one kind if their names differ only in the last number. Examples are several
@@ -150,13 +152,17 @@ def without_gradient(trained: Mapping[str, Tensor]) -> tuple[list[str], list[str
 
     Args:
         trained: tensors by name, after a backward pass.
+        received: names of the tensors that have received a gradient; None: those that hold one.
 
     Returns:
         Names in two lists. The first holds tensors without a reached tensor of their kind, so the
         model uses none of that kind. The second holds tensors with a reached one.
     """
-    missing = [n for n, t in trained.items() if t.requires_grad and t.grad is None]
-    reached = {_kind(n) for n, t in trained.items() if t.requires_grad and t.grad is not None}
+    trainable = {name: tensor for name, tensor in trained.items() if tensor.requires_grad}
+    if received is None:
+        received = {name for name, tensor in trainable.items() if tensor.grad is not None}
+    missing = [name for name in trainable if name not in received]
+    reached = {_kind(name) for name in trainable if name in received}
     some = [name for name in missing if _kind(name) in reached]
     return [name for name in missing if _kind(name) not in reached], some
 
@@ -168,11 +174,14 @@ def _kind(name: str) -> str:
     return ".".join("*" if place == last else part for place, part in enumerate(parts))
 
 
-def check_reached(trained: Mapping[str, Tensor]) -> list[str]:
+def check_reached(
+    trained: Mapping[str, Tensor], received: Collection[str] | None = None
+) -> list[str]:
     """Check that a backward pass has reached every reachable tensor of an adapter.
 
     Args:
-        trained: the adapter's tensors by name, with gradients.
+        trained: the adapter's tensors by name.
+        received: names of the tensors that have received a gradient; None: those that hold one.
 
     Returns:
         Names of tensors that perhaps this batch alone has missed.
@@ -181,7 +190,7 @@ def check_reached(trained: Mapping[str, Tensor]) -> list[str]:
         UserError: the model does not use some tensors, or reads weights without calling the
             adapted layers.
     """
-    never, some = without_gradient(trained)
+    never, some = without_gradient(trained, received)
     if never:
         raise UserError(
             f"{len(never)} of {len(trained)} trainable tensors, such as {never[0]}, get no "

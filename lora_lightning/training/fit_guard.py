@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora.running_statistics import buffer_checksums, check_buffers_unchanged
 from lora_lightning.utils.terminal import say
@@ -28,6 +29,17 @@ class FitGuard:
         self._checked_epoch = -1
         """The last epoch in which the base was checked."""
         self._buffers = {} if module.adapter is None else self._checksums()
+        self._received: set[str] | None = None
+        """Tensors that have received a gradient, noted where DeepSpeed frees gradients early."""
+        if hasattr(module.trainer.strategy, "scale_gradients"):
+            self._received = set()
+            for name, tensor in module.trainable_tensors().items():
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._note, self._received, name))
+
+    @staticmethod
+    def _note(received: set[str], name: str, gradient: Tensor) -> None:
+        received.add(name)
 
     def _checksums(self) -> dict[str, float]:
         module: nn.Module = self._module.model
@@ -46,8 +58,7 @@ class FitGuard:
             adapter.check_frozen()
         if adapter is not None and self._unreached is None:
             check_buffers_unchanged(self._buffers, self._checksums())
-        if not hasattr(self._module.trainer.strategy, "scale_gradients"):
-            self._check_gradients()  # DeepSpeed has removed them
+        self._check_gradients()
 
     def _check_gradients(self) -> None:
         """Find trainable tensors without a gradient in the first step.
@@ -68,14 +79,19 @@ class FitGuard:
                     file=sys.stderr,
                 )
         elif self._unreached:
-            tensors = module.trainable_tensors()
-            self._unreached -= {n for n in self._unreached if tensors[n].grad is not None}
+            self._unreached -= self._with_gradient()
 
     def _without_gradient(self) -> list[str]:
         if self._module.adapter is not None:
-            return self._module.adapter.check_gradients()
+            return self._module.adapter.check_gradients(self._received)
+        reached, tensors = self._with_gradient(), self._module.trainable_tensors()
+        return [name for name, t in tensors.items() if t.requires_grad and name not in reached]
+
+    def _with_gradient(self) -> set[str]:
+        if self._received is not None:
+            return self._received
         tensors = self._module.trainable_tensors()
-        return [name for name, t in tensors.items() if t.requires_grad and t.grad is None]
+        return {name for name, tensor in tensors.items() if tensor.grad is not None}
 
     def report_unreached(self) -> None:
         """Print how many trainable tensors never got a gradient, at the end of a training."""
